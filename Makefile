@@ -1,0 +1,38 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check test-tensorflow test-all bench clean
+
+demo: $(VENV)/.ready ## set up, then walk the main road on the model that ships with gpt2x
+	$(BIN)/gpt2x demo
+
+test: $(VENV)/.ready check ## set up, then lint, type-check and test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a live TensorFlow, in its own environment
+	$(VENV)-tensorflow/bin/python -m pytest tests/test_tensorflow.py
+
+test-all: test test-tensorflow ## everything
+
+bench: $(VENV)/.ready ## speed and memory beside cp; takes 20 GB of disk and some minutes
+	$(BIN)/python benchmarks/convert.py
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)-tensorflow/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-tensorflow
+	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-tensorflow build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,223 @@
+"""A GPT-2 checkpoint: a configuration and its parameters under canonical names, complete by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .config import resolve
+from .container import Container
+from .dialects import Dialect, expected_names, recognise
+from .errors import CheckpointError
+from .spec import LM_HEAD, GPT2Config
+from .tensors import DType, LazyTensor, crc32c
+from .tokenizer_files import TokenizerFiles
+
+SHOWN = 20  # faults listed before "and N more"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole GPT-2: every parameter of ``config`` under its canonical name, in canonical order and layout.
+
+    ``left_out`` lists what the source held besides; ``notes`` what was assumed. Tensors are lazy.
+
+    Raises:
+        CheckpointError: on construction, if a parameter is missing, unknown, of another shape or not of floats.
+    """
+
+    config: GPT2Config
+    tensors: Mapping[str, LazyTensor]
+    source: Path | None = None
+    format: str = "memory"
+    dialect: str = "hf"
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    tokenizer: TokenizerFiles | None = None
+    stated: bool = True  # whether the source says its configuration, or it was seen in the shapes
+
+    def __post_init__(self) -> None:
+        shapes = self.config.shapes()
+        faults = list(_shape_faults(self.tensors, shapes, "the configuration"))
+        faults += [f"unknown   {name}" for name in self.tensors if name not in shapes]
+        if faults:
+            raise CheckpointError.listing(f"{self.source or 'checkpoint'}: not a complete GPT-2", _short(faults))
+        object.__setattr__(self, "tensors", {name: self.tensors[name] for name in shapes})
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has; a tied output counts once."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def checksummed(self) -> int:
+        """How many tensors carry a checksum that reading them verifies."""
+        return sum(tensor.checksummed for tensor in self.tensors.values())
+
+    def cast(self, dtype: DType) -> Checkpoint:
+        """The same model in another number format, lazily."""
+        return replace(self, tensors={name: tensor.cast(dtype, name) for name, tensor in self.tensors.items()})
+
+
+def assemble(
+    container: Container, stated: Mapping[str, Any], stated_in: str, *, n_head: int | None = None, tie: bool = False
+) -> Checkpoint:
+    """Recognise the dialect of a container and put its tensors into canonical form.
+
+    Raises:
+        CheckpointError: if they are not a GPT-2's; the message lists everything that is wrong.
+        ConfigError: if the configuration is impossible or contradicts them.
+    """
+    dialect, prefix = recognise(container.tensors)
+    where = str(container.path)
+    found, left_out, faults = _sort(container.tensors, dialect, prefix)
+    depth = _depth(found, faults)
+    names = expected_names(dialect, prefix, depth)
+    faults = [f"missing   {name}" for name, canonical in names.items() if canonical not in found] + faults
+    if faults:
+        raise CheckpointError.listing(
+            f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(faults)
+        )
+    tensors = _canonical(found, dialect, where)
+    config, notes = resolve(stated, _sizes(tensors, depth, where), n_head, where, stated_in)
+    tensors, config, note = _untangle(
+        tensors, config, tie, where, stated_in if "tie_word_embeddings" in stated else None
+    )
+    wrong = list(_shape_faults(tensors, config.shapes(), f"its {stated_in or 'other tensors'}"))
+    if wrong:
+        raise CheckpointError.listing(
+            f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(wrong)
+        )
+    return Checkpoint(
+        config=config,
+        tensors=tensors,
+        source=container.path,
+        format=container.format,
+        dialect=dialect.name,
+        left_out=(*container.left_out, *left_out, *note),
+        notes=tuple(notes),
+        stated=bool(stated),
+    )
+
+
+def _sort(
+    tensors: Mapping[str, LazyTensor], dialect: Dialect, prefix: str
+) -> tuple[dict[str, LazyTensor], list[str], list[str]]:
+    """The parameters by canonical name, the known extras, and the faults."""
+    found: dict[str, LazyTensor] = {}
+    left_out, faults = [], []
+    for name, tensor in tensors.items():
+        place = dialect.locate(name, prefix)
+        if place is not None and not tensor.dtype.is_float:
+            faults.append(f"integers  {name} is {tensor.dtype}; a parameter has floats")
+        elif place is not None:
+            row, layer = place
+            found[row.replace("{i}", str(layer))] = tensor
+        elif dialect.is_extra(name, prefix):
+            left_out.append(name)
+        else:
+            faults.append(f"unknown   {name[:200]}")
+    return found, left_out, faults
+
+
+def _depth(found: Iterable[str], faults: list[str]) -> int:
+    layers = sorted({int(name.split(".")[1]) for name in found if name.startswith("h.")})
+    depth = next((i for i, layer in enumerate(layers) if i != layer), len(layers))
+    if depth != len(layers):
+        faults.append(f"gap       no layer {depth}, but a layer {layers[-1]}")
+    return max(depth, 1)
+
+
+def _canonical(found: Mapping[str, LazyTensor], dialect: Dialect, where: str) -> dict[str, LazyTensor]:
+    tensors, faults = {}, []
+    for name, tensor in found.items():
+        try:
+            tensors[name] = dialect.layout(name)[1].read(tensor)
+        except CheckpointError as error:
+            faults.append(f"shape     {error}")
+    if faults:
+        raise CheckpointError.listing(
+            f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(faults)
+        )
+    return tensors
+
+
+def _sizes(tensors: Mapping[str, LazyTensor], depth: int, where: str) -> dict[str, int]:
+    """What the shapes alone say of the configuration."""
+    wte, wpe, fc = (tensors[name].shape for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"))
+    if not len(wte) == len(wpe) == len(fc) == 2:
+        raise CheckpointError(
+            f"{where}: wte, wpe and mlp.c_fc must be matrices, not {list(wte)}, {list(wpe)} and {list(fc)}"
+        )
+    return {"n_vocab": wte[0], "n_embd": wte[1], "n_ctx": wpe[0], "n_inner": fc[1], "n_layer": depth}
+
+
+def _untangle(
+    tensors: dict[str, LazyTensor], config: GPT2Config, tie: bool, where: str, stated_in: str | None
+) -> tuple[dict[str, LazyTensor], GPT2Config, list[str]]:
+    """Settle what ``lm_head`` is: a copy of ``wte``, a parameter of its own, or a contradiction."""
+    head = tensors.get(LM_HEAD)
+    if head is None:
+        if not config.tie_word_embeddings and tie:
+            config = replace(config, tie_word_embeddings=True)
+        return tensors, config, []
+    tied = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
+    if tie:
+        return tied, replace(config, tie_word_embeddings=True), [LM_HEAD]
+    if not config.tie_word_embeddings:
+        return tensors, config, []
+    if same_bytes(head, tensors["wte.weight"]):
+        return tied, config, [LM_HEAD]
+    saying = (
+        f"{stated_in} says that they are tied" if stated_in else "GPT-2's are tied, and no configuration says otherwise"
+    )
+    raise CheckpointError(
+        f"{where}: {LM_HEAD} differs from wte.weight, but {saying}.\n"
+        "Pass --tie to drop it, or say tie_word_embeddings: false in config.json to keep it"
+    )
+
+
+def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have the same format, shape and bytes."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return all((x == y).all() for x, y in zip_chunks(a.chunks(), b.chunks()))
+
+
+def zip_chunks(a: Iterator[Any], b: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+    """Two streams of bytes in step, whatever their chunks; both are read to the end, so checksums are verified."""
+    x, y = next(a, None), next(b, None)
+    while x is not None and y is not None:
+        n = min(len(x), len(y))
+        yield x[:n], y[:n]
+        x = x[n:] if n < len(x) else next(a, None)
+        y = y[n:] if n < len(y) else next(b, None)
+
+
+def _shape_faults(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], says: str) -> Iterator[str]:
+    for name, shape in shapes.items():
+        if name not in tensors:
+            yield f"missing   {name}"
+        elif tensors[name].shape != shape:
+            yield f"shape     {name} is {tensors[name].shape}, {says} asks for {shape}"
+        elif not tensors[name].dtype.is_float:
+            yield f"integers  {name} is {tensors[name].dtype}; a parameter has floats"
+
+
+def _short(faults: list[str]) -> list[str]:
+    return faults if len(faults) <= SHOWN else [*faults[:SHOWN], f"and {len(faults) - SHOWN} more"]
+
+
+def crc_of(tensor: LazyTensor) -> int:
+    """CRC-32C over the tensor's bytes."""
+    value = 0
+    for chunk in tensor.chunks():
+        value = crc32c(value, chunk)
+    return value

@@ -1,0 +1,300 @@
+"""The only room that touches the disk: positioned reads in, whole files out.
+
+Reading is by position into one small buffer, never through a memory map: a mapped page counts as memory, and a file
+that shrinks under a map kills the process. (``File.map`` exists for loading a model, where mapping is the point.)
+Writing goes to a temporary name beside the destination, is synced, and takes its place in one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import mmap
+import os
+import secrets
+import shutil
+import signal
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DestinationError, FormatError
+
+Bytes = NDArray[np.uint8]
+CHUNK = 1 << 20
+WRITEBACK = 32 << 20  # bytes after which the kernel is asked to start writing
+
+
+class File:
+    """A regular file, open for positioned reads.
+
+    Raises:
+        FormatError: if it is missing, no regular file, or not readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise FormatError(f"{path}: not a regular file")
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            weakref.finalize(self, os.close, self._fd)
+            self._identity = self._stamp()
+        self.size = self._identity[0]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly these bytes. The caller keeps ``size`` small."""
+        self._inside(offset, size)
+        with reading(self.path):
+            data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise self._changed()
+        return data
+
+    def chunks(self, offset: int, size: int) -> Iterator[Bytes]:
+        """These bytes in order, about a megabyte at a time. A chunk is valid until the next one is asked for."""
+        self._inside(offset, size)
+        buffer = np.empty(min(CHUNK, size), np.uint8)
+        end = offset + size
+        while offset < end:
+            with reading(self.path):
+                n = os.preadv(self._fd, [buffer[: min(len(buffer), end - offset)].data], offset)
+            if n == 0:
+                raise self._changed()
+            yield buffer[:n]
+            offset += n
+        if self._stamp() != self._identity:
+            raise self._changed()
+
+    def map(self, offset: int, size: int) -> Bytes:
+        """These bytes as a private map: writing to it changes memory, never the file."""
+        self._inside(offset, size)
+        return self._map[offset : offset + size]
+
+    @functools.cached_property
+    def _map(self) -> Bytes:
+        if self.size == 0:
+            return np.empty(0, np.uint8)
+        with reading(self.path):
+            pages = mmap.mmap(self._fd, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return np.frombuffer(pages, np.uint8)
+
+    def _inside(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise FormatError(f"{self.path}: cut short: bytes {offset} to {offset + size} of {self.size} are asked for")
+
+    def _stamp(self) -> tuple[int, int, int]:
+        s = os.fstat(self._fd)
+        return s.st_size, s.st_mtime_ns, s.st_ino
+
+    def _changed(self) -> FormatError:
+        return FormatError(f"{self.path}: changed while it was being read")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
+    """A small JSON file that holds an object."""
+    file = File(path)
+    if file.size > limit:
+        raise FormatError(f"{path}: {file.size} bytes is too large for what it should be (at most {limit})")
+    return parse_json(file.read(0, file.size), str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object with no key twice.
+
+    Raises:
+        FormatError: for anything else.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not sound JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return result
+
+
+class Output:
+    """A file being written, sequentially, with room to patch what is already there."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._flushed = 0
+        self.position = 0
+
+    def write(self, data: bytes | Bytes) -> None:
+        view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
+        while len(view):
+            n = os.write(self._fd, view)
+            view, self.position = view[n:], self.position + n
+        if self.position - self._flushed >= WRITEBACK:
+            _start_writeback(self._fd, self._flushed, self.position)
+            self._flushed = self.position
+
+    def patch(self, offset: int, data: bytes) -> None:
+        if os.pwrite(self._fd, data, offset) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _start_writeback(fd: int, start: int, end: int) -> None:
+    # The disk works while we read on, so the final fsync is short; and a large result does not fill the page cache.
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_free(path: Path, force: bool, directory: bool) -> None:
+    """Refuse a destination that exists, before any work is done.
+
+    Raises:
+        DestinationError: if ``path`` exists and ``force`` is false, or is the wrong kind of thing.
+    """
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise DestinationError(f"{path}: exists already; --force replaces it")
+    if path.is_dir() != directory:
+        kind = "a directory" if path.is_dir() else "a file"
+        raise DestinationError(
+            f"{path}: is {kind}, which --force does not replace by {'a directory' if directory else 'a file'}"
+        )
+
+
+@contextlib.contextmanager
+def new_file(path: Path, force: bool = False, check: Callable[[Path], None] | None = None) -> Iterator[Output]:
+    """Write ``path`` whole or not at all. ``check`` sees the finished file before it takes its place.
+
+    Raises:
+        DestinationError: if it exists and ``force`` is false, or the disk refuses; nothing is then left behind.
+    """
+    check_free(path, force, directory=False)
+    temporary = _beside(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                yield Output(fd)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            if check:
+                check(temporary)
+            _publish(temporary, path, force)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
+    """Stage files in the directory that is yielded; they appear in ``path`` together at the end, or not at all.
+
+    With ``force``, files of the same names are replaced and any others in ``path`` are left alone.
+    """
+    check_free(path, force, directory=True)
+    path = Path(os.path.abspath(path))
+    stage = _beside(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stage.mkdir()
+        yield stage
+        with writing(path):
+            for file in stage.iterdir():
+                _sync(file)
+            _sync(stage)
+            with _uninterrupted():
+                _publish_directory(stage, path, force)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    if force:
+        os.replace(temporary, path)
+    else:
+        try:
+            os.link(temporary, path)  # unlike a rename, fails where a file has appeared meanwhile
+            temporary.unlink()
+        except FileExistsError:
+            raise DestinationError(f"{path}: has appeared meanwhile; --force replaces it") from None
+        except OSError:  # a file system without hard links
+            check_free(path, force, directory=False)
+            os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _publish_directory(stage: Path, path: Path, force: bool) -> None:
+    if force and path.is_dir():
+        for file in sorted(stage.iterdir()):
+            os.replace(file, path / file.name)
+        _sync(path)
+    else:
+        stage.rename(path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and a polite kill for the few renames that belong together."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:  # some file systems cannot sync a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,45 @@
+"""``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``: one checkpoint in several files.
+
+Source: ``save_pretrained`` of transformers: ``weight_map`` says for each tensor which file beside the index holds it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .container import Container
+from .errors import FormatError, UnsafeError
+from .files import read_json
+from .tensors import LazyTensor
+
+
+def open_shards(path: Path, open_file: Callable[[Path], Container]) -> Container:
+    """Open all shards that an index names. ``open_file`` opens one.
+
+    Raises:
+        UnsafeError: if the index points outside its directory.
+        FormatError: if a shard is missing, or index and shards disagree on what lies where.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(f"{path}: no weight_map of names to files")
+    for name in sorted(set(weight_map.values())):
+        # A plain file name, or one below: model cards keep weights in folders too.
+        if not name or name.startswith("/") or "\\" in name or "\0" in name or re.search(r"(^|/)\.\.?(/|$)", name):
+            raise UnsafeError(f"{path}: points to {name[:200]!r}, which is not a file beside it: refused")
+    shards = {name: open_file(path.parent / name) for name in sorted(set(weight_map.values()))}
+    tensors: dict[str, LazyTensor] = {}
+    for file, shard in shards.items():
+        if twice := sorted(set(tensors) & set(shard.tensors)):
+            raise FormatError(f"{path}: {twice[0]} is in two of its files")
+        tensors.update(shard.tensors)
+        if unlisted := sorted(name for name in shard.tensors if weight_map.get(name) != file):
+            raise FormatError(f"{path}: {file} holds {unlisted[0]}, which the index does not put there")
+    if missing := sorted(set(weight_map) - set(tensors)):
+        raise FormatError(f"{path}: {missing[0]} is not in {weight_map[missing[0]]}, where the index puts it")
+    first = next(iter(shards.values()))
+    return Container(
+        f"{first.format} shards", path, tensors, first.config, sum((s.left_out for s in shards.values()), ())
+    )

@@ -1,0 +1,160 @@
+"""Train a small GPT-2 on a text, with its own byte-level BPE, and save it in OpenAI's layout.
+
+    python examples/train_shakespeare.py tinyshakespeare.txt --out models/shakespeare
+
+The model that ships with gpt2x (``gpt2x.SHAKESPEARE``) was made by this script, with its defaults, on the "tiny
+Shakespeare" text: 2 million parameters, 15 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import tokenizers
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from converters import find_tokenizer, save_checkpoint
+from gpt2x import GPT2, Tokenizer, checkpoint_of
+
+END = "<|endoftext|>"
+
+
+def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """GPT-2's kind of BPE: 256 byte symbols, then the merges in order, ``<|endoftext|>`` last."""
+    tokenizer = tokenizers.Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        [text], BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
+    )
+    vocab = tokenizer.get_vocab()
+    inverse = {i: token for token, i in vocab.items()}
+    assert [inverse[i] for i in range(256)] == alphabet and len(vocab) == n_vocab - 1
+    merges = [(a, b) for a, b in json.loads(tokenizer.to_str())["model"]["merges"]]
+    return {**{inverse[i]: i for i in range(len(vocab))}, END: n_vocab - 1}, merges
+
+
+def batch(ids: Tensor, size: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random windows of the text, and the same windows one token on: (B, T) each."""
+    starts = torch.randint(len(ids) - context, (size,), generator=generator)
+    windows = torch.stack([ids[s : s + context + 1] for s in starts.tolist()])
+    return windows[:, :-1], windows[:, 1:]
+
+
+def loss_of(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
+    logits, _ = model(inputs)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT2, ids: Tensor) -> float:
+    """Mean nats a token over the whole held-out text, in windows of the context."""
+    model.eval()
+    n = model.n_ctx
+    windows = ids[: (len(ids) - 1) // n * n + 1]
+    inputs, targets = windows[:-1].view(-1, n), windows[1:].view(-1, n)
+    losses = [loss_of(model, x, y) for x, y in zip(inputs.split(32), targets.split(32), strict=True)]
+    model.train()
+    return float(torch.stack(losses).mean())
+
+
+def optimizer_of(model: GPT2, rate: float) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+
+
+def schedule(step: int, steps: int, warmup: int = 50) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(model: GPT2, ids: Tensor, held_out: Tensor, steps: int, size: int, rate: float, seed: int) -> None:
+    """Adam on random windows; the best model by held-out loss is what remains."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = optimizer_of(model, rate)
+    best, best_loss = model.state_dict(), math.inf
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("training", total=steps)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(step, steps)
+            loss = loss_of(model, *batch(ids, size, model.n_ctx, generator))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.update(task, advance=1, description=f"loss {loss.item():.3f}, held out {best_loss:.3f}")
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                now = held_out_loss(model, held_out)
+                progress.console.print(f"step {step + 1}: loss {loss.item():.3f}, held out {now:.3f}")
+                if now < best_loss:
+                    best, best_loss = {k: v.clone() for k, v in model.state_dict().items()}, now
+    model.load_state_dict(best)
+
+
+@click.command()
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("shakespeare"), show_default=True)
+@click.option("--steps", default=1000, show_default=True)
+@click.option("--batch-size", default=24, show_default=True)
+@click.option("--rate", default=2e-3, show_default=True, help="Peak learning rate.")
+@click.option("--vocab", default=1024, show_default=True)
+@click.option("--context", default=256, show_default=True)
+@click.option("--width", default=192, show_default=True)
+@click.option("--layers", default=4, show_default=True)
+@click.option("--heads", default=6, show_default=True)
+@click.option("--dropout", default=0.15, show_default=True)
+@click.option("--seed", default=1, show_default=True)
+def main(
+    text: Path, out: Path, steps: int, batch_size: int, rate: float, vocab: int, context: int,
+    width: int, layers: int, heads: int, dropout: float, seed: int,
+) -> None:  # fmt: skip
+    """Train a small GPT-2 on TEXT and save it in OpenAI's layout."""
+    torch.manual_seed(seed)
+    words = text.read_text(encoding="utf-8")
+    cut = len(words) * 9 // 10
+    vocabulary, merges = train_bpe(words[:cut], vocab)
+    tokenizer = Tokenizer(vocabulary, merges)
+    ids, held_out = (torch.tensor(tokenizer.encode(part)) for part in (words[:cut], words[cut:]))
+    # Without attention dropout torch takes its fused kernel: 2.5 times as fast a step on a CPU.
+    model = GPT2(vocab, width, layers, heads, 4 * width, context, dropout, attn_pdrop=0.0).train()
+    n = sum(p.numel() for p in model.parameters())
+    click.echo(f"{n:,} parameters; {len(ids):,} tokens, {len(held_out):,} held out")
+    train(model, ids, held_out, steps, batch_size, rate, seed)
+    save(model, vocabulary, merges, out)
+
+
+def save(model: GPT2, vocabulary: dict[str, int], merges: list[tuple[str, str]], out: Path) -> None:
+    """Write the model and its tokenizer in OpenAI's layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "encoder.json").write_text(json.dumps(vocabulary))
+        Path(folder, "vocab.bpe").write_text(
+            "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+        )
+        checkpoint = replace(checkpoint_of(model), tokenizer=find_tokenizer(Path(folder)))
+        save_checkpoint(checkpoint, out, "tf")
+
+
+if __name__ == "__main__":
+    main()

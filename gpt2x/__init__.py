@@ -1,0 +1,75 @@
+"""gpt2x: any GPT-2 weight file in, any format out, and proof that nothing changed.
+
+    from gpt2x import GPT2, SHAKESPEARE, Tokenizer, from_pretrained, generate_text
+
+    model = from_pretrained(SHAKESPEARE)
+    tokenizer = Tokenizer.from_pretrained(SHAKESPEARE)
+    print(generate_text(model, tokenizer, "ROMEO:", 50))
+
+Names are imported when they are first used, so that what needs no torch loads none.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+SHAKESPEARE = Path(__file__).parent / "shakespeare"
+"""A small GPT-2 that ships with gpt2x, in OpenAI's layout: 2 million parameters, trained on Shakespeare's plays."""
+
+_HOMES = {
+    "gpt2x.model": (
+        "GPT2", "VOCAB_SIZE", "EMBED_DIM", "NUM_LAYERS", "NUM_HEADS", "FFN_DIM", "MAX_LEN", "DROP_RATE",
+    ),
+    "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
+    "gpt2x.tokenizer": ("Tokenizer",),
+    "gpt2x.generate": ("generate_text", "PromptError"),
+    "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from converters import Checkpoint, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
+
+    from .generate import PromptError, generate_text
+    from .load import checkpoint_of, from_pretrained, load_model
+    from .model import DROP_RATE, EMBED_DIM, FFN_DIM, GPT2, MAX_LEN, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE
+    from .tokenizer import Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gpt2x' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])
+
+
+__all__ = [
+    "DROP_RATE",
+    "EMBED_DIM",
+    "FFN_DIM",
+    "GPT2",
+    "MAX_LEN",
+    "NUM_HEADS",
+    "NUM_LAYERS",
+    "SHAKESPEARE",
+    "VOCAB_SIZE",
+    "Checkpoint",
+    "ConversionError",
+    "GPT2Config",
+    "PromptError",
+    "Tokenizer",
+    "__version__",
+    "checkpoint_of",
+    "from_pretrained",
+    "generate_text",
+    "load_model",
+    "open_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,46 @@
+"""``gpt2x demo``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+
+import click
+
+STEPS = (
+    "inspect shakespeare",
+    "convert shakespeare shakespeare.safetensors",
+    "convert shakespeare shakespeare-hf",
+    "convert shakespeare-hf pytorch_model.bin",
+    "convert pytorch_model.bin back --to tf",
+    "verify shakespeare back",
+    "verify shakespeare-hf",
+    "generate shakespeare-hf 'ROMEO:' --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 3",
+)
+
+
+@click.command()
+@click.pass_context
+def demo(ctx: click.Context) -> None:
+    """Walk the main road on the small model that ships with gpt2x.
+
+    Everything happens in a temporary folder, which is removed at the end.
+    """
+    import shutil
+
+    from gpt2x import SHAKESPEARE
+
+    group = ctx.find_root().command
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="gpt2x-demo-") as folder:
+        shutil.copytree(SHAKESPEARE, os.path.join(folder, "shakespeare"))
+        os.chdir(folder)
+        try:
+            for step in STEPS:
+                click.secho(f"\n$ gpt2x {step}", bold=True)
+                code = group.main(shlex.split(step), prog_name="gpt2x", standalone_mode=False)
+                if code:
+                    ctx.exit(code)
+        finally:
+            os.chdir(before)

@@ -1,0 +1,45 @@
+"""``gpt2x generate``."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=100, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample from the k likeliest tokens; 0 is off.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    help="Sample from the likeliest tokens that make up p; 1 is off.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Makes the text repeatable.")
+@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the weights.")
+@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside MODEL says it.")
+def generate(
+    model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
+    tokenizer_dir: str | None, n_head: int | None,
+) -> None:  # fmt: skip
+    """Continue PROMPT with MODEL, which is anything that convert reads.
+
+    \b
+      gpt2x generate models/124M "In a shocking finding," --top-k 40 --seed 1
+    """
+    from gpt2x.generate import Generation, Sampling, encode, stream_text
+    from gpt2x.load import from_pretrained
+    from gpt2x.tokenizer import Tokenizer
+    from gpt2x.torch_runtime import TorchDecoder
+
+    tokenizer = Tokenizer.from_pretrained(tokenizer_dir or model)
+    decoder = TorchDecoder(from_pretrained(model, n_head=n_head))
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    generation = Generation(decoder, [encode(tokenizer, prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
+    for (piece,) in stream_text(generation, tokenizer, [prompt]):
+        click.echo(piece, nl=False)
+    click.echo()
+    if generation.finish == ["context"]:
+        click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)

@@ -1,0 +1,85 @@
+"""Checkpoint -> GPT2, and back. Loading maps the file where its bytes are the model's own; nothing is copied then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters import Checkpoint, CheckpointError, LazyTensor, open_checkpoint
+from converters.spec import SIZES
+from converters.tensors import BF16, DTYPES
+
+from .model import GPT2
+
+TORCH_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
+    """Fill ``model`` with the weights of a file of any known format, and put it into eval mode.
+
+    The file is mapped privately: pages are read when they are used, and training the model never writes the file.
+
+    Args:
+        model: takes the weights; its dtype and device stay.
+        path: whatever ``gpt2x convert`` reads. A file without a configuration is taken to be of the model's own.
+        tie: drop an ``lm_head`` that differs from the token embedding.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CheckpointError: if shapes or switches of the file differ from the model's.
+        ConversionError: if the file cannot be read as a GPT-2.
+    """
+    checkpoint = open_checkpoint(path, n_head=model.config.n_head, tie=tie)
+    names = None if checkpoint.stated else (*SIZES, "tie_word_embeddings")
+    if faults := checkpoint.config.differences(model.config, names):
+        raise CheckpointError.listing(f"{path}: another GPT-2 than the model it should go into", faults)
+    return fill(model, checkpoint).eval()
+
+
+def from_pretrained(path: str | Path, *, n_head: int | None = None, tie: bool = False) -> GPT2:
+    """A model in eval mode with the configuration and the weights of a file of any known format.
+
+    Raises:
+        ConversionError: if the file cannot be read as a GPT-2.
+    """
+    return model_of(open_checkpoint(path, n_head=n_head, tie=tie))
+
+
+def model_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> GPT2:
+    """A model in eval mode over an opened checkpoint."""
+    with torch.device("meta"):
+        model = GPT2.from_config(checkpoint.config).to(dtype)
+    return fill(model, checkpoint, torch.device("cpu")).eval()
+
+
+def fill(model: GPT2, checkpoint: Checkpoint, device: torch.device | None = None) -> GPT2:
+    """Put the weights of a checkpoint of the same shapes into a model."""
+    like = model.wte.weight
+    state = {name: tensor.to(device or like.device, like.dtype) for name, tensor in state_of(checkpoint).items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Canonical name -> tensor, mapped from the file where that is possible."""
+    return {name: _tensor(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+def _tensor(tensor: LazyTensor) -> Tensor:
+    array = torch.from_numpy(tensor.map())
+    return array.view(torch.bfloat16) if tensor.dtype == BF16 else array
+
+
+def checkpoint_of(model: GPT2) -> Checkpoint:
+    """A model as a checkpoint that ``converters.save_checkpoint`` writes."""
+    tensors = {name: _lazy(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
+    return Checkpoint(config=model.config, tensors=tensors)
+
+
+def _lazy(tensor: Tensor) -> LazyTensor:
+    dtype = DTYPES[TORCH_DTYPES[tensor.dtype]]
+    return LazyTensor.of((tensor.view(torch.uint16) if dtype == BF16 else tensor).numpy(), dtype)

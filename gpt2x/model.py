@@ -1,0 +1,274 @@
+"""GPT-2, from scratch. Read it top to bottom: the leaves first, the model last. No input or output here.
+
+Shapes in comments: B batch, T new tokens, P tokens in the cache, S = P + T, C width, H heads, D = C / H, F feed-forward
+width, V vocabulary. Weights are kept as OpenAI published them, ``[in, out]``, and named as Hugging Face names them,
+so the state dict *is* the canonical form of a checkpoint (``converters.spec``).
+
+Sources: "Language Models are Unsupervised Multitask Learners" (2019); OpenAI's ``gpt-2/src/model.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from converters.spec import GPT2Config
+
+# GPT-2 small, as published.
+VOCAB_SIZE = 50257
+EMBED_DIM = 768
+NUM_LAYERS = 12
+NUM_HEADS = 12
+FFN_DIM = 3072
+MAX_LEN = 1024
+DROP_RATE = 0.1
+
+Cache = List[Tuple[Tensor, Tensor]]  # one (key, value) a layer, each (B, H, P, D)
+
+
+class GeluFast(nn.Module):
+    """``gelu_fast`` of transformers: the tanh form with its constants rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def activation(name: str) -> nn.Module:
+    """The activation that ``activation_function`` names."""
+    table: dict[str, nn.Module] = {
+        "gelu_new": nn.GELU(approximate="tanh"),
+        "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
+        "gelu": nn.GELU(),
+        "gelu_fast": GeluFast(),
+        "relu": nn.ReLU(),
+        "silu": nn.SiLU(),
+        "tanh": nn.Tanh(),
+    }
+    return table[name]
+
+
+class Projection(nn.Module):
+    """``x @ weight + bias`` with ``weight`` kept ``[in, out]``."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], causal: bool, drop: float, scale: float
+) -> Tensor:
+    """Scaled dot-product attention: q (B, H, T, D), k and v (B, H, S, D), mask (B, 1, T, S) true where allowed."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal, scale=scale)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention over the cache and the new tokens."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Projection(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.n_head = config.n_head
+        self.drop = config.attn_pdrop
+        self.upcast = config.reorder_and_upcast_attn
+        scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+    def forward(
+        self, x: Tensor, mask: Optional[Tensor], causal: bool, past: Optional[Tuple[Tensor, Tensor]]
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]  # (B, H, T, D) each
+        if past is not None:
+            k = torch.cat((past[0], k), dim=2)  # (B, H, S, D)
+            v = torch.cat((past[1], v), dim=2)
+        drop = self.drop if self.training else 0.0
+        if self.upcast:
+            y = attention(q.float(), k.float(), v.float(), mask, causal, drop, self.scale).to(x.dtype)
+        else:
+            y = attention(q, k, v, mask, causal, drop, self.scale)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y)), (k, v)
+
+
+class MLP(nn.Module):
+    """The feed-forward network."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Projection(config.n_embd, config.n_inner)
+        self.act = activation(config.activation_function)
+        self.c_proj = Projection(config.n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.c_fc(x))  # (B, T, F)
+        y: Tensor = self.dropout(self.c_proj(x))  # (B, T, C)
+        return y
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention and feed-forward, each on a residual."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, mask: Optional[Tensor], causal: bool, past: Optional[Tuple[Tensor, Tensor]]
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        y, present = self.attn(self.ln_1(x), mask, causal, past)
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
+        return x, present
+
+
+class GPT2(nn.Module):
+    """The GPT-2 language model.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        embed_dim: width of the residual stream.
+        num_layers: blocks.
+        num_heads: attention heads; must divide ``embed_dim``.
+        ffn_dim: width inside the feed-forward networks.
+        max_len: context length in tokens (rows of the position embedding).
+        drop_rate: dropout after the embeddings, in the attention and on each residual.
+        switches: any other field of ``GPT2Config``, such as ``activation_function="gelu"``.
+
+    Raises:
+        ConfigError: if these cannot make a GPT-2.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        max_len: int,
+        drop_rate: float = DROP_RATE,
+        **switches: Any,
+    ) -> None:
+        super().__init__()
+        rates = {"resid_pdrop": drop_rate, "embd_pdrop": drop_rate, "attn_pdrop": drop_rate}
+        self.config = config = GPT2Config(
+            n_vocab=vocab_size,
+            n_embd=embed_dim,
+            n_layer=num_layers,
+            n_head=num_heads,
+            n_inner=ffn_dim,
+            n_ctx=max_len,
+            **{**rates, **switches},
+        )
+        self.n_ctx = config.n_ctx
+        self.wte = nn.Embedding(config.n_vocab, config.n_embd)
+        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.n_vocab, bias=False)
+        self._initialise()
+
+    @classmethod
+    def from_config(cls, config: GPT2Config) -> GPT2:
+        """A newly initialised model of this configuration."""
+        rest = asdict(config)
+        names = ("n_vocab", "n_embd", "n_layer", "n_head", "n_inner", "n_ctx")
+        vocab, width, layers, heads, ffn, context = (rest.pop(name) for name in names)
+        return cls(vocab, width, layers, heads, ffn, context, **rest)
+
+    def _initialise(self) -> None:
+        # OpenAI's model.py: normal(0.02) for weights, normal(0.01) for positions, zero biases, unit gains. The paper
+        # scales the projections that end a residual by 1 / sqrt(number of residual layers).
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name == "wpe.weight":
+                nn.init.normal_(parameter, std=std / 2)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        past: Optional[List[Tuple[Tensor, Tensor]]] = None,
+    ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
+        """One pass over new tokens, on top of the cache of earlier ones.
+
+        Args:
+            input_ids: int64 (B, T).
+            attention_mask: (B, P + T), 0 where a slot holds padding; None means no padding. Causality follows the slot.
+            position_ids: int64 (B, T), each below ``max_len``; by default the count of real tokens before each.
+            past: the cache that an earlier call returned: a (key, value) a layer, each (B, H, P, D).
+
+        Returns:
+            logits (B, T, V), and the cache that now holds P + T slots.
+
+        Raises:
+            ValueError: if the tokens do not fit into the context.
+        """
+        x, present = self.hidden(input_ids, attention_mask, position_ids, past)
+        return self.logits(x), present
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        past: Optional[List[Tuple[Tensor, Tensor]]] = None,
+    ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
+        """As ``forward``, but the final hidden states (B, T, C) in place of the logits."""
+        T = input_ids.shape[1]
+        P = past[0][0].shape[2] if past is not None else 0
+        if position_ids is None:
+            if P + T > self.n_ctx:
+                raise ValueError(f"{P} + {T} tokens do not fit into the context of {self.n_ctx}")
+            position_ids = self._positions(attention_mask, P, T, input_ids)
+        mask, causal = self._mask(attention_mask, P, T, input_ids)
+        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))  # (B, T, C)
+        present: List[Tuple[Tensor, Tensor]] = []
+        for i, block in enumerate(self.h):
+            x, kv = block(x, mask, causal, past[i] if past is not None else None)
+            present.append(kv)
+        return self.ln_f(x), present
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+    def _positions(self, attention_mask: Optional[Tensor], P: int, T: int, like: Tensor) -> Tensor:
+        if attention_mask is None:
+            return torch.arange(P, P + T, device=like.device).unsqueeze(0)  # (1, T)
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, P:]  # (B, T)
+
+    def _mask(self, attention_mask: Optional[Tensor], P: int, T: int, like: Tensor) -> Tuple[Optional[Tensor], bool]:
+        """What each new token may see: a mask (B or 1, 1, T, P + T) or None, and whether plain causality is enough."""
+        if attention_mask is None and (P == 0 or T == 1):
+            return None, T > 1
+        query = torch.arange(P, P + T, device=like.device).unsqueeze(1)  # (T, 1)
+        key = torch.arange(P + T, device=like.device).unsqueeze(0)  # (1, S)
+        mask = (key <= query)[None, None]  # (1, 1, T, S)
+        if attention_mask is not None:
+            # A padding slot still sees itself, so that no softmax runs over nothing.
+            mask = mask & (attention_mask[:, None, None, :].bool() | (key == query)[None, None])
+        return mask, False

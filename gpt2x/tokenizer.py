@@ -1,0 +1,74 @@
+"""GPT-2's tokenizer: text <-> ids. The byte-level BPE itself is the ``tokenizers`` library's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from converters import TokenizerError, find_tokenizer
+from converters.tokenizer_files import END_OF_TEXT, TokenizerFiles, build
+
+
+class Tokenizer:
+    """Byte-level BPE with ``<|endoftext|>`` as one token. Equal to transformers' ``GPT2Tokenizer``, id for id.
+
+    Args:
+        vocab: token -> id, tokens written in GPT-2's byte alphabet.
+        merges: the pairs to merge, most urgent first.
+
+    Raises:
+        TokenizerError: if the two do not fit together.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        self._use(build(vocab, merges))
+
+    def _use(self, backend: Any) -> None:
+        self._backend = backend
+        self.eos_token_id: int | None = backend.token_to_id(END_OF_TEXT)
+        self.vocab_size: int = backend.get_vocab_size()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer in a directory, or beside a weight file.
+
+        ``tokenizer.json`` goes before ``vocab.json`` with ``merges.txt``, and these before ``encoder.json`` with
+        ``vocab.bpe``.
+
+        Raises:
+            TokenizerError: if there is none, or it is damaged.
+        """
+        path = Path(path)
+        directory = path if path.is_dir() else path.parent
+        found = find_tokenizer(directory)
+        if found is None:
+            raise TokenizerError(
+                f"{directory}: no tokenizer here (tokenizer.json, vocab.json with merges.txt, or encoder.json with vocab.bpe).\n"
+                "Say where one is: --tokenizer DIR"
+            )
+        return cls.from_files(found)
+
+    @classmethod
+    def from_files(cls, found: TokenizerFiles) -> Tokenizer:
+        """The tokenizer of files that ``find_tokenizer`` found."""
+        if found.tokenizer_json is None:
+            return cls(*found.vocabulary())
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_file(str(found.tokenizer_json))
+        except Exception as error:  # the library raises Exception itself
+            raise TokenizerError(f"{found.tokenizer_json}: not a tokenizer: {error}") from None
+        tokenizer = cls.__new__(cls)
+        tokenizer._use(backend)
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. A lone surrogate, which is no text, becomes U+FFFD."""
+        sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return list(self._backend.encode(sound, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
