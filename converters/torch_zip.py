@@ -41,10 +41,6 @@ def open_torch_zip(path: Path) -> Container:
     file = File(path)
     members = _members(file)
     members = _rooted(members, str(path))
-    if any(name == "constants.pkl" or name.startswith("code/") for name in members):
-        raise CheckpointError(
-            f"{path}: a TorchScript archive, not a state dict; convert the checkpoint it was made from"
-        )
     if _small(file, members, "byteorder", b"little") != b"little":
         raise FormatError(f"{path}: written on a big-endian machine")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
@@ -75,6 +71,8 @@ def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
         raise FormatError(
             f"{file.path}: a zip archive with {'a comment' if comment else 'too many members'}: not PyTorch's"
         )
+    if any(info.filename.endswith("/constants.pkl") for info in infos):
+        raise CheckpointError(f"{file.path}: a TorchScript archive, not a state dict; convert what it was made from")
     result: dict[str, tuple[int, zipfile.ZipInfo]] = {}
     spans = []
     for info in infos:
