@@ -321,6 +321,7 @@ class Transformers:
         }
         state.setdefault("lm_head.weight", state["transformer.wte.weight"])
         self.model.load_state_dict(state, assign=True, strict=True)
+        self.model.tie_weights()
         self.model.eval()
         self.n_ctx, self.n_vocab = checkpoint.config.n_ctx, checkpoint.config.n_vocab
 

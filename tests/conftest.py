@@ -11,9 +11,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from converters import Checkpoint, GPT2Config, LazyTensor
+
+torch.set_num_threads(1)  # the models are small: more threads only wait for one another
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared"
