@@ -110,6 +110,20 @@ def reading(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def check_name(path: Path) -> None:
+    """Refuse what no file can be called.
+
+    Raises:
+        FormatError: if the system has no way to say this name.
+    """
+    try:
+        bad = b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        bad = True
+    if bad:
+        raise FormatError(f"{str(path)!r}: not a name that a file can have")
+
+
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """A small JSON file that holds an object."""
     file = File(path)
@@ -128,6 +142,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise FormatError(f"{where}: not sound JSON: a string that is no text") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not sound JSON: {error}") from None
     if not isinstance(value, dict):
@@ -136,10 +152,14 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key[:100]!r} is there twice")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # a lone surrogate is no text
+        result[key] = value
     return result
 
 
@@ -186,10 +206,13 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
     Raises:
         DestinationError: if ``path`` exists and ``force`` is false, or is the wrong kind of thing.
     """
+    check_name(path)
     if not os.path.lexists(path):
         return
     if not force:
         raise DestinationError(f"{path}: exists already; --force replaces it")
+    if not (path.is_dir() or path.is_file() or path.is_symlink()):
+        raise DestinationError(f"{path}: is neither a file nor a directory; it is left alone")
     if path.is_dir() != directory:
         kind = "a directory" if path.is_dir() else "a file"
         raise DestinationError(
@@ -219,15 +242,17 @@ def new_file(path: Path, force: bool = False, check: Callable[[Path], None] | No
                 check(temporary)
             _publish(temporary, path, force)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list[str]] | None = None) -> Iterator[Path]:
     """Stage files in the directory that is yielded; they appear in ``path`` together at the end, or not at all.
 
-    With ``force``, files of the same names are replaced and any others in ``path`` are left alone.
+    With ``force``, files of the same names are replaced and any others in ``path`` are left alone. ``rivals`` names
+    files in ``path`` which, left alone, would be taken for part of the result: if one would stay, nothing is written.
     """
     check_free(path, force, directory=True)
     path = Path(os.path.abspath(path))
@@ -241,6 +266,11 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
             for file in stage.iterdir():
                 _sync(file)
             _sync(stage)
+            new = {file.name for file in stage.iterdir()}
+            if stale := [name for name in (rivals(path) if rivals and path.is_dir() else []) if name not in new]:
+                raise DestinationError(
+                    f"{path}: holds {stale[0]}, which would be read together with the new files; move it away first"
+                )
             with _uninterrupted():
                 _publish_directory(stage, path, force)
     finally:
@@ -264,6 +294,8 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
 
 def _publish_directory(stage: Path, path: Path, force: bool) -> None:
     if force and path.is_dir():
+        if blocked := [file.name for file in stage.iterdir() if (path / file.name).is_dir()]:
+            raise DestinationError(f"{path / blocked[0]}: is a directory, which --force does not replace by a file")
         for file in sorted(stage.iterdir()):
             os.replace(file, path / file.name)
         _sync(path)
@@ -286,7 +318,8 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    start = os.fsdecode(os.fsencode(path.name)[:100]).encode("utf-8", "ignore").decode("utf-8", "ignore")
+    return path.with_name(f".{start}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from .config import from_hf, from_hparams, to_hf, to_hparams
 from .container import Container
 from .dialects import HF, OPENAI
 from .errors import CheckpointError, DestinationError, FormatError
-from .files import File, new_directory, new_file, read_json
+from .files import File, check_name, new_directory, new_file, read_json, reading
 from .shard_index import open_shards
 from .tensors import LazyTensor, all_finite, whole_items
-from .tokenizer_files import find_tokenizer, hf_files, openai_files
+from .tokenizer_files import EXTRA, PAIRS, find_tokenizer, hf_files, openai_files
 
 # What a directory is searched for, the first found being meant.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -42,11 +42,13 @@ def open_checkpoint(path: str | Path, *, n_head: int | None = None, tie: bool = 
         ConversionError: if it cannot be read as a GPT-2; the message says what is wrong and where.
     """
     path = Path(path)
-    container = _open_directory(path) if path.is_dir() else _open_path(path)
-    directory = path if path.is_dir() else path.parent
-    stated, stated_in = _configuration(container, directory, from_directory=path.is_dir())
-    checkpoint = assemble(container, stated, stated_in, n_head=n_head, tie=tie)
-    return replace(checkpoint, tokenizer=find_tokenizer(directory))
+    check_name(path)
+    with reading(path):
+        container = _open_directory(path) if path.is_dir() else _open_path(path)
+        directory = path if path.is_dir() else path.parent
+        stated, stated_in = _configuration(container, directory, from_directory=path.is_dir())
+        checkpoint = assemble(container, stated, stated_in, n_head=n_head, tie=tie)
+        return replace(checkpoint, tokenizer=find_tokenizer(directory))
 
 
 def _open_directory(path: Path) -> Container:
@@ -70,13 +72,15 @@ def _open_path(path: Path) -> Container:
     head = file.read(0, min(file.size, 512))
     if path.name.endswith(".index.json"):
         return open_shards(path, _open_path)
-    if head.startswith(b"PK"):
+    if safetensors_file.looks_like(head, file.size):
+        return safetensors_file.open_safetensors(path)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return torch_zip.open_torch_zip(path)
     if head.startswith(torch_legacy.HEAD):
         return torch_legacy.open_torch_legacy(path)
     if fault := _not_weights(file, head):
         raise FormatError(f"{path}: {fault}")
-    if path.suffix == ".safetensors" or safetensors_file.looks_like(head, file.size):
+    if path.suffix == ".safetensors":
         return safetensors_file.open_safetensors(path)
     raise FormatError(
         f"{path}: not a format that gpt2x knows (no TensorFlow index, zip, PyTorch pickle or safetensors)"
@@ -105,21 +109,28 @@ def _configuration(container: Container, directory: Path, from_directory: bool) 
     """What is stated about the model, and where: a lone file's own word first, a directory's files first."""
     inside = from_hf(container.config, f"{container.path}: its metadata") if container.config else {}
     beside, name = _beside(directory) if from_directory or not inside else ({}, "")
-    if clash := [
-        key for key in inside if key in beside and beside[key] != inside[key] and not key.endswith("token_id")
-    ]:
-        facts = [f"{key} is {inside[key]!r} in {container.path.name}, {beside[key]!r} in {name}" for key in clash]
-        raise CheckpointError.listing(
-            f"{directory}: two configurations that disagree", facts, "Remove the wrong one, or convert the file alone."
-        )
+    _agree(directory, inside, container.path.name, beside, name)
     return {**inside, **beside}, name or ("its metadata" if inside else "")
 
 
 def _beside(directory: Path) -> tuple[dict[str, Any], str]:
+    stated: dict[str, Any] = {}
+    names = []
     for name, parse in (("config.json", from_hf), ("hparams.json", from_hparams)):
         if (directory / name).is_file():
-            return parse(read_json(directory / name, 1 << 20), str(directory / name)), name
-    return {}, ""
+            here = parse(read_json(directory / name, 1 << 20), str(directory / name))
+            _agree(directory, stated, "config.json", here, name)
+            stated = {**here, **stated}
+            names.append(name)
+    return stated, " and ".join(names)
+
+
+def _agree(directory: Path, a: Mapping[str, Any], name_a: str, b: Mapping[str, Any], name_b: str) -> None:
+    clash = [key for key in a if key in b and b[key] != a[key] and not key.endswith("token_id")]
+    if clash:
+        facts = [f"{key} is {a[key]!r} in {name_a}, {b[key]!r} in {name_b}" for key in clash]
+        advice = "Remove the wrong one, or convert the file alone."
+        raise CheckpointError.listing(f"{directory}: two configurations that disagree", facts, advice)
 
 
 # ------------------------------------------------------------------------------------------------------- saving
@@ -214,7 +225,7 @@ def _save_hf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
     }
     if checkpoint.tokenizer:
         small |= hf_files(checkpoint.tokenizer, config.n_ctx)
-    with new_directory(path, force) as stage:
+    with new_directory(path, force, _rivals) as stage:
         _write_small(stage, small)
         _save_safetensors(checkpoint, stage / "model.safetensors")
         return [path / file.name for file in stage.iterdir()]
@@ -228,10 +239,16 @@ def _save_tf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
     }
     if checkpoint.tokenizer:
         small |= openai_files(checkpoint.tokenizer)
-    with new_directory(path, force) as stage:
+    with new_directory(path, force, _rivals) as stage:
         _write_small(stage, small)
         tf_bundle.write_bundle(stage / "model.ckpt", tensors)
         return [path / file.name for file in stage.iterdir()]
+
+
+def _rivals(path: Path) -> list[str]:
+    """The files of a directory that ``open_checkpoint`` would take for weights, configuration or tokenizer."""
+    names = {*WEIGHTS, "config.json", "hparams.json", "checkpoint", "tokenizer.json", *sum(PAIRS, ()), *EXTRA}
+    return sorted(p.name for p in path.iterdir() if p.name in names or p.suffix == ".index")
 
 
 def _write_small(stage: Path, files: dict[str, bytes]) -> None:

@@ -27,8 +27,11 @@ def open_shards(path: Path, open_file: Callable[[Path], Container]) -> Container
         raise FormatError(f"{path}: no weight_map of names to files")
     for name in sorted(set(weight_map.values())):
         # A plain file name, or one below: model cards keep weights in folders too.
-        if not name or name.startswith("/") or "\\" in name or "\0" in name or re.search(r"(^|/)\.\.?(/|$)", name):
+        leaves = not name or name.startswith("/") or "\\" in name or re.search(r"(^|/)\.\.?(/|$)", name)
+        if leaves or not name.isprintable() or len(name) > 200 or _through_a_link(path.parent, name):
             raise UnsafeError(f"{path}: points to {name[:200]!r}, which is not a file beside it: refused")
+    if index := next((name for name in weight_map.values() if name.endswith((".json", ".index"))), None):
+        raise FormatError(f"{path}: points to {index!r}, which is no file of weights")
     shards = {name: open_file(path.parent / name) for name in sorted(set(weight_map.values()))}
     tensors: dict[str, LazyTensor] = {}
     for file, shard in shards.items():
@@ -40,6 +43,13 @@ def open_shards(path: Path, open_file: Callable[[Path], Container]) -> Container
     if missing := sorted(set(weight_map) - set(tensors)):
         raise FormatError(f"{path}: {missing[0]} is not in {weight_map[missing[0]]}, where the index puts it")
     first = next(iter(shards.values()))
+    if any(shard.config not in (None, first.config) for shard in shards.values()):
+        raise FormatError(f"{path}: its files carry configurations that disagree")
     return Container(
         f"{first.format} shards", path, tensors, first.config, sum((s.left_out for s in shards.values()), ())
     )
+
+
+def _through_a_link(directory: Path, name: str) -> bool:
+    """Whether a folder on the way is a link to elsewhere. (The file itself may be one: the Hub's cache has them.)"""
+    return not (directory / name).parent.resolve().is_relative_to(directory.resolve())

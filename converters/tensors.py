@@ -183,7 +183,10 @@ def whole_items(chunks: Iterator[Bytes], itemsize: int) -> Iterator[Bytes]:
 
 
 def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
-    """``values`` (bfloat16 as uint16) in another number format, rounded to nearest-even."""
+    """``values`` (bfloat16 as uint16) in another number format, rounded to nearest-even.
+
+    float64 goes to bfloat16 by way of float32, as in torch.
+    """
     wide = (values.astype(np.uint32) << 16).view(np.float32) if source == BF16 else values
     with np.errstate(over="ignore", invalid="ignore"):
         result = _to_bfloat16(wide.astype(np.float32)) if target == BF16 else wide.astype(target.numpy)

@@ -27,6 +27,8 @@ FOOTER = 48
 TRAILER = 5  # a byte for the compression, four for the checksum
 RESTART_INTERVAL = 16  # TensorFlow's, and so are the next two
 BLOCK_SIZE = 256 << 10
+MAX_NAME = 4096
+MAX_SLICES = 256
 MAX_INDEX = 64 << 20  # of GPT-2's 1558M: 25 KB
 
 # DataType of TensorFlow's types.proto -> ours.
@@ -39,6 +41,8 @@ V1 = "a TensorFlow V1 checkpoint (one file, without an .index); save it again as
 def prefix_of(path: Path) -> Path | None:
     """The prefix that ``path`` stands for: itself, its ``.index``, one of its ``.data`` files, or None."""
     name = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)
+    if name in ("", ".", "..") or (name == path.name and path.exists()):
+        return None
     prefix = path.with_name(name)
     return prefix if name != path.name or Path(f"{prefix}.index").is_file() else None
 
@@ -71,9 +75,9 @@ def find_prefix(directory: Path) -> Path | None:
 def _named_prefix(state: Path) -> Path | None:
     # The name is often the absolute path of the machine that saved it: only its last component means anything here.
     file = File(state)
-    match = re.search(rb'^\s*model_checkpoint_path:\s*"([^"\n]*)"', file.read(0, min(file.size, 1 << 16)), re.M)
+    match = re.search(rb'^[ \t]*model_checkpoint_path:\s*"([^"\n]*)"', file.read(0, min(file.size, 1 << 16)), re.M)
     name = re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1] if match else ""
-    return None if name in ("", ".", "..") or "\0" in name else state.with_name(name)
+    return None if name in ("", ".", "..") or not name.isprintable() or len(name) > 200 else state.with_name(name)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -101,6 +105,9 @@ def open_bundle(prefix: Path) -> Container:
             shards.claim(entry, f"{where}: {_text(key)}")
     shards.check_overlaps()
     tensors = {_name(key, where): _tensor(key, entry, parsed, shards, where) for key, entry in sorted(whole.items())}
+    used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
+    if strays := sorted(set(parsed) - set(whole) - used):
+        raise FormatError(f"{where}: {_text(strays[0])} is a slice of no variable")
     return Container(
         "tf", prefix, {n: t for n, t in tensors.items() if t}, left_out=tuple(n for n, t in tensors.items() if not t)
     )
@@ -156,6 +163,8 @@ class Entry:
         """Parse and check everything that one entry can be wrong about by itself."""
         fields = Fields(value, where)
         shape = _shape(fields.bytes(2), where)
+        if len(fields.all_bytes(7)) > MAX_SLICES:
+            raise FormatError(f"{where}: {len(fields.all_bytes(7))} slices of one variable")
         slices = tuple(_slice(raw, shape, where) for raw in fields.all_bytes(7))
         entry = cls(
             fields.number(1), shape, fields.signed(3), fields.signed(4), fields.signed(5), fields.fixed32(6), slices
@@ -186,7 +195,7 @@ def _shape(data: bytes, where: str) -> tuple[int, ...]:
     fields = Fields(data, f"{where}: shape")
     if fields.number(3):
         raise FormatError(f"{where}: a shape of unknown rank")
-    dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2))
+    dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2)[:9])
     if len(dims) > 8 or any(not 0 <= d < 2**40 for d in dims) or math.prod(dims) >= 2**40:
         raise FormatError(f"{where}: an impossible shape, {list(dims[:9])}")
     return dims
@@ -194,7 +203,7 @@ def _shape(data: bytes, where: str) -> tuple[int, ...]:
 
 def _slice(data: bytes, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], ...]:
     """A TensorSliceProto as (start, length) a dimension; length -1 is all of it."""
-    extents = [Fields(raw, f"{where}: slice") for raw in Fields(data, f"{where}: slice").all_bytes(1)]
+    extents = [Fields(raw, f"{where}: slice") for raw in Fields(data, f"{where}: slice").all_bytes(1)[: len(shape) + 1]]
     result = tuple((e.signed(1), e.signed(2) if e.has(2) else -1) for e in extents)
     inside = (
         start >= 0 and length >= 1 and start + length <= n if length != -1 else start == 0
@@ -269,7 +278,7 @@ def _sliced(
 
     def stream() -> Iterator[Bytes]:
         if all(p[1:] == tuple(slice(0, d) for d in entry.shape[1:]) for p, _ in parts):  # cut along the first axis
-            for _, part in sorted(parts, key=lambda item: item[0][0].start):
+            for _, part in sorted(parts, key=lambda item: [place.start for place in item[0]]):
                 yield from part.chunks()
             return
         whole = np.empty(entry.shape, dtype.numpy)
@@ -354,7 +363,12 @@ def _block(data: bytes, handle: tuple[int, int], where: str) -> Iterator[tuple[b
         shared, position = read_varint(block, position, where)
         fresh, position = read_varint(block, position, where)
         length, position = read_varint(block, position, where)
-        if shared > len(key) or (start in unseen and shared) or position + fresh + length > limit:
+        if (
+            shared > len(key)
+            or (start in unseen and shared)
+            or position + fresh + length > limit
+            or shared + fresh > MAX_NAME
+        ):
             raise FormatError(f"{where}: the block at {offset} has an impossible entry at {start}")
         unseen.discard(start)
         key = key[:shared] + block[position : position + fresh]

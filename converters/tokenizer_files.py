@@ -29,27 +29,32 @@ class TokenizerFiles:
     merges: Path | None
     tokenizer_json: Path | None
 
-    def vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
-        """Token -> id, and the merges in order.
+    def vocabulary(self) -> Vocabulary:
+        """What the files say.
 
         Raises:
             TokenizerError: if this is not a byte-level BPE of GPT-2's kind.
         """
-        if self.vocab and self.merges:
-            return _vocab(read_json(self.vocab), self.vocab), _merges(self.merges)
-        assert self.tokenizer_json
-        raw = read_json(self.tokenizer_json)
-        model = raw.get("model")
-        if (
-            not isinstance(model, dict)
-            or model.get("type", "BPE") != "BPE"
-            or "ByteLevel" not in json.dumps(raw.get("pre_tokenizer"))
-        ):
-            raise TokenizerError(f"{self.tokenizer_json}: not a byte-level BPE")
-        vocab = _vocab(model.get("vocab"), self.tokenizer_json)
-        added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
-        pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or []]
-        return {**vocab, **added}, [(a, b) for a, b in pairs]
+        if self.tokenizer_json:
+            return _from_tokenizer_json(read_json(self.tokenizer_json), self.tokenizer_json)
+        assert self.vocab and self.merges
+        added = self.directory / "added_tokens.json"
+        extra = _ids(read_json(added), added) if added.is_file() else {}
+        return Vocabulary(
+            _ids({**_ids(read_json(self.vocab), self.vocab), **extra}, self.vocab),
+            _merges(self.merges),
+            _special(extra),
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE: token -> id, the pairs to merge in order, and the tokens that stand for themselves."""
+
+    ids: dict[str, int]
+    merges: list[tuple[str, str]]
+    added: tuple[str, ...] = ()
+    add_prefix_space: bool = False
 
 
 def find_tokenizer(directory: Path) -> TokenizerFiles | None:
@@ -61,12 +66,68 @@ def find_tokenizer(directory: Path) -> TokenizerFiles | None:
     return TokenizerFiles(directory, vocab, merges, tokenizer_json) if tokenizer_json or vocab else None
 
 
-def _vocab(raw: Any, where: Path) -> dict[str, int]:
-    if not isinstance(raw, dict) or not raw or not all(isinstance(i, int) and 0 <= i < 2**31 for i in raw.values()):
+def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
+    model, before = raw.get("model"), raw.get("pre_tokenizer")
+    if not isinstance(model, dict) or not isinstance(before, dict) or not _is_gpt2s(raw, model, before):
+        raise TokenizerError(f"{where}: not a byte-level BPE of GPT-2's kind")
+    added = _entries(raw.get("added_tokens"), where)
+    ids = _ids({**_ids(model.get("vocab"), where), **added}, where)
+    return Vocabulary(ids, _pairs(model.get("merges"), where), _special(added), bool(before.get("add_prefix_space")))
+
+
+def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a ``tokenizer.json`` asks for nothing but what GPT-2's tokenizer does."""
+    off = (
+        raw.get("normalizer"),
+        model.get("dropout"),
+        model.get("continuing_subword_prefix"),
+        model.get("end_of_word_suffix"),
+    )
+    plain = (
+        model.get("type", "BPE") == "BPE"
+        and not any(off)
+        and not model.get("byte_fallback")
+        and not model.get("ignore_merges")
+    )
+    return plain and before.get("type") == "ByteLevel" and before.get("use_regex", True) is True
+
+
+def _special(added: dict[str, int]) -> tuple[str, ...]:
+    """The added tokens but for ``<|endoftext|>``, which every GPT-2 tokenizer has."""
+    return tuple(token for token in added if token != END_OF_TEXT)
+
+
+def _entries(raw: Any, where: Path) -> dict[str, int]:
+    entries = raw if raw is not None else []
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("content"), str) for e in entries
+    ):
+        raise TokenizerError(f"{where}: its added_tokens are not sound")
+    return _ids({e["content"]: e.get("id") for e in entries}, where) if entries else {}
+
+
+def _pairs(raw: Any, where: Path) -> list[tuple[str, str]]:
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in raw] if isinstance(raw, list) else [[]]
+    if not all(
+        isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) and _is_text(t) for t in p) for p in pairs
+    ):
+        raise TokenizerError(f"{where}: its merges are not pairs of tokens")
+    return [(a, b) for a, b in pairs]
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _ids(raw: Any, where: Path) -> dict[str, int]:
+    sound = isinstance(raw, dict) and raw and all(type(i) is int and i >= 0 for i in raw.values())
+    if not sound:
         raise TokenizerError(f"{where}: not a table of tokens and their ids")
     if len(set(raw.values())) != len(raw):
         raise TokenizerError(f"{where}: two tokens have one id")
-    return raw
+    if max(raw.values()) >= 1_000_000:
+        raise TokenizerError(f"{where}: the id {max(raw.values())} is absurd")
+    return dict(raw)
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
@@ -93,11 +154,11 @@ def _text(path: Path) -> str:
 
 def hf_files(found: TokenizerFiles, n_ctx: int) -> dict[str, bytes]:
     """Name -> contents of the files that transformers, tokenizers and transformers.js load."""
-    vocab, merges = found.vocabulary()
-    files = _pair(found, vocab, merges, "vocab.json", "merges.txt")
+    vocabulary = found.vocabulary()
+    files = _pair(found, vocabulary, "vocab.json", "merges.txt")
     files |= {name: _bytes(found.directory / name) for name in EXTRA if (found.directory / name).is_file()}
     files["tokenizer.json"] = (
-        _bytes(found.tokenizer_json) if found.tokenizer_json else build(vocab, merges).to_str().encode()
+        _bytes(found.tokenizer_json) if found.tokenizer_json else build(vocabulary).to_str().encode()
     )
     defaults = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -105,7 +166,7 @@ def hf_files(found: TokenizerFiles, n_ctx: int) -> dict[str, bytes]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    if END_OF_TEXT in vocab:
+    if END_OF_TEXT in vocabulary.ids:
         defaults |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     files.setdefault("tokenizer_config.json", _json(defaults))
     return files
@@ -113,24 +174,24 @@ def hf_files(found: TokenizerFiles, n_ctx: int) -> dict[str, bytes]:
 
 def openai_files(found: TokenizerFiles) -> dict[str, bytes]:
     """Name -> contents of the files that OpenAI's code loads."""
-    return _pair(found, *found.vocabulary(), "encoder.json", "vocab.bpe")
+    return _pair(found, found.vocabulary(), "encoder.json", "vocab.bpe")
 
 
-def _pair(
-    found: TokenizerFiles, vocab: dict[str, int], merges: list[tuple[str, str]], first: str, second: str
-) -> dict[str, bytes]:
+def _pair(found: TokenizerFiles, vocabulary: Vocabulary, first: str, second: str) -> dict[str, bytes]:
     if found.vocab and found.merges:
         return {first: _bytes(found.vocab), second: _bytes(found.merges)}
-    lines = "".join(f"{a} {b}\n" for a, b in merges)
-    return {first: json.dumps(vocab).encode(), second: f"#version: 0.2\n{lines}".encode()}
+    lines = "".join(f"{a} {b}\n" for a, b in vocabulary.merges)
+    return {first: json.dumps(vocabulary.ids).encode(), second: f"#version: 0.2\n{lines}".encode()}
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def build(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+def build(vocabulary: Vocabulary) -> Any:
     """GPT-2's tokenizer as a ``tokenizers.Tokenizer``: OpenAI's ``encoder.py``, with ``<|endoftext|>`` one token.
+
+    It is always built from the vocabulary, never loaded from a stranger's ``tokenizer.json`` with whatever settings.
 
     Raises:
         TokenizerError: if the merges and the vocabulary do not fit together.
@@ -138,12 +199,12 @@ def build(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
     except Exception as error:  # the library raises Exception itself
         raise TokenizerError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=vocabulary.add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    if END_OF_TEXT in vocab:
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=True, special=True)])
+    added = dict.fromkeys([*([END_OF_TEXT] if END_OF_TEXT in vocabulary.ids else []), *vocabulary.added])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=True, special=True) for token in added])
     return tokenizer

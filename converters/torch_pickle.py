@@ -21,6 +21,7 @@ from .tensors import DTYPES, DType
 
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
 MAX_RANK = 8
+MAX_COPIED = 1_000_000
 
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -115,6 +116,7 @@ class _Machine:
         self.storages = storages
         self.stack: list[Any] = []
         self.marks: list[int] = []
+        self.copied = 0
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: Any) -> Any:
@@ -126,6 +128,8 @@ class _Machine:
             if opcode.name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[opcode.name]())
             elif opcode.name in _LITERALS:
+                if isinstance(argument, str):
+                    argument.encode()  # a lone surrogate is no text
                 self.stack.append(argument)
             else:
                 handler = getattr(self, f"op_{opcode.name}", None)
@@ -155,6 +159,8 @@ class _Machine:
     # the memo
 
     def op_BINPUT(self, key: int) -> None:
+        if not 0 <= key < 2**32:
+            raise FormatError(f"{self.where}: a pickle with an absurd memo")
         self.memo[key] = self.stack[-1]
 
     op_LONG_BINPUT = op_PUT = op_BINPUT
@@ -212,7 +218,7 @@ class _Machine:
 
     def _fill(self, target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | float | bool | type(None)):
+            if not (key is None or isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**31)):
                 raise FormatError(f"{self.where}: a pickle with a {type(key).__name__} as a key")
             if key in target:
                 raise FormatError(f"{self.where}: the name {key!r} is there twice")
@@ -265,16 +271,30 @@ class _Machine:
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if name == "collections.OrderedDict":
             pairs = arguments[0] if arguments else []
+            self._charge(len(pairs))
             return self._fill({}, [item for key, value in pairs for item in (key, value)])
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return self._tensor(*arguments[:4])
+            return self._tensor(*self._plain(arguments))
         if name == "torch._utils._rebuild_parameter":
             return arguments[0]
         if name == "torch.Size":
+            self._charge(len(arguments[0]))
             return tuple(arguments[0])
         if name == "torch.device":
-            return Global(f"torch.device {str(arguments[:2])[:50]}")
+            return Global(name)
         raise UnsafeError(f"{self.where}: the pickle calls {name}: refused")
+
+    def _charge(self, items: int) -> None:
+        # A list that is built once can be copied by a few bytes, again and again.
+        self.copied += items
+        if self.copied > MAX_COPIED:
+            raise FormatError(f"{self.where}: a pickle that copies more than {MAX_COPIED} items")
+
+    def _plain(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Storage, offset, shape and stride; what may follow are hooks, and bits that change the meaning."""
+        if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
+            raise FormatError(f"{self.where}: a tensor with more to it than numbers (a negated or conjugated view)")
+        return arguments[:4]
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
         if (
@@ -324,6 +344,7 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
+TIED = "lm_head.weight"  # what PyTorch calls the second name of a tied tensor in a GPT-2
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, nanoGPT
 
 
@@ -338,6 +359,11 @@ def state_dict(value: Any, where: str) -> tuple[dict[str, TensorRef], tuple[str,
         for key in WRAPPERS:
             if isinstance(value.get(key), dict):
                 left_out = [str(other) for other in value if other != key]
+                beside = [other for other, item in value.items() if other != key and _holds_tensors(other, item)]
+                if beside:
+                    raise CheckpointError(
+                        f"{where}: {beside[0]!r} and {key!r} both hold tensors of a model; save one of them alone"
+                    )
                 value = value[key]
                 break
     if not isinstance(value, dict) or not value:
@@ -349,6 +375,11 @@ def state_dict(value: Any, where: str) -> tuple[dict[str, TensorRef], tuple[str,
     return value, tuple(left_out)
 
 
+def _holds_tensors(key: Any, value: Any) -> bool:
+    """Whether what lies beside a wrapped state dict may be weights as well, rather than an optimizer's state."""
+    return isinstance(value, TensorRef) or (key in WRAPPERS and isinstance(value, dict))
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, TensorRef):
         return "a tensor"
@@ -356,9 +387,10 @@ def _describe(value: Any) -> str:
 
 
 def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:
-    """Refuse tensors that share values, but for two names of exactly the same tensor (``lm_head`` and ``wte``)."""
+    """Refuse tensors that share values; but ``lm_head.weight`` may be another tensor's second name."""
+    tensors = {name: ref for name, ref in tensors.items() if name != TIED or list(tensors.values()).count(ref) < 2}
     spans = sorted(
-        {(t.storage.key, t.offset, t.offset + math.prod(t.shape)) for t in tensors.values() if math.prod(t.shape)}
+        (t.storage.key, t.offset, t.offset + math.prod(t.shape)) for t in tensors.values() if math.prod(t.shape)
     )
     for (key, _, end), (other, start, _) in itertools.pairwise(spans):
         if key == other and start < end:

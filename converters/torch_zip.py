@@ -80,12 +80,12 @@ def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
         if name in result:
             raise FormatError(f"{file.path}: the member {name!r} is there twice")
         start = _data_start(file, info)
-        spans.append((info.header_offset, start + info.file_size))
+        spans.append((info.header_offset, start + info.file_size, 24 if info.flag_bits & 8 else 0))
         result[name] = (start, info)
     spans.sort()
-    for (_, end), (begin, _) in itertools.pairwise([(0, 0), *spans, (directory, directory)]):
-        # Between members lies nothing but a data descriptor of up to 24 bytes.
-        if begin < end or begin - end > 24 or (end == 0 and begin):
+    for (_, end, descriptor), (begin, _, _) in itertools.pairwise([(0, 0, 0), *spans, (directory, directory, 0)]):
+        # Between members lies nothing but a data descriptor of up to 24 bytes, where the member says so.
+        if not 0 <= begin - end <= descriptor:
             raise FormatError(
                 f"{file.path}: not a sound zip archive: {'members overlap' if begin < end else f'stray bytes at {end}'}"
             )

@@ -235,7 +235,7 @@ def compare_logits(a: Subject, b: Subject, ids: Sequence[int]) -> tuple[Check, f
     """Logits at every position, against a bound relative to the largest; also gives the largest error."""
     x, y = (np.asarray(model.logits(ids), np.float64) for model in (a, b))
     largest, error = float(np.abs(y).max()), float(np.abs(x - y).max())
-    passed = bool(error <= RELATIVE_BOUND * largest)  # False for NaN
+    passed = bool(np.isfinite([error, largest]).all() and error <= RELATIVE_BOUND * largest)
     kind = (
         "bit-identical"
         if np.array_equal(x, y)

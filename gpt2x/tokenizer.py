@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from converters import TokenizerError, find_tokenizer
-from converters.tokenizer_files import END_OF_TEXT, TokenizerFiles, build
+from converters.tokenizer_files import END_OF_TEXT, TokenizerFiles, Vocabulary, build
 
 
 class Tokenizer:
@@ -22,12 +21,12 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-        self._use(build(vocab, merges))
+        self._use(Vocabulary(vocab, merges))
 
-    def _use(self, backend: Any) -> None:
-        self._backend = backend
-        self.eos_token_id: int | None = backend.token_to_id(END_OF_TEXT)
-        self.vocab_size: int = backend.get_vocab_size()
+    def _use(self, vocabulary: Vocabulary) -> None:
+        self._backend = build(vocabulary)
+        self.eos_token_id: int | None = vocabulary.ids.get(END_OF_TEXT)
+        self.vocab_size = len(vocabulary.ids)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
@@ -52,16 +51,8 @@ class Tokenizer:
     @classmethod
     def from_files(cls, found: TokenizerFiles) -> Tokenizer:
         """The tokenizer of files that ``find_tokenizer`` found."""
-        if found.tokenizer_json is None:
-            return cls(*found.vocabulary())
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            backend = Backend.from_file(str(found.tokenizer_json))
-        except Exception as error:  # the library raises Exception itself
-            raise TokenizerError(f"{found.tokenizer_json}: not a tokenizer: {error}") from None
         tokenizer = cls.__new__(cls)
-        tokenizer._use(backend)
+        tokenizer._use(found.vocabulary())
         return tokenizer
 
     def encode(self, text: str) -> list[int]:

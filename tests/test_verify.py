@@ -1,0 +1,276 @@
+"""``verify`` says yes to what is the same, and no to every kind of difference."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED, TINY, assert_refused, needs_shared, random_checkpoint
+
+from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
+from converters.tensors import F16
+from gpt2x import SHAKESPEARE, parity
+from gpt2x.parity import compare_logits, compare_words, verify_checkpoints
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(random_checkpoint(), "a.safetensors")
+
+
+def changed(name, change):
+    """The tiny model with one tensor changed."""
+    tiny = random_checkpoint()
+    array = change(tiny.tensors[name].read().copy())
+    return replace(tiny, tensors={**tiny.tensors, name: LazyTensor.of(np.ascontiguousarray(array))})
+
+
+def flip_one_bit(array):
+    array.view(np.uint8).reshape(-1)[0] ^= 1  # the least significant bit of one value
+    return array
+
+
+def verdict(report):
+    return {check.name: check.passed for check in report.checks}
+
+
+# ---------------------------------------------------------------------------------------------------- what is same
+
+
+def test_conversions_of_one_model_are_the_same(gpt2x):
+    save_checkpoint(open_checkpoint(SHAKESPEARE), "hf")
+    result = gpt2x("verify", SHAKESPEARE, "hf")
+    assert result.exit_code == 0, result.output
+    assert "52 of 52 tensors bit-identical" in result.stdout
+    assert "same vocabulary and merges" in result.stdout
+    assert "200 of 200 tokens the same" in result.stdout
+
+
+def test_a_model_alone_is_compared_with_transformers(gpt2x):
+    result = gpt2x("verify", SHAKESPEARE)
+    assert result.exit_code == 0, result.output
+    assert "against transformers" in result.stdout
+    assert "200 of 200 tokens the same" in result.stdout
+
+
+def test_a_model_alone_is_compared_with_the_reference_where_transformers_is_missing(gpt2x, monkeypatch):
+    monkeypatch.setattr(parity, "_installed", lambda module: module == "torch")
+    result = gpt2x("verify", "a.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "against float64 reference" in result.stdout
+
+
+def test_weights_are_compared_without_torch(gpt2x, monkeypatch):
+    monkeypatch.setattr(parity, "_installed", lambda module: False)
+    shutil.copy("a.safetensors", "b.safetensors")
+    result = gpt2x("verify", "a.safetensors", "b.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "pip install 'gpt2x[torch]'" in result.stdout
+    alone = gpt2x("verify", "a.safetensors")
+    assert alone.exit_code == 1  # nothing was compared: that is no proof
+
+
+def test_the_report_is_written_as_json(gpt2x):
+    result = gpt2x("verify", "a.safetensors", "a.safetensors", "--json", "report.json")
+    assert result.exit_code == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["passed"] is True
+    assert [check["name"] for check in report["checks"]] == [
+        "configuration",
+        "weights",
+        "tokenizer",
+        "logits",
+        "greedy words",
+    ]
+    assert json.loads(gpt2x("verify", "a.safetensors", "a.safetensors", "--json", "-").stdout) == report
+
+
+def test_a_report_is_never_written_over_a_file(gpt2x):
+    before = Path("a.safetensors").read_bytes()
+    assert_refused(gpt2x("verify", "a.safetensors", "--json", "a.safetensors"), "exists already")
+    assert Path("a.safetensors").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------- every kind of difference
+
+
+@pytest.mark.parametrize(
+    ("other", "failing", "words"),
+    [
+        (lambda: changed("h.1.ln_2.bias", flip_one_bit), {"weights"}, "h.1.ln_2.bias differs in 1 values"),
+        (lambda: changed("h.0.attn.c_proj.weight", np.transpose), {"weights", "logits"}, "h.0.attn.c_proj.weight differs in 30"),
+        (lambda: random_checkpoint(seed=1), {"weights", "logits"}, "0 of 28 tensors"),
+        (lambda: random_checkpoint().cast(F16), {"weights", "logits"}, "is F32, not F16 (largest difference"),
+        (lambda: switched(activation_function="gelu"), {"configuration", "logits"}, "activation_function is 'gelu_new', not 'gelu'"),
+        (lambda: switched(layer_norm_epsilon=0.5), {"configuration", "logits"}, "layer_norm_epsilon"),
+        (lambda: switched(n_head=3), {"configuration", "logits"}, "n_head is 2, not 3"),
+        (lambda: switched(scale_attn_weights=False), {"configuration", "logits"}, "scale_attn_weights"),
+        (lambda: switched(scale_attn_by_inverse_layer_idx=True), {"configuration", "logits"}, "scale_attn_by_inverse_layer_idx"),
+        (lambda: smaller(n_layer=1), {"configuration", "weights", "logits"}, "is only in the first"),
+        (lambda: smaller(n_vocab=12), {"configuration", "weights"}, "is [13, 6], not [12, 6]"),
+        (lambda: smaller(n_ctx=9), {"configuration", "weights"}, "n_ctx is 10, not 9"),
+        (lambda: smaller(tie_word_embeddings=False), {"configuration", "weights", "logits"}, "lm_head.weight is only in the second"),
+    ],
+)  # fmt: skip
+def test_a_difference_is_found_named_and_exit_code_1(gpt2x, other, failing, words):
+    save_checkpoint(other(), "b.safetensors")
+    result = gpt2x("verify", "a.safetensors", "b.safetensors", "--json", "report.json")
+    assert result.exit_code == 1, result.output
+    assert words in result.stdout
+    report = json.loads(Path("report.json").read_text())
+    failed = {check["name"] for check in report["checks"] if check["passed"] is False}
+    assert failed - {"greedy words"} == failing  # tiny models may say the same words all the same
+
+
+def switched(**fields):
+    """The same weights under another configuration."""
+    return replace(random_checkpoint(), config=GPT2Config(**{**vars(TINY), **fields}))
+
+
+def smaller(**fields):
+    """The same random numbers as far as they go, in another shape."""
+    config = GPT2Config(**{**vars(TINY), **fields})
+    tiny, other = random_checkpoint(), random_checkpoint(config)
+    shared = {
+        n: tiny.tensors[n] for n in config.shapes() if n in tiny.tensors and tiny.tensors[n].shape == config.shapes()[n]
+    }
+    return Checkpoint(config=config, tensors={**other.tensors, **shared})
+
+
+def test_another_tokenizer_is_a_difference(gpt2x):
+    for name in ("a", "b"):
+        shutil.copytree(SHAKESPEARE, name)
+    assert gpt2x("verify", "a", "b").exit_code == 0
+    merges = Path("b/vocab.bpe").read_text().splitlines()
+    merges[5], merges[6] = merges[6], merges[5]
+    Path("b/vocab.bpe").write_text("\n".join(merges) + "\n")
+    result = gpt2x("verify", "a", "b")
+    assert result.exit_code == 1
+    assert "the vocabularies or merges differ" in result.stdout
+
+
+class Fixed:
+    """A model that gives these logits (V,) after everything."""
+
+    def __init__(self, *logits, n_ctx=40):
+        self.row, self.n_ctx, self.n_vocab = np.array(logits, np.float32), n_ctx, len(logits)
+
+    def step(self, input_ids, attention_mask, position_ids, cache):
+        return self.row[None], None
+
+    def logits(self, ids):
+        return np.tile(self.row, (len(ids), 1))
+
+
+def test_logits_pass_within_the_bound_and_fail_outside():
+    base = Fixed(1.0, 2.0, 100.0)
+    assert compare_logits(Fixed(1.0, 2.0, 100.0 - 5e-4), base, [0, 1])[0].passed
+    assert not compare_logits(Fixed(1.0, 2.0 + 2e-3, 100.0), base, [0, 1])[0].passed
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_fail(bad):
+    assert not compare_logits(Fixed(1.0, bad), Fixed(1.0, 2.0), [0])[0].passed
+    assert not compare_logits(Fixed(1.0, 2.0), Fixed(1.0, bad), [0])[0].passed
+
+
+def test_a_clear_divergence_of_words_fails_and_a_near_tie_is_said_to_be_one():
+    reference = Fixed(1.0, 2.0, 0.0)
+    clear = compare_words(Fixed(3.0, 2.0, 0.0), reference, [0], error=1e-6)
+    assert clear.passed is False
+    assert clear.details["first_difference"] == 0
+    tie = compare_words(Fixed(1.0, 1.0 - 1e-7, 0.0), Fixed(1.0, 1.0 + 1e-6, 0.0), [0], error=1e-6)
+    assert tie.passed is True
+    assert tie.details["near_tie"] is True
+    assert "a near tie" in tie.result
+
+
+def test_words_run_as_far_as_the_context_allows_and_200_at_most():
+    assert compare_words(Fixed(1, 2, n_ctx=40), Fixed(1, 2, n_ctx=40), [0] * 4, 0).details["tokens"] == 36
+    assert compare_words(Fixed(1, 2, n_ctx=400), Fixed(1, 2, n_ctx=400), [0] * 4, 0).details["tokens"] == 200
+
+
+def test_a_report_that_compared_nothing_has_not_passed():
+    assert not parity.Report("a", "b", []).passed
+    assert not parity.Report("a", "b", [parity.Check("logits", None, "")]).passed
+
+
+def test_verify_reads_each_byte_of_each_file_once(monkeypatch):
+    counts = {}
+    real = LazyTensor.chunks
+
+    def counting(tensor):
+        counts[id(tensor)] = counts.get(id(tensor), 0) + 1
+        return real(tensor)
+
+    monkeypatch.setattr(LazyTensor, "chunks", counting)
+    monkeypatch.setattr(parity, "_installed", lambda module: False)
+    a, b = random_checkpoint(), random_checkpoint()
+    assert verify_checkpoints(a, b).passed
+    assert set(counts.values()) == {1}
+
+
+# ------------------------------------------------------------------------------------------------ OpenAI's release
+
+
+def with_own_table(monkeypatch, checkpoint):
+    """A table of checksums like the release's, of synthetic data."""
+    from converters.checkpoint import crc_of
+
+    table = {name: {"shape": t.shape, "crc32c": crc_of(t)} for name, t in checkpoint.tensors.items()}
+    monkeypatch.setattr(parity, "release_checksums", lambda: table)
+
+
+@pytest.mark.parametrize("kind", ["tf", "safetensors", "bin", "hf"])
+def test_every_format_is_certified_by_the_checksums(gpt2x, monkeypatch, kind):
+    deep = random_checkpoint(GPT2Config(n_layer=12, n_head=2, n_embd=6, n_ctx=10, n_vocab=13))
+    with_own_table(monkeypatch, deep)
+    target = {"safetensors": "m.safetensors", "bin": "m.bin"}.get(kind, kind)
+    save_checkpoint(deep, target, kind)
+    result = gpt2x("verify", target, "--against", "openai-124M")
+    assert result.exit_code == 0, result.output
+    assert "148 of 148 tensors bit-identical to OpenAI's release" in result.stdout
+
+
+def test_one_flipped_bit_is_no_longer_the_release(gpt2x, monkeypatch):
+    with_own_table(monkeypatch, random_checkpoint())
+    save_checkpoint(changed("ln_f.weight", flip_one_bit), "b.safetensors")
+    result = gpt2x("verify", "b.safetensors", "--against", "openai-124M")
+    assert result.exit_code == 1
+    assert "27 of 28 tensors bit-identical" in result.stdout
+    assert "ln_f.weight" in result.stdout
+
+
+def test_another_model_is_not_the_release(gpt2x):
+    result = gpt2x("verify", SHAKESPEARE, "--against", "openai-124M")
+    assert result.exit_code == 1
+    assert "0 of 148" in result.stdout
+
+
+def test_the_table_has_gpt2_smalls_148_tensors():
+    table = parity.release_checksums()
+    assert {name: facts["shape"] for name, facts in table.items()} == GPT2Config().shapes()
+    assert len(table) == 148
+
+
+@needs_shared
+def test_the_table_is_that_of_openais_own_index():
+    from converters.dialects import OPENAI
+    from converters.files import File
+    from converters.tf_bundle import Entry, read_table, unmask
+
+    real = dict(read_table(File(SHARED / "data" / "openai-117M" / "model.ckpt.index")))
+    for name, facts in parity.release_checksums().items():
+        assert unmask(Entry.parse(real[OPENAI.layout(name)[0].encode()], name).crc) == facts["crc32c"]
+
+
+def test_b_and_against_together_are_wrong_usage(gpt2x):
+    assert gpt2x("verify", "a.safetensors", "a.safetensors", "--against", "openai-124M").exit_code == 2
+
+
+def test_a_broken_file_is_one_clear_error(gpt2x):
+    Path("b.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:-3])
+    assert_refused(gpt2x("verify", "a.safetensors", "b.safetensors"), "cut short")
