@@ -78,6 +78,11 @@ def assemble(
     dialect, prefix = recognise(container.tensors)
     where = str(container.path)
     found, left_out, faults = _sort(container.tensors, dialect, prefix)
+    if not found and container.tensors:
+        first = next(iter(container.tensors))[:100]
+        raise CheckpointError(
+            f"{where}: not a GPT-2: none of its {len(container.tensors)} tensors has a name of GPT-2's (the first is {first!r})"
+        )
     depth = _depth(found, faults)
     names = expected_names(dialect, prefix, depth)
     faults = [f"missing   {name}" for name, canonical in names.items() if canonical not in found] + faults

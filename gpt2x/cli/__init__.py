@@ -14,6 +14,7 @@ from .convert import convert
 from .demo import demo
 from .generate import generate
 from .inspect import inspect
+from .text import printable
 from .verify import verify
 
 
@@ -28,7 +29,7 @@ class Main(click.Group):
         except Exception as error:
             if os.environ.get("GPT2X_TRACEBACK"):
                 raise
-            raise click.ClickException(explain(error)) from None
+            raise click.ClickException(printable(explain(error))) from None
 
 
 def explain(error: Exception) -> str:

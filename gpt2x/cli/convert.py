@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from .text import printable
+
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FORMATS = ("safetensors", "bin", "hf", "tf")
 
@@ -72,8 +74,8 @@ def convert(
         "warnings": warnings,
     }
     for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    click.echo(json.dumps(facts, indent=2) if as_json else summary(facts))
+        click.echo(printable(f"Warning: {warning}"), err=True)
+    click.echo(json.dumps(facts, indent=2) if as_json else printable(summary(facts)))
 
 
 def _tokenizer_note(kind: str, found: bool) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .text import printable
+
 
 @click.command()
 @click.argument("path")
@@ -25,7 +27,7 @@ def inspect(path: str, show_tensors: bool, as_json: bool) -> None:
     facts = describe(path)
     if not show_tensors:
         del facts["tensor_list"]
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines(facts)))
+    click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
 def describe(path: str) -> dict[str, Any]:
