@@ -19,7 +19,9 @@ import signal
 import stat
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from .errors import DestinationError, FormatError
 Bytes = NDArray[np.uint8]
 CHUNK = 1 << 20
 WRITEBACK = 32 << 20  # bytes after which the kernel is asked to start writing
+WAITING = 8  # chunks that may wait for the disk
 
 
 class File:
@@ -60,13 +63,13 @@ class File:
         return data
 
     def chunks(self, offset: int, size: int) -> Iterator[Bytes]:
-        """These bytes in order, about a megabyte at a time. A chunk is valid until the next one is asked for."""
+        """These bytes in order, about a megabyte at a time."""
         self._inside(offset, size)
-        buffer = np.empty(min(CHUNK, size), np.uint8)
         end = offset + size
         while offset < end:
+            buffer = np.empty(min(CHUNK, end - offset), np.uint8)
             with reading(self.path):
-                n = os.preadv(self._fd, [buffer[: min(len(buffer), end - offset)].data], offset)
+                n = os.preadv(self._fd, [buffer.data], offset)
             if n == 0:
                 raise self._changed()
             yield buffer[:n]
@@ -164,23 +167,56 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Output:
-    """A file being written, sequentially, with room to patch what is already there."""
+    """A file being written, sequentially, with room to patch what is already there.
+
+    A thread of its own writes, so that reading and checksums go on meanwhile; a few chunks wait at most. Its errors
+    come out of a later call, ``close`` at the latest.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._flushed = 0
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future[None]] = deque()
+        self._written = self._flushed = 0  # the thread's own
         self.position = 0
 
     def write(self, data: bytes | Bytes) -> None:
+        """Append bytes, which must not change any more."""
+        self._queue(self._write, data)
+        self.position += len(data)
+
+    def patch(self, offset: int, data: bytes) -> None:
+        """Replace a few bytes that were appended before."""
+        self._queue(self._patch, offset, data)
+
+    def close(self) -> None:
+        """Wait until everything is written and on the disk."""
+        try:
+            while self._pending:
+                self._pending.popleft().result()
+            os.fsync(self._fd)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Stop writing, whatever waits."""
+        self._writer.shutdown(cancel_futures=True)
+
+    def _queue(self, work: Callable[..., None], *args: Any) -> None:
+        self._pending.append(self._writer.submit(work, *args))
+        if len(self._pending) > WAITING:
+            self._pending.popleft().result()
+
+    def _write(self, data: bytes | Bytes) -> None:
         view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
         while len(view):
             n = os.write(self._fd, view)
-            view, self.position = view[n:], self.position + n
-        if self.position - self._flushed >= WRITEBACK:
-            _start_writeback(self._fd, self._flushed, self.position)
-            self._flushed = self.position
+            view, self._written = view[n:], self._written + n
+        if self._written - self._flushed >= WRITEBACK:
+            _start_writeback(self._fd, self._flushed, self._written)
+            self._flushed = self._written
 
-    def patch(self, offset: int, data: bytes) -> None:
+    def _patch(self, offset: int, data: bytes) -> None:
         if os.pwrite(self._fd, data, offset) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -233,10 +269,12 @@ def new_file(path: Path, force: bool = False, check: Callable[[Path], None] | No
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            output = Output(fd)
             try:
-                yield Output(fd)
-                os.fsync(fd)
+                yield output
+                output.close()
             finally:
+                output.abandon()
                 os.close(fd)
             if check:
                 check(temporary)

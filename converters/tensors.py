@@ -105,7 +105,7 @@ class LazyTensor:
         return self.size * self.dtype.itemsize
 
     def chunks(self) -> Iterator[Bytes]:
-        """The bytes in order. A chunk is valid until the next one is asked for."""
+        """The bytes in order."""
         return self.stream()
 
     def read(self) -> Array:

@@ -52,6 +52,17 @@ def activation(name: str) -> nn.Module:
     return table[name]
 
 
+class Table(nn.Module):
+    """A row for each id: an embedding, whose rows can also be the output's weights. Initialised by the model."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class Projection(nn.Module):
     """``x @ weight + bias`` with ``weight`` kept ``[in, out]``."""
 
@@ -178,13 +189,14 @@ class GPT2(nn.Module):
             **{**rates, **switches},
         )
         self.n_ctx = config.n_ctx
-        self.wte = nn.Embedding(config.n_vocab, config.n_embd)
-        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.wte = Table(config.n_vocab, config.n_embd)
+        self.wpe = Table(config.n_ctx, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.n_vocab, bias=False)
-        self._initialise()
+        self.lm_head = None if config.tie_word_embeddings else Table(config.n_vocab, config.n_embd)
+        if not self.wte.weight.is_meta:  # there, a model waits for weights
+            self._initialise()
 
     @classmethod
     def from_config(cls, config: GPT2Config) -> GPT2:
@@ -254,7 +266,7 @@ class GPT2(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        return F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
 
     def _positions(self, attention_mask: Optional[Tensor], P: int, T: int, like: Tensor) -> Tensor:
         if attention_mask is None:

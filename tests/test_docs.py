@@ -1,0 +1,106 @@
+"""What the documents say is true: their commands and programs run."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import random_checkpoint
+
+from converters import save_checkpoint
+from gpt2x import SHAKESPEARE
+
+ROOT = Path(__file__).parents[1]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+
+
+def test_every_command_of_the_readme_runs(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(SHAKESPEARE, "models/124M")
+    lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
+    commands = [line.removeprefix("$ gpt2x ") for line in lines if line.startswith("$ gpt2x ")]
+    assert len(commands) >= 9
+    for command in commands:
+        result = gpt2x(*shlex.split(command, comments=True))
+        assert result.exit_code == 0, (command, result.output)
+
+
+def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    made = re.findall(r"make ([\w-]+)", "".join(path.read_text() for path in DOCS))
+    assert {"demo", "test"} <= set(made) <= targets
+
+
+@pytest.mark.parametrize("program", blocks(ROOT / "README.md", "python"), ids=lambda code: code.splitlines()[-1][:40])
+def test_every_program_of_the_readme_runs(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "README.md", "exec"), {})
+
+
+def test_the_example_of_the_package_runs(capsys):
+    import gpt2x
+
+    code = "\n".join(line[4:] for line in gpt2x.__doc__.splitlines() if line.startswith("    "))
+    exec(compile(code, "gpt2x", "exec"), {})
+    assert capsys.readouterr().out.startswith("ROMEO:")
+
+
+def test_the_error_that_the_readme_shows_is_the_real_one(gpt2x, tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    monkeypatch.chdir(tmp_path)
+    from converters import GPT2Config
+
+    arrays = {n: t.read() for n, t in random_checkpoint(GPT2Config(n_layer=12, n_head=1, n_embd=2, n_ctx=3, n_vocab=5)).tensors.items()}
+    arrays["h.0.attn.rotary"] = arrays.pop("h.11.ln_2.bias")
+    safetensors.numpy.save_file(arrays, "model.safetensors")
+    shown = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("Error"))
+    assert gpt2x("convert", "model.safetensors", "out.bin").stderr == shown
+
+
+def test_every_link_leads_somewhere():
+    for path in DOCS:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_file_that_a_document_names_is_there():
+    for path in DOCS:
+        for name in re.findall(r"`((?:tests|examples|converters|gpt2x|docs|benchmarks)/[\w/.]+\.\w+)`", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def test_every_command_is_in_the_readme():
+    from gpt2x.cli import main
+
+    text = (ROOT / "README.md").read_text()
+    assert all(f"gpt2x {name}" in text or f"make {name}" in text for name in main.commands)
+
+
+def test_the_training_example_trains_and_saves_what_can_be_used(gpt2x, tmp_path, monkeypatch):
+    """A few steps of the example that made the shipped model, on a small text."""
+    import sys
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from click.testing import CliRunner
+    from train_shakespeare import main
+
+    words = "To be, or not to be, that is the question: Whether 'tis nobler in the mind to suffer\n"
+    (tmp_path / "text.txt").write_text("".join(f"{words[i % 40:]}{i}\n" for i in range(400)))
+    options = "--steps 3 --batch-size 2 --vocab 300 --context 16 --width 12 --layers 1 --heads 2".split()
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, [str(tmp_path / "text.txt"), "--out", str(out), *options])
+    assert result.exit_code == 0, result.output
+    assert "held out" in result.output
+    assert gpt2x("generate", out, "To be", "--max-new-tokens", 5).exit_code == 0
+    del sys.modules["train_shakespeare"]
+
+
+def test_a_tiny_model_is_enough_for_every_format(tmp_path):
+    for kind in ("tf", "hf", "safetensors", "bin"):
+        save_checkpoint(random_checkpoint(), tmp_path / kind, kind)
