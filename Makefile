@@ -21,8 +21,8 @@ test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a li
 
 test-all: test test-tensorflow ## everything
 
-bench: $(VENV)/.ready ## speed and memory beside cp; takes 20 GB of disk and some minutes
-	$(BIN)/python benchmarks/convert.py
+bench: $(VENV)/.ready $(VENV)-bench/.ready ## speed and memory beside cp; takes 20 GB of disk and some minutes
+	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,5 +34,12 @@ $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt
 	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu
 	touch $@
 
+# As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
+$(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/cli/*.py)
+	$(PYTHON) -m venv --clear $(VENV)-bench
+	$(VENV)-bench/bin/python $(PIP) .
+	rm -rf build
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-tensorflow build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

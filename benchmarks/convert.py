@@ -6,6 +6,7 @@ figure for the process (ru_maxrss).
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -18,34 +19,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import numpy as np
 
 from converters import Checkpoint, GPT2Config, LazyTensor, save_checkpoint
 from converters.tensors import F32
 
 SIZES = {"124M": GPT2Config(), "1558M": GPT2Config(n_layer=48, n_embd=1600, n_head=25)}
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as installed: compiled once
-GPT2X = [sys.executable, "-m", "gpt2x"]
 
 
 def random_tensor(shape: tuple[int, ...]) -> LazyTensor:
     """Random small floats, made in chunks so that 6 GB need no memory."""
-    size = int(np.prod(shape))
+    size = math.prod(shape)
 
     def stream():  # type: ignore[no-untyped-def]
+        import numpy as np
+
         rng = np.random.default_rng(size)
         for start in range(0, size, 1 << 18):
-            yield rng.random(min(1 << 18, size - start), np.float32).view(np.uint8)
+            yield rng.random(min(1 << 18, size - start), np.float32).tobytes()
 
     return LazyTensor(F32, shape, stream)
 
 
 def make(size: str, folder: Path) -> Path:
-    """A checkpoint of a published shape in OpenAI's layout."""
+    """A checkpoint of a published shape in OpenAI's layout.
+
+    In a process of its own: what this one once used would be counted as the peak of those it starts.
+    """
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        return folder / size
     config = SIZES[size]
     tensors = {name: random_tensor(shape) for name, shape in config.shapes().items()}
     save_checkpoint(Checkpoint(config=config, tensors=tensors), folder / size, "tf")
-    return folder / size
+    os._exit(0)
 
 
 def run(command: list[str]) -> tuple[float, float]:
@@ -84,13 +91,13 @@ def table(results: dict[str, tuple[float, float]], base: str) -> None:
         print(f"| {name} | {seconds:.2f} | {seconds / results[base][0]:.2f} | {memory:.0f} |")
 
 
-def conversions(source: Path, folder: Path, rounds: int) -> None:
+def conversions(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> None:
     data = source / "model.ckpt.data-00000-of-00001"
     safetensors = folder / "m.safetensors"
-    subprocess.run([*GPT2X, "convert", str(source), str(safetensors)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*gpt2x, "convert", str(source), str(safetensors)], check=True, stdout=subprocess.DEVNULL)
 
     def convert(path: Path, *options: str) -> Callable[[Path], list[str]]:
-        return lambda target: [*GPT2X, "convert", str(path), str(target), *options]
+        return lambda target: [*gpt2x, "convert", str(path), str(target), *options]
 
     print(f"\n{source.name}: {data.stat().st_size:,} bytes\n")
     jobs = {
@@ -104,10 +111,10 @@ def conversions(source: Path, folder: Path, rounds: int) -> None:
     safetensors.unlink()
 
 
-def start_up(rounds: int) -> None:
-    times = [run([*GPT2X, "--help"])[0] for _ in range(rounds + 1)][1:]
+def start_up(gpt2x: list[str], python: Path, rounds: int) -> None:
+    times = [run([*gpt2x, "--help"])[0] for _ in range(rounds + 1)][1:]
     print(f"\n`gpt2x --help`: {statistics.median(times):.3f} s (python -c pass: ", end="")
-    print(f"{statistics.median([run([sys.executable, '-c', 'pass'])[0] for _ in range(rounds)]):.3f} s)")
+    print(f"{statistics.median([run([str(python), '-c', 'pass'])[0] for _ in range(rounds)]):.3f} s)")
 
 
 LOAD = """
@@ -125,26 +132,34 @@ print(f"\\nLoading safetensors into the model: {time.perf_counter() - start:.2f}
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a temporary folder by default.")
 @click.option("--small", is_flag=True, help="Leave out the 6.2 GB checkpoint.")
-def main(rounds: int, folder: Path | None, small: bool) -> None:
+@click.option(
+    "--gpt2x",
+    "program",
+    type=click.Path(path_type=Path),
+    help="The gpt2x to measure; by default the one beside this Python.",
+)
+def main(rounds: int, folder: Path | None, small: bool, program: Path | None) -> None:
     """Measure gpt2x convert beside cp and sync."""
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
     )
+    program = program or Path(sys.executable).with_name("gpt2x")
+    gpt2x = [str(program)]
     with tempfile.TemporaryDirectory(dir=folder, prefix="gpt2x-bench-") as name:
         work = Path(name)
         source = make("124M", work)
-        conversions(source, work, rounds)
+        conversions(gpt2x, source, work, rounds)
         model = work / "m.safetensors"
-        subprocess.run([*GPT2X, "convert", str(source), str(model)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*gpt2x, "convert", str(source), str(model)], check=True, stdout=subprocess.DEVNULL)
         print(
             subprocess.run([sys.executable, "-c", LOAD, str(model)], check=True, capture_output=True, text=True).stdout,
             end="",
         )
-        start_up(rounds)
+        start_up(gpt2x, program.with_name("python"), rounds)
         shutil.rmtree(source)
         model.unlink()
         if not small:
-            conversions(make("1558M", work), work, 1)
+            conversions(gpt2x, make("1558M", work), work, 1)
 
 
 if __name__ == "__main__":

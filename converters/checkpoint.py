@@ -193,10 +193,10 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors have the same format, shape and bytes."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return all((x == y).all() for x, y in zip_chunks(a.chunks(), b.chunks()))
+    return all(x == y for x, y in zip_chunks(a.chunks(), b.chunks()))
 
 
-def zip_chunks(a: Iterator[Any], b: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+def zip_chunks(a: Iterator[bytes], b: Iterator[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """Two streams of bytes in step, whatever their chunks; both are read to the end, so checksums are verified."""
     x, y = next(a, None), next(b, None)
     while x is not None and y is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import safetensors_file, tf_bundle, torch_legacy, torch_zip
+from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint, assemble
 from .config import from_hf, from_hparams, to_hf, to_hparams
 from .container import Container
@@ -74,10 +74,8 @@ def _open_path(path: Path) -> Container:
         return open_shards(path, _open_path)
     if safetensors_file.looks_like(head, file.size):
         return safetensors_file.open_safetensors(path)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return torch_zip.open_torch_zip(path)
-    if head.startswith(torch_legacy.HEAD):
-        return torch_legacy.open_torch_legacy(path)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x80\x02\x8a\x0a")):
+        return _open_torch(path, zipped=head.startswith(b"PK"))
     if fault := _not_weights(file, head):
         raise FormatError(f"{path}: {fault}")
     if path.suffix == ".safetensors":
@@ -85,6 +83,12 @@ def _open_path(path: Path) -> Container:
     raise FormatError(
         f"{path}: not a format that gpt2x knows (no TensorFlow index, zip, PyTorch pickle or safetensors)"
     )
+
+
+def _open_torch(path: Path, zipped: bool) -> Container:
+    from . import torch_legacy, torch_zip  # here, because no other format needs zipfile and pickletools
+
+    return torch_zip.open_torch_zip(path) if zipped else torch_legacy.open_torch_legacy(path)
 
 
 def _not_weights(file: File, head: bytes) -> str | None:
@@ -203,12 +207,14 @@ def _watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | Non
 
 def _save_safetensors(checkpoint: Checkpoint, path: Path, force: bool = False) -> list[Path]:
     tensors = HF.write(checkpoint.tensors, checkpoint.config)
-    with new_file(path, force, check=lambda written: safetensors_file.read_back(written, tensors)) as out:
+    with new_file(path, force) as out:
         safetensors_file.write_safetensors(out, tensors, to_hf(checkpoint.config))
     return [path]
 
 
 def _save_bin(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
+    from . import torch_zip
+
     tensors = HF.write(checkpoint.tensors, checkpoint.config)
     with new_file(path, force) as out:
         torch_zip.write_torch_zip(out, tensors, to_hf(checkpoint.config))

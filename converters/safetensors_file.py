@@ -1,7 +1,7 @@
 """safetensors: eight bytes of length, a JSON header, the tensors.
 
 The header is read and checked here: the ``safetensors`` library (0.8) lets duplicate names and unknown fields pass.
-What we write is shown to that library before it takes its place. Source: the format section of safetensors' README.
+Source: the format section of safetensors' README.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import safetensors
 
 from .container import Container
 from .errors import FormatError
@@ -125,11 +123,3 @@ def write_safetensors(out: Output, tensors: Mapping[str, LazyTensor], config: di
     for _, tensor in ordered:
         for chunk in tensor.chunks():
             out.write(chunk)
-
-
-def read_back(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Let the ``safetensors`` library read what was written, before anybody else does."""
-    with safetensors.safe_open(path, framework="np") as file:
-        names = set(file.keys())
-    if names != set(tensors):
-        raise FormatError(f"{path}: the safetensors library reads other names in it than were written")

@@ -1,51 +1,20 @@
-"""A tensor that is still on disk, the number formats, and casts between them."""
+"""A tensor that is still on disk: streamed, read, mapped or cast when somebody asks for it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
-from .errors import ChecksumError, ConversionError
-from .files import CHUNK, Bytes, File
+from .dtypes import BF16, DTYPES, EXPONENTS, F16, F32, F64, DType
+from .errors import ChecksumError
+from .files import CHUNK, File
 
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class DType:
-    """A number format, named as safetensors names it. bfloat16, which numpy lacks, travels as uint16."""
-
-    name: str
-    numpy: str
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes a value."""
-        return np.dtype(self.numpy).itemsize
-
-    @property
-    def is_float(self) -> bool:
-        """Whether a parameter may have it."""
-        return self.name in ("F64", "F32", "F16", "BF16")
-
-    def __str__(self) -> str:
-        return self.name
-
-
-F64, F32, F16, BF16 = DType("F64", "<f8"), DType("F32", "<f4"), DType("F16", "<f2"), DType("BF16", "<u2")
-DTYPES = {
-    d.name: d
-    for d in (
-        F64, F32, F16, BF16, DType("I64", "<i8"), DType("I32", "<i4"), DType("I16", "<i2"), DType("I8", "|i1"),
-        DType("U64", "<u8"), DType("U32", "<u4"), DType("U16", "<u2"), DType("U8", "|u1"), DType("BOOL", "|b1"),
-    )
-}  # fmt: skip
+if TYPE_CHECKING:
+    from .arrays import Array
 
 
 @dataclass(frozen=True)
@@ -59,20 +28,25 @@ class LazyTensor:
 
     dtype: DType
     shape: tuple[int, ...]
-    stream: Callable[[], Iterator[Bytes]]
-    mapped: Callable[[], Bytes] | None = None
+    stream: Callable[[], Iterator[bytes]]
+    mapped: Callable[[], Any] | None = None
     checksummed: bool = False
 
     @classmethod
     def of(cls, array: Array, dtype: DType | None = None) -> LazyTensor:
         """A tensor over an array in memory. ``dtype=BF16`` takes bfloat16 as uint16."""
-        found = dtype or next(d for d in DTYPES.values() if np.dtype(d.numpy) == array.dtype)
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        found = dtype or next(d for d in DTYPES.values() if array.dtype == d.numpy)
+        flat = array.reshape(-1).view("u1").data
 
-        def stream() -> Iterator[Bytes]:
-            return (flat[i : i + CHUNK] for i in range(0, len(flat), CHUNK))
+        def stream() -> Iterator[bytes]:
+            return (bytes(flat[i : i + CHUNK]) for i in range(0, len(flat), CHUNK))
 
         return cls(found, array.shape, stream, lambda: flat)
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> LazyTensor:
+        """Bytes in memory, as numbers of eight bits."""
+        return cls(DTYPES["U8"], (len(data),), lambda: iter([data]))
 
     @classmethod
     def in_file(
@@ -81,16 +55,15 @@ class LazyTensor:
         """A tensor whose bytes lie in ``file``, contiguous from ``offset``."""
         size = math.prod(shape) * dtype.itemsize
 
-        def stream() -> Iterator[Bytes]:
+        def stream() -> Iterator[bytes]:
             chunks = file.chunks(offset, size)
             return checksum.over(chunks) if checksum else chunks
 
-        def mapped() -> Bytes:
-            data = file.map(offset, size)
+        def mapped() -> Any:
             if checksum:
-                for _ in checksum.over(iter([data])):
+                for _ in stream():
                     pass
-            return data
+            return file.map(offset, size)
 
         return cls(dtype, shape, stream, mapped, checksum is not None)
 
@@ -104,27 +77,26 @@ class LazyTensor:
         """How many bytes."""
         return self.size * self.dtype.itemsize
 
-    def chunks(self) -> Iterator[Bytes]:
+    def chunks(self) -> Iterator[bytes]:
         """The bytes in order."""
         return self.stream()
 
     def read(self) -> Array:
         """The whole tensor in memory; bfloat16 as uint16."""
-        data = np.empty(self.nbytes, np.uint8)
+        from .arrays import as_array
+
+        data = bytearray(self.nbytes)
         position = 0
         for chunk in self.chunks():
             data[position : position + len(chunk)] = chunk
             position += len(chunk)
-        return data.view(self.dtype.numpy).reshape(self.shape)
+        return as_array(data, self.dtype, self.shape)
 
     def map(self) -> Array:
         """The whole tensor without a copy where that is possible; bfloat16 as uint16."""
-        if self.mapped is None:
-            return self.read()
-        data = self.mapped()
-        if data.ctypes.data % self.dtype.itemsize:  # a file may put it at an odd place
-            data = data.copy()
-        return data.view(self.dtype.numpy).reshape(self.shape)
+        from .arrays import as_array
+
+        return as_array(self.mapped(), self.dtype, self.shape) if self.mapped else self.read()
 
     def reshape(self, shape: tuple[int, ...]) -> LazyTensor:
         """The same bytes under another shape."""
@@ -139,9 +111,12 @@ class LazyTensor:
         if dtype == self.dtype:
             return self
 
-        def stream() -> Iterator[Bytes]:
+        def stream() -> Iterator[bytes]:
+            from .arrays import as_array, cast_array
+
             for chunk in whole_items(self.chunks(), self.dtype.itemsize):
-                yield cast_array(chunk.view(self.dtype.numpy), self.dtype, dtype, name).view(np.uint8)
+                values = as_array(chunk, self.dtype, (-1,))
+                yield cast_array(values, self.dtype, dtype, name).tobytes()
 
         return LazyTensor(dtype, self.shape, stream, None, self.checksummed)
 
@@ -150,11 +125,11 @@ class LazyTensor:
 class Checksum:
     """A running checksum, what it should come to, and the words for when it does not."""
 
-    update: Callable[[int, Bytes], int]
+    update: Callable[[int, bytes], int]
     expected: int
     where: str
 
-    def over(self, chunks: Iterator[Bytes]) -> Iterator[Bytes]:
+    def over(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """The chunks, unchanged; raises ChecksumError after the last one."""
         value = 0
         for chunk in chunks:
@@ -166,57 +141,42 @@ class Checksum:
             )
 
 
-def crc32c(value: int, data: bytes | Bytes) -> int:
+def crc32c(value: int, data: bytes) -> int:
     """CRC-32C (Castagnoli), extended."""
     return int(google_crc32c.extend(value, data))
 
 
-def whole_items(chunks: Iterator[Bytes], itemsize: int) -> Iterator[Bytes]:
+def whole_items(chunks: Iterator[bytes], itemsize: int) -> Iterator[bytes]:
     """The same bytes in chunks that never split a value."""
-    rest = np.empty(0, np.uint8)
+    rest = b""
     for chunk in chunks:
-        data = np.concatenate((rest, chunk)) if len(rest) else chunk
+        data = rest + chunk if rest else chunk
         cut = len(data) - len(data) % itemsize
-        rest = data[cut:].copy()
+        rest = data[cut:]
         if cut:
-            yield data[:cut] if data[:cut].ctypes.data % itemsize == 0 else data[:cut].copy()
+            yield data[:cut]
 
 
-def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
-    """``values`` (bfloat16 as uint16) in another number format, rounded to nearest-even.
+def all_finite(chunk: bytes, dtype: DType) -> bool:
+    """Whether a chunk of whole values holds no NaN and no infinity. Their first bytes nearly always tell."""
+    first = chunk[dtype.itemsize - 1 :: dtype.itemsize]
+    if not any(byte in first for byte in EXPONENTS[dtype.name]):
+        return True
+    from .arrays import as_array, is_finite
 
-    float64 goes to bfloat16 by way of float32, as in torch.
-    """
-    wide = (values.astype(np.uint32) << 16).view(np.float32) if source == BF16 else values
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = _to_bfloat16(wide.astype(np.float32)) if target == BF16 else wide.astype(target.numpy)
-    lost = np.isfinite(wide) & ~is_finite(result, target)
-    if lost.any():
-        largest = float(np.abs(wide[lost].astype(np.float64)).max())
-        raise ConversionError(f"{name}: {largest:g} does not fit into {target}; choose another --dtype")
-    return result
+    return bool(is_finite(as_array(chunk, dtype, (-1,)), dtype).all())
 
 
-def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet = (bits >> 16) | 0x40  # a NaN stays a NaN whatever its payload
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
-
-
-def is_finite(values: Array, dtype: DType) -> NDArray[np.bool_]:
-    """Elementwise: neither NaN nor infinite."""
-    if dtype == BF16:
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    result: NDArray[np.bool_] = np.isfinite(values)
-    return result
-
-
-def all_finite(chunk: Bytes, dtype: DType) -> bool:
-    """Whether a chunk of whole values holds no NaN and no infinity. Cheap: a sum tells, nearly always."""
-    values = chunk.view(dtype.numpy)
-    if dtype in (F32, F64):
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.add.reduce(values)):
-                return True
-    return bool(is_finite(values, dtype).all())
+__all__ = [
+    "BF16",
+    "DTYPES",
+    "F16",
+    "F32",
+    "F64",
+    "Checksum",
+    "DType",
+    "LazyTensor",
+    "all_finite",
+    "crc32c",
+    "whole_items",
+]

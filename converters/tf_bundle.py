@@ -15,11 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from .container import Container
 from .errors import FormatError
-from .files import Bytes, File, Output, new_file
+from .files import File, Output, new_file
 from .tensors import DTYPES, Checksum, DType, LazyTensor, crc32c
 
 MAGIC = 0xDB4775248B80FB57
@@ -276,11 +274,13 @@ def _sliced(
         parts.append((place, part))
     _check_tiling([place for place, _ in parts], entry.shape, where)
 
-    def stream() -> Iterator[Bytes]:
+    def stream() -> Iterator[bytes]:
         if all(p[1:] == tuple(slice(0, d) for d in entry.shape[1:]) for p, _ in parts):  # cut along the first axis
             for _, part in sorted(parts, key=lambda item: [place.start for place in item[0]]):
                 yield from part.chunks()
             return
+        import numpy as np
+
         whole = np.empty(entry.shape, dtype.numpy)
         for place, part in parts:
             whole[place] = part.read()

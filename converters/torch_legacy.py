@@ -18,7 +18,6 @@ from .torch_pickle import Storage, check_overlaps, load_pickle, state_dict
 from .torch_zip import part_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
-HEAD = b"\x80\x02\x8a\x0a" + MAGIC.to_bytes(10, "little")
 PROTOCOL = 1001
 
 

@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .container import Container
 from .errors import CheckpointError, FormatError
-from .files import Bytes, File, Output, parse_json
+from .files import File, Output, parse_json
 from .tensors import DTYPES, Checksum, LazyTensor
 from .torch_pickle import MAX_PICKLE, TensorRef, check_overlaps, dump_state_dict, load_pickle, state_dict
 
@@ -53,8 +51,8 @@ def open_torch_zip(path: Path) -> Container:
     return Container("bin", path, lazy, config, left_out)
 
 
-def _crc32(value: int, data: Bytes) -> int:
-    return zlib.crc32(data.data, value)
+def _crc32(value: int, data: bytes) -> int:
+    return zlib.crc32(data, value)
 
 
 def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
@@ -174,18 +172,16 @@ def write_torch_zip(out: Output, tensors: Mapping[str, LazyTensor], config: dict
     """Write what ``torch.load(weights_only=True)`` reads: an OrderedDict of tensors in a zip archive."""
     writer = _ZipWriter(out, "pytorch_model")
     keys = {name: str(i) for i, name in enumerate(tensors)}
-    writer.add("data.pkl", _in_memory(dump_state_dict({n: (keys[n], t.dtype, t.shape) for n, t in tensors.items()})))
-    writer.add("byteorder", _in_memory(b"little"))
+    writer.add(
+        "data.pkl", LazyTensor.of_bytes(dump_state_dict({n: (keys[n], t.dtype, t.shape) for n, t in tensors.items()}))
+    )
+    writer.add("byteorder", LazyTensor.of_bytes(b"little"))
     if config:
-        writer.add(CONFIG, _in_memory(json.dumps(config).encode()))
+        writer.add(CONFIG, LazyTensor.of_bytes(json.dumps(config).encode()))
     for name, tensor in tensors.items():
         writer.add(f"data/{keys[name]}", tensor)
-    writer.add("version", _in_memory(b"3\n"))
+    writer.add("version", LazyTensor.of_bytes(b"3\n"))
     writer.finish()
-
-
-def _in_memory(data: bytes) -> LazyTensor:
-    return LazyTensor.of(np.frombuffer(data, np.uint8))
 
 
 class _ZipWriter:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters import Checkpoint, GPT2Config
+from converters.arrays import as_array, cast_array
 from converters.checkpoint import crc_of, zip_chunks
-from converters.tensors import F32, F64, LazyTensor, cast_array, whole_items
+from converters.tensors import F32, F64, LazyTensor, whole_items
 
 from .generate import Decoder, Generation, Sampling
 from .tokenizer import Tokenizer
@@ -158,10 +159,10 @@ def _difference(a: LazyTensor | None, b: LazyTensor | None) -> str | None:
         return f"is {a.dtype}, not {b.dtype} (largest difference {_largest(a, b):.3g})"
     count, largest, size = 0, 0.0, a.dtype.itemsize
     for x, y in zip_chunks(whole_items(a.chunks(), size), whole_items(b.chunks(), size)):
-        if not (x == y).all():
-            apart = (x != y).reshape(-1, size).any(1)
+        if x != y:
+            apart = (np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)).reshape(-1, size).any(1)
             count += int(apart.sum())
-            u, v = (cast_array(z.view(a.dtype.numpy)[apart], a.dtype, F64, "") for z in (x, y))
+            u, v = (cast_array(as_array(z, a.dtype, (-1,))[apart], a.dtype, F64, "") for z in (x, y))
             largest = max(largest, float(np.abs(u - v).max()))
     return f"differs in {count} values (by {largest:.3g} at most)" if count else None
 

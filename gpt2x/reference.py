@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters import Checkpoint
-from converters.tensors import F64, cast_array
+from converters.arrays import cast_array
+from converters.tensors import F64
 
 Array = NDArray[np.float64]
 

@@ -301,17 +301,17 @@ def test_a_full_disk_leaves_what_was_there(gpt2x, monkeypatch, target, existing)
         save_checkpoint(random_checkpoint(), target, "tf" if to else None)
     before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
     written = 0
-    real = os.write
+    real = os.pwrite
 
-    def write(fd, data):
+    def write(fd, data, offset):
         nonlocal written
         written += len(data)
         if written > 3_000_000:
             raise OSError(28, "No space left on device")
-        return real(fd, data)
+        return real(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(converters.files.os, "write", write)
+        patch.setattr(converters.files.os, "pwrite", write)
         result = gpt2x("convert", "models/124M", target, *to, "--force")
     assert_refused(result, "No space left on device")
     assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
@@ -348,12 +348,12 @@ os_open = os.open
 
 SLOW = """
 import sys, time, os, converters.files as f
-real = os.write
-def write(fd, data):
+real = os.pwrite
+def write(fd, data, offset):
     if len(data) > 100:
         time.sleep(0.005)
-    return real(fd, data)
-f.os.write = write
+    return real(fd, data, offset)
+f.os.pwrite = write
 from gpt2x.cli import main
 main(sys.argv[1:])
 """

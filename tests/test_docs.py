@@ -32,7 +32,7 @@ def test_every_command_of_the_readme_runs(gpt2x, tmp_path, monkeypatch):
 
 def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    made = re.findall(r"make ([\w-]+)", "".join(path.read_text() for path in DOCS))
+    made = re.findall(r"(?:^\$ |`)make ([\w-]+)", "".join(path.read_text() for path in DOCS), re.M)
     assert {"demo", "test"} <= set(made) <= targets
 
 
@@ -56,7 +56,10 @@ def test_the_error_that_the_readme_shows_is_the_real_one(gpt2x, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     from converters import GPT2Config
 
-    arrays = {n: t.read() for n, t in random_checkpoint(GPT2Config(n_layer=12, n_head=1, n_embd=2, n_ctx=3, n_vocab=5)).tensors.items()}
+    arrays = {
+        n: t.read()
+        for n, t in random_checkpoint(GPT2Config(n_layer=12, n_head=1, n_embd=2, n_ctx=3, n_vocab=5)).tensors.items()
+    }
     arrays["h.0.attn.rotary"] = arrays.pop("h.11.ln_2.bias")
     safetensors.numpy.save_file(arrays, "model.safetensors")
     shown = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("Error"))
@@ -71,7 +74,9 @@ def test_every_link_leads_somewhere():
 
 def test_every_file_that_a_document_names_is_there():
     for path in DOCS:
-        for name in re.findall(r"`((?:tests|examples|converters|gpt2x|docs|benchmarks)/[\w/.]+\.\w+)`", path.read_text(encoding="utf-8")):
+        for name in re.findall(
+            r"`((?:tests|examples|converters|gpt2x|docs|benchmarks)/[\w/.]+\.\w+)`", path.read_text(encoding="utf-8")
+        ):
             assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
@@ -91,8 +96,23 @@ def test_the_training_example_trains_and_saves_what_can_be_used(gpt2x, tmp_path,
     from train_shakespeare import main
 
     words = "To be, or not to be, that is the question: Whether 'tis nobler in the mind to suffer\n"
-    (tmp_path / "text.txt").write_text("".join(f"{words[i % 40:]}{i}\n" for i in range(400)))
-    options = "--steps 3 --batch-size 2 --vocab 300 --context 16 --width 12 --layers 1 --heads 2".split()
+    (tmp_path / "text.txt").write_text("".join(f"{words[i % 40 :]}{i}\n" for i in range(400)))
+    options = [
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--vocab",
+        "300",
+        "--context",
+        "16",
+        "--width",
+        "12",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+    ]
     out = tmp_path / "out"
     result = CliRunner().invoke(main, [str(tmp_path / "text.txt"), "--out", str(out), *options])
     assert result.exit_code == 0, result.output

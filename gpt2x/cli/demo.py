@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import tempfile
 
 import click
 
@@ -27,7 +25,9 @@ def demo(ctx: click.Context) -> None:
 
     Everything happens in a temporary folder, which is removed at the end.
     """
+    import shlex
     import shutil
+    import tempfile
 
     from gpt2x import SHAKESPEARE
 

@@ -1,0 +1,59 @@
+"""The little of the hub that needs numpy. It is imported when an array is first asked for, not before.
+
+Most conversions pass bytes from one file to another; importing numpy would take them a third of their time.
+bfloat16, which numpy lacks, travels as uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import BF16, DType
+from .errors import ConversionError
+
+Array = NDArray[Any]
+
+
+def as_array(data: Any, dtype: DType, shape: tuple[int, ...]) -> Array:
+    """An array over the bytes of a buffer; a copy only where they lie at a place that the number format may not have."""
+    raw = np.frombuffer(data, np.uint8)
+    aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
+    return aligned.view(dtype.numpy).reshape(shape)
+
+
+def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
+    """``values`` in another number format, rounded to nearest-even.
+
+    float64 goes to bfloat16 by way of float32, as in torch.
+
+    Raises:
+        ConversionError: if a finite value becomes infinite.
+    """
+    wide = _widened(values) if source == BF16 else values
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = _to_bfloat16(wide.astype(np.float32)) if target == BF16 else wide.astype(target.numpy)
+    lost = np.isfinite(wide) & ~is_finite(result, target)
+    if lost.any():
+        largest = float(np.abs(wide[lost].astype(np.float64)).max())
+        raise ConversionError(f"{name}: {largest:g} does not fit into {target}; choose another --dtype")
+    return result
+
+
+def is_finite(values: Array, dtype: DType) -> NDArray[np.bool_]:
+    """Elementwise: neither NaN nor infinite."""
+    result: NDArray[np.bool_] = np.isfinite(_widened(values) if dtype == BF16 else values)
+    return result
+
+
+def _widened(bfloat16: Array) -> NDArray[np.float32]:
+    return (bfloat16.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40  # a NaN stays a NaN whatever its payload
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)

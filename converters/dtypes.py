@@ -1,0 +1,40 @@
+"""Number formats, named as safetensors names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DType:
+    """A number format: its name, numpy's for the same bytes (little-endian), and the bytes a value takes."""
+
+    name: str
+    numpy: str
+    itemsize: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether a parameter may have it."""
+        return self.name in EXPONENTS
+
+    def __str__(self) -> str:
+        return self.name
+
+
+F64, F32, F16, BF16 = DType("F64", "<f8", 8), DType("F32", "<f4", 4), DType("F16", "<f2", 2), DType("BF16", "<u2", 2)
+DTYPES = {
+    d.name: d
+    for d in (
+        F64, F32, F16, BF16, DType("I64", "<i8", 8), DType("I32", "<i4", 4), DType("I16", "<i2", 2), DType("I8", "|i1", 1),
+        DType("U64", "<u8", 8), DType("U32", "<u4", 4), DType("U16", "<u2", 2), DType("U8", "|u1", 1), DType("BOOL", "|b1", 1),
+    )
+}  # fmt: skip
+
+# The first bytes (sign and leading exponent bits) that a NaN, an infinity or an enormous number begins with.
+EXPONENTS = {
+    "F64": (b"\x7f", b"\xff"),
+    "F32": (b"\x7f", b"\xff"),
+    "BF16": (b"\x7f", b"\xff"),
+    "F16": tuple(bytes([b]) for b in (*range(0x7C, 0x80), *range(0xFC, 0x100))),
+}
