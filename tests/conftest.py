@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from converters import Checkpoint, GPT2Config, LazyTensor
 
-torch.set_num_threads(1)  # the models are small: more threads only wait for one another
+if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
+    import torch
+
+    torch.set_num_threads(1)  # the models are small: more threads only wait for one another
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared"
