@@ -22,6 +22,9 @@ from .tokenizer_files import EXTRA, PAIRS, find_tokenizer, hf_files, openai_file
 # What a directory is searched for, the first found being meant.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+# Names that ask for a file which is not written (a directory of such a name would surprise).
+FOREIGN_SUFFIXES = (".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip")
+
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
 
@@ -183,6 +186,10 @@ def save_checkpoint(
 
 def format_of(path: Path) -> str:
     """The format that a destination's suffix asks for."""
+    if path.suffix in FOREIGN_SUFFIXES:
+        raise DestinationError(
+            f"{path}: gpt2x does not write {path.suffix}; a name without a known suffix is a directory"
+        )
     return {".safetensors": "safetensors", ".bin": "bin"}.get(path.suffix, "hf")
 
 
