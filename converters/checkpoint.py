@@ -10,7 +10,7 @@ from typing import Any
 from .config import resolve
 from .container import Container
 from .dialects import Dialect, expected_names, recognise
-from .errors import CheckpointError
+from .errors import CheckpointError, ConversionError
 from .spec import LM_HEAD, GPT2Config
 from .tensors import DType, LazyTensor, crc32c
 from .tokenizer_files import TokenizerFiles
@@ -87,9 +87,7 @@ def assemble(
     names = expected_names(dialect, prefix, depth)
     faults = [f"missing   {name}" for name, canonical in names.items() if canonical not in found] + faults
     if faults:
-        raise CheckpointError.listing(
-            f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(faults)
-        )
+        raise _not_gpt2(where, dialect, faults)
     tensors = _canonical(found, dialect, where)
     config, notes = resolve(stated, _sizes(tensors, depth, where), n_head, where, stated_in)
     tensors, config, note = _untangle(
@@ -97,9 +95,7 @@ def assemble(
     )
     wrong = list(_shape_faults(tensors, config.shapes(), f"its {stated_in or 'other tensors'}"))
     if wrong:
-        raise CheckpointError.listing(
-            f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(wrong)
-        )
+        raise _not_gpt2(where, dialect, wrong)
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -148,9 +144,7 @@ def _canonical(found: Mapping[str, LazyTensor], dialect: Dialect, where: str) ->
         except CheckpointError as error:
             faults.append(f"shape     {error}")
     if faults:
-        raise CheckpointError.listing(
-            f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(faults)
-        )
+        raise _not_gpt2(where, dialect, faults)
     return tensors
 
 
@@ -214,6 +208,10 @@ def _shape_faults(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[
             yield f"shape     {name} is {tensors[name].shape}, {says} asks for {shape}"
         elif not tensors[name].dtype.is_float:
             yield f"integers  {name} is {tensors[name].dtype}; a parameter has floats"
+
+
+def _not_gpt2(where: str, dialect: Dialect, faults: list[str]) -> ConversionError:
+    return CheckpointError.listing(f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(faults))
 
 
 def _short(faults: list[str]) -> list[str]:

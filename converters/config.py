@@ -88,7 +88,13 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), list):
             fields[name] = fields[name][0] if fields[name] else None
-    return fields
+    return _with_inner(fields)
+
+
+def _with_inner(fields: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of the feed-forward width says that it is four times the width."""
+    width = fields.get("n_embd")
+    return {"n_inner": 4 * width, **fields} if isinstance(width, int) else fields
 
 
 def to_hf(config: GPT2Config) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def from_hparams(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError.listing(f"{where}: not the hparams of a GPT-2", faults)
     n_vocab = raw["n_vocab"]  # OpenAI's <|endoftext|> is the last of the vocabulary
     end = n_vocab - 1 if isinstance(n_vocab, int) else None
-    return {**{key: raw[key] for key in HPARAMS_KEYS}, "bos_token_id": end, "eos_token_id": end}
+    return _with_inner({**{key: raw[key] for key in HPARAMS_KEYS}, "bos_token_id": end, "eos_token_id": end})
 
 
 def to_hparams(config: GPT2Config) -> dict[str, Any]:

@@ -301,6 +301,13 @@ def test_a_configuration_that_the_shapes_contradict_is_refused_with_every_contra
     assert "n_vocab is 50257 in the tensors, config.json says 50256" in str(error.value)
 
 
+def test_a_configuration_without_a_feed_forward_width_means_four_times_the_width():
+    narrow = lazy(GPT2Config(n_inner=1024))
+    with pytest.raises(ConfigError, match="n_inner is 1024 in the tensors, config.json says 3072"):
+        narrow(from_hf({"n_embd": 768, "n_head": 12, "n_inner": None}, "config.json"))
+    assert narrow(from_hf({"n_embd": 768, "n_head": 12, "n_inner": 1024}, "config.json")).config.n_inner == 1024
+
+
 @pytest.mark.parametrize(
     "change",
     [
