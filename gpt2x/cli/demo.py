@@ -25,12 +25,15 @@ def demo(ctx: click.Context) -> None:
 
     Everything happens in a temporary folder, which is removed at the end.
     """
+    import importlib.util
     import shlex
     import shutil
     import tempfile
 
     from gpt2x import SHAKESPEARE
 
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("the demo generates text", name="torch")
     group = ctx.find_root().command
     before = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="gpt2x-demo-") as folder:
