@@ -75,9 +75,10 @@ def assemble(
         CheckpointError: if they are not a GPT-2's; the message lists everything that is wrong.
         ConfigError: if the configuration is impossible or contradicts them.
     """
-    dialect, prefix = recognise(container.tensors)
+    unwrapped = _unwrapped(container.tensors)
+    dialect, prefix = recognise(unwrapped)
     where = str(container.path)
-    found, left_out, faults = _sort(container.tensors, dialect, prefix)
+    found, left_out, faults = _sort(unwrapped, dialect, prefix)
     if not found and container.tensors:
         first = next(iter(container.tensors))[:100]
         raise CheckpointError(
@@ -106,6 +107,14 @@ def assemble(
         notes=tuple(notes),
         stated=bool(stated),
     )
+
+
+def _unwrapped(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+    """The same tensors without what torch's wrappers put before every name (DataParallel, torch.compile)."""
+    for wrapper in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            return _unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+    return tensors
 
 
 def _sort(

@@ -31,6 +31,7 @@ HF_KEYS = {
     "initializer_range": "initializer_range",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
 }
 ALIASES = {
     "n_ctx": "n_ctx",
@@ -49,8 +50,8 @@ INERT = frozenset(
     early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing id2label is_composition is_decoder is_encoder_decoder keys_to_ignore_at_inference
     label2id length_penalty max_length min_length model_type n_special name no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_past output_scores pad_token_id predict_special_tokens
-    prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    num_return_sequences output_attentions output_hidden_states output_past output_scores predict_special_tokens
+    prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id unk_token_id cls_token_id mask_token_id unsloth_fixed unsloth_version loss_type license
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version transformers.js_config typical_p use_bfloat16 use_cache xla_device
@@ -101,6 +102,8 @@ def to_hf(config: GPT2Config) -> dict[str, Any]:
     """The ``config.json`` of a configuration, as ``GPT2LMHeadModel`` reads it."""
     values = {key: getattr(config, name) for key, name in HF_KEYS.items()}
     values["n_inner"] = None if config.n_inner == 4 * config.n_embd else config.n_inner
+    if config.pad_token_id is None:
+        del values["pad_token_id"]
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": config.n_ctx, **values}
 
 

@@ -23,7 +23,7 @@ from .tokenizer_files import EXTRA, PAIRS, find_tokenizer, hf_files, openai_file
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # Names that ask for a file which is not written (a directory of such a name would surprise).
-FOREIGN_SUFFIXES = (".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip")
+FOREIGN_SUFFIXES = (".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip")
 
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
@@ -44,6 +44,8 @@ def open_checkpoint(path: str | Path, *, n_head: int | None = None, tie: bool = 
     Raises:
         ConversionError: if it cannot be read as a GPT-2; the message says what is wrong and where.
     """
+    if not str(path):
+        raise FormatError("the source is an empty name")
     path = Path(path)
     check_name(path)
     with reading(path):
@@ -51,7 +53,9 @@ def open_checkpoint(path: str | Path, *, n_head: int | None = None, tie: bool = 
         directory = path if path.is_dir() else path.parent
         stated, stated_in = _configuration(container, directory, from_directory=path.is_dir())
         checkpoint = assemble(container, stated, stated_in, n_head=n_head, tie=tie)
-        return replace(checkpoint, tokenizer=find_tokenizer(directory))
+        unread = [n for n in WEIGHTS if path.is_dir() and n != container.path.name and (path / n).is_file()]
+        notes = tuple(f"{path} also holds {name}, which was not read" for name in unread)
+        return replace(checkpoint, tokenizer=find_tokenizer(directory), notes=(*checkpoint.notes, *notes))
 
 
 def _open_directory(path: Path) -> Container:
@@ -176,6 +180,8 @@ def save_checkpoint(
         DestinationError: if the destination exists or cannot be written.
         ConversionError: if the source turns out to be damaged, or the format cannot hold the model.
     """
+    if not str(path):
+        raise DestinationError("the destination is an empty name")
     path = Path(path)
     kind = to or format_of(path)
     if kind not in WRITERS:
@@ -186,11 +192,12 @@ def save_checkpoint(
 
 def format_of(path: Path) -> str:
     """The format that a destination's suffix asks for."""
-    if path.suffix in FOREIGN_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in FOREIGN_SUFFIXES:
         raise DestinationError(
-            f"{path}: gpt2x does not write {path.suffix}; a name without a known suffix is a directory"
+            f"{path}: gpt2x does not write {suffix}. Name it .safetensors or .bin, or a directory (and --to tf for OpenAI's layout)"
         )
-    return {".safetensors": "safetensors", ".bin": "bin"}.get(path.suffix, "hf")
+    return {".safetensors": "safetensors", ".bin": "bin"}.get(suffix, "hf")
 
 
 def _watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | None) -> Checkpoint:
@@ -236,6 +243,9 @@ def _save_hf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
         "config.json": _json({**to_hf(config), "torch_dtype": dtype}),
         "generation_config.json": _json({**ids, "_from_model_config": True}),
     }
+    settings = checkpoint.source.parent / "generation_config.json" if checkpoint.source else None
+    if settings and settings.is_file():
+        small["generation_config.json"] = _json(read_json(settings, 1 << 20))
     if checkpoint.tokenizer:
         small |= hf_files(checkpoint.tokenizer, config.n_ctx)
     with new_directory(path, force, _rivals) as stage:

@@ -66,13 +66,14 @@ class GPT2Config:
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_inner is None:
             object.__setattr__(self, "n_inner", 4 * self.n_embd if _is_int(self.n_embd) else 0)
         if faults := list(self._faults()):
             raise ConfigError.listing("not a possible GPT-2 configuration", faults)
-        for name in ("bos_token_id", "eos_token_id"):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if not (_is_int(value) and 0 <= value < self.n_vocab):
                 object.__setattr__(self, name, None)

@@ -15,7 +15,12 @@ from .errors import TokenizerError
 from .files import File, read_json
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-EXTRA = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # Hugging Face's, copied as they are
+EXTRA = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)  # Hugging Face's, copied as they are
 MAX_FILE = 64 << 20
 END_OF_TEXT = "<|endoftext|>"
 

@@ -60,7 +60,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+            raise ValueError(f"temperature is {self.temperature}; it must be a finite number of 0 or more")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if self.top_p is not None and not 0 <= self.top_p <= 1:

@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters import Checkpoint, CheckpointError, LazyTensor, open_checkpoint
+from converters import (
+    Checkpoint,
+    CheckpointError,
+    LazyTensor,
+    TokenizerError,
+    UnknownHeadsError,
+    find_tokenizer,
+    open_checkpoint,
+)
 from converters.spec import SIZES
 from converters.tensors import BF16, DTYPES
 
@@ -33,7 +41,10 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
         CheckpointError: if shapes or switches of the file differ from the model's.
         ConversionError: if the file cannot be read as a GPT-2.
     """
-    checkpoint = open_checkpoint(path, n_head=model.config.n_head, tie=tie)
+    try:
+        checkpoint = open_checkpoint(path, tie=tie)
+    except UnknownHeadsError:
+        checkpoint = open_checkpoint(path, n_head=model.config.n_head, tie=tie)
     names = None if checkpoint.stated else (*SIZES, "tie_word_embeddings")
     if faults := checkpoint.config.differences(model.config, names):
         raise CheckpointError.listing(f"{path}: another GPT-2 than the model it should go into", faults)
@@ -74,10 +85,16 @@ def _tensor(tensor: LazyTensor) -> Tensor:
     return array.view(torch.bfloat16) if tensor.dtype == BF16 else array
 
 
-def checkpoint_of(model: GPT2) -> Checkpoint:
-    """A model as a checkpoint that ``converters.save_checkpoint`` writes."""
+def checkpoint_of(model: GPT2, tokenizer: str | Path | None = None) -> Checkpoint:
+    """A model as a checkpoint that ``converters.save_checkpoint`` writes.
+
+    ``tokenizer`` is a directory whose tokenizer goes into a result that is a directory.
+    """
+    found = find_tokenizer(Path(tokenizer)) if tokenizer is not None else None
+    if tokenizer is not None and found is None:
+        raise TokenizerError(f"{tokenizer}: no tokenizer in this directory")
     tensors = {name: _lazy(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
-    return Checkpoint(config=model.config, tensors=tensors)
+    return Checkpoint(config=model.config, tensors=tensors, tokenizer=found)
 
 
 def _lazy(tensor: Tensor) -> LazyTensor:

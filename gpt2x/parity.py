@@ -318,7 +318,8 @@ class Transformers:
         with torch.device("meta"):
             self.model = GPT2LMHeadModel(config)
         state = {
-            name if name.startswith("lm_head") else f"transformer.{name}": t for name, t in state_of(checkpoint).items()
+            name if name.startswith("lm_head") else f"transformer.{name}": t.float()
+            for name, t in state_of(checkpoint).items()
         }
         state.setdefault("lm_head.weight", state["transformer.wte.weight"])
         self.model.load_state_dict(state, assign=True, strict=True)

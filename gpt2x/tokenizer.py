@@ -39,6 +39,8 @@ class Tokenizer:
             TokenizerError: if there is none, or it is damaged.
         """
         path = Path(path)
+        if not path.exists() and not Path(f"{path}.index").exists():
+            raise TokenizerError(f"{path}: no such file or directory")
         directory = path if path.is_dir() else path.parent
         found = find_tokenizer(directory)
         if found is None:

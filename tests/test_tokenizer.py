@@ -115,6 +115,7 @@ def test_a_tokenizer_json_alone_is_enough_even_for_openais_layout(tmp_path):
 def test_a_tokenizer_is_found_beside_a_file(tmp_path):
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(SHAKESPEARE / name, tmp_path)
+    (tmp_path / "model.safetensors").touch()
     assert (
         Tokenizer.from_pretrained(tmp_path / "model.safetensors").vocab_size
         == Tokenizer.from_pretrained(SHAKESPEARE).vocab_size

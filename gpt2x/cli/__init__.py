@@ -26,6 +26,8 @@ class Main(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except BrokenPipeError:
+            raise  # the reader has seen enough; click ends quietly
         except Exception as error:
             if os.environ.get("GPT2X_TRACEBACK"):
                 raise

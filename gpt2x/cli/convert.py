@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .text import printable
+
+if TYPE_CHECKING:
+    from converters.tokenizer_files import TokenizerFiles
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FORMATS = ("safetensors", "bin", "hf", "tf")
@@ -70,7 +73,7 @@ def convert(
         "left_out": list(checkpoint.left_out),
         "checksums_verified": checkpoint.checksummed,
         "seconds": round(time.perf_counter() - start, 3),
-        "notes": [*checkpoint.notes, *_tokenizer_note(saved.format, checkpoint.tokenizer is not None)],
+        "notes": [*checkpoint.notes, *_tokenizer_note(saved.format, checkpoint.tokenizer)],
         "warnings": warnings,
     }
     for warning in warnings:
@@ -78,9 +81,15 @@ def convert(
     click.echo(json.dumps(facts, indent=2) if as_json else printable(summary(facts)))
 
 
-def _tokenizer_note(kind: str, found: bool) -> list[str]:
-    missing = kind in ("hf", "tf") and not found
-    return ["no tokenizer beside the source, so none in the result"] if missing else []
+def _tokenizer_note(kind: str, tokenizer: TokenizerFiles | None) -> list[str]:
+    if kind not in ("hf", "tf"):
+        return []
+    if tokenizer is None:
+        return ["no tokenizer beside the source, so none in the result"]
+    added = tokenizer.vocabulary().added if kind == "tf" else ()
+    return (
+        [f"OpenAI's layout cannot mark added tokens, which will be read as text: {', '.join(added)}"] if added else []
+    )
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -34,9 +34,12 @@ def generate(
     from gpt2x.tokenizer import Tokenizer
     from gpt2x.torch_runtime import TorchDecoder
 
-    tokenizer = Tokenizer.from_pretrained(tokenizer_dir or model)
+    try:
+        sampling = Sampling(temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     decoder = TorchDecoder(from_pretrained(model, n_head=n_head))
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_dir or model)
     generation = Generation(decoder, [encode(tokenizer, prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):
         click.echo(piece, nl=False)

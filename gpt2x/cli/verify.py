@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     "--against", type=click.Choice(["openai-124M"]), help="Compare with a published release by its checksums."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - is the terminal.")
+@click.option("--force", is_flag=True, help="Replace the FILE of --json.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside the files says it.")
 @click.pass_context
 def verify(
-    ctx: click.Context, a: str, b: str | None, against: str | None, json_file: str | None, n_head: int | None
+    ctx: click.Context,
+    a: str,
+    b: str | None,
+    against: str | None,
+    json_file: str | None,
+    force: bool,
+    n_head: int | None,
 ) -> None:
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same words.
 
@@ -41,7 +48,7 @@ def verify(
     if b and against:
         raise click.UsageError("give B or --against, not both")
     if json_file not in (None, "-"):
-        check_free(Path(str(json_file)), force=False, directory=False)
+        check_free(Path(str(json_file)), force, directory=False)
     first = open_checkpoint(a, n_head=n_head)
     if against:
         report = verify_release(first)
@@ -49,11 +56,11 @@ def verify(
         report = verify_checkpoints(first, open_checkpoint(b, n_head=n_head))
     else:
         report = verify_alone(first)
-    show(report, json_file)
+    show(report, json_file, force)
     ctx.exit(0 if report.passed else 1)
 
 
-def show(report: Report, json_file: str | None) -> None:
+def show(report: Report, json_file: str | None, force: bool) -> None:
     """The table on the terminal, the JSON where it is wanted."""
     from converters.files import new_file
 
@@ -63,7 +70,8 @@ def show(report: Report, json_file: str | None) -> None:
     marks = {True: "same", False: "DIFFERENT", None: "-"}
     click.echo(f"{report.a} against {report.b}")
     for check in report.checks:
-        click.echo(f"  {check.name:<14} {marks[check.passed]:<10} {check.result}")
+        mark = "near tie" if check.details.get("near_tie") else marks[check.passed]
+        click.echo(f"  {check.name:<14} {mark:<10} {check.result}")
     if json_file:
-        with new_file(Path(json_file)) as out:
+        with new_file(Path(json_file), force) as out:
             out.write((report.to_json() + "\n").encode())
