@@ -63,6 +63,12 @@ def gpt2x() -> Callable[..., Result]:
     return run
 
 
+def done(result: Result) -> Result:
+    """The result of a command that must have succeeded."""
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def assert_refused(result: Result, *words: str) -> None:
     """One clear error on stderr, exit code 1, no traceback."""
     assert result.exit_code == 1, result.output

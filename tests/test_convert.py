@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import FIXTURES, TINY, assert_refused, assert_same_bytes, random_checkpoint
+from conftest import FIXTURES, TINY, assert_refused, assert_same_bytes, done, random_checkpoint
 
 import converters.files
 from converters import DestinationError, GPT2Config, open_checkpoint, save_checkpoint
@@ -27,11 +27,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SHAKESPEARE, "models/124M")
     return tmp_path
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------ the roads

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused
+from conftest import assert_refused, done
 
 from converters import open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
@@ -13,11 +13,6 @@ from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_the_text_is_that_of_the_library(gpt2x):

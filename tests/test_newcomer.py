@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import arrays_of, assert_refused, assert_same_bytes, random_checkpoint
+from conftest import arrays_of, assert_refused, assert_same_bytes, done, random_checkpoint
 
 from converters import CheckpointError, open_checkpoint, save_checkpoint
 from gpt2x import GPT2, SHAKESPEARE, Tokenizer, checkpoint_of, from_pretrained, load_model
@@ -17,11 +17,6 @@ from gpt2x import GPT2, SHAKESPEARE, Tokenizer, checkpoint_of, from_pretrained, 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
