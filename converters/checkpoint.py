@@ -31,6 +31,7 @@ class Checkpoint:
     config: GPT2Config
     tensors: Mapping[str, LazyTensor]
     source: Path | None = None
+    files: tuple[Path, ...] = ()  # those that hold the weights
     format: str = "memory"
     dialect: str = "hf"
     left_out: tuple[str, ...] = ()
@@ -101,6 +102,7 @@ def assemble(
         config=config,
         tensors=tensors,
         source=container.path,
+        files=container.files,
         format=container.format,
         dialect=dialect.name,
         left_out=(*container.left_out, *left_out, *note),

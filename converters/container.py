@@ -15,7 +15,7 @@ class Container:
     """Named tensors, opened but not read.
 
     ``config`` is Hugging Face's configuration where the file carries one; ``left_out`` names what the file holds
-    besides tensors (an optimizer's state, run data).
+    besides tensors (an optimizer's state, run data). ``parts`` are the files of weights where there are several.
     """
 
     format: str
@@ -24,3 +24,9 @@ class Container:
     config: dict[str, Any] | None = None
     left_out: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that holds weights."""
+        return self.parts or (self.path,)

@@ -299,6 +299,22 @@ def new_file(path: Path, force: bool = False) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
+def staged_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does."""
+    check_free(path, force, directory=False)
+    folder = _beside(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            yield folder / path.name
+            _sync(folder / path.name)
+            _publish(folder / path.name, path, force)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list[str]] | None = None) -> Iterator[Path]:
     """Stage files in the directory that is yielded; they appear in ``path`` together at the end, or not at all.
 
@@ -314,10 +330,9 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
             stage.mkdir()
         yield stage
         with writing(path):
-            for file in stage.iterdir():
-                _sync(file)
-            _sync(stage)
-            new = {file.name for file in stage.iterdir()}
+            for part in [*stage.rglob("*"), stage]:
+                _sync(part)
+            new = {name.as_posix() for name in _files(stage)}
             if stale := [name for name in (rivals(path) if rivals and path.is_dir() else []) if name not in new]:
                 raise DestinationError(
                     f"{path}: holds {stale[0]}, which would be read together with the new files; move it away first"
@@ -345,38 +360,54 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
 
 def _publish_directory(stage: Path, path: Path, force: bool) -> None:
     if force and path.is_dir():
-        if blocked := [file.name for file in stage.iterdir() if (path / file.name).is_dir()]:
-            raise DestinationError(f"{path / blocked[0]}: is a directory, which --force does not replace by a file")
+        new = _files(stage)
+        for name in new:
+            if (path / name).is_dir():
+                raise DestinationError(f"{path / name}: is a directory, which --force does not replace by a file")
+            if above := next((p for p in name.parents if (path / p).exists() and not (path / p).is_dir()), None):
+                raise DestinationError(f"{path / above}: is a file, which --force does not replace by a directory")
         if not _exchange(stage, path):
-            for file in sorted(stage.iterdir()):
-                os.replace(file, path / file.name)
+            for name in sorted(new):
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(stage / name, path / name)
         _sync(path)
     else:
         stage.rename(path)
     _sync(path.parent)
 
 
+def _files(directory: Path) -> list[Path]:
+    """Every file in a tree, relative to it; links are files here."""
+    found = (Path(top, name) for top, below, files in os.walk(directory) for name in (*files, *_links(top, below)))
+    return [file.relative_to(directory) for file in found]
+
+
+def _links(top: str, below: list[str]) -> list[str]:
+    return [name for name in below if Path(top, name).is_symlink()]
+
+
 def _exchange(stage: Path, path: Path) -> bool:
     """Put the whole of ``stage`` into the place of ``path`` in one step, with what else was in ``path``.
 
-    That needs Linux (``renameat2``), a plain folder of files, and nobody who works inside it. False where it cannot be.
+    That needs Linux (``renameat2``), a folder of not too many files, and nobody who works inside it. False where it
+    cannot be; ``stage`` may then hold links to what was in ``path``.
     """
     import ctypes
 
-    kept = [file for file in path.iterdir() if not (stage / file.name).exists()]
-    if any(file.is_dir() for file in kept) or len(kept) > 1000 or Path.cwd().is_relative_to(path):
-        return False
+    kept = [name for name in _files(path) if not os.path.lexists(stage / name)]
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None or path.is_symlink() or path.is_mount():
         return False
+    if len(kept) > 1000 or Path.cwd().is_relative_to(path):
+        return False
     try:
-        for file in kept:
-            os.link(file, stage / file.name, follow_symlinks=False)
+        for folder in (Path(top) for top, _, _ in os.walk(path)):
+            (stage / folder.relative_to(path)).mkdir(exist_ok=True)
+        for name in kept:
+            os.link(path / name, stage / name, follow_symlinks=False)
         shutil.copystat(path, stage)
         _sync(stage)
     except OSError:  # a file system without hard links
-        for file in kept:
-            (stage / file.name).unlink(missing_ok=True)
         return False
     return bool(renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0)
 

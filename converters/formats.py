@@ -186,7 +186,7 @@ def save_checkpoint(
     kind = to or format_of(path)
     if kind not in WRITERS:
         raise DestinationError(f"unknown format {kind!r}; known are {', '.join(WRITERS)}")
-    files = WRITERS[kind](_watched(checkpoint, progress, warn), path, force)
+    files = WRITERS[kind](watched(checkpoint, progress, warn), path, force)
     return Saved(path, kind, sum(file.stat().st_size for file in files))
 
 
@@ -200,7 +200,7 @@ def format_of(path: Path) -> str:
     return {".safetensors": "safetensors", ".bin": "bin"}.get(suffix, "hf")
 
 
-def _watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | None) -> Checkpoint:
+def watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | None) -> Checkpoint:
     """The same checkpoint, with an eye on every chunk that is read."""
 
     def watch(name: str, tensor: LazyTensor) -> LazyTensor:
@@ -235,21 +235,27 @@ def _save_bin(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
     return [path]
 
 
-def _save_hf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
+def hf_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Name -> contents of what lies beside the weights in Hugging Face's layout: configuration and tokenizer."""
     config = checkpoint.config
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     dtype = TORCH_NAMES[checkpoint.tensors["wte.weight"].dtype.name]
     small = {
-        "config.json": _json({**to_hf(config), "torch_dtype": dtype}),
-        "generation_config.json": _json({**ids, "_from_model_config": True}),
+        "config.json": to_json({**to_hf(config), "torch_dtype": dtype}),
+        "generation_config.json": to_json({**ids, "_from_model_config": True}),
     }
     settings = checkpoint.source.parent / "generation_config.json" if checkpoint.source else None
     if settings and settings.is_file():
-        small["generation_config.json"] = _json(read_json(settings, 1 << 20))
+        small["generation_config.json"] = to_json(read_json(settings, 1 << 20))
     if checkpoint.tokenizer:
         small |= hf_files(checkpoint.tokenizer, config.n_ctx)
-    with new_directory(path, force, _rivals) as stage:
-        _write_small(stage, small)
+    return small
+
+
+def _save_hf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
+    small = hf_companions(checkpoint)
+    with new_directory(path, force, rivals) as stage:
+        write_small(stage, small)
         _save_safetensors(checkpoint, stage / "model.safetensors")
         return [path / file.name for file in stage.iterdir()]
 
@@ -257,30 +263,32 @@ def _save_hf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
 def _save_tf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
     tensors = OPENAI.write(checkpoint.tensors, checkpoint.config)
     small = {
-        "hparams.json": _json(to_hparams(checkpoint.config)),
+        "hparams.json": to_json(to_hparams(checkpoint.config)),
         "checkpoint": b'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n',
     }
     if checkpoint.tokenizer:
         small |= openai_files(checkpoint.tokenizer)
-    with new_directory(path, force, _rivals) as stage:
-        _write_small(stage, small)
+    with new_directory(path, force, rivals) as stage:
+        write_small(stage, small)
         tf_bundle.write_bundle(stage / "model.ckpt", tensors)
         return [path / file.name for file in stage.iterdir()]
 
 
-def _rivals(path: Path) -> list[str]:
+def rivals(path: Path) -> list[str]:
     """The files of a directory that ``open_checkpoint`` would take for weights, configuration or tokenizer."""
     names = {*WEIGHTS, "config.json", "hparams.json", "checkpoint", "tokenizer.json", *sum(PAIRS, ()), *EXTRA}
     return sorted(p.name for p in path.iterdir() if p.name in names or p.suffix == ".index")
 
 
-def _write_small(stage: Path, files: dict[str, bytes]) -> None:
+def write_small(stage: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of these names and contents."""
     for name, data in files.items():
         with new_file(stage / name) as out:
             out.write(data)
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON file for people to read."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 

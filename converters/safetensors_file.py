@@ -105,21 +105,30 @@ def _check_cover(file: File, start: int, header: Mapping[str, Any]) -> None:
             )
 
 
-def write_safetensors(out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None) -> None:
-    """Write a safetensors file, in the library's own order (wide numbers first, then by name).
+def layout(
+    tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The head of a safetensors file, and where in the file each tensor's bytes begin and end, in file order.
 
-    ``"format": "pt"`` is in its metadata, which transformers asks for.
+    The order is the library's own: wide numbers first, then by name.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[1].dtype.name, item[0]))
-    metadata = {"format": "pt"} | ({CONFIG_KEY: json.dumps(config)} if config else {})
-    header: dict[str, Any] = {"__metadata__": metadata}
+    # "format": "pt" is what transformers asks for.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({CONFIG_KEY: json.dumps(config)} if config else {})}
     position = 0
+    spans = {name: (position, position := position + tensor.nbytes) for name, tensor in ordered}
     for name, tensor in ordered:
-        span = [position, position := position + tensor.nbytes]
-        header[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": span}
+        header[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": list(spans[name])}
     data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     data = data.ljust((len(data) + 7) // 8 * 8)
-    out.write(struct.pack("<Q", len(data)) + data)
-    for _, tensor in ordered:
-        for chunk in tensor.chunks():
+    head = struct.pack("<Q", len(data)) + data
+    return head, {name: (len(head) + begin, len(head) + end) for name, (begin, end) in spans.items()}
+
+
+def write_safetensors(out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None) -> None:
+    """Write a safetensors file, ``config`` in its metadata."""
+    head, spans = layout(tensors, config)
+    out.write(head)
+    for name in spans:
+        for chunk in tensors[name].chunks():
             out.write(chunk)

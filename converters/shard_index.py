@@ -46,7 +46,12 @@ def open_shards(path: Path, open_file: Callable[[Path], Container]) -> Container
     if any(shard.config not in (None, first.config) for shard in shards.values()):
         raise FormatError(f"{path}: its files carry configurations that disagree")
     return Container(
-        f"{first.format} shards", path, tensors, first.config, sum((s.left_out for s in shards.values()), ())
+        f"{first.format} shards",
+        path,
+        tensors,
+        first.config,
+        sum((s.left_out for s in shards.values()), ()),
+        parts=tuple(shard.path for shard in shards.values()),
     )
 
 

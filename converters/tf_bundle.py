@@ -107,7 +107,11 @@ def open_bundle(prefix: Path) -> Container:
     if strays := sorted(set(parsed) - set(whole) - used):
         raise FormatError(f"{where}: {_text(strays[0])} is a slice of no variable")
     return Container(
-        "tf", prefix, {n: t for n, t in tensors.items() if t}, left_out=tuple(n for n, t in tensors.items() if not t)
+        "tf",
+        prefix,
+        {n: t for n, t in tensors.items() if t},
+        left_out=tuple(n for n, t in tensors.items() if not t),
+        parts=tuple(file.path for file in shards.files.values()),
     )
 
 
