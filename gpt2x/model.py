@@ -76,10 +76,35 @@ class Projection(nn.Module):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], causal: bool, drop: float, scale: float
-) -> Tensor:
-    """Scaled dot-product attention: q (B, H, T, D), k and v (B, H, S, D), mask (B, 1, T, S) true where allowed."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal, scale=scale)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Optional[Tuple[Tensor, Tensor]],
+    mask: Optional[Tensor],
+    n_head: int,
+    scale: float,
+    drop: float,
+) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+    """Scaled dot-product attention over the cache and the new tokens. The ONNX export swaps in ONNX's own operator.
+
+    Args:
+        q, k, v: (B, T, C) each.
+        past: keys and values (B, H, P, D) of earlier tokens.
+        mask: (B, 1, T, S) or (T, S), true where a token may look; None where plain causality is enough.
+
+    Returns:
+        (B, T, C), and the keys and values (B, H, S, D) of all tokens.
+    """
+    B, T, C = q.shape
+    q = q.view(B, T, n_head, C // n_head).transpose(1, 2)  # (B, H, T, D)
+    k = k.view(B, T, n_head, C // n_head).transpose(1, 2)
+    v = v.view(B, T, n_head, C // n_head).transpose(1, 2)
+    if past is not None:
+        k = torch.cat((past[0], k), dim=2)  # (B, H, S, D)
+        v = torch.cat((past[1], v), dim=2)
+    causal = mask is None and T > 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal, scale=scale)
+    return y.transpose(1, 2).reshape(B, T, C), (k, v)
 
 
 class Attention(nn.Module):
@@ -97,21 +122,14 @@ class Attention(nn.Module):
         self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
     def forward(
-        self, x: Tensor, mask: Optional[Tensor], causal: bool, past: Optional[Tuple[Tensor, Tensor]]
+        self, x: Tensor, mask: Optional[Tensor], past: Optional[Tuple[Tensor, Tensor]]
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]  # (B, H, T, D) each
-        if past is not None:
-            k = torch.cat((past[0], k), dim=2)  # (B, H, S, D)
-            v = torch.cat((past[1], v), dim=2)
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        if self.upcast:  # the cache is float32 then, too
+            q, k, v = q.float(), k.float(), v.float()
         drop = self.drop if self.training else 0.0
-        if self.upcast:
-            y = attention(q.float(), k.float(), v.float(), mask, causal, drop, self.scale).to(x.dtype)
-        else:
-            y = attention(q, k, v, mask, causal, drop, self.scale)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y)), (k, v)
+        y, present = attention(q, k, v, past, mask, self.n_head, self.scale, drop)
+        return self.resid_dropout(self.c_proj(y.to(x.dtype))), present
 
 
 class MLP(nn.Module):
@@ -141,9 +159,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, mask: Optional[Tensor], causal: bool, past: Optional[Tuple[Tensor, Tensor]]
+        self, x: Tensor, mask: Optional[Tensor], past: Optional[Tuple[Tensor, Tensor]]
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
-        y, present = self.attn(self.ln_1(x), mask, causal, past)
+        y, present = self.attn(self.ln_1(x), mask, past)
         x = x + y
         x = x + self.mlp(self.ln_2(x))
         return x, present
@@ -256,11 +274,11 @@ class GPT2(nn.Module):
             if P + T > self.n_ctx:
                 raise ValueError(f"{P} + {T} tokens do not fit into the context of {self.n_ctx}")
             position_ids = self._positions(attention_mask, P, T, input_ids)
-        mask, causal = self._mask(attention_mask, P, T, input_ids)
+        mask = self._mask(attention_mask, P, T, input_ids)
         x = self.drop(self.wte(input_ids) + self.wpe(position_ids))  # (B, T, C)
         present: List[Tuple[Tensor, Tensor]] = []
         for i, block in enumerate(self.h):
-            x, kv = block(x, mask, causal, past[i] if past is not None else None)
+            x, kv = block(x, mask, past[i] if past is not None else None)
             present.append(kv)
         return self.ln_f(x), present
 
@@ -273,14 +291,14 @@ class GPT2(nn.Module):
             return torch.arange(P, P + T, device=like.device).unsqueeze(0)  # (1, T)
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, P:]  # (B, T)
 
-    def _mask(self, attention_mask: Optional[Tensor], P: int, T: int, like: Tensor) -> Tuple[Optional[Tensor], bool]:
-        """What each new token may see: a mask (B or 1, 1, T, P + T) or None, and whether plain causality is enough."""
+    def _mask(self, attention_mask: Optional[Tensor], P: int, T: int, like: Tensor) -> Optional[Tensor]:
+        """Which slots each new token may see, (B, 1, T, S) or (T, S); None where plain causality is enough."""
         if attention_mask is None and (P == 0 or T == 1):
-            return None, T > 1
+            return None
         query = torch.arange(P, P + T, device=like.device).unsqueeze(1)  # (T, 1)
         key = torch.arange(P + T, device=like.device).unsqueeze(0)  # (1, S)
-        mask = (key <= query)[None, None]  # (1, 1, T, S)
+        mask = key <= query  # (T, S)
         if attention_mask is not None:
             # A padding slot still sees itself, so that no softmax runs over nothing.
-            mask = mask & (attention_mask[:, None, None, :].bool() | (key == query)[None, None])
-        return mask, False
+            mask = mask & ((attention_mask != 0).unsqueeze(1).unsqueeze(1) | (key == query))  # (B, 1, T, S)
+        return mask

@@ -1,0 +1,1 @@
+"""GPT-2 for other programs: TorchScript, ``torch.export``, and ONNX with a KV cache."""

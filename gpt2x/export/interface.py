@@ -1,0 +1,47 @@
+"""What every export offers: new tokens, mask, positions and cache in; logits and cache out."""
+
+from __future__ import annotations
+
+from typing import List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from converters.spec import GPT2Config
+from gpt2x.model import GPT2
+
+
+class Interface(nn.Module):
+    """A ``GPT2`` with every input required.
+
+    ``forward(input_ids, attention_mask, position_ids, past) -> (logits, present)``: int64 (B, T), (B, P + T) and (B, T),
+    and a (key, value) a layer, each (B, H, P, D), P being 0 at first; logits (B, T, V), or (B, 1, V) with ``last``.
+    """
+
+    def __init__(self, model: GPT2, last: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.last = last
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: List[Tuple[Tensor, Tensor]]
+    ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
+        x, present = self.model.hidden(input_ids, attention_mask, position_ids, past)
+        if self.last:
+            x = x.narrow(1, -1, 1)  # (B, 1, C)
+        return self.model.logits(x), present
+
+
+def example_inputs(config: GPT2Config, B: int = 2, T: int = 3, P: int = 4) -> tuple[object, ...]:
+    """Inputs of the right shapes and types, on torch's default device."""
+    size = (B, config.n_head, P, config.head_dim)
+    past = [(torch.zeros(size), torch.zeros(size)) for _ in range(config.n_layer)]
+    tokens = torch.zeros(B, T, dtype=torch.int64)
+    return tokens, torch.ones(B, P + T, dtype=torch.int64), tokens.clone(), past
+
+
+def dynamic_shapes(config: GPT2Config) -> tuple[object, ...]:
+    """Which sizes of the inputs vary, for ``torch.export``: the batch and all lengths."""
+    dynamic = torch.export.Dim.DYNAMIC
+    tokens, cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
+    return tokens, tokens, tokens, [(cache, cache)] * config.n_layer

@@ -1,0 +1,73 @@
+"""GPT-2 as a file that torch runs without gpt2x: TorchScript, and ``torch.export``'s ``.pt2``. One interface for both.
+
+Both hold ``config.json`` (Hugging Face's) among their extra files.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.experimental import _config as fx_config
+
+from converters import Checkpoint, GPT2Config
+from converters.config import to_hf
+from converters.files import staged_file
+from gpt2x.load import model_of
+
+from .interface import Interface, dynamic_shapes, example_inputs
+
+CONFIG = "config.json"
+
+
+def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
+    """Write a checkpoint as TorchScript: scripted, not traced, for any batch and any lengths.
+
+    ``torch.jit.load`` gives a module whose ``forward(input_ids, attention_mask, position_ids, past)`` is
+    ``gpt2x.export.interface.Interface``'s.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export, which --pt2 is for
+        module = torch.jit.script(Interface(model_of(checkpoint)).eval())
+        return _save(path, force, lambda file: module.save(file, _extra_files=_extra(checkpoint.config)))
+
+
+def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
+    """Write a checkpoint as a program of ``torch.export``, with the same interface, for any batch and any lengths.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
+    """
+    config = checkpoint.config
+    model = Interface(model_of(checkpoint)).eval()
+    # Otherwise the sizes 0 and 1 are taken for constants, and an empty cache or a single token is refused.
+    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(
+            model, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
+        )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # the paths of this machine
+    return _save(path, force, lambda file: torch.export.save(program, file, extra_files=_extra(config)))
+
+
+def _save(path: str | Path, force: bool, write: Callable[[str], Any]) -> int:
+    with staged_file(Path(path), force) as staged:
+        write(str(staged))
+        return staged.stat().st_size
+
+
+def _extra(config: GPT2Config) -> dict[str, Any]:
+    return {CONFIG: json.dumps(to_hf(config), sort_keys=True)}
