@@ -14,7 +14,11 @@ Logits = NDArray[np.float32]
 Finish = Literal["stop", "length", "context"]
 
 
-class PromptError(ValueError):
+class InputError(ValueError):
+    """Tokens, a mask, positions or a cache that do not fit the model or one another."""
+
+
+class PromptError(InputError):
     """A prompt that the model cannot take."""
 
 

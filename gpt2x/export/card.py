@@ -1,0 +1,124 @@
+"""The model card of an exported directory: its contract, its files, and how each client loads it."""
+
+from __future__ import annotations
+
+import html
+
+from converters.spec import GPT2Config
+from gpt2x import __version__, contract
+from gpt2x.contract import Slot
+
+CARD = """\
+---
+library_name: onnx
+pipeline_tag: text-generation
+tags: [gpt2, onnx]
+---
+
+# GPT-2{size} for ONNX Runtime
+
+A GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, {n_embd} wide, {n_vocab:,} tokens, a context of {n_ctx:,}.
+ONNX opset 23 in float32, standard operators only. ONNX Runtime 1.23 or newer loads it; PyTorch is not needed.
+
+## Contract
+
+{table}
+There are {n_layer} layers `{{i}}`, counted from 0.
+
+- At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, which goes into the next run.
+- `attention_mask` is 1 for a token and 0 for padding; it covers the cache and the new tokens.
+- `position_ids` count the real tokens of a row from 0, and stay below {n_ctx}.
+- A prompt may come in one run or in several chunks.
+{padding}
+## Client
+
+```python
+{client}```
+
+## Files
+
+`onnx/model.onnx` is the graph; its weights lie in `onnx/model.safetensors` (by offset), which must stay beside it.
+
+| client | how |
+| --- | --- |
+| onnxruntime | `InferenceSession("onnx/model.onnx")` |
+| onnxruntime-genai | `og.Model(directory)` (`genai_config.json`){needs} |
+| optimum | `ORTModelForCausalLM.from_pretrained(directory)` |
+| transformers.js | `pipeline("text-generation", directory, {{ dtype: "fp32" }})`{needs}; in a browser, also give the weights as external data: `use_external_data_format` knows no `model.safetensors`, so pass `session_options: {{ externalData: [{{ path: "model.safetensors", data: url }}] }}` |
+| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors.index.json`) |
+
+Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold the SHA-256 of its source.
+`gpt2x inspect` shows all of this, and `gpt2x verify SRC DIR` proves that nothing changed.
+"""
+
+CLIENT = """\
+import numpy as np, onnxruntime as ort
+{load}
+session = ort.InferenceSession("onnx/model.onnx")
+past = {{i.name: np.zeros((1, {n_head}, 0, {head_dim}), np.float32) for i in session.get_inputs()[3:]}}
+ids, seen = np.array([{prompt}], np.int64), 0
+for _ in range(64):
+    new, seen = np.arange(seen, seen + ids.shape[1])[None], seen + ids.shape[1]
+    feed = {{"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64), "position_ids": new}}
+    logits, *present = session.run(None, feed | past)
+    past, ids = dict(zip(past, present)), logits[:, -1:].argmax(-1)  # greedy
+    print({show}, end="{end}", flush=True)
+"""
+
+ANY_PADDING = """\
+- `logits` are given for every new token. Padding may be left, right, or in the middle.
+"""
+LAST_ONLY = """\
+- `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`: pad on the left or not at all.
+"""
+
+
+def model_card(config: GPT2Config, *, last: bool, tokenizer: bool, source: str) -> str:
+    """The README.md of an exported directory; ``source`` may be any text."""
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx")}
+    return CARD.format(
+        **sizes,
+        size=f" {config.size_name}" if config.size_name else "",
+        table=contract_table(config, last),
+        past=contract.PAST,
+        padding=LAST_ONLY if last else ANY_PADDING,
+        client=client(config, tokenizer),
+        needs="" if tokenizer else ", once a tokenizer is added",
+        version=__version__,
+        source=as_markdown(source),
+    )
+
+
+def client(config: GPT2Config, tokenizer: bool) -> str:
+    """A program that continues a text, to be run in the directory."""
+    parts = {
+        "load": 'from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file("tokenizer.json")',
+        "prompt": 'tokenizer.encode("Once upon a time").ids',
+        "show": "tokenizer.decode(ids[0].tolist())",
+        "end": "",
+    }
+    bare = {"load": "", "prompt": "[0]", "show": "ids[0, 0]", "end": " "}
+    return CLIENT.format(n_head=config.n_head, head_dim=config.head_dim, **(parts if tokenizer else bare))
+
+
+def contract_table(config: GPT2Config, last: bool) -> str:
+    """The inputs and outputs, one line for all layers of the cache."""
+    rows = [_row("input", name, slot) for name, slot in contract.inputs(config).items() if _shown(name)]
+    rows += [_row("output", name, slot) for name, slot in contract.outputs(config, last).items() if _shown(name)]
+    return "| | name | type | shape |\n| --- | --- | --- | --- |\n" + "".join(rows)
+
+
+def _shown(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 1 or (parts[-2], parts[-1]) == ("0", "key")
+
+
+def _row(kind: str, name: str, slot: Slot) -> str:
+    name = name.replace(".0.key", ".{i}.key`, `.value")
+    return f"| {kind} | `{name}` | {slot.dtype} | `[{', '.join(map(str, slot.shape))}]` |\n"
+
+
+def as_markdown(text: str) -> str:
+    """Any text as harmless Markdown: one line of code."""
+    plain = "".join(c for c in text if c.isprintable() and c not in "`|")
+    return f"`{html.escape(plain)}`"

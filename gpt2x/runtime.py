@@ -1,0 +1,246 @@
+"""GPT-2 in ONNX Runtime, as a step of decoding. Needs numpy and onnxruntime, and never imports torch.
+
+    decoder = OnnxDecoder("gpt2-onnx/")
+    print(generate_text(decoder, Tokenizer.from_pretrained("gpt2-onnx/"), "ROMEO:", 50))
+
+The cache stays in ONNX Runtime's own buffers from step to step: what one step returns is bound to the next as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from converters import CheckpointError, ConfigError, FormatError, GPT2Config
+from converters.config import from_hf
+from converters.files import File, check_name, parse_json, read_json
+from converters.safetensors_file import open_safetensors
+
+from . import contract
+from .contract import Slot
+from .generate import Ids, InputError, Logits
+
+Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
+
+TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+class OnnxDecoder:
+    """An ONNX model with a KV cache, for the decode loop of ``gpt2x.generate`` or for one of your own.
+
+    Args:
+        path: a directory that ``gpt2x export --onnx`` wrote, or an ``.onnx`` file of the same contract.
+        threads: how many work on one operator; by default as many as there are cores.
+        optimize: let ONNX Runtime rewrite the graph (``ORT_ENABLE_ALL``, its default).
+        providers: ONNX Runtime's execution providers, the first wanted first.
+
+    Raises:
+        FormatError: if there is no model, it is damaged, or its file of weights is not whole.
+        CheckpointError: if its inputs and outputs are not the contract's; the message lists every difference.
+        ConfigError: if nothing says its context length.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        optimize: bool = True,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        self.path = find_model(path)
+        self.threads = threads
+        self._session = _open(self.path, threads, optimize, list(providers))
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.config = _config(self.path, self.metadata)
+        self.last_only = self.metadata.get(contract.LOGITS) == "last"
+        self._inputs, self._outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
+        _check_contract(self.path, self.config, self.last_only, self._inputs, self._outputs)
+        self._past = contract.past_names(self.config.n_layer)
+        self._present = contract.present_names(self.config.n_layer)
+        self.n_ctx, self.n_vocab = self.config.n_ctx, self.config.n_vocab
+
+    @property
+    def inputs(self) -> dict[str, Slot]:
+        """Every input of the model: its type and its shape."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> dict[str, Slot]:
+        """Every output of the model."""
+        return self._outputs
+
+    def run(
+        self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Cache | None
+    ) -> tuple[Logits, Cache]:
+        """One run of the model.
+
+        Args:
+            input_ids: (B, T), at least one of each.
+            attention_mask: (B, P + T), 0 for padding; None where there is none.
+            position_ids: (B, T), from 0 to below ``n_ctx``.
+            cache: what an earlier run returned, holding P tokens; None at first.
+
+        Returns:
+            The logits (B, T, V), or (B, 1, V) of a model exported with ``--logits last``; and the cache of P + T.
+
+        Raises:
+            InputError: if these do not fit the model or one another.
+        """
+        ids, positions = self._tokens(input_ids, "input_ids"), self._tokens(position_ids, "position_ids")
+        B, T = ids.shape
+        past = self._empty(B) if cache is None else cache
+        P = self._length(past, B)
+        mask = (
+            np.ones((B, P + T), np.int64) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        )
+        if positions.shape != ids.shape:
+            raise InputError(f"position_ids are {positions.shape}, input_ids {ids.shape}: they must have one shape")
+        if mask.shape != (B, P + T):
+            raise InputError(f"attention_mask is {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}")
+        _check_range(ids, self.n_vocab, "token id", "the vocabulary")
+        _check_range(positions, self.n_ctx, "position", "the context")
+        return self._run({"input_ids": ids, "attention_mask": mask, "position_ids": positions}, past)
+
+    def _run(self, feed: dict[str, Ids], past: Cache) -> tuple[Logits, Cache]:
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in zip(self._past, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        B, T = feed["input_ids"].shape
+        logits: Logits = np.empty((B, 1 if self.last_only else T, self.n_vocab), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        for name in self._present:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return logits, binding.get_outputs()[1:]
+
+    def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
+        """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V)."""
+        logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
+        return logits[:, -1], cache
+
+    def unoptimized(self) -> OnnxDecoder:
+        """The same model, its graph run as it is written."""
+        return OnnxDecoder(self.path, threads=self.threads, optimize=False)
+
+    def _empty(self, B: int) -> Cache:
+        shape = (B, self.config.n_head, 0, self.config.head_dim)
+        return [ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32)) for _ in self._past]
+
+    def _tokens(self, array: Any, name: str) -> Ids:
+        array = np.asarray(array)
+        if array.ndim != 2 or array.dtype.kind not in "iu":
+            raise InputError(f"{name} are {array.dtype} {array.shape}; whole numbers (batch, tokens) are needed")
+        if 0 in array.shape:
+            raise InputError("the prompt is empty: give at least one token (<|endoftext|> starts a new text)")
+        return np.ascontiguousarray(array, np.int64)
+
+    def _length(self, past: Cache, B: int) -> int:
+        """How many tokens the cache holds."""
+        if len(past) != len(self._past):
+            raise InputError(f"the cache has {len(past)} tensors, the model takes {len(self._past)}")
+        shapes = [tuple(value.shape()) for value in past]
+        P = shapes[0][2] if len(shapes[0]) == 4 else 0
+        expected = (B, self.config.n_head, P, self.config.head_dim)
+        for name, value, shape in zip(self._past, past, shapes, strict=True):
+            if shape != expected or value.data_type() != "tensor(float)":
+                raise InputError(f"{name} is {value.data_type()} {shape}; tensor(float) {expected} is needed")
+        return int(P)
+
+
+def find_model(path: str | Path) -> Path:
+    """The ONNX file that a path means: itself, or the one in a directory.
+
+    Raises:
+        FormatError: if there is none.
+    """
+    path = Path(path)
+    check_name(path)
+    if not path.is_dir():
+        return File(path).path
+    found = next((path / name for name in contract.PLACES if (path / name).is_file()), None)
+    if found is None:
+        raise FormatError(f"{path}: no ONNX model in this directory (looked for {', '.join(contract.PLACES)})")
+    return found
+
+
+def _open(path: Path, threads: int | None, optimize: bool, providers: list[str]) -> ort.InferenceSession:
+    weights = path.parent / contract.WEIGHTS
+    if weights.is_file():
+        open_safetensors(weights)  # a file that is cut short is found here, with a word on where
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
+    options.intra_op_num_threads = threads or 0
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime has no base class of its own for these
+        raise FormatError(f"{path}: ONNX Runtime cannot load it: {_plain(error)}") from None
+
+
+def _plain(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.split(" : ")[-1].split("\t")[-1][:300]
+
+
+def _slots(arguments: Any) -> dict[str, Slot]:
+    return {a.name: Slot(TYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments}
+
+
+def _config(path: Path, metadata: dict[str, str]) -> GPT2Config:
+    """What the model says of itself, else the ``config.json`` beside it or above it."""
+    if contract.CONFIG in metadata:
+        where = f"{path}: its metadata"
+        return GPT2Config(**from_hf(parse_json(metadata[contract.CONFIG].encode(), where), where))
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return GPT2Config(**from_hf(read_json(folder / "config.json", 1 << 20), str(folder / "config.json")))
+    raise ConfigError(f"{path}: neither its metadata nor a config.json beside it says what model it is")
+
+
+def _check_contract(
+    path: Path, config: GPT2Config, last: bool, inputs: dict[str, Slot], outputs: dict[str, Slot]
+) -> None:
+    faults = [
+        *_differences("input", contract.inputs(config), inputs),
+        *_differences("output", contract.outputs(config, last), outputs),
+    ]
+    if faults:
+        advice = "gpt2x runs models with the inputs and outputs that gpt2x export --onnx gives them."
+        raise CheckpointError.listing(f"{path}: a model of another contract", faults, advice)
+
+
+def _differences(kind: str, expected: dict[str, Slot], found: dict[str, Slot]) -> Iterator[str]:
+    yield from (f"missing   {kind} {name}" for name in expected if name not in found)
+    yield from (f"extra     {kind} {name[:100]}" for name in found if name not in expected)
+    for name in expected:
+        if name in found and not _fits(expected[name], found[name]):
+            yield f"{kind:<9} {name} is {_words(found[name])}, not {_words(expected[name])}"
+
+
+def _fits(expected: Slot, found: Slot) -> bool:
+    """Whether types agree and each size that is a number is that number; what varies may have any name."""
+    pairs = list(zip(expected.shape, found.shape, strict=False))
+    return (
+        expected.dtype == found.dtype
+        and len(expected.shape) == len(found.shape)
+        and all(a == b if isinstance(a, int) else not isinstance(b, int) for a, b in pairs)
+    )
+
+
+def _words(slot: Slot) -> str:
+    return f"{slot.dtype} [{', '.join(map(str, slot.shape))}]"
+
+
+def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= limit:
+        raise InputError(f"{what} {low if low < 0 else high} is outside {of} of {limit}")
