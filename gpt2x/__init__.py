@@ -26,7 +26,9 @@ _HOMES = {
     ),
     "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
     "gpt2x.tokenizer": ("Tokenizer",),
-    "gpt2x.generate": ("generate_text", "PromptError"),
+    "gpt2x.generate": ("generate_text", "InputError", "PromptError"),
+    "gpt2x.runtime": ("OnnxDecoder",),
+    "gpt2x.export.directory": ("export_onnx",),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -34,9 +36,11 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from converters import Checkpoint, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 
-    from .generate import PromptError, generate_text
+    from .export.directory import export_onnx
+    from .generate import InputError, PromptError, generate_text
     from .load import checkpoint_of, from_pretrained, load_model
     from .model import DROP_RATE, EMBED_DIM, FFN_DIM, GPT2, MAX_LEN, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE
+    from .runtime import OnnxDecoder
     from .tokenizer import Tokenizer
 
 
@@ -63,10 +67,13 @@ __all__ = [
     "Checkpoint",
     "ConversionError",
     "GPT2Config",
+    "InputError",
+    "OnnxDecoder",
     "PromptError",
     "Tokenizer",
     "__version__",
     "checkpoint_of",
+    "export_onnx",
     "from_pretrained",
     "generate_text",
     "load_model",

@@ -1,68 +1,29 @@
 """Proof that two GPT-2s are one: the same weights, the same logits, the same words.
 
-Weights are compared as bytes and need no torch. Logits and greedy words are compared where torch is installed.
+Weights are compared as bytes and need no torch. How models are run against each other is in ``gpt2x.runs``.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from converters import Checkpoint, GPT2Config
+from converters import Checkpoint, ConversionError, GPT2Config, find_tokenizer, open_checkpoint
 from converters.arrays import as_array, cast_array
 from converters.checkpoint import crc_of, zip_chunks
 from converters.tensors import F32, F64, LazyTensor, whole_items
+from converters.tokenizer_files import TokenizerFiles
 
-from .generate import Decoder, Generation, Sampling
+from .runs import Check, compare_runs
+from .subjects import Subject, Transformers, Uncached, gpt2x_model, kind_of, open_subject
 from .tokenizer import Tokenizer
-
-RELATIVE_BOUND = 1e-5  # of the largest logit, for float32
-GREEDY_TOKENS = 200
-LOGIT_TOKENS = 128
-
-# Real text, so that a real model is compared where it lives.
-TEXT = """First Citizen:
-Before we proceed any further, hear me speak.
-
-All:
-Speak, speak.
-
-First Citizen:
-You are all resolved rather to die than to famish?
-
-All:
-Resolved. resolved.
-
-First Citizen:
-First, you know Caius Marcius is chief enemy to the people.
-"""
-
-Array = NDArray[Any]
-
-
-class Subject(Decoder, Protocol):
-    """Something to compare: a step of decoding, and all logits of one sequence at once."""
-
-    def logits(self, ids: Sequence[int]) -> Array:
-        """(T,) -> (T, V)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question and its answer."""
-
-    name: str
-    passed: bool | None  # None: not asked, for the reason in ``result``
-    result: str
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,34 +48,121 @@ class Report:
 # ------------------------------------------------------------------------------------------------- whole reports
 
 
-def verify_checkpoints(a: Checkpoint, b: Checkpoint) -> Report:
+def verify(
+    a: str | Path, b: str | Path, *, text: str | None = None, runtime: str | None = None, n_head: int | None = None
+) -> Report:
+    """Compare any two of: weights, TorchScript, ``.pt2``, ONNX.
+
+    Of a directory with weights and ONNX, ``a`` means the weights and ``b`` the ONNX.
+
+    Args:
+        text: what to run them on; by default a scene of Shakespeare's.
+        runtime: "torch" takes the weights of ``b``, too; "onnx" insists on its ONNX.
+        n_head: attention heads, where nothing beside the weights says it.
+
+    Raises:
+        ConversionError: if one of them cannot be opened.
+    """
+    first = _weights_of(a, n_head, insist=kind_of(a) == "weights")
+    other = "onnx" if runtime == "onnx" else "weights" if runtime == "torch" and Path(b).is_dir() else kind_of(b)
+    if first is None:
+        return _verify_runs(a, b, open_subject(a, n_head=n_head), open_subject(b, runtime, n_head=n_head), text)
+    if other == "weights":
+        return verify_checkpoints(first, open_checkpoint(b, n_head=n_head), text)
+    return verify_export(first, b, text)
+
+
+def _weights_of(path: str | Path, n_head: int | None, insist: bool = False) -> Checkpoint | None:
+    """The weights that a path holds; None where it holds none and that is no fault."""
+    if not insist and not Path(path).is_dir():
+        return None
+    try:
+        return open_checkpoint(path, n_head=n_head)
+    except ConversionError:
+        if insist:
+            raise
+        return None
+
+
+def verify_export(a: Checkpoint, b: str | Path, text: str | None = None) -> Report:
+    """A checkpoint against what it was exported to. The weights of a directory are compared as well."""
+    names = str(a.source), str(b)
+    if not _installed("torch"):
+        return Report(*names, [Check("logits", None, needs_torch())])
+    subject = open_subject(b)
+    checks = [_same_configs(a.config, subject.config)]
+    if second := _weights_of(b, None):
+        checks += [compare_weights(a.cast(F32), second.cast(F32)), compare_tokenizers(a, second)]
+    if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
+        checks += compare_runs(gpt2x_model(a), subject, sample_ids(a.config, a.tokenizer or _tokenizer_of(b), text))
+    return Report(*names, checks)
+
+
+def _verify_runs(a: str | Path, b: str | Path, first: Subject, second: Subject, text: str | None) -> Report:
+    """Two of which the first is no checkpoint. A checkpoint is the better yardstick, on whichever side it is."""
+    checks = [_same_configs(first.config, second.config)]
+    if not first.config.differences(second.config, ("n_vocab", "n_ctx")):
+        yardstick, subject = (second, first) if kind_of(b) == "weights" else (first, second)
+        checks += compare_runs(yardstick, subject, sample_ids(first.config, _tokenizer_of(a, b), text))
+    return Report(str(a), str(b), checks)
+
+
+def _tokenizer_of(*paths: str | Path) -> TokenizerFiles | None:
+    folders = (Path(path) if Path(path).is_dir() else Path(path).parent for path in paths)
+    return next((found for folder in folders if (found := find_tokenizer(folder))), None)
+
+
+def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None) -> Report:
     """Two checkpoints: configuration, weights, tokenizer, logits and words."""
-    checks = [compare_configs(a, b), compare_weights(a, b), compare_tokenizers(a, b)]
+    checks = [_same_configs(a.config, b.config), compare_weights(a, b), compare_tokenizers(a, b)]
     if a.config.differences(b.config, ("n_vocab", "n_ctx")):
-        reason = "not compared: the models take different tokens"
-        checks += [Check("logits", None, reason), Check("greedy words", None, reason)]
+        checks += [Check("logits", None, "not compared: the models take different tokens")]
     elif not _installed("torch"):
-        checks += [Check(name, None, needs_torch()) for name in ("logits", "greedy words")]
+        checks += [Check("logits", None, needs_torch())]
     else:
-        checks += compare_runs(gpt2x_model(a), gpt2x_model(b), sample_ids(a))
+        checks += compare_runs(gpt2x_model(a), gpt2x_model(b), sample_ids(a.config, a.tokenizer, text))
     return Report(str(a.source), str(b.source), checks)
 
 
-def verify_alone(a: Checkpoint) -> Report:
+def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
     """A checkpoint run by gpt2x against transformers, or the float64 reference where that is missing."""
     if not _installed("torch"):
         return Report(str(a.source), "nothing", [Check("logits", None, needs_torch())])
+    ids = sample_ids(a.config, a.tokenizer, text)
     if _installed("transformers"):
-        return Report(str(a.source), "transformers", compare_runs(gpt2x_model(a), Transformers(a), sample_ids(a)))
+        return Report(str(a.source), "transformers", compare_runs(Transformers(a), gpt2x_model(a), ids))
     from .reference import Reference
 
     reference = Uncached(Reference(a), a.config)
-    return Report(str(a.source), "float64 reference", compare_runs(gpt2x_model(a), reference, sample_ids(a)))
+    return Report(str(a.source), "float64 reference", compare_runs(reference, gpt2x_model(a), ids))
 
 
 def verify_release(a: Checkpoint) -> Report:
     """A checkpoint against the checksums of OpenAI's 124M release: needs nothing but the table."""
     return Report(str(a.source), "openai-124M", [compare_release(a)])
+
+
+def sample_ids(config: GPT2Config, tokenizer: TokenizerFiles | None, text: str | None = None) -> Sequence[int]:
+    """A full context of real text where the tokenizer is there and fits, else the same arbitrary ids each time.
+
+    A text that is shorter than the context is repeated.
+
+    Raises:
+        ConversionError: if a text is given that cannot be used.
+    """
+    if tokenizer:
+        ids = Tokenizer.from_files(tokenizer).encode(text if text is not None else default_text())
+        if ids and max(ids) < config.n_vocab:
+            return (ids * (config.n_ctx // len(ids) + 1))[: config.n_ctx]
+    if text is not None:
+        why = "the text is empty" if tokenizer else "a text needs a tokenizer, and none is beside the models"
+        raise ConversionError(why)
+    return [int(i) for i in np.random.default_rng(0).integers(config.n_vocab, size=config.n_ctx)]
+
+
+def default_text() -> str:
+    """The first scene of Coriolanus: real text, so that a real model is compared where it lives."""
+    return resources.files("gpt2x").joinpath("coriolanus.txt").read_text(encoding="utf-8")
 
 
 def needs_torch() -> str:
@@ -129,9 +177,9 @@ def _installed(module: str) -> bool:
 # ------------------------------------------------------------------------------------------------- single checks
 
 
-def compare_configs(a: Checkpoint, b: Checkpoint) -> Check:
+def _same_configs(a: GPT2Config, b: GPT2Config) -> Check:
     """Everything that decides shapes and arithmetic."""
-    differences = a.config.differences(b.config)
+    differences = a.differences(b)
     return Check("configuration", not differences, "; ".join(differences) or "the same", {"differences": differences})
 
 
@@ -212,140 +260,3 @@ def _meets(tensor: LazyTensor | None, expected: dict[str, Any]) -> bool:
         and tensor.shape == expected["shape"]
         and crc_of(tensor) == expected["crc32c"]
     )
-
-
-# -------------------------------------------------------------------------------------------- logits and words
-
-
-def compare_runs(a: Subject, b: Subject, ids: Sequence[int]) -> list[Check]:
-    """Logits and greedy words of two models on the same tokens."""
-    check, error = compare_logits(a, b, ids)
-    return [check, compare_words(a, b, ids, error)]
-
-
-def sample_ids(a: Checkpoint) -> list[int]:
-    """Tokens to compare on: real text where the tokenizer is there and fits, else the same arbitrary ids each time."""
-    if a.tokenizer:
-        ids = Tokenizer.from_files(a.tokenizer).encode(TEXT)
-        if max(ids) < a.config.n_vocab:
-            return ids[: min(LOGIT_TOKENS, a.config.n_ctx)]
-    return [int(i) for i in np.random.default_rng(0).integers(a.config.n_vocab, size=min(LOGIT_TOKENS, a.config.n_ctx))]
-
-
-def compare_logits(a: Subject, b: Subject, ids: Sequence[int]) -> tuple[Check, float]:
-    """Logits at every position, against a bound relative to the largest; also gives the largest error."""
-    x, y = (np.asarray(model.logits(ids), np.float64) for model in (a, b))
-    largest, error = float(np.abs(y).max()), float(np.abs(x - y).max())
-    passed = bool(np.isfinite([error, largest]).all() and error <= RELATIVE_BOUND * largest)
-    kind = (
-        "bit-identical"
-        if np.array_equal(x, y)
-        else f"largest error {error:.2e}, {error / largest:.1e} of the largest logit"
-    )
-    details = {"tokens": len(ids), "max_abs_error": error, "max_logit": largest, "bound": RELATIVE_BOUND * largest}
-    return Check("logits", passed, f"{kind} (bound {RELATIVE_BOUND:g}), {len(ids)} positions", details), error
-
-
-def compare_words(a: Decoder, b: Decoder, prompt: Sequence[int], error: float) -> Check:
-    """Greedy tokens, as long as the context allows, up to 200.
-
-    A divergence counts where b's gap between first and second exceeds twice the logits' largest error; under that it is
-    a near tie, which rounding may decide either way.
-    """
-    prompt = list(prompt[: max(1, min(32, a.n_ctx // 2))])
-    n = min(GREEDY_TOKENS, a.n_ctx - len(prompt))
-    ours, theirs = (greedy(decoder, prompt, n) for decoder in (a, b))
-    first = next((i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), None)
-    if first is None:
-        return Check("greedy words", True, f"{n} of {n} tokens the same", {"tokens": n, "first_difference": None})
-    gap = top_gap(b, [*prompt, *theirs[:first]])
-    tie = gap <= 2 * error
-    result = f"differ from token {first} of {n} (gap {gap:.2e}{', a near tie' if tie else ''})"
-    return Check("greedy words", tie, result, {"tokens": n, "first_difference": first, "gap": gap, "near_tie": tie})
-
-
-def greedy(decoder: Decoder, prompt: list[int], n: int) -> list[int]:
-    """Greedy tokens after a prompt; never stops at an end of text."""
-    generation = Generation(decoder, [prompt], n, Sampling(temperature=0))
-    return [token for (token,) in generation if token is not None]
-
-
-def top_gap(decoder: Decoder, ids: list[int]) -> float:
-    """How far the likeliest next token's logit is from the second's."""
-    logits, _ = decoder.step(np.array([ids]), None, np.arange(len(ids))[None], None)
-    second, first = np.sort(logits[0])[-2:]
-    return float(first - second)
-
-
-# ------------------------------------------------------------------------------------------- things to compare
-
-
-def gpt2x_model(checkpoint: Checkpoint) -> Subject:
-    """gpt2x's own model of a checkpoint."""
-    from .load import model_of
-    from .torch_runtime import TorchDecoder
-
-    return TorchDecoder(model_of(checkpoint))
-
-
-class Uncached:
-    """A function from ids to logits as a decoder that computes everything anew at each step."""
-
-    def __init__(self, logits: Callable[[Sequence[int]], Array], config: GPT2Config) -> None:
-        self.logits, self.n_ctx, self.n_vocab = logits, config.n_ctx, config.n_vocab
-
-    def step(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
-        """As ``Decoder.step``, for one row."""
-        ids = [*(cache or []), *input_ids[0].tolist()]
-        return np.asarray(self.logits(ids))[None, -1], ids
-
-
-class Transformers:
-    """transformers' ``GPT2LMHeadModel`` with the weights of a checkpoint, as a decoder."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        from converters.config import to_hf
-
-        from .load import state_of
-
-        config = GPT2Config(
-            **{k: v for k, v in to_hf(checkpoint.config).items() if k not in ("architectures", "model_type", "n_ctx")}
-        )
-        config._attn_implementation = "eager"
-        with torch.device("meta"):
-            self.model = GPT2LMHeadModel(config)
-        state = {
-            name if name.startswith("lm_head") else f"transformer.{name}": t.float()
-            for name, t in state_of(checkpoint).items()
-        }
-        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-        self.model.load_state_dict(state, assign=True, strict=True)
-        self.model.tie_weights()
-        self.model.eval()
-        self.n_ctx, self.n_vocab = checkpoint.config.n_ctx, checkpoint.config.n_vocab
-
-    def logits(self, ids: Sequence[int]) -> Array:
-        """(T,) -> (T, V)."""
-        import torch
-
-        with torch.inference_mode():
-            result: Array = self.model(torch.tensor([list(ids)])).logits[0].numpy()
-        return result
-
-    def step(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
-        """As ``Decoder.step``."""
-        import torch
-
-        mask = None if attention_mask is None else torch.from_numpy(attention_mask)
-        with torch.inference_mode():
-            out = self.model(
-                torch.from_numpy(input_ids),
-                attention_mask=mask,
-                position_ids=torch.from_numpy(position_ids),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return out.logits[:, -1].numpy(), out.past_key_values

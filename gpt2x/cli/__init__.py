@@ -12,10 +12,13 @@ from gpt2x import __version__
 
 from .convert import convert
 from .demo import demo
+from .export import export
 from .generate import generate
 from .inspect import inspect
 from .text import printable
 from .verify import verify
+
+EXTRAS = {"torch": "torch", "onnx": "export", "transformers": "verify", "matplotlib": "verify"}
 
 
 class Main(click.Group):
@@ -37,13 +40,12 @@ class Main(click.Group):
 def explain(error: Exception) -> str:
     """What to say of an exception."""
     from converters import ConversionError
-    from gpt2x.generate import PromptError
+    from gpt2x.generate import InputError
 
-    if isinstance(error, ConversionError | PromptError):
+    if isinstance(error, ConversionError | InputError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
-        extra = {"torch": "torch", "transformers": "verify"}[error.name]
-        return f"this needs {error.name}: pip install 'gpt2x[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"this needs {error.name}: pip install 'gpt2x[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError):
         return f"{error.filename or 'input/output'}: {error.strerror or error}"
     if isinstance(error, MemoryError):
@@ -64,6 +66,7 @@ def main() -> None:
     Start with:
       gpt2x demo
       gpt2x convert models/124M gpt2.safetensors
+      gpt2x export models/124M --onnx gpt2-onnx/
       gpt2x verify gpt2.safetensors --against openai-124M
     """
     signal.signal(signal.SIGTERM, _terminate)
@@ -73,5 +76,5 @@ def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # unwinds, so that no half-written file stays
 
 
-for command in (convert, inspect, verify, generate, demo):
+for command in (convert, export, inspect, verify, generate, demo):
     main.add_command(command)

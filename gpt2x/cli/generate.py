@@ -18,27 +18,32 @@ import click
     help="Sample from the likeliest tokens that make up p; 1 is off.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Makes the text repeatable.")
-@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the weights.")
+@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the model.")
+@click.option(
+    "--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a MODEL that has weights and ONNX."
+)
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside MODEL says it.")
 def generate(
     model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
-    tokenizer_dir: str | None, n_head: int | None,
+    tokenizer_dir: str | None, runtime: str | None, n_head: int | None,
 ) -> None:  # fmt: skip
-    """Continue PROMPT with MODEL, which is anything that convert reads.
+    """Continue PROMPT with MODEL, which is anything that convert reads or export writes.
 
     \b
       gpt2x generate models/124M "In a shocking finding," --top-k 40 --seed 1
+      gpt2x generate gpt2-onnx/ "In a shocking finding," --temperature 0
+
+    A directory with an ONNX model is run by ONNX Runtime, without torch.
     """
     from gpt2x.generate import Generation, Sampling, encode, stream_text
-    from gpt2x.load import from_pretrained
+    from gpt2x.subjects import open_subject
     from gpt2x.tokenizer import Tokenizer
-    from gpt2x.torch_runtime import TorchDecoder
 
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    decoder = TorchDecoder(from_pretrained(model, n_head=n_head))
+    decoder = open_subject(model, runtime, n_head=n_head)
     tokenizer = Tokenizer.from_pretrained(tokenizer_dir or model)
     generation = Generation(decoder, [encode(tokenizer, prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):

@@ -16,18 +16,57 @@ from .text import printable
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, show_tensors: bool, as_json: bool) -> None:
-    """Say what PATH is: format, dialect, sizes, number formats, configuration, checksums.
+    """Say what PATH is: format, dialect, sizes, number formats, configuration, checksums; of ONNX, the contract.
 
     \b
       gpt2x inspect models/124M
       gpt2x inspect pytorch_model.bin --tensors --json
+      gpt2x inspect gpt2-onnx/
 
-    Only names and shapes are read, not the weights.
+    Only names and shapes are read, not the weights. (ONNX Runtime opens an ONNX model, to say what it sees.)
     """
-    facts = describe(path)
+    facts = everything(path)
     if not show_tensors:
-        del facts["tensor_list"]
+        facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
+
+
+def everything(path: str) -> dict[str, Any]:
+    """What is to be said of weights, of an ONNX model, or of a directory with both."""
+    from gpt2x.contract import has_onnx
+
+    if not has_onnx(path):
+        return describe(path)
+    from converters import ConversionError
+
+    try:
+        facts = describe(path) if not path.endswith(".onnx") else {"path": path}
+    except ConversionError:
+        facts = {"path": path}  # no weights of a kind that gpt2x reads, but ONNX
+    return {**facts, "onnx": describe_onnx(path)}
+
+
+def describe_onnx(path: str) -> dict[str, Any]:
+    """An ONNX model's contract and provenance."""
+    from converters.config import to_hf
+    from gpt2x import contract
+    from gpt2x.runtime import OnnxDecoder
+
+    model = OnnxDecoder(path, optimize=False)
+    said = model.metadata.get
+    return {
+        "file": str(model.path),
+        "contract": said(contract.CONTRACT),
+        "precision": said(contract.PRECISION),
+        "cache": said(contract.CACHE),
+        "logits": said(contract.LOGITS),
+        "source": said(contract.SOURCE),
+        "source_sha256": json.loads(said(contract.CHECKSUMS, "{}")),
+        "gpt2x_version": said(contract.WRITER),
+        "config": to_hf(model.config),
+        "inputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.inputs.items()],
+        "outputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.outputs.items()],
+    }
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -64,13 +103,36 @@ def describe(path: str) -> dict[str, Any]:
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The facts for a person."""
+    weights = [f"  {key:<10} {value}" for key, value in _weights_rows(facts)] if "format" in facts else []
+    onnx = [f"  {key:<10} {value}" for key, value in _onnx_rows(facts["onnx"])] if "onnx" in facts else []
+    return [facts["path"], *weights, *onnx]
+
+
+def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
+    config = onnx["config"]
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    rows = [("onnx", onnx["file"]), ("sizes", ", ".join(f"{name} {config[name]}" for name in sizes))]
+    if onnx["gpt2x_version"]:
+        rows += [
+            ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
+            ("written by", f"gpt2x {onnx['gpt2x_version']}, from {onnx['source']}"),
+            *(("sha256", f"{digest}  {name}") for name, digest in onnx["source_sha256"].items()),
+        ]
+    for kind in ("input", "output"):
+        rows += [
+            (kind, f"{s['name']:<27} {s['dtype']:<7} [{', '.join(map(str, s['shape']))}]") for s in onnx[f"{kind}s"]
+        ]
+    return rows
+
+
+def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     config = facts["config"]
     size = f" ({facts['size']})" if facts["size"] else ""
     shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     switches = {
         k: v for k, v in config.items() if k.startswith(("activation", "layer_norm", "scale", "reorder", "tie"))
     }
-    rows = [
+    return [
         ("format", f"{facts['format']}, names of {facts['dialect']}"),
         (
             "model",
@@ -90,4 +152,3 @@ def lines(facts: dict[str, Any]) -> list[str]:
         *(("note", note) for note in facts["notes"]),
         *((t["dtype"], f"{t['name']} {t['shape']}") for t in facts.get("tensor_list", [])),
     ]
-    return [facts["path"], *(f"  {key:<10} {value}" for key, value in rows)]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .text import printable
+
 if TYPE_CHECKING:
     from gpt2x.parity import Report
 
@@ -17,61 +19,86 @@ if TYPE_CHECKING:
 @click.option(
     "--against", type=click.Choice(["openai-124M"]), help="Compare with a published release by its checksums."
 )
+@click.option("--text", "text_file", metavar="FILE", help="Text to run both on; by default a scene of Shakespeare's.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - is the terminal.")
-@click.option("--force", is_flag=True, help="Replace the FILE of --json.")
+@click.option("--report", "html_file", metavar="FILE", help="Write the report as an HTML page with plots.")
+@click.option("--force", is_flag=True, help="Replace the files of --json and --report.")
+@click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a B that has weights and ONNX.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside the files says it.")
 @click.pass_context
 def verify(
-    ctx: click.Context,
-    a: str,
-    b: str | None,
-    against: str | None,
-    json_file: str | None,
-    force: bool,
-    n_head: int | None,
-) -> None:
+    ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
+    html_file: str | None, force: bool, runtime: str | None, n_head: int | None,
+) -> None:  # fmt: skip
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same words.
 
     \b
+      gpt2x verify models/124M gpt2-onnx/ --report report.html
       gpt2x verify models/124M gpt2.safetensors
       gpt2x verify gpt2.safetensors --against openai-124M
       gpt2x verify gpt2-hf/
 
-    Weights are compared byte for byte, and need no torch. Logits and greedy words are compared where torch is
-    installed. Without B, A as gpt2x runs it is compared with transformers, or with a float64 reference where that is
-    missing. Exit code 1 when anything differs.
+    A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. Of a directory with
+    weights and ONNX, A means the weights and B the ONNX. Weights are compared byte for byte, and need no torch. Then
+    both are run: in one pass, step by step, in chunks, batched, padded. Without B, A as gpt2x runs it is compared with
+    transformers, or with a float64 reference where that is missing. Exit code 1 when anything differs.
     """
     from converters import open_checkpoint
     from converters.files import check_free
-    from gpt2x.parity import verify_alone, verify_checkpoints, verify_release
+    from gpt2x import parity
 
     if b and against:
         raise click.UsageError("give B or --against, not both")
-    if json_file not in (None, "-"):
-        check_free(Path(str(json_file)), force, directory=False)
-    first = open_checkpoint(a, n_head=n_head)
+    if runtime and not b:
+        raise click.UsageError("--runtime is about B, which is not given")
+    for file in (json_file, html_file):
+        if file not in (None, "-"):
+            check_free(Path(str(file)), force, directory=False)
+    if html_file:
+        import matplotlib  # noqa: F401  before the work, not after it
+    text = _read_text(text_file) if text_file else None
     if against:
-        report = verify_release(first)
+        report = parity.verify_release(open_checkpoint(a, n_head=n_head))
     elif b:
-        report = verify_checkpoints(first, open_checkpoint(b, n_head=n_head))
+        report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head)
     else:
-        report = verify_alone(first)
-    show(report, json_file, force)
+        report = parity.verify_alone(open_checkpoint(a, n_head=n_head), text)
+    show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)
 
 
-def show(report: Report, json_file: str | None, force: bool) -> None:
-    """The table on the terminal, the JSON where it is wanted."""
+def _read_text(path: str) -> str:
+    from converters import FormatError
+    from converters.files import File
+
+    file = File(Path(path))
+    data = b"".join(file.chunks(0, min(file.size, 1 << 20)))
+    try:
+        return data.decode("utf-8", "strict" if file.size <= len(data) else "ignore")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def show(report: Report, json_file: str | None, html_file: str | None, force: bool) -> None:
+    """The table on the terminal, and the files that are wanted."""
     from converters.files import new_file
 
-    if json_file == "-":
-        click.echo(report.to_json())
-        return
+    click.echo(report.to_json() if json_file == "-" else printable(table(report)))
+    if json_file not in (None, "-"):
+        with new_file(Path(str(json_file)), force) as out:
+            out.write((report.to_json() + "\n").encode())
+    if html_file:
+        from gpt2x.report_page import page
+
+        with new_file(Path(html_file), force) as out:
+            out.write(page(report).encode())
+
+
+def table(report: Report) -> str:
+    """The report for a person."""
     marks = {True: "same", False: "DIFFERENT", None: "-"}
-    click.echo(f"{report.a} against {report.b}")
+    lines = [f"{report.a} against {report.b}"]
     for check in report.checks:
         mark = "near tie" if check.details.get("near_tie") else marks[check.passed]
-        click.echo(f"  {check.name:<14} {mark:<10} {check.result}")
-    if json_file:
-        with new_file(Path(json_file), force) as out:
-            out.write((report.to_json() + "\n").encode())
+        lines.append(f"  {check.name:<15} {mark:<10} {check.result}")
+    return "\n".join(lines)

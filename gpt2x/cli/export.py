@@ -1,0 +1,143 @@
+"""``gpt2x export``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .convert import progress_bar
+from .text import printable
+from .verify import table
+
+if TYPE_CHECKING:
+    from converters import Checkpoint
+    from gpt2x.parity import Report
+
+
+@click.command()
+@click.argument("src")
+@click.option("--onnx", metavar="DIR", help="Write a directory with an ONNX model, its weights and its tokenizer.")
+@click.option("--torchscript", metavar="FILE", help="Write TorchScript, which torch.jit.load reads.")
+@click.option("--pt2", metavar="FILE", help="Write a program of torch.export, which torch.export.load reads.")
+@click.option(
+    "--logits",
+    type=click.Choice(["all", "last"]),
+    default="all",
+    show_default=True,
+    help="ONNX: logits of every position, or of the last only (for left or no padding).",
+)
+@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the weights.")
+@click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
+@click.option("--no-verify", is_flag=True, help="Do not compare what was written with SRC.")
+@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside SRC says it.")
+@click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
+def export(
+    ctx: click.Context, src: str, onnx: str | None, torchscript: str | None, pt2: str | None, logits: str,
+    tokenizer_dir: str | None, no_tokenizer: bool, no_verify: bool, n_head: int | None, tie: bool, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Export the GPT-2 in SRC for other programs: ONNX with a KV cache, TorchScript, torch.export.
+
+    \b
+      gpt2x export models/124M --onnx gpt2-onnx/
+      gpt2x export gpt2-hf/ --torchscript gpt2.pt
+
+    SRC is anything that convert reads. DIR is loaded as it is by ONNX Runtime, onnxruntime-genai, optimum,
+    transformers.js and transformers; its README.md has the contract. What was written is compared with SRC: exit code
+    1 when anything differs.
+    """
+    if not (onnx or torchscript or pt2):
+        raise click.UsageError("say what to write: --onnx DIR, --torchscript FILE or --pt2 FILE")
+    if onnx and Path(onnx).suffix == ".onnx":
+        raise click.UsageError(
+            f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
+        )
+    if pt2 and Path(pt2).suffix != ".pt2":
+        raise click.UsageError("torch wants a name that ends in .pt2")
+    from converters import open_checkpoint
+
+    checkpoint = open_checkpoint(src, n_head=n_head, tie=tie)
+    checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
+    results = []
+    if onnx:
+        options = {"last": logits == "last", "force": force, "need_tokenizer": not no_tokenizer}
+        results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options)))
+    if torchscript:
+        results.append(_write("torchscript", torchscript, lambda: _export_torchscript(checkpoint, torchscript, force)))
+    if pt2:
+        results.append(_write("pt2", pt2, lambda: _export_pt2(checkpoint, pt2, force)))
+    reports = [] if no_verify else [_verify(checkpoint, result["destination"]) for result in results]
+    facts = {"source": src, "exports": results, "notes": list(checkpoint.notes)}
+    if as_json:
+        verified = [json.loads(report.to_json()) for report in reports]
+        click.echo(json.dumps({**facts, "verify": verified}, indent=2))
+    else:
+        click.echo(printable(summary(facts)))
+        for report in reports:
+            click.echo(printable(table(report)))
+    ctx.exit(0 if all(report.passed for report in reports) else 1)
+
+
+def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:
+    from converters import TokenizerError, find_tokenizer
+
+    if without:
+        return replace(checkpoint, tokenizer=None)
+    if directory is None:
+        return checkpoint
+    found = find_tokenizer(Path(directory))
+    if found is None:
+        raise TokenizerError(f"{directory}: no tokenizer in this directory")
+    return replace(checkpoint, tokenizer=found)
+
+
+def _write(kind: str, destination: str, write: Callable[[], int]) -> dict[str, Any]:
+    start = time.perf_counter()
+    size = write()
+    return {"format": kind, "destination": destination, "bytes": size, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _export_onnx(checkpoint: Checkpoint, destination: str, options: dict[str, Any]) -> int:
+    from gpt2x.export.directory import export_onnx
+
+    def warn(sentence: str) -> None:
+        click.echo(printable(f"Warning: {sentence}"), err=True)
+
+    with progress_bar(4 * checkpoint.parameters) as advance:
+        return export_onnx(checkpoint, destination, progress=advance, warn=warn, **options).bytes
+
+
+def _export_torchscript(checkpoint: Checkpoint, destination: str, force: bool) -> int:
+    from gpt2x.export.torchscript import export_torchscript
+
+    return export_torchscript(checkpoint, destination, force=force)
+
+
+def _export_pt2(checkpoint: Checkpoint, destination: str, force: bool) -> int:
+    from gpt2x.export.torchscript import export_pt2
+
+    return export_pt2(checkpoint, destination, force=force)
+
+
+def _verify(checkpoint: Checkpoint, destination: str) -> Report:
+    from gpt2x.parity import verify_export
+
+    return verify_export(checkpoint, destination)
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """What was written, in a few lines."""
+    lines = [
+        f"{facts['source']} -> {e['destination']}\n  {e['format']}: {e['bytes']:,} bytes, {e['seconds']:.2f} s"
+        for e in facts["exports"]
+    ]
+    return "\n".join(lines + [f"  note: {note}" for note in facts["notes"]])
