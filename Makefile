@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check test-tensorflow test-all bench clean
+.PHONY: demo test check test-tensorflow test-clients test-all bench clean
 
 demo: $(VENV)/.ready ## set up, then walk the main road on the model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -19,7 +19,11 @@ check: $(VENV)/.ready
 test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a live TensorFlow, in its own environment
 	$(VENV)-tensorflow/bin/python -m pytest tests/test_tensorflow.py
 
-test-all: test test-tensorflow ## everything
+test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
+	test -d $(VENV)-headers || sh tests/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
+	$(BIN)/python -m pytest -rs tests/test_clients.py
+
+test-all: test test-tensorflow test-clients ## everything
 
 bench: $(VENV)/.ready $(VENV)-bench/.ready ## speed and memory beside cp; takes 20 GB of disk and some minutes
 	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)
@@ -34,6 +38,17 @@ $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt
 	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu
 	touch $@
 
+# optimum needs transformers < 5; torch first, so that nothing brings another one.
+$(VENV)-optimum/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-optimum
+	$(VENV)-optimum/bin/python $(PIP) torch
+	$(VENV)-optimum/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'optimum-onnx[onnxruntime]==0.1.0' 'transformers<5'
+	touch $@
+
+examples/node_modules/.ready: examples/package.json
+	cd examples && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-package-lock --no-audit --no-fund --silent
+	touch $@
+
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
 $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/cli/*.py)
 	$(PYTHON) -m venv --clear $(VENV)-bench
@@ -42,4 +57,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

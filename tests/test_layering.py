@@ -22,7 +22,9 @@ def modules_after(code: str, cwd: Path) -> set[str]:
     return set(run(f"{code}\nimport sys; print('MODULES', *sys.modules)", cwd).split("MODULES")[1].split())
 
 
-@pytest.mark.parametrize("module", ["converters", "gpt2x", "gpt2x.cli", "gpt2x.generate", "gpt2x.tokenizer"])
+@pytest.mark.parametrize(
+    "module", ["converters", "gpt2x", "gpt2x.cli", "gpt2x.generate", "gpt2x.tokenizer", "gpt2x.runtime"]
+)
 def test_importing_it_loads_no_torch(module, tmp_path):
     assert "torch" not in modules_after(f"import {module}", tmp_path)
 

@@ -1,0 +1,390 @@
+"""The ONNX Runtime decoder: the same loop, the same text, no torch; and one clear error for whatever does not fit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import TINY, assert_refused, done, random_checkpoint
+from onnx import TensorProto, helper
+
+from converters import CheckpointError, ConfigError, FormatError, open_checkpoint
+from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
+from gpt2x.export.directory import export_onnx
+from gpt2x.generate import Generation, InputError, PromptError, Sampling
+from gpt2x.runtime import OnnxDecoder
+
+
+@pytest.fixture(scope="module")
+def shakespeare(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runtime") / "shakespeare"
+    export_onnx(open_checkpoint(SHAKESPEARE), folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The tiny model's directory."""
+    export_onnx(random_checkpoint(), tmp_path / "tiny", need_tokenizer=False)
+    return tmp_path / "tiny"
+
+
+# ------------------------------------------------------------------------------------------------------ the same loop
+
+
+def test_generate_runs_onnx_without_torch(shakespeare, tmp_path):
+    code = f"""
+import sys
+from gpt2x.cli import main
+main(["generate", {str(shakespeare)!r}, "ROMEO:", "--max-new-tokens", "20", "--temperature", "0"], standalone_mode=False)
+assert not {{"torch", "onnx", "transformers"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    expected = generate_text(from_pretrained(SHAKESPEARE), Tokenizer.from_pretrained(SHAKESPEARE), "ROMEO:", 20, 0)
+    assert result.stdout == expected + "\n", result.stderr
+
+
+@pytest.mark.parametrize("options", [(0,), (0.8, 40), (1.0, None, 0.9), (0.7, 20, 0.8)])
+def test_batches_of_unequal_prompts_give_the_torch_models_text(shakespeare, options):
+    prompts = ["ROMEO:", "The king is a good man and", "O", "First Citizen:\nBefore we proceed"]
+    tokenizer, model = Tokenizer.from_pretrained(shakespeare), from_pretrained(SHAKESPEARE)
+    decoder = OnnxDecoder(shakespeare, threads=1)
+    assert generate_text(decoder, tokenizer, prompts, 40, *options, seed=5) == generate_text(
+        model, tokenizer, prompts, 40, *options, seed=5
+    )
+
+
+def test_streaming_and_the_end_of_the_context(shakespeare):
+    tokenizer, decoder = Tokenizer.from_pretrained(shakespeare), OnnxDecoder(shakespeare)
+    pieces = list(generate_text(decoder, tokenizer, "ROMEO:", 300, 0, stream=True))
+    assert "".join(pieces) == generate_text(decoder, tokenizer, "ROMEO:", 300, 0)
+    generation = Generation(decoder, [tokenizer.encode("ROMEO:")], 300, Sampling(temperature=0))
+    assert len(list(generation)) == 256 - 2
+    assert generation.finish == ["context"]
+
+
+def test_the_runtime_is_chosen(gpt2x, shakespeare, tmp_path):
+    texts = {
+        name: done(gpt2x("generate", shakespeare, "ROMEO:", "--max-new-tokens", 9, "--seed", 3, *options)).stdout
+        for name, options in {"": (), "onnx": ("--runtime", "onnx"), "torch": ("--runtime", "torch")}.items()
+    }
+    assert len(set(texts.values())) == 1
+    by_file = gpt2x(
+        "generate",
+        shakespeare / "onnx/model.onnx",
+        "ROMEO:",
+        "--max-new-tokens",
+        9,
+        "--seed",
+        3,
+        "--tokenizer",
+        shakespeare,
+    )
+    assert by_file.stdout == texts[""]
+    assert_refused(gpt2x("generate", SHAKESPEARE, "x", "--runtime", "onnx"), "no ONNX model in this directory")
+    assert_refused(
+        gpt2x("generate", shakespeare / "onnx/model.onnx", "x", "--runtime", "torch"), "which torch does not run"
+    )
+
+
+def test_the_cache_stays_in_onnx_runtimes_buffers(tiny):
+    decoder = OnnxDecoder(tiny)
+    _, first = decoder.run(np.array([[1, 2]]), None, np.array([[0, 1]]), None)
+    logits, second = decoder.run(np.array([[3]]), None, np.array([[2]]), first)
+    assert [value.shape() for value in second] == [[1, 2, 3, 3]] * 4
+    assert [value.shape() for value in first] == [[1, 2, 2, 3]] * 4  # not written to: a beam may go on from it again
+    again, _ = decoder.run(np.array([[3]]), None, np.array([[2]]), first)
+    np.testing.assert_array_equal(logits, again)
+
+
+def test_an_onnx_file_alone_needs_no_gpt2x_metadata_where_config_json_is_near(tiny):
+    path = tiny / "onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    path.write_bytes(model.SerializeToString())
+    assert OnnxDecoder(path).config == TINY
+    (tiny / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"neither its metadata nor a config.json"):
+        OnnxDecoder(path)
+
+
+def test_inspect_shows_the_contract_and_where_it_came_from(gpt2x, shakespeare):
+    out = done(gpt2x("inspect", shakespeare)).stdout
+    for words in (
+        "safetensors shards, names of hf",
+        "1: fp32, growing cache, logits of all",
+        "from model.ckpt",
+        "model.ckpt.data-00000-of-00001",
+        "past_key_values.3.value     float32 [batch_size, 6, past_sequence_length, 32]",
+        "logits                      float32 [batch_size, sequence_length, 2048]",
+    ):
+        assert words in out
+    facts = json.loads(done(gpt2x("inspect", shakespeare, "--json")).stdout)["onnx"]
+    assert (facts["precision"], facts["cache"], facts["contract"], facts["logits"]) == ("fp32", "growing", "1", "all")
+    assert [len(facts["inputs"]), len(facts["outputs"])] == [11, 9]
+    assert "input_ids" in done(gpt2x("inspect", shakespeare / "onnx/model.onnx")).stdout
+
+
+# --------------------------------------------------------------------------------------------------------- bad models
+
+
+def assert_all_refuse(gpt2x, path, *words):
+    assert_refused(gpt2x("generate", path, "x", "--tokenizer", SHAKESPEARE), *words)
+    assert_refused(gpt2x("inspect", path), *words)
+    assert_refused(gpt2x("verify", SHAKESPEARE, path), *words)
+
+
+def test_a_directory_without_a_model(gpt2x, tmp_path):
+    (tmp_path / "d").mkdir()
+    with pytest.raises(
+        FormatError, match=r"no ONNX model in this directory \(looked for onnx/model.onnx, model.onnx\)"
+    ):
+        OnnxDecoder(tmp_path / "d")
+    assert_refused(gpt2x("generate", tmp_path / "d", "x"), "no weights in this directory")
+    assert_refused(gpt2x("generate", tmp_path / "nothing", "x"), "no such file")
+    assert_refused(gpt2x("generate", tmp_path / "nothing.onnx", "x"), "no such file")
+
+
+@pytest.mark.parametrize("left", [0, 8, 100, 1000, -1, -4000])
+def test_a_truncated_file_of_weights(gpt2x, tiny, left):
+    weights = tiny / "onnx/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    assert_all_refuse(gpt2x, tiny, "model.safetensors")
+
+
+def test_a_missing_file_of_weights(gpt2x, tiny):
+    (tiny / "onnx/model.safetensors").unlink()
+    assert_all_refuse(gpt2x, tiny, "model.onnx: ONNX Runtime cannot load it", "model.safetensors")
+
+
+def test_truncated_external_data_of_another_name(gpt2x, tiny):
+    path = tiny / "onnx/model.onnx"
+    path.write_bytes(path.read_bytes().replace(b"model.safetensors", b"weights.datadata_"))
+    data = (tiny / "onnx/model.safetensors").read_bytes()
+    (tiny / "onnx/model.safetensors").unlink()
+    (tiny / "onnx/weights.datadata_").write_bytes(data[: len(data) // 2])
+    assert_all_refuse(gpt2x, tiny, "model.onnx: ONNX Runtime cannot load it")
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\x08\x0b\x12\x05gpt2x", bytes(1000), b"<html>"])
+def test_an_onnx_file_that_is_none(gpt2x, tiny, data):
+    (tiny / "onnx/model.onnx").write_bytes(data)
+    assert_all_refuse(gpt2x, tiny, "model.onnx: ")
+
+
+def test_a_truncated_onnx_file(gpt2x, tiny):
+    path = tiny / "onnx/model.onnx"
+    whole = path.read_bytes()
+    for size in range(10, len(whole), 701):
+        path.write_bytes(whole[:size])
+        with pytest.raises((FormatError, CheckpointError)):
+            OnnxDecoder(path)
+
+
+def edited(tiny, edit):
+    path = tiny / "onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model.graph)
+    path.write_bytes(model.SerializeToString())
+    return tiny
+
+
+def rename(old, new):
+    def edit(graph):
+        for value in (*graph.input, *graph.output):
+            value.name = new if value.name == old else value.name
+        for node in graph.node:
+            node.input[:] = [new if name == old else name for name in node.input]
+            node.output[:] = [new if name == old else name for name in node.output]
+
+    return edit
+
+
+def with_extra_input(graph):
+    graph.input.append(helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1]))
+
+
+def without_output(graph):
+    del graph.output[2]
+
+
+def with_other_heads(graph):
+    graph.input[3].type.tensor_type.shape.dim[1].dim_value = 4
+
+
+def with_fixed_batch(graph):
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (rename("position_ids", "positions"), ("missing   input position_ids", "extra     input positions")),
+        (with_extra_input, ("extra     input use_cache_branch",)),
+        (without_output, ("missing   output present.0.value",)),
+        (rename("present.1.key", "present_1_key"), ("missing   output present.1.key", "extra     output present_1_key")),
+        (with_fixed_batch, ("input     input_ids is int64 [1, sequence_length], not int64 [batch_size, sequence_length]",)),
+    ],
+)  # fmt: skip
+def test_a_model_of_another_contract_names_every_difference(gpt2x, tiny, edit, words):
+    assert_all_refuse(gpt2x, edited(tiny, edit), "model.onnx: a model of another contract", *words)
+
+
+def test_a_model_whose_sizes_are_not_its_configurations(gpt2x, tiny):
+    path = tiny / "onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for prop in model.metadata_props:
+        if prop.key == "gpt2x.config":
+            prop.value = json.dumps({**json.loads(prop.value), "n_layer": 3, "n_head": 3})
+    path.write_bytes(model.SerializeToString())
+    words = ("missing   input past_key_values.2.key", "past_key_values.0.key is float32 [batch_size, 2")
+    assert_all_refuse(gpt2x, tiny, *words)
+
+
+@pytest.mark.parametrize(
+    "config", ["not json", "[]", '{"n_layer": -1}', '{"model_type": "bert"}', '{"n_layer": 1e999}']
+)
+def test_metadata_that_make_no_sense(gpt2x, tiny, config):
+    path = tiny / "onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for prop in model.metadata_props:
+        if prop.key == "gpt2x.config":
+            prop.value = config
+    path.write_bytes(model.SerializeToString())
+    assert_refused(gpt2x("generate", tiny, "x", "--tokenizer", SHAKESPEARE))
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def a(*shape):
+    return np.zeros(shape, np.int64)
+
+
+def test_an_empty_prompt_and_one_longer_than_the_context(gpt2x, shakespeare):
+    assert_refused(gpt2x("generate", shakespeare, ""), "the prompt is empty")
+    assert_refused(gpt2x("generate", shakespeare, "word " * 300), "the model's context is 256")
+    decoder = OnnxDecoder(shakespeare)
+    with pytest.raises(PromptError, match="outside the model's vocabulary of 2048"):
+        Generation(decoder, [[2048]], 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 1), (0, 0)])
+def test_no_token_at_all(tiny, shape):
+    with pytest.raises(InputError, match="the prompt is empty"):
+        OnnxDecoder(tiny).run(a(*shape), None, a(*shape), None)
+
+
+@pytest.mark.parametrize("bad", [-1, 13, 2**40, -(2**60)])
+def test_token_ids_out_of_range(tiny, bad):
+    with pytest.raises(InputError, match=f"token id {bad} is outside the vocabulary of 13"):
+        OnnxDecoder(tiny).run(np.array([[0, bad]]), None, np.array([[0, 1]]), None)
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 2**40])
+def test_positions_out_of_range(tiny, bad):
+    with pytest.raises(InputError, match=f"position {bad} is outside the context of 10"):
+        OnnxDecoder(tiny).run(np.array([[0, 1]]), None, np.array([[0, bad]]), None)
+
+
+def test_tokens_past_the_context(tiny):
+    decoder = OnnxDecoder(tiny)
+    _, cache = decoder.run(a(1, 10), None, np.arange(10)[None], None)
+    with pytest.raises(InputError, match="position 10 is outside the context of 10"):
+        decoder.run(a(1, 1), None, np.array([[10]]), cache)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [(a(1, 1), r"attention_mask is \(1, 1\), but 0 cached and 2 new tokens need \(1, 2\)"), (a(2, 2), "attention_mask is"), (a(2), "attention_mask is")],
+)  # fmt: skip
+def test_a_mask_of_the_wrong_length(tiny, mask, words):
+    with pytest.raises(InputError, match=words):
+        OnnxDecoder(tiny).run(a(1, 2), mask, a(1, 2), None)
+
+
+def test_a_mask_that_forgets_the_cache(tiny):
+    decoder = OnnxDecoder(tiny)
+    _, cache = decoder.run(a(1, 3), None, np.arange(3)[None], None)
+    with pytest.raises(InputError, match=r"attention_mask is \(1, 1\), but 3 cached and 1 new tokens need \(1, 4\)"):
+        decoder.run(a(1, 1), np.ones((1, 1)), np.array([[3]]), cache)
+
+
+@pytest.mark.parametrize("bad", [a(2), a(1, 2, 3), np.zeros((1, 2)), np.array([["a"]]), np.array([[None]])])
+def test_tokens_of_the_wrong_kind(tiny, bad):
+    with pytest.raises(InputError, match="input_ids are"):
+        OnnxDecoder(tiny).run(bad, None, a(1, 2), None)
+
+
+def test_positions_of_another_shape(tiny):
+    with pytest.raises(InputError, match="they must have one shape"):
+        OnnxDecoder(tiny).run(a(2, 2), None, a(1, 2), None)
+
+
+def test_a_past_of_the_wrong_shape(tiny):
+    import onnxruntime as ort
+
+    decoder = OnnxDecoder(tiny)
+    good = [np.zeros((1, 2, 4, 3), np.float32)] * 4
+
+    def refuse(arrays, words):
+        with pytest.raises(InputError, match=words):
+            decoder.run(a(1, 1), None, a(1, 1), [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays])
+
+    refuse(good[:3], "the cache has 3 tensors, the model takes 4")
+    refuse(
+        [*good[:3], np.zeros((1, 2, 5, 3), np.float32)], r"past_key_values.1.value is tensor\(float\) \(1, 2, 5, 3\)"
+    )
+    refuse([np.zeros((1, 3, 4, 2), np.float32), *good[1:]], r"past_key_values.0.key is tensor\(float\) \(1, 3, 4, 2\)")
+    refuse([np.zeros((2, 4, 3), np.float32), *good[1:]], r"past_key_values.0.key is")
+    refuse([np.zeros((2, 2, 4, 3), np.float32)] * 4, r"\(1, 2, 4, 3\) is needed")
+    refuse([good[0].astype(np.float64), *good[1:]], r"past_key_values.0.key is tensor\(double\)")
+
+
+def test_integers_of_other_widths_and_layouts_are_taken(tiny):
+    decoder = OnnxDecoder(tiny)
+    expected, _ = decoder.run(np.array([[1, 2], [3, 4]]), None, np.array([[0, 1], [0, 1]]), None)
+    for ids in (np.array([[1, 2], [3, 4]], np.int32), np.asfortranarray([[1, 2], [3, 4]]), [[1, 2], [3, 4]]):
+        found, _ = decoder.run(ids, np.ones((2, 2), bool), np.array([[0, 1], [0, 1]], np.int32), None)
+        np.testing.assert_array_equal(expected, found)
+
+
+def test_a_model_with_another_vocabulary_than_its_tokenizers(gpt2x, tmp_path):
+    export_onnx(random_checkpoint(replace(TINY, n_ctx=50)), tmp_path / "m", need_tokenizer=False)
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(SHAKESPEARE / name, tmp_path / "m")
+    assert_refused(gpt2x("generate", tmp_path / "m", "ROMEO: hark"), "is the tokenizer another model's?")
+
+
+def test_verify_sees_another_models_onnx(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_onnx(random_checkpoint(), "a", need_tokenizer=False)
+    export_onnx(random_checkpoint(seed=1), "b", need_tokenizer=False)
+    done(gpt2x("verify", "a", "a"))
+    result = gpt2x("verify", "a", "b", "--json", "r.json", "--report", "r.html")
+    assert result.exit_code == 1
+    report = json.loads(Path("r.json").read_text())
+    failed = {
+        c["name"]: c["details"]["failures"]
+        for c in report["checks"]
+        if c["passed"] is False and c["details"].get("failures")
+    }
+    assert {
+        "full context",
+        "one token",
+        "token by token",
+        "chunks",
+        "batch rows",
+        "left padding",
+        "right padding",
+        "ORT_DISABLE_ALL",
+    } == set(failed)
+    page = Path("r.html").read_text()
+    assert page.count("<svg") == 3
+    assert 'class="different">different' in page
+    assert "a/model.safetensors.index.json against" in done(gpt2x("verify", "a", "a", "--runtime", "torch")).stdout

@@ -1,0 +1,155 @@
+"""TorchScript and ``.pt2``: loaded without gpt2x, any batch, any length, cached."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_refused, done, random_checkpoint
+
+from converters import GPT2Config, save_checkpoint
+from gpt2x import SHAKESPEARE, Tokenizer, generate_text
+from gpt2x.export.torchscript import export_pt2, export_torchscript
+from gpt2x.load import from_pretrained, model_of
+from gpt2x.subjects import open_subject
+from gpt2x.torch_runtime import ModuleDecoder
+
+ALONE = """
+import sys, torch
+path, kind = sys.argv[1:]
+module = torch.jit.load(path) if kind == "torchscript" else torch.export.load(path).module()
+assert "gpt2x" not in sys.modules and "converters" not in sys.modules
+torch.manual_seed(0)
+for B, T in ((1, 1), (1, 6), (3, 1), (2, 5)):
+    ids = torch.randint(13, (B, T + 2))
+    ones = lambda n: torch.ones(B, n, dtype=torch.int64)
+    empty = [(torch.zeros(B, 2, 0, 3), torch.zeros(B, 2, 0, 3)) for _ in range(2)]
+    at = lambda a, b: torch.arange(a, b).expand(B, b - a).contiguous()
+    whole, present = module(ids, ones(T + 2), at(0, T + 2), empty)
+    first, past = module(ids[:, :T], ones(T), at(0, T), empty)
+    second, past = module(ids[:, T:T + 1], ones(T + 1), at(T, T + 1), past)
+    third, past = module(ids[:, T + 1:], ones(T + 2), at(T + 1, T + 2), past)
+    assert whole.shape == (B, T + 2, 13) and past[1][1].shape == (B, 2, T + 2, 3)
+    torch.testing.assert_close(torch.cat((first, second, third), 1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(past[0][0], present[0][0], rtol=1e-5, atol=1e-5)
+print("ok")
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    export_torchscript(random_checkpoint(), folder / "m.pt")
+    export_pt2(random_checkpoint(), folder / "m.pt2")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "kind"), [("m.pt", "torchscript"), ("m.pt2", "pt2")])
+def test_it_runs_in_torch_alone_for_any_batch_and_any_lengths(tiny_files, tmp_path, name, kind):
+    command = [sys.executable, "-W", "ignore", "-c", ALONE, str(tiny_files / name), kind]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == "ok\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "load"), [("m.pt", ModuleDecoder.from_torchscript), ("m.pt2", ModuleDecoder.from_pt2)]
+)
+def test_its_logits_are_the_models(tiny_files, name, load):
+    decoder, model = load(tiny_files / name), model_of(random_checkpoint())
+    ids = np.random.default_rng(0).integers(13, size=(3, 7))
+    mask = np.ones((3, 7), np.int64)
+    mask[1, :3] = mask[2, 2:4] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    with torch.no_grad():
+        expected, _ = model(*map(torch.from_numpy, (ids, mask, positions)))
+    logits, _ = decoder.run(ids, mask, positions, None)
+    np.testing.assert_allclose(
+        logits[mask == 1], expected.numpy()[mask == 1], rtol=0, atol=1e-5 * abs(expected).max().item()
+    )
+    assert (decoder.n_ctx, decoder.n_vocab, decoder.config) == (10, 13, TINY)
+
+
+def test_the_same_loop_generates_the_same_text_from_both_as_from_the_model(tmp_path):
+    from converters import open_checkpoint
+
+    export_torchscript(open_checkpoint(SHAKESPEARE), tmp_path / "s.pt")
+    export_pt2(open_checkpoint(SHAKESPEARE), tmp_path / "s.pt2")
+    tokenizer, prompts = Tokenizer.from_pretrained(SHAKESPEARE), ["ROMEO:", "The king is a good man and"]
+    expected = generate_text(from_pretrained(SHAKESPEARE), tokenizer, prompts, 24, 0)
+    for name in ("s.pt", "s.pt2"):
+        assert generate_text(open_subject(tmp_path / name), tokenizer, prompts, 24, 0) == expected
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"tie_word_embeddings": False},
+        {"activation_function": "gelu_fast", "scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True, "scale_attn_weights": False, "activation_function": "relu"},
+    ],
+)
+def test_every_kind_of_model_is_scripted(tmp_path, switches):
+    checkpoint = random_checkpoint(GPT2Config(**{**vars(TINY), **switches}))
+    export_torchscript(checkpoint, tmp_path / "m.pt")
+    ids = np.arange(10)[None]
+    logits, _ = ModuleDecoder.from_torchscript(tmp_path / "m.pt").run(ids, None, ids, None)
+    with torch.no_grad():
+        expected = model_of(checkpoint)(torch.from_numpy(ids))[0].numpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pt2"])
+def test_weights_are_there_once_and_no_path_is(tiny_files, name):
+    size = sum(4 * t.size for t in random_checkpoint().tensors.values())
+    with zipfile.ZipFile(tiny_files / name) as archive:
+        data = {i.filename: archive.read(i) for i in archive.infolist()}
+    weights = sum(len(v) for k, v in data.items() if re.search(r"/data/\d+$|/weight_\d+$", k))
+    assert size <= weights <= size + 4096
+    root = str(Path(__file__).parents[1]).encode()
+    assert not [k for k, v in data.items() if root in v and not k.endswith(".debug_pkl")]  # torch's own line numbers
+
+
+def test_verify_compares_all_four_kinds(gpt2x, tiny_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(random_checkpoint(), "a.safetensors")
+    save_checkpoint(random_checkpoint(seed=1), "b.safetensors")
+    for name in ("m.pt", "m.pt2"):
+        assert "bit-identical" in done(gpt2x("verify", "a.safetensors", tiny_files / name)).stdout
+        other = gpt2x("verify", "b.safetensors", tiny_files / name)
+        assert other.exit_code == 1
+        assert "max_abs_error is" in other.stdout
+    done(gpt2x("verify", tiny_files / "m.pt", tiny_files / "m.pt2"))
+    done(gpt2x("verify", tiny_files / "m.pt", "a.safetensors"))
+
+
+def test_export_writes_verifies_and_refuses_to_write_over(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(random_checkpoint(), "a.safetensors")
+    out = done(gpt2x("export", "a.safetensors", "--torchscript", "m.pt")).stdout
+    assert "right padding   same" in out
+    before = Path("m.pt").read_bytes()
+    assert_refused(gpt2x("export", "a.safetensors", "--torchscript", "m.pt"), "m.pt: exists already")
+    done(gpt2x("export", "a.safetensors", "--torchscript", "m.pt", "--force"))
+    assert Path("m.pt").read_bytes() == before
+    assert gpt2x("export", "a.safetensors", "--pt2", "m.zip").exit_code == 2
+    assert gpt2x("export", "a.safetensors").exit_code == 2
+    assert sorted(p.name for p in Path().iterdir()) == ["a.safetensors", "m.pt"]
+
+
+def test_a_file_that_is_not_gpt2xs_or_is_damaged_is_one_clear_error(gpt2x, tiny_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(DeprecationWarning):
+        torch.jit.script(torch.nn.Linear(2, 2)).save("other.pt")
+    assert_refused(gpt2x("generate", "other.pt", "x", "--tokenizer", SHAKESPEARE), "not exported by gpt2x")
+    data = bytearray((tiny_files / "m.pt").read_bytes())
+    with zipfile.ZipFile(tiny_files / "m.pt") as archive:
+        program = next(i for i in archive.infolist() if i.filename.endswith(".py"))
+    at = program.header_offset + 30 + len(program.filename) + 60
+    data[at : at + 40] = bytes(40)
+    Path("broken.pt").write_bytes(data)
+    assert_refused(gpt2x("generate", "broken.pt", "x", "--tokenizer", SHAKESPEARE), "broken.pt: torch cannot load it")
+    assert_refused(gpt2x("convert", tiny_files / "m.pt", "out.safetensors"))
