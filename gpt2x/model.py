@@ -88,17 +88,17 @@ def attention(
     """Scaled dot-product attention over the cache and the new tokens. The ONNX export swaps in ONNX's own operator.
 
     Args:
-        q, k, v: (B, T, C) each.
+        q, k, v: (B, T, C) each; q may be that of the last token alone.
         past: keys and values (B, H, P, D) of earlier tokens.
         mask: (B, 1, T, S) or (T, S), true where a token may look; None where plain causality is enough.
 
     Returns:
-        (B, T, C), and the keys and values (B, H, S, D) of all tokens.
+        One (B, T, C) for each q, and the keys and values (B, H, S, D) of all tokens.
     """
     B, T, C = q.shape
-    q = q.view(B, T, n_head, C // n_head).transpose(1, 2)  # (B, H, T, D)
-    k = k.view(B, T, n_head, C // n_head).transpose(1, 2)
-    v = v.view(B, T, n_head, C // n_head).transpose(1, 2)
+    q = q.view(B, -1, n_head, C // n_head).transpose(1, 2)  # (B, H, T, D)
+    k = k.view(B, -1, n_head, C // n_head).transpose(1, 2)
+    v = v.view(B, -1, n_head, C // n_head).transpose(1, 2)
     if past is not None:
         k = torch.cat((past[0], k), dim=2)  # (B, H, S, D)
         v = torch.cat((past[1], v), dim=2)
@@ -122,9 +122,12 @@ class Attention(nn.Module):
         self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
     def forward(
-        self, x: Tensor, mask: Optional[Tensor], past: Optional[Tuple[Tensor, Tensor]]
+        self, x: Tensor, mask: Optional[Tensor], past: Optional[Tuple[Tensor, Tensor]], last: bool
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        if last:
+            q = q.narrow(1, -1, 1)  # (B, 1, C)
+            mask = mask.narrow(-2, -1, 1) if mask is not None else None
         if self.upcast:  # the cache is float32 then, too
             q, k, v = q.float(), k.float(), v.float()
         drop = self.drop if self.training else 0.0
@@ -159,10 +162,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, mask: Optional[Tensor], past: Optional[Tuple[Tensor, Tensor]]
+        self, x: Tensor, mask: Optional[Tensor], past: Optional[Tuple[Tensor, Tensor]], last: bool
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
-        y, present = self.attn(self.ln_1(x), mask, past)
-        x = x + y
+        y, present = self.attn(self.ln_1(x), mask, past, last)
+        x = (x.narrow(1, -1, 1) if last else x) + y
         x = x + self.mlp(self.ln_2(x))
         return x, present
 
@@ -266,8 +269,12 @@ class GPT2(nn.Module):
         attention_mask: Optional[Tensor] = None,
         position_ids: Optional[Tensor] = None,
         past: Optional[List[Tuple[Tensor, Tensor]]] = None,
+        last: bool = False,
     ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
-        """As ``forward``, but the final hidden states (B, T, C) in place of the logits."""
+        """As ``forward``, but the final hidden states (B, T, C) in place of the logits.
+
+        With ``last``, only those of the last token, (B, 1, C): the last block computes no others.
+        """
         T = input_ids.shape[1]
         P = past[0][0].shape[2] if past is not None else 0
         if position_ids is None:
@@ -278,7 +285,7 @@ class GPT2(nn.Module):
         x = self.drop(self.wte(input_ids) + self.wpe(position_ids))  # (B, T, C)
         present: List[Tuple[Tensor, Tensor]] = []
         for i, block in enumerate(self.h):
-            x, kv = block(x, mask, past[i] if past is not None else None)
+            x, kv = block(x, mask, past[i] if past is not None else None, last and i + 1 == len(self.h))
             present.append(kv)
         return self.ln_f(x), present
 

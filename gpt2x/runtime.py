@@ -25,6 +25,7 @@ from . import contract
 from .contract import Slot
 from .generate import Ids, InputError, Logits
 
+CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
 TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -122,8 +123,14 @@ class OnnxDecoder:
         return logits, binding.get_outputs()[1:]
 
     def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
-        """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V)."""
-        logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
+        """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V). A long prompt goes in pieces."""
+        ids, positions = self._tokens(input_ids, "input_ids"), self._tokens(position_ids, "position_ids")
+        mask = None if attention_mask is None else np.asarray(attention_mask)
+        T = ids.shape[1]
+        for start in range(0, T, CHUNK):
+            end = min(start + CHUNK, T)
+            seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
+            logits, cache = self.run(ids[:, start:end], seen, positions[:, start:end], cache)
         return logits[:, -1], cache
 
     def unoptimized(self) -> OnnxDecoder:

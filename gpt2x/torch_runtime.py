@@ -39,9 +39,8 @@ class TorchDecoder:
     @torch.inference_mode()
     def _run(self, ids: Ids, mask: Ids | None, positions: Ids, cache: Any, last: bool) -> tuple[Logits, Any]:
         seen = None if mask is None else self._tensor(mask)
-        x, cache = self.model.hidden(self._tensor(ids), seen, self._tensor(positions), cache)
-        logits = self.model.logits(x[:, -1:] if last else x)
-        return logits.float().cpu().numpy(), cache
+        x, cache = self.model.hidden(self._tensor(ids), seen, self._tensor(positions), cache, last)
+        return self.model.logits(x).float().cpu().numpy(), cache
 
     def _tensor(self, array: Ids) -> Tensor:
         return torch.from_numpy(array).to(self.model.wte.weight.device)

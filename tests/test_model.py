@@ -407,3 +407,18 @@ def test_the_shipped_model_speaks_shakespeare():
         "her",
     }
     assert sum(word.strip(".,;:!?") in common for word in words) > 0.15 * len(words)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_token_alone_is_computed_like_the_last_of_all(cached, padded):
+    model = model_of(random_checkpoint())
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]) if padded else None
+    past = model(ids[:, :2], None if mask is None else mask[:, :2])[1] if cached else None
+    new = ids[:, 2:] if cached else ids
+    whole, cache = model.hidden(new, mask, None, past)
+    last, same = model.hidden(new, mask, None, past, last=True)
+    torch.testing.assert_close(last, whole[:, -1:])
+    for pair, other in zip(cache, same, strict=True):
+        torch.testing.assert_close(pair, other)

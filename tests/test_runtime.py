@@ -102,6 +102,28 @@ def test_the_cache_stays_in_onnx_runtimes_buffers(tiny):
     np.testing.assert_array_equal(logits, again)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_long_prompt_goes_in_pieces_and_gives_the_same_logits(shakespeare, tmp_path, monkeypatch, last):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", last=last)
+    decoder = OnnxDecoder(tmp_path / "m")
+    ids = np.random.default_rng(0).integers(2048, size=(2, 50))
+    mask = np.ones_like(ids)
+    mask[1, :20] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    expected, cache = decoder.step(ids, mask, positions, None)
+    sizes = []
+    monkeypatch.setattr("gpt2x.runtime.CHUNK", 16)
+    monkeypatch.setattr(
+        OnnxDecoder,
+        "run",
+        lambda self, ids, *a, run=OnnxDecoder.run: (sizes.append(ids.shape[1]), run(self, ids, *a))[1],
+    )
+    found, pieces = decoder.step(ids, mask, positions, None)
+    assert sizes == [16, 16, 16, 2]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    np.testing.assert_allclose(pieces[3].numpy(), cache[3].numpy(), rtol=0, atol=1e-5)
+
+
 def test_an_onnx_file_alone_needs_no_gpt2x_metadata_where_config_json_is_near(tiny):
     path = tiny / "onnx/model.onnx"
     model = onnx.load(path, load_external_data=False)

@@ -26,9 +26,7 @@ class Interface(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: List[Tuple[Tensor, Tensor]]
     ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
-        x, present = self.model.hidden(input_ids, attention_mask, position_ids, past)
-        if self.last:
-            x = x.narrow(1, -1, 1)  # (B, 1, C)
+        x, present = self.model.hidden(input_ids, attention_mask, position_ids, past, self.last)
         return self.model.logits(x), present
 
 

@@ -28,6 +28,7 @@ from .interface import Interface
 
 OPSET = 23  # the first with Attention
 IR_VERSION = 11  # the first that knows opset 23
+LOWEST = float(np.finfo(np.float32).min)  # a logit that gets no weight, and is not yet infinite
 ELEMENTS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
@@ -133,6 +134,7 @@ class Graph:
         self.constants: dict[str, TensorProto] = {}
         self.scope = ""  # the module that is being translated
         self._names: Counter[str] = Counter()
+        self._additive: dict[Value, Value] = {}
 
     def op(self, kind: str, *arguments: Value, dtype: str | None = None, n: int = 1, **attributes: Any) -> Any:
         """Append a node. Gives its value, or a list of ``n``, of ``dtype`` or else the first argument's type."""
@@ -150,6 +152,13 @@ class Graph:
         name = f"constant_{dtype}_{str(value).replace(' ', '')}"
         self.constants.setdefault(name, numpy_helper.from_array(array, name))
         return Value(name, dtype)
+
+    def additive(self, mask: Value) -> Value:
+        """A mask as numbers to add: one conversion for all layers, where a runtime would make one for each."""
+        if mask not in self._additive:
+            allowed, not_allowed = self.constant(0.0, "float32"), self.constant(LOWEST, "float32")
+            self._additive[mask] = self.op("Where", mask, allowed, not_allowed, dtype="float32")
+        return self._additive[mask]
 
     def values(self, *arguments: Any) -> list[Value]:
         """Arguments of which some are plain numbers, these as constants of the others' type."""
@@ -192,7 +201,7 @@ def _narrow(g: Graph, x: Value, axis: int, start: int, length: int) -> Any:
 
 
 def _attend(g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Value, value: Value, n: int, scale: float) -> Any:
-    return g.op("Attention", q, k, v, mask, key, value, n=3, q_num_heads=n, kv_num_heads=n, scale=scale)
+    return g.op("Attention", q, k, v, g.additive(mask), key, value, n=3, q_num_heads=n, kv_num_heads=n, scale=scale)
 
 
 def _cast(g: Graph, x: Value, dtype: str) -> Any:
