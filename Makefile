@@ -23,10 +23,13 @@ test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready
 	test -d $(VENV)-headers || sh tests/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
 	$(BIN)/python -m pytest -rs tests/test_clients.py
 
-test-all: test test-tensorflow test-clients ## everything
+test-all: test test-tensorflow test-clients ## everything, and what is slow
+	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/.ready $(VENV)-bench/.ready ## speed and memory beside cp; takes 20 GB of disk and some minutes
+bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready ## speed and memory beside peers; takes 20 GB of disk and half an hour
 	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)
+	$(BIN)/python benchmarks/export.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) \
+		--optimum $(abspath $(VENV)-optimum/bin/optimum-cli) --mobius $(abspath $(VENV)-mobius/bin/mobius)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,12 +52,18 @@ examples/node_modules/.ready: examples/package.json
 	cd examples && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-package-lock --no-audit --no-fund --silent
 	touch $@
 
+# A peer of make bench alone.
+$(VENV)-mobius/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-mobius
+	$(VENV)-mobius/bin/python $(PIP) torch transformers mobius-onnx
+	touch $@
+
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
-$(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/cli/*.py)
+$(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/*/*.py)
 	$(PYTHON) -m venv --clear $(VENV)-bench
-	$(VENV)-bench/bin/python $(PIP) .
+	$(VENV)-bench/bin/python $(PIP) '.[export]'
 	rm -rf build
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import click
-from convert import SIZES, make, run
+from convert import make, run
 
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -209,5 +209,4 @@ def main(
 
 
 if __name__ == "__main__":
-    assert SIZES
     main()

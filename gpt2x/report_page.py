@@ -96,8 +96,10 @@ def _plots(measured: list[Check]) -> list[Plot]:
     def errors(axes: Any) -> None:
         axes.plot(longest.details["error_by_position"], linewidth=0.8)
         axes.set(title=f"Error by position ({longest.name})", xlabel="position", ylabel="largest error of a logit")
-        axes.axhline(longest.details["bounds"]["max_abs_error"] * longest.details["max_logit"], color="red", ls=":")
+        bound = longest.details["bounds"]["max_abs_error"] * longest.details["max_logit"]
+        axes.axhline(bound, color="red", linestyle=":", label="bound")
         axes.set_yscale("symlog", linthresh=1e-8)
+        axes.legend()
 
     def divergence(axes: Any) -> None:
         import numpy as np
@@ -108,12 +110,13 @@ def _plots(measured: list[Check]) -> list[Plot]:
 
     def agreement(axes: Any) -> None:
         names = [check.name for check in measured]
-        for shift, key in ((-0.2, "top1_agreement"), (0.2, "top5_agreement")):
-            heights = [100 * check.details[key] for check in measured]
-            axes.barh([i + shift for i in range(len(names))], heights, height=0.4, label=key[:4])
+        for shift, key, label in ((-0.2, "top1_agreement", "top-1"), (0.2, "top5_agreement", "top-5")):
+            shares = [100 * check.details[key] for check in measured]
+            axes.barh([i + shift for i in range(len(names))], shares, height=0.4, label=label)
         axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
         axes.set(title="Agreement", xlabel="percent of positions", xlim=(0, 100))
-        axes.legend(loc="lower left")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     return [errors, divergence, agreement]
 

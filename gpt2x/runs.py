@@ -81,7 +81,7 @@ class Metrics:
     error_by_position: list[float] = field(default_factory=list, repr=False)
     kl_by_position: list[float] = field(default_factory=list, repr=False)
 
-    def failures(self, bounds: Bounds) -> list[str]:
+    def failures(self, bounds: Bounds = FP32) -> list[str]:
         """What is out of bounds, by the name of the metric."""
         limits = {
             "max_abs_error": bounds.max_abs_error * self.max_logit,
@@ -128,12 +128,16 @@ def measure(expected: Array, found: Array, targets: Sequence[int] | None = None)
         top5_agreement=float(same5.mean()),
         top1_gap=float(gap1[~same1].max(initial=0)),
         top5_gap=float(gap5[~same5].max(initial=0)),
-        error_by_position=error.tolist(),
-        kl_by_position=kl.tolist(),
+        error_by_position=_rounded(error),
+        kl_by_position=_rounded(kl),
     )
     if targets is not None and len(targets):
         metrics.perplexity, metrics.perplexity_other = (perplexity(x, targets) for x in (expected, found))
     return metrics
+
+
+def _rounded(values: Array) -> list[float]:
+    return [float(f"{value:.3g}") for value in values]
 
 
 @dataclass

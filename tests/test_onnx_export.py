@@ -424,6 +424,16 @@ def test_wrong_usage_is_exit_code_2(gpt2x):
     assert "takes a directory" in refused.stderr
 
 
+@pytest.mark.parametrize(("missing", "named"), [(["torch", "onnx"], "torch and onnx"), (["onnx"], "onnx")])
+def test_without_what_it_needs_the_line_to_type_is_named(gpt2x, monkeypatch, tmp_path, missing, named):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in missing else find(name, *a))
+    for command in (["export", SHAKESPEARE, "--onnx", tmp_path / "d"], ["demo"]):
+        assert_refused(gpt2x(*command), f"this needs {named}: pip install 'gpt2x[export]'")
+
+
 def test_the_result_as_json(gpt2x, tmp_path):
     facts = json.loads(done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--json")).stdout)
     assert facts["exports"][0]["format"] == "onnx"

@@ -18,7 +18,7 @@ from .inspect import inspect
 from .text import printable
 from .verify import verify
 
-EXTRAS = {"torch": "torch", "onnx": "export", "transformers": "verify", "matplotlib": "verify"}
+EXTRAS = {"torch": "torch", "onnx": "export", "transformers": "verify"}
 
 
 class Main(click.Group):

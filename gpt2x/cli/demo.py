@@ -6,6 +6,8 @@ import os
 
 import click
 
+from .text import need
+
 STEPS = (
     "inspect shakespeare",
     "convert shakespeare shakespeare.safetensors",
@@ -14,7 +16,8 @@ STEPS = (
     "convert pytorch_model.bin back --to tf",
     "verify shakespeare back",
     "verify shakespeare-hf",
-    "generate shakespeare-hf 'ROMEO:' --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 3",
+    "export shakespeare-hf --onnx shakespeare-onnx",
+    "generate shakespeare-onnx 'ROMEO:' --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 3",
 )
 
 
@@ -25,15 +28,13 @@ def demo(ctx: click.Context) -> None:
 
     Everything happens in a temporary folder, which is removed at the end.
     """
-    import importlib.util
     import shlex
     import shutil
     import tempfile
 
     from gpt2x import SHAKESPEARE
 
-    if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError("the demo generates text", name="torch")
+    need("torch", "onnx", extra="export")
     group = ctx.find_root().command
     before = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="gpt2x-demo-") as folder:

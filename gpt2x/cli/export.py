@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .convert import progress_bar
-from .text import printable
+from .text import need, printable
 from .verify import table
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def export(
         )
     if pt2 and Path(pt2).suffix != ".pt2":
         raise click.UsageError("torch wants a name that ends in .pt2")
+    need("torch", *(["onnx"] if onnx else []), extra="export")
     from converters import open_checkpoint
 
     checkpoint = open_checkpoint(src, n_head=n_head, tie=tie)

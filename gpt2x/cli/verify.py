@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .text import printable
+from .text import need, printable
 
 if TYPE_CHECKING:
     from gpt2x.parity import Report
@@ -40,7 +40,8 @@ def verify(
 
     A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. Of a directory with
     weights and ONNX, A means the weights and B the ONNX. Weights are compared byte for byte, and need no torch. Then
-    both are run: in one pass, step by step, in chunks, batched, padded. Without B, A as gpt2x runs it is compared with
+    both are run: in one pass, step by step, in chunks, batched, padded; ONNX with ORT_ENABLE_ALL, and once as it is
+    written (ORT_DISABLE_ALL). Without B, A as gpt2x runs it is compared with
     transformers, or with a float64 reference where that is missing. Exit code 1 when anything differs.
     """
     from converters import open_checkpoint
@@ -55,7 +56,7 @@ def verify(
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)
     if html_file:
-        import matplotlib  # noqa: F401  before the work, not after it
+        need("matplotlib", extra="verify")  # before the work, not after it
     text = _read_text(text_file) if text_file else None
     if against:
         report = parity.verify_release(open_checkpoint(a, n_head=n_head))
