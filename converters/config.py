@@ -92,6 +92,19 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return _with_inner(fields)
 
 
+def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
+    """The configuration that a ``config.json`` states, in full.
+
+    Raises:
+        ConfigError: if it cannot make a GPT-2.
+    """
+    fields = from_hf(raw, where)
+    try:
+        return GPT2Config(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _with_inner(fields: dict[str, Any]) -> dict[str, Any]:
     """A configuration that says nothing of the feed-forward width says that it is four times the width."""
     width = fields.get("n_embd")

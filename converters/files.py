@@ -19,7 +19,7 @@ import signal
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -260,15 +260,13 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
     check_name(path)
     if not os.path.lexists(path):
         return
-    if not force:
-        raise DestinationError(f"{path}: exists already; --force replaces it")
     if not (path.is_dir() or path.is_file() or path.is_symlink()):
         raise DestinationError(f"{path}: is neither a file nor a directory; it is left alone")
     if path.is_dir() != directory:
-        kind = "a directory" if path.is_dir() else "a file"
-        raise DestinationError(
-            f"{path}: is {kind}, which --force does not replace by {'a directory' if directory else 'a file'}"
-        )
+        kind, wanted = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
+        raise DestinationError(f"{path}: exists already and is {kind}, which is not replaced by {wanted}")
+    if not force:
+        raise DestinationError(f"{path}: exists already; --force replaces it")
 
 
 @contextlib.contextmanager
@@ -358,14 +356,26 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
     _sync(path.parent)
 
 
+def check_tree(path: Path, names: Iterable[Path]) -> None:
+    """Refuse to put files of these relative names into a directory where something else is in their way.
+
+    Raises:
+        DestinationError: if a folder has the name of a file, a file that of a folder, or a folder is a link.
+    """
+    for name in names:
+        if (path / name).is_dir():
+            raise DestinationError(f"{path / name}: is a directory, which --force does not replace by a file")
+        for above in (path / p for p in name.parents if p.name):
+            if above.is_symlink():
+                raise DestinationError(f"{above}: is a link, and nothing is written through it; move it away first")
+            if above.exists() and not above.is_dir():
+                raise DestinationError(f"{above}: is a file, which --force does not replace by a directory")
+
+
 def _publish_directory(stage: Path, path: Path, force: bool) -> None:
     if force and path.is_dir():
         new = _files(stage)
-        for name in new:
-            if (path / name).is_dir():
-                raise DestinationError(f"{path / name}: is a directory, which --force does not replace by a file")
-            if above := next((p for p in name.parents if (path / p).exists() and not (path / p).is_dir()), None):
-                raise DestinationError(f"{path / above}: is a file, which --force does not replace by a directory")
+        check_tree(path, new)
         if not _exchange(stage, path):
             for name in sorted(new):
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -400,12 +410,16 @@ def _exchange(stage: Path, path: Path) -> bool:
         return False
     if len(kept) > 1000 or Path.cwd().is_relative_to(path):
         return False
+    folders = [Path(top).relative_to(path) for top, _, _ in os.walk(path)]  # the outer before the inner
+    if any((path / folder).stat().st_uid != os.geteuid() for folder in folders):
+        return False  # a folder of another owner would become ours
     try:
-        for folder in (Path(top) for top, _, _ in os.walk(path)):
-            (stage / folder.relative_to(path)).mkdir(exist_ok=True)
+        for folder in folders:
+            (stage / folder).mkdir(exist_ok=True)
         for name in kept:
             os.link(path / name, stage / name, follow_symlinks=False)
-        shutil.copystat(path, stage)
+        for folder in reversed(folders):
+            shutil.copystat(path / folder, stage / folder)
         _sync(stage)
     except OSError:  # a file system without hard links
         return False
@@ -415,14 +429,20 @@ def _exchange(stage: Path, path: Path) -> bool:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C and a polite kill for the few renames that belong together."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    # Not by a mask: the system would hand the signal to another thread, and Python the handler to this one.
+    held: list[int] = []
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not None]
+    before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in dict.fromkeys(held):
+            signal.raise_signal(late)
 
 
 def _beside(path: Path) -> Path:

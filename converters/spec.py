@@ -35,6 +35,7 @@ SPEC: dict[str, tuple[str, ...]] = {
     "ln_f.weight": ("C",),
     "ln_f.bias": ("C",),
 }
+MAX_LAYERS = 10_000  # published GPT-2s have 48 at most
 LM_HEAD = "lm_head.weight"  # the 17th, [V, C], where the output is not tied to the token embedding
 
 
@@ -71,6 +72,8 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.n_inner is None:
             object.__setattr__(self, "n_inner", 4 * self.n_embd if _is_int(self.n_embd) else 0)
+        if isinstance(self.layer_norm_epsilon, int) and _is_number(self.layer_norm_epsilon):
+            object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         if faults := list(self._faults()):
             raise ConfigError.listing("not a possible GPT-2 configuration", faults)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -83,6 +86,8 @@ class GPT2Config:
             value = getattr(self, name)
             if not (_is_int(value) and 0 < value < 2**31):
                 yield f"{name} is {value!r}, not a positive whole number"
+        if _is_int(self.n_layer) and self.n_layer > MAX_LAYERS:
+            yield f"n_layer is {self.n_layer}; more than {MAX_LAYERS} are not believed"
         for name in (*SWITCHES, "tie_word_embeddings"):
             kind = type(getattr(GPT2Config, name))
             if kind is bool and not isinstance(getattr(self, name), bool):

@@ -24,6 +24,8 @@ const range = (start, end) => Array.from({ length: end - start }, (_, i) => star
 
 // Prefill, then one token a run on the cache.
 async function* tokens(prompt, { max_new_tokens = 40, temperature = 1, top_k = 0 }) {
+  if (!(prompt.length >= 1 && prompt.length <= config.n_positions && temperature >= 0 && top_k >= 0))
+    throw new Error(`a prompt of 1 to ${config.n_positions} tokens is needed, and nothing below 0`);
   const empty = [1, config.n_head, 0, config.n_embd / config.n_head];
   let past = Object.fromEntries(caches.map((name) => [name, new Tensor("float32", new Float32Array(0), empty)]));
   const count = Math.min(max_new_tokens, config.n_positions - prompt.length + 1);

@@ -28,8 +28,10 @@ class Model:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.config = json.loads((directory / "config.json").read_text())
 
-    def tokens(self, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    def tokens(self, prompt: list[int], count: int, temperature: float, top_k: int, seed: Any) -> Iterator[int]:
         """Prefill, then one token a run on the cache."""
+        if not 1 <= len(prompt) <= self.config["n_positions"] or temperature < 0 or top_k < 0:
+            raise ValueError(f"a prompt of 1 to {self.config['n_positions']} tokens is needed, nothing below 0")
         heads, width = self.config["n_head"], self.config["n_embd"]
         names = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         past = {name: np.zeros((1, heads, 0, width // heads), np.float32) for name in names}
@@ -46,7 +48,7 @@ class Model:
             yield token
             ids = np.array([[token]], np.int64)
 
-    def text(self, prompt: str, count: int, temperature: float, top_k: int, seed: int) -> Iterator[str]:
+    def text(self, prompt: str, count: int, temperature: float, top_k: int, seed: Any) -> Iterator[str]:
         """The continuation in pieces of whole characters."""
         pending: list[int] = []
         for token in self.tokens(self.tokenizer.encode(prompt).ids, count, temperature, top_k, seed):
@@ -74,8 +76,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            options = [asked.get(*o) for o in (("max_new_tokens", 40), ("temperature", 1.0), ("top_k", 0), ("seed", 0))]
-            pieces = self.model.text(str(asked["prompt"]), *options)
+            options = [
+                asked.get(*o) for o in (("max_new_tokens", 40), ("temperature", 1.0), ("top_k", 0), ("seed", None))
+            ]
+            pieces = self.model.text(asked["prompt"], *options)
             first = next(pieces, "")  # whatever is wrong comes out here
         except Exception as error:
             return self.send_error(400, str(error).splitlines()[0])

@@ -26,7 +26,7 @@ _HOMES = {
     ),
     "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
     "gpt2x.tokenizer": ("Tokenizer",),
-    "gpt2x.generate": ("generate_text", "InputError", "PromptError"),
+    "gpt2x.generate": ("generate_text", "Generation", "Sampling", "TextStream", "InputError", "PromptError"),
     "gpt2x.runtime": ("OnnxDecoder",),
     "gpt2x.export.directory": ("export_onnx",),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from converters import Checkpoint, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 
     from .export.directory import export_onnx
-    from .generate import InputError, PromptError, generate_text
+    from .generate import Generation, InputError, PromptError, Sampling, TextStream, generate_text
     from .load import checkpoint_of, from_pretrained, load_model
     from .model import DROP_RATE, EMBED_DIM, FFN_DIM, GPT2, MAX_LEN, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE
     from .runtime import OnnxDecoder
@@ -67,9 +67,12 @@ __all__ = [
     "Checkpoint",
     "ConversionError",
     "GPT2Config",
+    "Generation",
     "InputError",
     "OnnxDecoder",
     "PromptError",
+    "Sampling",
+    "TextStream",
     "Tokenizer",
     "__version__",
     "checkpoint_of",

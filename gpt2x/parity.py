@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -42,7 +43,16 @@ class Report:
 
     def to_json(self) -> str:
         """The report for machines."""
-        return json.dumps({"passed": self.passed, **asdict(self)}, indent=2)
+        return json.dumps(_finite({"passed": self.passed, **asdict(self)}), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------- whole reports
@@ -68,8 +78,14 @@ def verify(
     if first is None:
         return _verify_runs(a, b, open_subject(a, n_head=n_head), open_subject(b, runtime, n_head=n_head), text)
     if other == "weights":
-        return verify_checkpoints(first, open_checkpoint(b, n_head=n_head), text)
-    return verify_export(first, b, text)
+        second = open_checkpoint(b, n_head=n_head)
+        if kind_of(a) == "onnx" and runtime is None:  # what can be wrong is run, on whichever side it is
+            return verify_export(second, a, text)
+        return verify_checkpoints(first, second, text)
+    report = verify_export(first, b, text)
+    if kind_of(a) == "onnx" and Path(a).resolve() != Path(b).resolve():
+        report.checks.append(Check("ONNX of the first", None, "not run: its weights were; give it as the second"))
+    return report
 
 
 def _weights_of(path: str | Path, n_head: int | None, insist: bool = False) -> Checkpoint | None:
@@ -94,7 +110,7 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None) -> Repo
     if second := _weights_of(b, None):
         checks += [compare_weights(a.cast(F32), second.cast(F32)), compare_tokenizers(a, second)]
     if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
-        checks += compare_runs(gpt2x_model(a), subject, sample_ids(a.config, a.tokenizer or _tokenizer_of(b), text))
+        checks += _runs(gpt2x_model(a), subject, a.tokenizer or _tokenizer_of(b), text)
     return Report(*names, checks)
 
 
@@ -103,7 +119,7 @@ def _verify_runs(a: str | Path, b: str | Path, first: Subject, second: Subject, 
     checks = [_same_configs(first.config, second.config)]
     if not first.config.differences(second.config, ("n_vocab", "n_ctx")):
         yardstick, subject = (second, first) if kind_of(b) == "weights" else (first, second)
-        checks += compare_runs(yardstick, subject, sample_ids(first.config, _tokenizer_of(a, b), text))
+        checks += _runs(yardstick, subject, _tokenizer_of(a, b), text)
     return Report(str(a), str(b), checks)
 
 
@@ -120,7 +136,7 @@ def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None) ->
     elif not _installed("torch"):
         checks += [Check("logits", None, needs_torch())]
     else:
-        checks += compare_runs(gpt2x_model(a), gpt2x_model(b), sample_ids(a.config, a.tokenizer, text))
+        checks += _runs(gpt2x_model(a), gpt2x_model(b), a.tokenizer, text)
     return Report(str(a.source), str(b.source), checks)
 
 
@@ -128,13 +144,12 @@ def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
     """A checkpoint run by gpt2x against transformers, or the float64 reference where that is missing."""
     if not _installed("torch"):
         return Report(str(a.source), "nothing", [Check("logits", None, needs_torch())])
-    ids = sample_ids(a.config, a.tokenizer, text)
     if _installed("transformers"):
-        return Report(str(a.source), "transformers", compare_runs(Transformers(a), gpt2x_model(a), ids))
+        return Report(str(a.source), "transformers", _runs(Transformers(a), gpt2x_model(a), a.tokenizer, text))
     from .reference import Reference
 
     reference = Uncached(Reference(a), a.config)
-    return Report(str(a.source), "float64 reference", compare_runs(reference, gpt2x_model(a), ids))
+    return Report(str(a.source), "float64 reference", _runs(reference, gpt2x_model(a), a.tokenizer, text))
 
 
 def verify_release(a: Checkpoint) -> Report:
@@ -142,10 +157,22 @@ def verify_release(a: Checkpoint) -> Report:
     return Report(str(a.source), "openai-124M", [compare_release(a)])
 
 
-def sample_ids(config: GPT2Config, tokenizer: TokenizerFiles | None, text: str | None = None) -> Sequence[int]:
+def _runs(yardstick: Subject, subject: Subject, tokenizer: TokenizerFiles | None, text: str | None) -> list[Check]:
+    """Both run on a full context, and a word on which tokens these are."""
+    ids, said = sample_ids(yardstick.config, tokenizer, text)
+    ran = f"{subject.runtime} against {yardstick.runtime}"
+    return [Check("run", None, ran), Check("text", None, said), *compare_runs(yardstick, subject, ids)]
+
+
+def sample_ids(
+    config: GPT2Config, tokenizer: TokenizerFiles | None, text: str | None = None
+) -> tuple[Sequence[int], str]:
     """A full context of real text where the tokenizer is there and fits, else the same arbitrary ids each time.
 
     A text that is shorter than the context is repeated.
+
+    Returns:
+        The ids, and a word on what they are.
 
     Raises:
         ConversionError: if a text is given that cannot be used.
@@ -153,11 +180,16 @@ def sample_ids(config: GPT2Config, tokenizer: TokenizerFiles | None, text: str |
     if tokenizer:
         ids = Tokenizer.from_files(tokenizer).encode(text if text is not None else default_text())
         if ids and max(ids) < config.n_vocab:
-            return (ids * (config.n_ctx // len(ids) + 1))[: config.n_ctx]
+            name, n = "the built-in scene" if text is None else "the text given", config.n_ctx
+            said = f"the first {n} of {len(ids)} tokens of {name}"
+            if len(ids) < n:
+                said = f"{len(ids)} token{'s' if len(ids) > 1 else ''} of {name}, repeated to {n}"
+            return (ids * (n // len(ids) + 1))[:n], said
     if text is not None:
         why = "the text is empty" if tokenizer else "a text needs a tokenizer, and none is beside the models"
         raise ConversionError(why)
-    return [int(i) for i in np.random.default_rng(0).integers(config.n_vocab, size=config.n_ctx)]
+    arbitrary = [int(i) for i in np.random.default_rng(0).integers(config.n_vocab, size=config.n_ctx)]
+    return arbitrary, f"{config.n_ctx} arbitrary tokens: no tokenizer that fits is beside the models"
 
 
 def default_text() -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html
 import io
+import math
+import platform
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from . import __version__
@@ -26,15 +29,17 @@ code {{ overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
 </style>
 <h1>gpt2x verify: <span class="{verdict}">{verdict}</span></h1>
 <p><code>{a}</code><br>against <code>{b}</code></p>
-<table><tr><th>check<th>verdict<th>result</tr>
+<p>{conclusion}</p>
+<table><tr><th>check<th>verdict<th>result<th>what it is</tr>
 {checks}</table>
 <h2>Logits</h2>
 <p>Errors are of logits; relative errors are relative to the largest logit at the same position. KL divergence is in nats.
-Agreement is on the likeliest token, and on the set of the five likeliest.</p>
-<table><tr><th>check{heads}</tr>
+Agreement is on the likeliest token, and on the set of the five likeliest. The first column is the share of its bound
+that the worst of these takes: over 100% fails.</p>
+<table><tr><th>check<th>of the bound{heads}</tr>
 {metrics}</table>
 {plots}
-<p>gpt2x {version}</p>
+<p>gpt2x {version}, Python {python}, {machine}, {date}</p>
 </html>
 """
 
@@ -50,6 +55,20 @@ COLUMNS = {
     "perplexity": "perplexity",
     "perplexity_other": "perplexity, other",
 }
+EXPLAINED = {
+    "configuration": "everything that decides shapes and arithmetic",
+    "weights": "every tensor, byte for byte",
+    "tokenizer": "vocabulary and merges",
+    "full context": "as many tokens as the model takes, in one pass",
+    "one token": "a prompt of one token, on an empty cache",
+    "token by token": "each token on the cache of those before it",
+    "chunks": "a prompt in pieces of unequal sizes, each on the cache",
+    "batch rows": "three rows at once, each compared with itself alone",
+    "left padding": "unequal prompts in one batch, padded on the left, then more tokens",
+    "right padding": "unequal prompts in one batch, padded on the right, then more tokens",
+    "ORT_DISABLE_ALL": "the ONNX graph as it is written; all else is run with ORT_ENABLE_ALL",
+    "greedy words": "the likeliest token again and again",
+}
 WORDS = {True: "same", False: "different", None: "unasked"}
 
 
@@ -60,27 +79,41 @@ def page(report: Report) -> str:
         ModuleNotFoundError: where matplotlib is missing.
     """
     measured = [check for check in report.checks if "max_abs_error" in check.details]
+    worst = max((_share(check) for check in measured), default=0.0)
+    answer = "The two are the same, within the bounds." if report.passed else "The two are not shown to be the same."
     return PAGE.format(
         verdict=WORDS[report.passed],
         a=html.escape(report.a),
         b=html.escape(report.b),
+        conclusion=f"{answer} The worst figure takes {worst:.0%} of its bound." if measured else answer,
         checks="".join(map(_check_row, report.checks)),
         heads="".join(f"<th>{head}" for head in COLUMNS.values()),
         metrics="".join(map(_metrics_row, measured)),
         plots="\n".join(map(_svg, _plots(measured))) if measured else "",
         version=__version__,
+        python=platform.python_version(),
+        machine=html.escape(f"{platform.system()} {platform.machine()}"),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _share(check: Check) -> float:
+    """How much of its bound the worst metric takes; infinite where a figure is not a number."""
+    limits = check.details["limits"]
+    shares = [check.details[name] / limit if limit else 0.0 for name, limit in limits.items()]
+    return max((share if math.isfinite(share) else math.inf) for share in shares)
 
 
 def _check_row(check: Check) -> str:
     word = WORDS[check.passed]
-    name, result = html.escape(check.name), html.escape(check.result)
-    return f'<tr><td>{name}<td class="{word}">{word}<td>{result}</tr>\n'
+    shown = "near tie" if check.details.get("near_tie") else "" if check.passed is None else word
+    name, result, what = map(html.escape, (check.name, check.result, EXPLAINED.get(check.name, "")))
+    return f'<tr><td>{name}<td class="{word}">{shown}<td>{result}<td>{what}</tr>\n'
 
 
 def _metrics_row(check: Check) -> str:
     cells = "".join(f'<td class="number">{_number(check.details[name])}' for name in COLUMNS)
-    return f"<tr><td>{html.escape(check.name)}{cells}</tr>\n"
+    return f'<tr><td>{html.escape(check.name)}<td class="number">{_share(check):.0%}{cells}</tr>\n'
 
 
 def _number(value: Any) -> str:
@@ -96,9 +129,10 @@ def _plots(measured: list[Check]) -> list[Plot]:
     def errors(axes: Any) -> None:
         axes.plot(longest.details["error_by_position"], linewidth=0.8)
         axes.set(title=f"Error by position ({longest.name})", xlabel="position", ylabel="largest error of a logit")
-        bound = longest.details["bounds"]["max_abs_error"] * longest.details["max_logit"]
+        bound = longest.details["limits"]["max_abs_error"]
         axes.axhline(bound, color="red", linestyle=":", label="bound")
         axes.set_yscale("symlog", linthresh=1e-8)
+        axes.set_ylim(bottom=0)
         axes.legend()
 
     def divergence(axes: Any) -> None:
@@ -106,7 +140,10 @@ def _plots(measured: list[Check]) -> list[Plot]:
 
         exponents = np.log10(np.maximum(longest.details["kl_by_position"], 1e-18))
         axes.hist(exponents[np.isfinite(exponents)], bins=40)
-        axes.set(title=f"KL divergence ({longest.name})", xlabel="log10 of nats", ylabel="positions")
+        axes.axvline(np.log10(longest.details["limits"]["kl_divergence"]), color="red", linestyle=":", label="bound")
+        axes.legend()
+        label = "log10 of nats (-18: none)"
+        axes.set(title=f"KL divergence ({longest.name})", xlabel=label, ylabel="positions")
 
     def agreement(axes: Any) -> None:
         names = [check.name for check in measured]

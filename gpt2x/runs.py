@@ -81,17 +81,24 @@ class Metrics:
     error_by_position: list[float] = field(default_factory=list, repr=False)
     kl_by_position: list[float] = field(default_factory=list, repr=False)
 
-    def failures(self, bounds: Bounds = FP32) -> list[str]:
-        """What is out of bounds, by the name of the metric."""
-        limits = {
+    def limits(self, bounds: Bounds) -> dict[str, float]:
+        """The largest value that each metric may have, in its own unit."""
+        return {
             "max_abs_error": bounds.max_abs_error * self.max_logit,
             "mean_abs_error": bounds.mean_abs_error * self.max_logit,
             "max_rel_error": bounds.max_rel_error,
             "mean_rel_error": bounds.mean_rel_error,
             "kl_divergence": bounds.kl_divergence,
         }
+
+    def failures(self, bounds: Bounds = FP32) -> list[str]:
+        """What is out of bounds, by the name of the metric."""
+        if not np.isfinite(self.max_logit):
+            return ["the first one's logits are not all numbers: nothing can be compared"]
+        if not np.isfinite(self.max_abs_error):
+            return ["max_abs_error is not a number: the second one's logits are not all numbers"]
+        limits = self.limits(bounds)
         values = {name: getattr(self, name) for name in limits}
-        # "not <=" because of NaN
         faults = [f"{n} is {values[n]:.2e} (bound {limits[n]:.2e})" for n in limits if not values[n] <= limits[n]]
         near = 2 * limits["max_abs_error"]
         for name, share, gap in (
@@ -113,8 +120,9 @@ def measure(expected: Array, found: Array, targets: Sequence[int] | None = None)
     error, mean, largest, kl, gap1, gap5, same1, same5 = (
         np.concatenate([getattr(p, f) for p in parts]) for f in _Part.__dataclass_fields__
     )
-    with np.errstate(invalid="ignore", divide="ignore"):
-        relative, mean_relative = error / largest, mean / largest
+    scale = np.where(largest > 0, largest, 1)
+    with np.errstate(invalid="ignore"):
+        relative, mean_relative = error / scale, mean / scale
     metrics = Metrics(
         positions=len(expected),
         max_logit=float(largest.max()),
@@ -132,7 +140,8 @@ def measure(expected: Array, found: Array, targets: Sequence[int] | None = None)
         kl_by_position=_rounded(kl),
     )
     if targets is not None and len(targets):
-        metrics.perplexity, metrics.perplexity_other = (perplexity(x, targets) for x in (expected, found))
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            metrics.perplexity, metrics.perplexity_other = (perplexity(x, targets) for x in (expected, found))
     return metrics
 
 
@@ -156,7 +165,7 @@ class _Part:
     @classmethod
     def of(cls, expected: Array, found: Array) -> _Part:
         x, y = expected.astype(np.float64), found.astype(np.float64)  # (n, V)
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             apart = np.abs(x - y)
             p, q = log_softmax(x), log_softmax(y)
             kl = np.maximum((np.exp(p) * (p - q)).sum(1), 0)  # rounding makes tiny ones negative
@@ -324,7 +333,9 @@ def compare_runs(yardstick: Subject, subject: Subject, ids: Sequence[int], bound
     plain = getattr(subject, "unoptimized", None)
     if plain is not None:
         checks.append(compare_logits("full context", plain(), text, bounds, called="ORT_DISABLE_ALL"))
-    error = max((c.details["max_abs_error"] for c in checks if c.details), default=0.0)
+    seen = [c.details for c in checks if c.details]
+    allowed = bounds.max_abs_error * max((d["max_logit"] for d in seen), default=0.0)
+    error = min(allowed, max((d["max_abs_error"] for d in seen), default=0.0))
     return [*checks, compare_words(yardstick, subject, text.ids, error)]
 
 
@@ -351,7 +362,7 @@ def verdict(name: str, metrics: Metrics, bounds: Bounds = FP32) -> Check:
     )
     places = f"{metrics.positions} position{'s' if metrics.positions > 1 else ''}"
     result = "; ".join(faults) if faults else f"{close}, {places}"
-    return Check(name, not faults, result, {**asdict(metrics), "bounds": asdict(bounds), "failures": faults})
+    return Check(name, not faults, result, {**asdict(metrics), "limits": metrics.limits(bounds), "failures": faults})
 
 
 # ------------------------------------------------------------------------------------------------------------- words
@@ -360,8 +371,8 @@ def verdict(name: str, metrics: Metrics, bounds: Bounds = FP32) -> Check:
 def compare_words(yardstick: Decoder, subject: Decoder, prompt: Sequence[int], error: float) -> Check:
     """Greedy tokens, as long as the context allows, up to 200.
 
-    A divergence counts where the yardstick's gap between first and second exceeds twice the logits' largest error;
-    under that it is a near tie, which rounding may decide either way.
+    A divergence counts where the yardstick's gap between first and second exceeds twice ``error``, the logits' largest
+    (and no more than its bound); under that it is a near tie, which rounding may decide either way.
     """
     prompt = list(prompt[: max(1, min(32, yardstick.n_ctx // 2))])
     n = min(GREEDY_TOKENS, yardstick.n_ctx - len(prompt))

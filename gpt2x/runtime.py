@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from converters import CheckpointError, ConfigError, FormatError, GPT2Config
-from converters.config import from_hf
+from converters.config import config_of
 from converters.files import File, check_name, parse_json, read_json
 from converters.safetensors_file import open_safetensors
 
@@ -26,6 +26,8 @@ from .contract import Slot
 from .generate import Ids, InputError, Logits
 
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
+SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
+SHOWN = 20  # differences listed before "and N more"
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
 TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -56,8 +58,9 @@ class OnnxDecoder:
     ) -> None:
         self.path = find_model(path)
         self.threads = threads
+        self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
         self._session = _open(self.path, threads, optimize, list(providers))
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
         self._inputs, self._outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
@@ -93,19 +96,13 @@ class OnnxDecoder:
         Raises:
             InputError: if these do not fit the model or one another.
         """
-        ids, positions = self._tokens(input_ids, "input_ids"), self._tokens(position_ids, "position_ids")
+        ids, positions = self._tokens(input_ids, position_ids)
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
         P = self._length(past, B)
-        mask = (
-            np.ones((B, P + T), np.int64) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
-        )
-        if positions.shape != ids.shape:
-            raise InputError(f"position_ids are {positions.shape}, input_ids {ids.shape}: they must have one shape")
+        mask = np.ones((B, P + T), np.int64) if attention_mask is None else _whole(attention_mask, "attention_mask")
         if mask.shape != (B, P + T):
             raise InputError(f"attention_mask is {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}")
-        _check_range(ids, self.n_vocab, "token id", "the vocabulary")
-        _check_range(positions, self.n_ctx, "position", "the context")
         return self._run({"input_ids": ids, "attention_mask": mask, "position_ids": positions}, past)
 
     def _run(self, feed: dict[str, Ids], past: Cache) -> tuple[Logits, Cache]:
@@ -119,13 +116,16 @@ class OnnxDecoder:
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         for name in self._present:
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # what it says of itself is not what it does
+            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {_plain(error)}") from None
         return logits, binding.get_outputs()[1:]
 
     def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V). A long prompt goes in pieces."""
-        ids, positions = self._tokens(input_ids, "input_ids"), self._tokens(position_ids, "position_ids")
-        mask = None if attention_mask is None else np.asarray(attention_mask)
+        ids, positions = self._tokens(input_ids, position_ids)
+        mask = None if attention_mask is None else _whole(attention_mask, "attention_mask")
         T = ids.shape[1]
         for start in range(0, T, CHUNK):
             end = min(start + CHUNK, T)
@@ -141,16 +141,23 @@ class OnnxDecoder:
         shape = (B, self.config.n_head, 0, self.config.head_dim)
         return [ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32)) for _ in self._past]
 
-    def _tokens(self, array: Any, name: str) -> Ids:
-        array = np.asarray(array)
-        if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise InputError(f"{name} are {array.dtype} {array.shape}; whole numbers (batch, tokens) are needed")
-        if 0 in array.shape:
+    def _tokens(self, input_ids: Any, position_ids: Any) -> tuple[Ids, Ids]:
+        """Both checked: of one shape (B, T), and within the vocabulary and the context."""
+        ids, positions = _whole(input_ids, "input_ids"), _whole(position_ids, "position_ids")
+        if ids.ndim != 2:
+            raise InputError(f"input_ids are {ids.shape}; (batch, tokens) is needed")
+        if 0 in ids.shape:
             raise InputError("the prompt is empty: give at least one token (<|endoftext|> starts a new text)")
-        return np.ascontiguousarray(array, np.int64)
+        if positions.shape != ids.shape:
+            raise InputError(f"position_ids are {positions.shape}, input_ids {ids.shape}: they must have one shape")
+        _check_range(ids, self.n_vocab, "token id", "the vocabulary")
+        _check_range(positions, self.n_ctx, "position", "the context")
+        return ids, positions
 
     def _length(self, past: Cache, B: int) -> int:
         """How many tokens the cache holds."""
+        if not isinstance(past, Sequence) or not all(isinstance(value, ort.OrtValue) for value in past):
+            raise InputError("the cache is not one that an earlier step returned")
         if len(past) != len(self._past):
             raise InputError(f"the cache has {len(past)} tensors, the model takes {len(self._past)}")
         shapes = [tuple(value.shape()) for value in past]
@@ -180,7 +187,7 @@ def find_model(path: str | Path) -> Path:
 
 def _open(path: Path, threads: int | None, optimize: bool, providers: list[str]) -> ort.InferenceSession:
     weights = path.parent / contract.WEIGHTS
-    if weights.is_file():
+    if weights.is_file() and _names(path, contract.WEIGHTS):
         open_safetensors(weights)  # a file that is cut short is found here, with a word on where
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
@@ -188,9 +195,22 @@ def _open(path: Path, threads: int | None, optimize: bool, providers: list[str])
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime has no base class of its own for these
         raise FormatError(f"{path}: ONNX Runtime cannot load it: {_plain(error)}") from None
+
+
+def _names(path: Path, name: str) -> bool:
+    """Whether a small ONNX file speaks of a file of this name."""
+    file = File(path)
+    return file.size < SMALL and name.encode() in file.read(0, file.size)
+
+
+def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, str]:
+    try:
+        return dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError:
+        raise FormatError(f"{path}: its metadata are not UTF-8") from None
 
 
 def _plain(error: Exception) -> str:
@@ -206,10 +226,10 @@ def _config(path: Path, metadata: dict[str, str]) -> GPT2Config:
     """What the model says of itself, else the ``config.json`` beside it or above it."""
     if contract.CONFIG in metadata:
         where = f"{path}: its metadata"
-        return GPT2Config(**from_hf(parse_json(metadata[contract.CONFIG].encode(), where), where))
-    for folder in (path.parent, path.parent.parent):
-        if (folder / "config.json").is_file():
-            return GPT2Config(**from_hf(read_json(folder / "config.json", 1 << 20), str(folder / "config.json")))
+        return config_of(parse_json(metadata[contract.CONFIG].encode(), where), where)
+    for file in (path.parent / "config.json", path.parent.parent / "config.json"):
+        if file.is_file():
+            return config_of(read_json(file, 1 << 20), str(file))
     raise ConfigError(f"{path}: neither its metadata nor a config.json beside it says what model it is")
 
 
@@ -220,6 +240,8 @@ def _check_contract(
         *_differences("input", contract.inputs(config), inputs),
         *_differences("output", contract.outputs(config, last), outputs),
     ]
+    if len(faults) > SHOWN:
+        faults[SHOWN:] = [f"and {len(faults) - SHOWN} more"]
     if faults:
         advice = "gpt2x runs models with the inputs and outputs that gpt2x export --onnx gives them."
         raise CheckpointError.listing(f"{path}: a model of another contract", faults, advice)
@@ -245,6 +267,17 @@ def _fits(expected: Slot, found: Slot) -> bool:
 
 def _words(slot: Slot) -> str:
     return f"{slot.dtype} [{', '.join(map(str, slot.shape))}]"
+
+
+def _whole(array: Any, name: str) -> Ids:
+    """Whole numbers as contiguous int64."""
+    try:
+        found = np.asarray(array)
+    except ValueError:
+        raise InputError(f"{name} have rows of unequal lengths; pad them") from None
+    if found.dtype.kind not in "biu" or (found.dtype == np.uint64 and (found > np.iinfo(np.int64).max).any()):
+        raise InputError(f"{name} are {found.dtype} {found.shape}; whole numbers of 64 bits are needed")
+    return np.ascontiguousarray(found, np.int64)
 
 
 def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> None:

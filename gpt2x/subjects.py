@@ -20,10 +20,14 @@ Array = NDArray[Any]
 Kind = Literal["weights", "onnx", "torchscript", "pt2"]
 
 
+NAMES = {"weights": "weights", "onnx": "ONNX", "torchscript": "TorchScript", "pt2": "a program of torch.export"}
+
+
 class Subject(Decoder, Protocol):
     """A decoder that also gives the logits of every new token."""
 
     config: GPT2Config
+    runtime: str  # what runs it
 
     def run(self, input_ids: Array, attention_mask: Array | None, position_ids: Array, cache: Any) -> tuple[Array, Any]:
         """As ``step``, but logits (B, T, V); (B, 1, V) where the subject's ``last_only`` is true."""
@@ -91,6 +95,7 @@ class Uncached:
 
     def __init__(self, logits: Callable[[Sequence[int]], Array], config: GPT2Config) -> None:
         self.logits, self.config, self.n_ctx, self.n_vocab = logits, config, config.n_ctx, config.n_vocab
+        self.runtime = "gpt2x's reference in float64"
 
     def run(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
         """As ``Subject.run``."""
@@ -108,6 +113,7 @@ class Transformers:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         import torch
+        import transformers
         from transformers import GPT2Config, GPT2LMHeadModel
 
         from converters.config import to_hf
@@ -128,6 +134,7 @@ class Transformers:
         self.model.load_state_dict(state, assign=True, strict=True)
         self.model.tie_weights()
         self.model.eval()
+        self.runtime = f"transformers {transformers.__version__}, in torch {torch.__version__}"
         self.config = checkpoint.config
         self.n_ctx, self.n_vocab = checkpoint.config.n_ctx, checkpoint.config.n_vocab
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from converters import FormatError, GPT2Config
-from converters.config import from_hf
+from converters.config import config_of
 from converters.files import File, parse_json
 
 from .generate import Ids, Logits
@@ -23,6 +23,7 @@ class TorchDecoder:
 
     def __init__(self, model: GPT2) -> None:
         self.model = model.eval()
+        self.runtime = f"the weights in gpt2x's model, in torch {torch.__version__}"
         self.config = model.config
         self.n_ctx = model.config.n_ctx
         self.n_vocab = model.config.n_vocab
@@ -52,8 +53,9 @@ class ModuleDecoder:
     A TorchScript or ``.pt2`` file is a program: load one only if you trust where it comes from.
     """
 
-    def __init__(self, module: Any, config: GPT2Config) -> None:
-        self.module, self.config = module, config
+    def __init__(self, module: Any, config: GPT2Config, path: str | Path) -> None:
+        self.module, self.config, self.path = module, config, path
+        self.runtime = f"{Path(path).name} in torch {torch.__version__}"
         self.n_ctx, self.n_vocab = config.n_ctx, config.n_vocab
 
     @classmethod
@@ -87,13 +89,13 @@ class ModuleDecoder:
                 warnings.simplefilter("ignore")
                 module = load(name, extra)
         except Exception as error:  # torch raises RuntimeError, ValueError and others here
-            raise FormatError(f"{path}: torch cannot load it: {str(error).strip().splitlines()[0][:300]}") from None
+            raise FormatError(f"{path}: torch cannot load it: {_first_line(error)}") from None
         said = extra["config.json"]
         if not said:
             raise FormatError(f"{path}: not exported by gpt2x: no config.json is in it")
         where = f"{path}: config.json"
-        config = GPT2Config(**from_hf(parse_json(said if isinstance(said, bytes) else said.encode(), where), where))
-        return cls(module, config)
+        data = said if isinstance(said, bytes) else said.encode()
+        return cls(module, config_of(parse_json(data, where), where), path)
 
     def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """As ``Decoder.step``."""
@@ -106,9 +108,19 @@ class ModuleDecoder:
         past = self._empty(len(input_ids)) if cache is None else cache
         total = past[0][0].shape[2] + input_ids.shape[1]
         mask = torch.ones(len(input_ids), total, dtype=torch.int64) if attention_mask is None else attention_mask
-        logits, present = self.module(*map(torch.as_tensor, (input_ids, mask, position_ids)), past)
-        return logits.numpy(), present
+        try:
+            logits, present = self.module(*map(torch.as_tensor, (input_ids, mask, position_ids)), past)
+            found: Logits = logits.numpy()
+        except Exception as error:  # the program is the file's, and raises what it likes
+            raise FormatError(f"{self.path}: torch cannot run it: {_first_line(error)}") from None
+        if found.shape != (*input_ids.shape, self.n_vocab):
+            raise FormatError(f"{self.path}: gives {found.shape}, not logits {(*input_ids.shape, self.n_vocab)}")
+        return found, present
 
     def _empty(self, B: int) -> list[tuple[Tensor, Tensor]]:
         size = (B, self.config.n_head, 0, self.config.head_dim)
         return [(torch.empty(size), torch.empty(size)) for _ in range(self.config.n_layer)]
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, assert_refused, done, random_checkpoint
 from onnx import TensorProto, helper
 
-from converters import CheckpointError, ConfigError, FormatError, open_checkpoint
+from converters import CheckpointError, ConfigError, ConversionError, FormatError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
 from gpt2x.export.directory import export_onnx
 from gpt2x.generate import Generation, InputError, PromptError, Sampling
@@ -334,7 +334,7 @@ def test_a_mask_that_forgets_the_cache(tiny):
     decoder = OnnxDecoder(tiny)
     _, cache = decoder.run(a(1, 3), None, np.arange(3)[None], None)
     with pytest.raises(InputError, match=r"attention_mask is \(1, 1\), but 3 cached and 1 new tokens need \(1, 4\)"):
-        decoder.run(a(1, 1), np.ones((1, 1)), np.array([[3]]), cache)
+        decoder.run(a(1, 1), np.ones((1, 1), int), np.array([[3]]), cache)
 
 
 @pytest.mark.parametrize("bad", [a(2), a(1, 2, 3), np.zeros((1, 2)), np.array([["a"]]), np.array([[None]])])
@@ -410,3 +410,116 @@ def test_verify_sees_another_models_onnx(gpt2x, tmp_path, monkeypatch):
     assert page.count("<svg") == 3
     assert 'class="different">different' in page
     assert "a/model.safetensors.index.json against" in done(gpt2x("verify", "a", "a", "--runtime", "torch")).stdout
+
+
+# ------------------------------------------------------------------------------------- found by an adversarial review
+
+
+def with_metadata(tiny, **changed):
+    path = tiny / "onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for prop in model.metadata_props:
+        prop.value = changed.get(prop.key.removeprefix("gpt2x."), prop.value)
+    path.write_bytes(model.SerializeToString())
+    return tiny
+
+
+@pytest.mark.parametrize("checksums", ["{nope", "[1]", "[" * 100_000, '{"a": {"b": 1}}'])
+def test_checksums_that_make_no_sense_do_not_stop_inspect(gpt2x, tiny, checksums):
+    done(gpt2x("inspect", with_metadata(tiny, source_sha256=checksums)))
+
+
+def test_metadata_that_are_no_text(gpt2x, tiny):
+    path = tiny / "onnx/model.onnx"
+    data = with_metadata(tiny, source="SOURCE").joinpath("onnx/model.onnx").read_bytes()
+    path.write_bytes(data.replace(b"SOURCE", b"\xff\xfeURCE"))
+    assert_refused(gpt2x("inspect", tiny), "its metadata are not UTF-8")
+
+
+def test_metadata_cannot_forge_a_line(gpt2x, tiny):
+    out = done(gpt2x("inspect", with_metadata(tiny, source="x\n  checksums  all verified\x1b[2J"))).stdout
+    assert "\\n  checksums  all verified\\x1b[2J" in out
+
+
+def test_an_absurd_number_of_layers_in_the_metadata(gpt2x, tiny):
+    said = json.loads(OnnxDecoder(tiny).metadata["gpt2x.config"])
+    assert_all_refuse(gpt2x, with_metadata(tiny, config=json.dumps({**said, "n_layer": 10**9})), "are not believed")
+    many = gpt2x("inspect", with_metadata(tiny, config=json.dumps({**said, "n_layer": 9999})))
+    assert_refused(many, "and 39968 more")
+
+
+def test_a_context_that_the_model_does_not_have(tiny):
+    said = json.loads(OnnxDecoder(tiny).metadata["gpt2x.config"])
+    decoder = OnnxDecoder(with_metadata(tiny, config=json.dumps({**said, "n_ctx": 99, "n_positions": 99})))
+    with pytest.raises(FormatError, match=r"model.onnx: ONNX Runtime cannot run it"):
+        decoder.run(a(1, 50), None, np.arange(50)[None], None)
+
+
+def test_corrupted_models_are_one_clear_error_and_nothing_on_stdout(tiny, capfd):
+    path, rng = tiny / "onnx/model.onnx", np.random.default_rng(0)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        broken = whole.copy()
+        broken[rng.integers(len(whole), size=4)] = rng.integers(256, size=4)
+        path.write_bytes(broken.tobytes())
+        try:
+            decoder = OnnxDecoder(tiny)
+            decoder.run(a(1, 2), None, np.array([[0, 1]]), None)
+        except (ConversionError, InputError):
+            pass
+    assert capfd.readouterr().out == ""
+
+
+def test_positions_longer_than_the_tokens(tiny):
+    with pytest.raises(InputError, match="they must have one shape"):
+        OnnxDecoder(tiny).step([[1]], None, [[0, 1]], None)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [(np.full((1, 2), 0.5), "attention_mask are float64"), ([["a", "b"]], "attention_mask are"), ([[1], [1, 2]], "unequal lengths")],
+)  # fmt: skip
+def test_a_mask_of_the_wrong_kind(tiny, mask, words):
+    with pytest.raises(InputError, match=words):
+        OnnxDecoder(tiny).run(a(1, 2), mask, a(1, 2), None)
+
+
+def test_a_cache_of_the_wrong_kind(tiny):
+    for cache in (7, "past", [np.zeros((1, 2, 0, 3), np.float32)] * 4):
+        with pytest.raises(InputError, match="not one that an earlier step returned"):
+            OnnxDecoder(tiny).run(a(1, 2), None, a(1, 2), cache)
+
+
+def test_numbers_that_64_bits_cannot_hold(tiny):
+    with pytest.raises(InputError, match="whole numbers of 64 bits"):
+        OnnxDecoder(tiny).run(np.array([[2**63]], np.uint64), None, a(1, 1), None)
+
+
+def test_verify_runs_the_onnx_on_whichever_side_it_is(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_onnx(random_checkpoint(), "bad", need_tokenizer=False)
+    save_checkpoint(random_checkpoint(), "a.safetensors")
+    export_onnx(random_checkpoint(), "good", need_tokenizer=False)
+    edited(
+        Path("bad"),
+        lambda graph: (
+            next(n for n in graph.node if n.op_type == "LayerNormalization")
+            .attribute[0]
+            .CopyFrom(helper.make_attribute("epsilon", 0.5))
+        ),
+    )
+    for pair in (("a.safetensors", "bad"), ("bad", "a.safetensors"), ("bad", "bad"), ("good", "bad")):
+        result = gpt2x("verify", *pair)
+        assert result.exit_code == 1, pair
+        assert "model.onnx in ONNX Runtime" in result.stdout
+    assert "ONNX of the first -          not run" in done(gpt2x("verify", "bad", "good")).stdout
+
+
+def test_the_tokenizer_of_a_bare_onnx_file_is_found_above_it(gpt2x, shakespeare):
+    done(gpt2x("generate", shakespeare / "onnx/model.onnx", "ROMEO:", "--max-new-tokens", 3))
+
+
+def test_verify_of_what_has_no_peer_asks_for_one(gpt2x, tiny):
+    result = gpt2x("verify", tiny / "onnx/model.onnx")
+    assert result.exit_code == 2
+    assert "is ONNX: say what to compare it with" in result.stderr

@@ -83,6 +83,8 @@ def test_the_report_is_written_as_json(gpt2x):
         "configuration",
         "weights",
         "tokenizer",
+        "run",
+        "text",
         *SCENARIOS,
         "greedy words",
     ]

@@ -57,6 +57,8 @@ def export(
     """
     if not (onnx or torchscript or pt2):
         raise click.UsageError("say what to write: --onnx DIR, --torchscript FILE or --pt2 FILE")
+    if logits == "last" and not onnx:
+        raise click.UsageError("--logits is about --onnx, which is not given")
     if onnx and Path(onnx).suffix == ".onnx":
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
@@ -65,9 +67,14 @@ def export(
         raise click.UsageError("torch wants a name that ends in .pt2")
     need("torch", *(["onnx"] if onnx else []), extra="export")
     from converters import open_checkpoint
+    from converters.files import check_free
 
     checkpoint = open_checkpoint(src, n_head=n_head, tie=tie)
     checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
+    _check_apart([Path(target).absolute() for target in (onnx, torchscript, pt2) if target])
+    for target in (torchscript, pt2):
+        if target:
+            check_free(Path(target), force, directory=False)  # before any of them is written
     results = []
     if onnx:
         options = {"last": logits == "last", "force": force, "need_tokenizer": not no_tokenizer}
@@ -76,7 +83,9 @@ def export(
         results.append(_write("torchscript", torchscript, lambda: _export_torchscript(checkpoint, torchscript, force)))
     if pt2:
         results.append(_write("pt2", pt2, lambda: _export_pt2(checkpoint, pt2, force)))
+    start = time.perf_counter()
     reports = [] if no_verify else [_verify(checkpoint, result["destination"]) for result in results]
+    seconds = round(time.perf_counter() - start, 3)
     facts = {"source": src, "exports": results, "notes": list(checkpoint.notes)}
     if as_json:
         verified = [json.loads(report.to_json()) for report in reports]
@@ -85,7 +94,15 @@ def export(
         click.echo(printable(summary(facts)))
         for report in reports:
             click.echo(printable(table(report)))
+        if reports:
+            click.echo(f"Verified in {seconds:.1f} s.")
     ctx.exit(0 if all(report.passed for report in reports) else 1)
+
+
+def _check_apart(targets: list[Path]) -> None:
+    for i, one in enumerate(targets):
+        if one in targets[:i]:
+            raise click.UsageError(f"two results cannot have one name, {one.name}")
 
 
 def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 
@@ -35,6 +37,7 @@ def generate(
 
     A directory with an ONNX model is run by ONNX Runtime, without torch.
     """
+    from converters import TokenizerError
     from gpt2x.generate import Generation, Sampling, encode, stream_text
     from gpt2x.subjects import open_subject
     from gpt2x.tokenizer import Tokenizer
@@ -43,11 +46,23 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    try:
+        tokenizer = Tokenizer.from_pretrained(tokenizer_dir or _home(model))  # first: a model takes longer to open
+    except TokenizerError:
+        if os.path.isdir(model):
+            open_subject(model, runtime, n_head=n_head)  # is there a model at all?
+        raise
     decoder = open_subject(model, runtime, n_head=n_head)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_dir or model)
     generation = Generation(decoder, [encode(tokenizer, prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):
         click.echo(piece, nl=False)
     click.echo()
     if generation.finish == ["context"]:
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
+
+
+def _home(model: str) -> str:
+    """Where a model's tokenizer is: for ``onnx/model.onnx``, the directory above."""
+    above = os.path.dirname(os.path.dirname(os.path.abspath(model)))
+    inside = model.endswith(".onnx") and os.path.basename(os.path.dirname(os.path.abspath(model))) == "onnx"
+    return above if inside and os.path.isfile(model) else model

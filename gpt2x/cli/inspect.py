@@ -61,7 +61,7 @@ def describe_onnx(path: str) -> dict[str, Any]:
         "cache": said(contract.CACHE),
         "logits": said(contract.LOGITS),
         "source": said(contract.SOURCE),
-        "source_sha256": json.loads(said(contract.CHECKSUMS, "{}")),
+        "source_sha256": _checksums(said(contract.CHECKSUMS, "{}")),
         "gpt2x_version": said(contract.WRITER),
         "config": to_hf(model.config),
         "inputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.inputs.items()],
@@ -101,11 +101,21 @@ def describe(path: str) -> dict[str, Any]:
     }
 
 
+def _checksums(text: str) -> dict[str, str]:
+    """What a model says of its source, if that is of the right kind."""
+    from converters import FormatError
+    from converters.files import parse_json
+
+    try:
+        return {str(name): str(digest) for name, digest in parse_json(text.encode(), "").items()}
+    except FormatError:
+        return {}
+
+
 def lines(facts: dict[str, Any]) -> list[str]:
     """The facts for a person."""
-    weights = [f"  {key:<10} {value}" for key, value in _weights_rows(facts)] if "format" in facts else []
-    onnx = [f"  {key:<10} {value}" for key, value in _onnx_rows(facts["onnx"])] if "onnx" in facts else []
-    return [facts["path"], *weights, *onnx]
+    rows = (_weights_rows(facts) if "format" in facts else []) + (_onnx_rows(facts["onnx"]) if "onnx" in facts else [])
+    return [facts["path"], *(f"  {key:<10} {value}".replace("\n", "\\n") for key, value in rows)]
 
 
 def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:

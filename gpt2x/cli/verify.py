@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,7 +40,7 @@ def verify(
       gpt2x verify gpt2-hf/
 
     A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. Of a directory with
-    weights and ONNX, A means the weights and B the ONNX. Weights are compared byte for byte, and need no torch. Then
+    weights and ONNX, A means the weights and B the ONNX (but A the ONNX where B has none). Weights are compared byte for byte, and need no torch. Then
     both are run: in one pass, step by step, in chunks, batched, padded; ONNX with ORT_ENABLE_ALL, and once as it is
     written (ORT_DISABLE_ALL). Without B, A as gpt2x runs it is compared with
     transformers, or with a float64 reference where that is missing. Exit code 1 when anything differs.
@@ -47,6 +48,7 @@ def verify(
     from converters import open_checkpoint
     from converters.files import check_free
     from gpt2x import parity
+    from gpt2x.subjects import NAMES, kind_of
 
     if b and against:
         raise click.UsageError("give B or --against, not both")
@@ -55,6 +57,8 @@ def verify(
     for file in (json_file, html_file):
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)
+    if json_file and json_file == html_file:
+        raise click.UsageError("--json and --report cannot write one file")
     if html_file:
         need("matplotlib", extra="verify")  # before the work, not after it
     text = _read_text(text_file) if text_file else None
@@ -63,6 +67,8 @@ def verify(
     elif b:
         report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head)
     else:
+        if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
+            raise click.UsageError(f"{a} is {NAMES[kind]}: say what to compare it with")
         report = parity.verify_alone(open_checkpoint(a, n_head=n_head), text)
     show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)
@@ -95,11 +101,37 @@ def show(report: Report, json_file: str | None, html_file: str | None, force: bo
             out.write(page(report).encode())
 
 
+COLUMNS = {  # metric -> heading and format
+    "max_abs_error": ("max err", "9.1e"),
+    "mean_abs_error": ("mean err", "9.1e"),
+    "max_rel_error": ("max rel", "9.1e"),
+    "mean_rel_error": ("mean rel", "9.1e"),
+    "kl_divergence": ("KL", "9.1e"),
+    "top1_agreement": ("top-1", "7.1%"),
+    "top5_agreement": ("top-5", "7.1%"),
+    "perplexity": ("perplexity", "10.5g"),
+    "perplexity_other": ("other's", "10.5g"),
+}
+
+
 def table(report: Report) -> str:
-    """The report for a person."""
+    """The report for a person: a line a check, the metrics of logits in columns, and below a check what failed."""
     marks = {True: "same", False: "DIFFERENT", None: "-"}
-    lines = [f"{report.a} against {report.b}"]
+    lines, headed = [f"{report.a} against {report.b}"], False
     for check in report.checks:
         mark = "near tie" if check.details.get("near_tie") else marks[check.passed]
-        lines.append(f"  {check.name:<15} {mark:<10} {check.result}")
+        measured = "max_abs_error" in check.details
+        if measured and not headed:
+            lines.append(" " * 29 + " ".join(f"{head:>{int(form.split('.')[0])}}" for head, form in COLUMNS.values()))
+            headed = True
+        text = _metrics(check.details) if measured else check.result
+        lines.append(f"  {check.name:<15} {mark:<10} {text}".rstrip())
+        lines += [f"    {failure}" for failure in check.details.get("failures", [])]
     return "\n".join(lines)
+
+
+def _metrics(details: Mapping[str, Any]) -> str:
+    return " ".join(
+        format(details[name], form) if details[name] is not None else " " * int(form.split(".")[0])
+        for name, (_, form) in COLUMNS.items()
+    )

@@ -23,14 +23,20 @@ ONNX opset 23 in float32, standard operators only. ONNX Runtime 1.23 or newer lo
 ## Contract
 
 {table}
-There are {n_layer} layers `{{i}}`, counted from 0.
+There are {n_layer} layers `{{i}}`, counted from 0: first key, then value of each layer in turn.
 
-- At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, which goes into the next run.
-- `attention_mask` is 1 for a token and 0 for padding; it covers the cache and the new tokens.
-- `position_ids` count the real tokens of a row from 0, and stay below {n_ctx}.
-- A prompt may come in one run or in several chunks.
-{padding}
+- At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, `present.{{i}}.*`, which is
+  given to the next run as `past_key_values.{{i}}.*`.
+- `attention_mask` is 1 for a token and 0 for padding; it covers the cache and the new tokens. Causality is the graph's.
+- `position_ids` count the real tokens of a row from 0, whatever the padding. In padding, any value from 0 will do.
+- A row holds {n_ctx} tokens at most, prompt and continuation together; positions from {n_ctx} on are an error.
+- A prompt has at least one token, and may come in one run or in several chunks.
+- `logits` are not normalised: softmax of `logits / temperature` is what to sample from.
+{padding}- {tokens}
+
 ## Client
+
+To be run in {here}.
 
 ```python
 {client}```
@@ -45,36 +51,44 @@ There are {n_layer} layers `{{i}}`, counted from 0.
 | onnxruntime-genai | `og.Model(directory)` (`genai_config.json`){needs} |
 | optimum | `ORTModelForCausalLM.from_pretrained(directory)` |
 | transformers.js | `pipeline("text-generation", directory, {{ dtype: "fp32" }})`{needs}; in a browser, also give the weights as external data: `use_external_data_format` knows no `model.safetensors`, so pass `session_options: {{ externalData: [{{ path: "model.safetensors", data: url }}] }}` |
-| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors.index.json`) |
-
+{transformers}
 Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold the SHA-256 of its source.
-`gpt2x inspect` shows all of this, and `gpt2x verify SRC DIR` proves that nothing changed.
+`gpt2x inspect` shows the contract, and `gpt2x verify SRC DIR` proves that nothing changed.
 """
+
+TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors.index.json`) |\n"
 
 CLIENT = """\
 import numpy as np, onnxruntime as ort
 {load}
 session = ort.InferenceSession("onnx/model.onnx")
 past = {{i.name: np.zeros((1, {n_head}, 0, {head_dim}), np.float32) for i in session.get_inputs()[3:]}}
-ids, seen = np.array([{prompt}], np.int64), 0
-for _ in range(64):
+ids, seen, made = np.array([{prompt}], np.int64), 0, []
+while len(made) < {count} and {end} not in made:
     new, seen = np.arange(seen, seen + ids.shape[1])[None], seen + ids.shape[1]
     feed = {{"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64), "position_ids": new}}
     logits, *present = session.run(None, feed | past)
     past, ids = dict(zip(past, present)), logits[:, -1:].argmax(-1)  # greedy
-    print({show}, end="{end}", flush=True)
+    made.append(int(ids[0, 0]))
+print({show})
 """
 
 ANY_PADDING = """\
-- `logits` are given for every new token. Padding may be left, right, or in the middle.
+- `logits` are given for every new token. Padding may be left, right, or in the middle; of a row that is padded on the
+  right, the logits of its last real token are the ones that go on.
 """
 LAST_ONLY = """\
 - `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`: pad on the left or not at all.
 """
 
 
-def model_card(config: GPT2Config, *, last: bool, tokenizer: bool, source: str) -> str:
-    """The README.md of an exported directory; ``source`` may be any text."""
+def model_card(config: GPT2Config, *, last: bool, tokenizer: bool, source: str, at_home: bool = False) -> str:
+    """The README.md of an exported directory.
+
+    Args:
+        source: what it was made from; any text.
+        at_home: whether the directory is the source's own, whose weights other programs find without an index.
+    """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx")}
     return CARD.format(
         **sizes,
@@ -82,11 +96,22 @@ def model_card(config: GPT2Config, *, last: bool, tokenizer: bool, source: str) 
         table=contract_table(config, last),
         past=contract.PAST,
         padding=LAST_ONLY if last else ANY_PADDING,
+        tokens=_special_tokens(config),
+        here="the directory that holds `onnx/`",
         client=client(config, tokenizer),
         needs="" if tokenizer else ", once a tokenizer is added",
+        transformers="" if at_home else TRANSFORMERS,
         version=__version__,
         source=as_markdown(source),
     )
+
+
+def _special_tokens(config: GPT2Config) -> str:
+    end, begin = config.eos_token_id, config.bos_token_id
+    if end is None:
+        return "No token ends a text."
+    start = " Give it alone to begin a new text, for an empty prompt has no tokens." if begin == end else ""
+    return f"Token {end} ends a text.{start}"
 
 
 def client(config: GPT2Config, tokenizer: bool) -> str:
@@ -94,11 +119,11 @@ def client(config: GPT2Config, tokenizer: bool) -> str:
     parts = {
         "load": 'from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file("tokenizer.json")',
         "prompt": 'tokenizer.encode("Once upon a time").ids',
-        "show": "tokenizer.decode(ids[0].tolist())",
-        "end": "",
+        "show": "tokenizer.decode(made)",
     }
-    bare = {"load": "", "prompt": "[0]", "show": "ids[0, 0]", "end": " "}
-    return CLIENT.format(n_head=config.n_head, head_dim=config.head_dim, **(parts if tokenizer else bare))
+    bare = {"load": "", "prompt": "[0]", "show": "made"}
+    numbers = {"n_head": config.n_head, "head_dim": config.head_dim, "end": config.eos_token_id}
+    return CLIENT.format(count=min(64, max(1, config.n_ctx - 8)), **numbers, **(parts if tokenizer else bare))
 
 
 def contract_table(config: GPT2Config, last: bool) -> str:

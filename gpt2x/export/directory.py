@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters import Checkpoint, DestinationError, TokenizerError
+from converters import Checkpoint, DestinationError, TokenizerError, find_tokenizer
 from converters.config import to_hf
 from converters.dialects import HF
-from converters.files import File, check_free, new_directory, new_file
+from converters.files import File, check_free, check_tree, new_directory, new_file
 from converters.formats import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
 from converters.safetensors_file import layout, write_safetensors
 from converters.spec import GPT2Config
@@ -69,14 +70,18 @@ def export_onnx(
     if need_tokenizer and checkpoint.tokenizer is None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
     at_home = _is_source(path, checkpoint)
-    small = _small_files(checkpoint, last, at_home)
-    names = [*small, contract.MODEL, f"onnx/{contract.WEIGHTS}"]
     if at_home:
-        small = {name: data for name, data in small.items() if name.startswith("onnx/") or not (path / name).exists()}
-        if not force and (there := next((n for n in names if n.startswith("onnx/") and (path / n).exists()), None)):
-            raise DestinationError(f"{path / there}: exists already; --force replaces it")
+        _check_home(path, checkpoint)
     else:
         check_free(path, force, directory=True)
+    small = _small_files(checkpoint, path, last, at_home)
+    names = [*small, contract.MODEL, f"onnx/{contract.WEIGHTS}"]
+    if at_home:
+        small = {n: data for n, data in small.items() if n.startswith("onnx/") or not os.path.lexists(path / n)}
+        there = (name for name in names if name.startswith("onnx/") and os.path.lexists(path / name))
+        if not force and (name := next(there, None)):
+            raise DestinationError(f"{path / name}: exists already; --force replaces it")
+    check_tree(path, [Path(name) for name in names if name in small or name.startswith("onnx/")])
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
         with new_directory(path, force or at_home, None if at_home else _rivals) as stage:
@@ -93,22 +98,45 @@ def _is_source(path: Path, checkpoint: Checkpoint) -> bool:
     return checkpoint.source is not None and path.is_dir() and checkpoint.source.parent.resolve() == path.resolve()
 
 
+def _check_home(path: Path, checkpoint: Checkpoint) -> None:
+    """Refuse to change what the source is: its weights, which may lie where the model's go, and its tokenizer."""
+    weights = path / "onnx" / contract.WEIGHTS
+    own = any(file.exists() and weights.exists() and file.samefile(weights) for file in checkpoint.files)
+    if own and (checkpoint.left_out or any(tensor.dtype != F32 for tensor in checkpoint.tensors.values())):
+        raise DestinationError(
+            f"{weights}: is the source itself, and would become another; export to another directory"
+        )
+    here, wanted = find_tokenizer(path), checkpoint.tokenizer
+    if here and wanted and here.vocabulary() != wanted.vocabulary():
+        raise DestinationError(f"{path}: has a tokenizer of its own, which is another; export to another directory")
+
+
 def _rivals(path: Path) -> list[str]:
     """What would be read together with the new files; other precisions of another model among them."""
     models = (path / "onnx").glob("*.onnx") if (path / "onnx").is_dir() else []
     return [*rivals(path), *sorted(f"onnx/{file.name}" for file in models)]
 
 
-def _small_files(checkpoint: Checkpoint, last: bool, at_home: bool) -> dict[str, bytes]:
+def _small_files(checkpoint: Checkpoint, path: Path, last: bool, at_home: bool) -> dict[str, bytes]:
     config = checkpoint.config
     fp32 = checkpoint.cast(F32)
-    card = model_card(config, last=last, tokenizer=checkpoint.tokenizer is not None, source=_name(checkpoint))
+    has_tokenizer = checkpoint.tokenizer is not None
+    card = model_card(config, last=last, tokenizer=has_tokenizer, source=_name(checkpoint), at_home=at_home)
     files = hf_companions(fp32)
     files["genai_config.json"] = to_json(genai_config(config))
-    files["onnx/README.md" if at_home else "README.md"] = card.encode()
+    files[_card_place(path) if at_home else "README.md"] = card.encode()
     if not at_home:
         files[INDEX] = to_json(_index(HF.write(fp32.tensors, config)))
     return files
+
+
+def _card_place(home: Path) -> str:
+    """Where the card goes in the source's own directory: not over a README that is somebody else's."""
+    readme = home / "README.md"
+    if not os.path.lexists(readme):
+        return "README.md"
+    ours = readme.is_file() and b"Written by gpt2x" in readme.read_bytes()[: 1 << 16]
+    return "README.md" if ours else "onnx/README.md"
 
 
 def _index(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:

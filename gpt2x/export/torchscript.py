@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx.experimental import _config as fx_config
 
-from converters import Checkpoint, GPT2Config
+from converters import Checkpoint, DestinationError, GPT2Config
 from converters.config import to_hf
 from converters.files import staged_file
 from gpt2x.load import model_of
@@ -38,8 +38,8 @@ def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool 
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export, which --pt2 is for
-        module = torch.jit.script(Interface(model_of(checkpoint)).eval())
-        return _save(path, force, lambda file: module.save(file, _extra_files=_extra(checkpoint.config)))
+        module = torch.jit.script(_interface(checkpoint))
+        return _save(checkpoint, path, force, lambda file: module.save(file, _extra_files=_extra(checkpoint.config)))
 
 
 def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
@@ -52,7 +52,7 @@ def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False)
         DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
     """
     config = checkpoint.config
-    model = Interface(model_of(checkpoint)).eval()
+    model = _interface(checkpoint)
     # Otherwise the sizes 0 and 1 are taken for constants, and an empty cache or a single token is refused.
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(
@@ -60,10 +60,17 @@ def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False)
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # the paths of this machine
-    return _save(path, force, lambda file: torch.export.save(program, file, extra_files=_extra(config)))
+    return _save(checkpoint, path, force, lambda file: torch.export.save(program, file, extra_files=_extra(config)))
 
 
-def _save(path: str | Path, force: bool, write: Callable[[str], Any]) -> int:
+def _interface(checkpoint: Checkpoint) -> Interface:
+    """For inference: a cache that remembered gradients would grow with every token."""
+    return Interface(model_of(checkpoint)).eval().requires_grad_(False)
+
+
+def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable[[str], Any]) -> int:
+    if any(file.exists() and Path(path).exists() and file.samefile(path) for file in checkpoint.files):
+        raise DestinationError(f"{path}: is the source itself; write it elsewhere")
     with staged_file(Path(path), force) as staged:
         write(str(staged))
         return staged.stat().st_size
