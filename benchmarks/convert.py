@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +28,16 @@ SIZES = {"124M": GPT2Config(), "1558M": GPT2Config(n_layer=48, n_embd=1600, n_he
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as installed: compiled once
 
 
-def random_tensor(shape: tuple[int, ...]) -> LazyTensor:
-    """Random small floats, made in chunks so that 6 GB need no memory."""
+def random_tensor(name: str, shape: tuple[int, ...]) -> LazyTensor:
+    """Random small floats, other ones for each name, made in chunks so that 6 GB need no memory."""
     size = math.prod(shape)
 
     def stream():  # type: ignore[no-untyped-def]
         import numpy as np
 
-        rng = np.random.default_rng(size)
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
         for start in range(0, size, 1 << 18):
-            yield rng.random(min(1 << 18, size - start), np.float32).tobytes()
+            yield (rng.random(min(1 << 18, size - start), np.float32) * np.float32(0.04)).tobytes()
 
     return LazyTensor(F32, shape, stream)
 
@@ -50,7 +51,7 @@ def make(size: str, folder: Path) -> Path:
         assert os.waitpid(child, 0)[1] == 0
         return folder / size
     config = SIZES[size]
-    tensors = {name: random_tensor(shape) for name, shape in config.shapes().items()}
+    tensors = {name: random_tensor(name, shape) for name, shape in config.shapes().items()}
     save_checkpoint(Checkpoint(config=config, tensors=tensors), folder / size, "tf")
     os._exit(0)
 

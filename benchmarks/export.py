@@ -21,7 +21,8 @@ from convert import make, run
 
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-# One model in one process: reads "prompt new" lines, answers with the seconds of the prefill and of each step.
+# One model in one process: reads "prompt new" lines, answers with the median seconds of three prefills and those of
+# each step after the last.
 WORKER = """
 import json, sys, time
 import numpy as np
@@ -68,14 +69,18 @@ step = {"onnx": onnx_loop, "runtime": gpt2x_runtime, "eager": eager, "torchscrip
 print("ready", flush=True)
 for line in sys.stdin:
     prompt, new = map(int, line.split())
-    ids, cache, seen, seconds = np.random.default_rng(0).integers(50257, size=(1, prompt)), None, 0, []
+    ids, cache, seen, seconds, prefill = np.random.default_rng(0).integers(50257, size=(1, prompt)), None, 0, [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        step(ids, 0, None)
+        prefill.append(time.perf_counter() - start)
     for _ in range(new + 1):
         start = time.perf_counter()
         logits, cache = step(ids, seen, cache)
         seconds.append(time.perf_counter() - start)
         seen += ids.shape[1]
         ids = logits.argmax(-1)[:, None]
-    print(json.dumps(seconds), flush=True)
+    print(json.dumps([sorted(prefill)[1], *seconds[1:]]), flush=True)
 """
 
 
@@ -147,12 +152,6 @@ def decoding(workers: dict[str, Worker], base: str, rounds: int, prompts: tuple[
             )
 
 
-def bandwidth() -> float:
-    """GB/s at which both cores stream memory, as torch adds up 500 MB."""
-    code = "import torch, time; torch.set_num_threads(2); a = torch.ones(125_000_000); t = []\nfor _ in range(9):\n s = time.perf_counter(); a.sum(); t.append(time.perf_counter() - s)\nprint(0.5 / sorted(t)[4])"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
 @click.command()
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a temporary folder by default.")
@@ -181,7 +180,6 @@ def main(
         if mobius:
             commands["mobius-onnx"] = [str(mobius), "build", "--model", str(source), str(out)]
         exports(commands, out, max(2, rounds // 2))
-        print(f"\nMemory is streamed at {bandwidth():.1f} GB/s.")
         run([gpt2x, "export", str(source), "--onnx", str(work / "ours"), *options])
         run([gpt2x, "export", str(source), "--onnx", str(work / "last"), "--logits", "last", *options])
         workers = {

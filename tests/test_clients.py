@@ -89,6 +89,25 @@ def test_a_client_gives_the_torch_models_tokens(command, directory, expected, tm
     assert before == {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("command", "batches"),
+    [
+        pytest.param([sys.executable, CLIENTS / "onnxruntime_client.py"], True, id="onnxruntime"),
+        pytest.param([sys.executable, CLIENTS / "genai_client.py"], False, id="onnxruntime-genai", marks=needs_module("onnxruntime_genai")),
+        pytest.param(["node", CLIENTS / "transformersjs_client.mjs"], True, id="transformers.js", marks=needs_node),
+    ],
+)  # fmt: skip
+def test_a_client_takes_the_logits_of_the_last_slot_alone(command, batches, expected, tmp_path):
+    """genai pads batches on the right, where the last slot is padding: the model card says so."""
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "last", last=True)
+    (tmp_path / "task.json").write_text(json.dumps({"prompts": PROMPTS, "count": COUNT}))
+    arguments = [str(part) for part in (*command, tmp_path / "last", tmp_path / "task.json", PACKAGES)]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, timeout=300)
+    given = json.loads(result.stdout.splitlines()[-1])
+    assert given["single"] == expected[0]
+    assert not batches or given["batch"] == expected
+
+
 # ----------------------------------------------------------------------------------------------------------- examples
 
 

@@ -42,6 +42,16 @@ def test_every_program_of_the_readme_runs(program, tmp_path, monkeypatch, capsys
     exec(compile(program, "README.md", "exec"), {})
 
 
+def test_the_programs_on_running_exports_run_one_after_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    programs = blocks(ROOT / "docs" / "export.md", "python")
+    assert len(programs) == 4
+    for program in programs:
+        exec(compile(program, "export.md", "exec"), {})
+    ids = [int(i) for i in capsys.readouterr().out.splitlines()[-1].split()]
+    assert len(ids) == 20
+
+
 def test_the_example_of_the_package_runs(capsys):
     import gpt2x
 

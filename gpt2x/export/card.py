@@ -79,6 +79,7 @@ ANY_PADDING = """\
 """
 LAST_ONLY = """\
 - `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`: pad on the left or not at all.
+  onnxruntime-genai pads on the right: with it, give prompts of one length, or one prompt at a time.
 """
 
 
