@@ -28,6 +28,7 @@ from gpt2x.torch_runtime import TorchDecoder
 ROOT = Path(__file__).parents[1]
 CLIENTS = ROOT / "tests" / "clients"
 PACKAGES = ROOT / "examples"  # where npm installed
+HUGGING_FACE = [CLIENTS / "transformers_client.py"]
 OPTIMUM = ROOT / ".venv-optimum" / "bin" / "python"
 HEADERS = ROOT / ".venv-headers" / "usr" / "include" / "onnxruntime"
 COUNT = 64
@@ -71,9 +72,9 @@ needs_headers = pytest.mark.skipif(
     "command",
     [
         pytest.param([sys.executable, CLIENTS / "onnxruntime_client.py"], id="onnxruntime"),
-        pytest.param([sys.executable, CLIENTS / "transformers_client.py"], id="transformers", marks=needs_module("transformers")),
+        pytest.param([sys.executable, *HUGGING_FACE, "transformers", "AutoModelForCausalLM"], id="transformers", marks=needs_module("transformers")),
         pytest.param([sys.executable, CLIENTS / "genai_client.py"], id="onnxruntime-genai", marks=needs_module("onnxruntime_genai")),
-        pytest.param([OPTIMUM, CLIENTS / "optimum_client.py"], id="optimum", marks=needs_optimum),
+        pytest.param([OPTIMUM, *HUGGING_FACE, "optimum.onnxruntime", "ORTModelForCausalLM"], id="optimum", marks=needs_optimum),
         pytest.param(["node", CLIENTS / "transformersjs_client.mjs"], id="transformers.js", marks=needs_node),
         pytest.param(["node", CLIENTS / "onnxruntime_node_client.mjs"], id="onnxruntime-node", marks=needs_node),
     ],

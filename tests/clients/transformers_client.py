@@ -1,13 +1,15 @@
-"""transformers, from ``model.safetensors.index.json``."""
+"""transformers' ``generate`` over its own model or optimum's. Arguments before the others': a module, and its class."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-directory, task = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-model = AutoModelForCausalLM.from_pretrained(directory)
+module, name, directory, file = sys.argv[1:5]
+task = json.loads(Path(file).read_text())
+model = getattr(importlib.import_module(module), name).from_pretrained(directory)
 tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
 tokenizer.pad_token = tokenizer.eos_token
 
