@@ -476,3 +476,18 @@ def test_the_help_is_pasteable_and_every_command_has_one(gpt2x):
 def test_the_tiny_model_has_no_two_dimensions_alike():
     sizes = [TINY.n_layer, TINY.n_embd, TINY.n_ctx, TINY.n_vocab, TINY.n_inner, 3 * TINY.n_embd, TINY.head_dim]
     assert len(set(sizes)) == len(sizes)
+
+
+def test_a_signal_waits_until_the_renames_are_done_whatever_other_threads_there_are():
+    """The system hands a signal to any thread that does not block it, so a mask of one thread holds nothing back."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    done = []
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(time.sleep, 0.3)
+        with pytest.raises(KeyboardInterrupt), converters.files._uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            done.append("renamed")
+    assert done == ["renamed"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -153,3 +153,37 @@ def test_a_file_that_is_not_gpt2xs_or_is_damaged_is_one_clear_error(gpt2x, tiny_
     Path("broken.pt").write_bytes(data)
     assert_refused(gpt2x("generate", "broken.pt", "x", "--tokenizer", SHAKESPEARE), "broken.pt: torch cannot load it")
     assert_refused(gpt2x("convert", tiny_files / "m.pt", "out.safetensors"))
+
+
+class OneArgument(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class OtherShape(torch.nn.Module):
+    def forward(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        return torch.zeros(a.shape[0], a.shape[1], 3), past
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("module", "words"), [(OneArgument, "torch cannot run it"), (OtherShape, "not logits")])
+def test_a_program_that_says_it_is_a_gpt2_and_is_none(gpt2x, tmp_path, module, words):
+    import json
+
+    from converters.config import to_hf
+
+    path = tmp_path / "other.pt"
+    config = to_hf(GPT2Config(n_layer=1, n_head=1, n_embd=2, n_vocab=2048, n_ctx=32))
+    torch.jit.script(module()).save(str(path), _extra_files={"config.json": json.dumps(config)})
+    assert_refused(gpt2x("generate", path, "ROMEO:", "--tokenizer", SHAKESPEARE), words)
+    assert_refused(gpt2x("verify", path, path), words)
+
+
+def test_the_cache_does_not_remember_gradients(tiny_files):
+    with pytest.warns(DeprecationWarning):
+        module = torch.jit.load(tiny_files / "m.pt")
+    ids, empty = torch.tensor([[1, 2]]), [(torch.zeros(1, 2, 0, 3), torch.zeros(1, 2, 0, 3)) for _ in range(2)]
+    _, past = module(ids, torch.ones(1, 2, dtype=torch.int64), torch.tensor([[0, 1]]), empty)
+    assert not past[0][0].requires_grad
