@@ -101,17 +101,25 @@ def _weights_of(path: str | Path, n_head: int | None, insist: bool = False) -> C
 
 
 def verify_export(a: Checkpoint, b: str | Path, text: str | None = None) -> Report:
-    """A checkpoint against what it was exported to. The weights of a directory are compared as well."""
+    """A checkpoint against what it was exported to. The weights of a directory are compared as well.
+
+    Where torch is missing, the yardstick is the float64 reference, which is slow.
+    """
     names = str(a.source), str(b)
-    if not _installed("torch"):
-        return Report(*names, [Check("logits", None, needs_torch())])
     subject = open_subject(b)
     checks = [_same_configs(a.config, subject.config)]
     if second := _weights_of(b, None):
         checks += [compare_weights(a.cast(F32), second.cast(F32)), compare_tokenizers(a, second)]
     if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
-        checks += _runs(gpt2x_model(a), subject, a.tokenizer or _tokenizer_of(b), text)
+        yardstick = gpt2x_model(a) if _installed("torch") else _reference(a)
+        checks += _runs(yardstick, subject, a.tokenizer or _tokenizer_of(b), text)
     return Report(*names, checks)
+
+
+def _reference(a: Checkpoint) -> Subject:
+    from .reference import Reference
+
+    return Uncached(Reference(a), a.config)
 
 
 def _verify_runs(a: str | Path, b: str | Path, first: Subject, second: Subject, text: str | None) -> Report:
@@ -146,10 +154,7 @@ def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
         return Report(str(a.source), "nothing", [Check("logits", None, needs_torch())])
     if _installed("transformers"):
         return Report(str(a.source), "transformers", _runs(Transformers(a), gpt2x_model(a), a.tokenizer, text))
-    from .reference import Reference
-
-    reference = Uncached(Reference(a), a.config)
-    return Report(str(a.source), "float64 reference", _runs(reference, gpt2x_model(a), a.tokenizer, text))
+    return Report(str(a.source), "float64 reference", _runs(_reference(a), gpt2x_model(a), a.tokenizer, text))
 
 
 def verify_release(a: Checkpoint) -> Report:

@@ -523,3 +523,12 @@ def test_verify_of_what_has_no_peer_asks_for_one(gpt2x, tiny):
     result = gpt2x("verify", tiny / "onnx/model.onnx")
     assert result.exit_code == 2
     assert "is ONNX: say what to compare it with" in result.stderr
+
+
+def test_verify_without_torch_compares_onnx_with_the_float64_reference(gpt2x, tiny, monkeypatch):
+    monkeypatch.setattr("gpt2x.parity._installed", lambda module: False)
+    monkeypatch.setattr("gpt2x.parity.gpt2x_model", None)
+    out = done(gpt2x("verify", tiny, tiny)).stdout
+    assert "model.onnx in ONNX Runtime" in out
+    assert "against gpt2x's reference in float64" in out
+    assert "greedy words    same" in out
