@@ -6,10 +6,12 @@ Both hold ``config.json`` (Hugging Face's) among their extra files.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 from torch.fx.experimental import _config as fx_config
@@ -39,7 +41,8 @@ def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export, which --pt2 is for
         module = torch.jit.script(_interface(checkpoint))
-        return _save(checkpoint, path, force, lambda file: module.save(file, _extra_files=_extra(checkpoint.config)))
+        extra = _extra(checkpoint.config)
+        return _save(checkpoint, path, force, lambda file: _without_paths(module.save, file, extra))
 
 
 def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
@@ -74,6 +77,18 @@ def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable
     with staged_file(Path(path), force) as staged:
         write(str(staged))
         return staged.stat().st_size
+
+
+def _without_paths(save: Callable[..., Any], path: str, extra: dict[str, Any]) -> None:
+    """Save TorchScript without its tables of source lines, which hold the paths of this machine."""
+    whole = f"{path}.whole"
+    save(whole, _extra_files=extra)
+    with ZipFile(whole) as source, ZipFile(path, "w", ZIP_STORED) as target:
+        for member in source.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                with source.open(member) as data, target.open(ZipInfo(member.filename), "w", force_zip64=True) as out:
+                    shutil.copyfileobj(data, out, 1 << 20)
+    Path(whole).unlink()
 
 
 def _extra(config: GPT2Config) -> dict[str, Any]:
