@@ -10,12 +10,10 @@ from typing import Any
 from .config import resolve
 from .container import Container
 from .dialects import Dialect, expected_names, recognise
-from .errors import CheckpointError, ConversionError
+from .errors import CheckpointError, ConversionError, short
 from .spec import LM_HEAD, GPT2Config
 from .tensors import DType, LazyTensor, crc32c
 from .tokenizer_files import TokenizerFiles
-
-SHOWN = 20  # faults listed before "and N more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class Checkpoint:
         faults = list(_shape_faults(self.tensors, shapes, "the configuration"))
         faults += [f"unknown   {name}" for name in self.tensors if name not in shapes]
         if faults:
-            raise CheckpointError.listing(f"{self.source or 'checkpoint'}: not a complete GPT-2", _short(faults))
+            raise CheckpointError.listing(f"{self.source or 'checkpoint'}: not a complete GPT-2", short(faults))
         object.__setattr__(self, "tensors", {name: self.tensors[name] for name in shapes})
 
     @property
@@ -222,11 +220,7 @@ def _shape_faults(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[
 
 
 def _not_gpt2(where: str, dialect: Dialect, faults: list[str]) -> ConversionError:
-    return CheckpointError.listing(f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", _short(faults))
-
-
-def _short(faults: list[str]) -> list[str]:
-    return faults if len(faults) <= SHOWN else [*faults[:SHOWN], f"and {len(faults) - SHOWN} more"]
+    return CheckpointError.listing(f"{where}: not a GPT-2 checkpoint (closest dialect: {dialect.name})", short(faults))
 
 
 def crc_of(tensor: LazyTensor) -> int:

@@ -17,6 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+SHOWN = 20  # facts listed before "and N more"
+
+
+def short(facts: list[str]) -> list[str]:
+    """The same facts, or the first of very many."""
+    return facts if len(facts) <= SHOWN else [*facts[:SHOWN], f"and {len(facts) - SHOWN} more"]
+
 
 class ConversionError(Exception):
     """Anything that gpt2x refuses. ``str(error)`` is meant for the user."""

@@ -105,7 +105,7 @@ def _check_cover(file: File, start: int, header: Mapping[str, Any]) -> None:
             )
 
 
-def layout(
+def _layout(
     tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The head of a safetensors file, and where in the file each tensor's bytes begin and end, in file order.
@@ -125,10 +125,13 @@ def layout(
     return head, {name: (len(head) + begin, len(head) + end) for name, (begin, end) in spans.items()}
 
 
-def write_safetensors(out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None) -> None:
-    """Write a safetensors file, ``config`` in its metadata."""
-    head, spans = layout(tensors, config)
+def write_safetensors(
+    out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Write a safetensors file, ``config`` in its metadata; gives where each tensor's bytes begin and end."""
+    head, spans = _layout(tensors, config)
     out.write(head)
     for name in spans:
         for chunk in tensors[name].chunks():
             out.write(chunk)
+    return spans

@@ -71,6 +71,18 @@ def find_tokenizer(directory: Path) -> TokenizerFiles | None:
     return TokenizerFiles(directory, vocab, merges, tokenizer_json) if tokenizer_json or vocab else None
 
 
+def tokenizer_in(directory: Path) -> TokenizerFiles:
+    """The tokenizer of a directory.
+
+    Raises:
+        TokenizerError: if there is none.
+    """
+    found = find_tokenizer(directory)
+    if found is None:
+        raise TokenizerError(f"{directory}: no tokenizer in this directory")
+    return found
+
+
 def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
     model, before = raw.get("model"), raw.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(before, dict) or not _is_gpt2s(raw, model, before):

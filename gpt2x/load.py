@@ -11,13 +11,12 @@ from converters import (
     Checkpoint,
     CheckpointError,
     LazyTensor,
-    TokenizerError,
     UnknownHeadsError,
-    find_tokenizer,
     open_checkpoint,
 )
 from converters.spec import SIZES
 from converters.tensors import BF16, DTYPES
+from converters.tokenizer_files import tokenizer_in
 
 from .model import GPT2
 
@@ -90,9 +89,7 @@ def checkpoint_of(model: GPT2, tokenizer: str | Path | None = None) -> Checkpoin
 
     ``tokenizer`` is a directory whose tokenizer goes into a result that is a directory.
     """
-    found = find_tokenizer(Path(tokenizer)) if tokenizer is not None else None
-    if tokenizer is not None and found is None:
-        raise TokenizerError(f"{tokenizer}: no tokenizer in this directory")
+    found = tokenizer_in(Path(tokenizer)) if tokenizer is not None else None
     tensors = {name: _lazy(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
     return Checkpoint(config=model.config, tensors=tensors, tokenizer=found)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from converters import CheckpointError, ConfigError, FormatError, GPT2Config
 from converters.config import config_of
+from converters.errors import short
 from converters.files import File, check_name, parse_json, read_json
 from converters.safetensors_file import open_safetensors
 
@@ -27,7 +28,6 @@ from .generate import Ids, InputError, Logits
 
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
-SHOWN = 20  # differences listed before "and N more"
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
 TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -63,21 +63,11 @@ class OnnxDecoder:
         self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
-        self._inputs, self._outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
-        _check_contract(self.path, self.config, self.last_only, self._inputs, self._outputs)
+        self.inputs, self.outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
+        _check_contract(self.path, self.config, self.last_only, self.inputs, self.outputs)
         self._past = contract.past_names(self.config.n_layer)
         self._present = contract.present_names(self.config.n_layer)
         self.n_ctx, self.n_vocab = self.config.n_ctx, self.config.n_vocab
-
-    @property
-    def inputs(self) -> dict[str, Slot]:
-        """Every input of the model: its type and its shape."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> dict[str, Slot]:
-        """Every output of the model."""
-        return self._outputs
 
     def run(
         self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Cache | None
@@ -97,13 +87,20 @@ class OnnxDecoder:
             InputError: if these do not fit the model or one another.
         """
         ids, positions = self._tokens(input_ids, position_ids)
+        return self._checked(ids, attention_mask, positions, cache)
+
+    def _checked(
+        self, ids: Ids, attention_mask: Ids | None, positions: Ids, cache: Cache | None
+    ) -> tuple[Logits, Cache]:
+        """``run`` for tokens and positions that are known to fit."""
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
         P = self._length(past, B)
         mask = np.ones((B, P + T), np.int64) if attention_mask is None else _whole(attention_mask, "attention_mask")
         if mask.shape != (B, P + T):
             raise InputError(f"attention_mask is {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}")
-        return self._run({"input_ids": ids, "attention_mask": mask, "position_ids": positions}, past)
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return self._run({name: np.ascontiguousarray(array) for name, array in feed.items()}, past)
 
     def _run(self, feed: dict[str, Ids], past: Cache) -> tuple[Logits, Cache]:
         binding = self._session.io_binding()
@@ -130,7 +127,7 @@ class OnnxDecoder:
         for start in range(0, T, CHUNK):
             end = min(start + CHUNK, T)
             seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
-            logits, cache = self.run(ids[:, start:end], seen, positions[:, start:end], cache)
+            logits, cache = self._checked(ids[:, start:end], seen, positions[:, start:end], cache)
         return logits[:, -1], cache
 
     def unoptimized(self) -> OnnxDecoder:
@@ -240,11 +237,9 @@ def _check_contract(
         *_differences("input", contract.inputs(config), inputs),
         *_differences("output", contract.outputs(config, last), outputs),
     ]
-    if len(faults) > SHOWN:
-        faults[SHOWN:] = [f"and {len(faults) - SHOWN} more"]
     if faults:
         advice = "gpt2x runs models with the inputs and outputs that gpt2x export --onnx gives them."
-        raise CheckpointError.listing(f"{path}: a model of another contract", faults, advice)
+        raise CheckpointError.listing(f"{path}: a model of another contract", short(faults), advice)
 
 
 def _differences(kind: str, expected: dict[str, Slot], found: dict[str, Slot]) -> Iterator[str]:

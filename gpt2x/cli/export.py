@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from .verify import table
 
 if TYPE_CHECKING:
     from converters import Checkpoint
-    from gpt2x.parity import Report
 
 
 @click.command()
@@ -68,6 +68,7 @@ def export(
     need("torch", *(["onnx"] if onnx else []), extra="export")
     from converters import open_checkpoint
     from converters.files import check_free
+    from gpt2x.parity import verify_export
 
     checkpoint = open_checkpoint(src, n_head=n_head, tie=tie)
     checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
@@ -79,12 +80,15 @@ def export(
     if onnx:
         options = {"last": logits == "last", "force": force, "need_tokenizer": not no_tokenizer}
         results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options)))
+    if torchscript or pt2:
+        from gpt2x.export.torchscript import export_pt2, export_torchscript
     if torchscript:
-        results.append(_write("torchscript", torchscript, lambda: _export_torchscript(checkpoint, torchscript, force)))
+        write = partial(export_torchscript, checkpoint, torchscript, force=force)
+        results.append(_write("torchscript", torchscript, write))
     if pt2:
-        results.append(_write("pt2", pt2, lambda: _export_pt2(checkpoint, pt2, force)))
+        results.append(_write("pt2", pt2, partial(export_pt2, checkpoint, pt2, force=force)))
     start = time.perf_counter()
-    reports = [] if no_verify else [_verify(checkpoint, result["destination"]) for result in results]
+    reports = [] if no_verify else [verify_export(checkpoint, result["destination"]) for result in results]
     seconds = round(time.perf_counter() - start, 3)
     facts = {"source": src, "exports": results, "notes": list(checkpoint.notes)}
     if as_json:
@@ -106,16 +110,11 @@ def _check_apart(targets: list[Path]) -> None:
 
 
 def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:
-    from converters import TokenizerError, find_tokenizer
+    from converters.tokenizer_files import tokenizer_in
 
     if without:
         return replace(checkpoint, tokenizer=None)
-    if directory is None:
-        return checkpoint
-    found = find_tokenizer(Path(directory))
-    if found is None:
-        raise TokenizerError(f"{directory}: no tokenizer in this directory")
-    return replace(checkpoint, tokenizer=found)
+    return checkpoint if directory is None else replace(checkpoint, tokenizer=tokenizer_in(Path(directory)))
 
 
 def _write(kind: str, destination: str, write: Callable[[], int]) -> dict[str, Any]:
@@ -132,24 +131,6 @@ def _export_onnx(checkpoint: Checkpoint, destination: str, options: dict[str, An
 
     with progress_bar(4 * checkpoint.parameters) as advance:
         return export_onnx(checkpoint, destination, progress=advance, warn=warn, **options).bytes
-
-
-def _export_torchscript(checkpoint: Checkpoint, destination: str, force: bool) -> int:
-    from gpt2x.export.torchscript import export_torchscript
-
-    return export_torchscript(checkpoint, destination, force=force)
-
-
-def _export_pt2(checkpoint: Checkpoint, destination: str, force: bool) -> int:
-    from gpt2x.export.torchscript import export_pt2
-
-    return export_pt2(checkpoint, destination, force=force)
-
-
-def _verify(checkpoint: Checkpoint, destination: str) -> Report:
-    from gpt2x.parity import verify_export
-
-    return verify_export(checkpoint, destination)
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ There are {n_layer} layers `{{i}}`, counted from 0: first key, then value of eac
 
 ## Client
 
-To be run in {here}.
+To be run in the directory that holds `onnx/`.
 
 ```python
 {client}```
@@ -98,7 +98,6 @@ def model_card(config: GPT2Config, *, last: bool, tokenizer: bool, source: str, 
         past=contract.PAST,
         padding=LAST_ONLY if last else ANY_PADDING,
         tokens=_special_tokens(config),
-        here="the directory that holds `onnx/`",
         client=client(config, tokenizer),
         needs="" if tokenizer else ", once a tokenizer is added",
         transformers="" if at_home else TRANSFORMERS,

@@ -17,7 +17,7 @@ from converters.config import to_hf
 from converters.dialects import HF
 from converters.files import File, check_free, check_tree, new_directory, new_file
 from converters.formats import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
-from converters.safetensors_file import layout, write_safetensors
+from converters.safetensors_file import write_safetensors
 from converters.spec import GPT2Config
 from converters.tensors import F32, LazyTensor
 from gpt2x import __version__, contract
@@ -167,8 +167,7 @@ def _write_model(stage: Path, checkpoint: Checkpoint, last: bool, checksums: Fut
     config = checkpoint.config
     tensors = HF.write(checkpoint.tensors, config)
     with new_file(stage / "onnx" / contract.WEIGHTS) as out:
-        write_safetensors(out, tensors, to_hf(config))
-    spans = layout(tensors, to_hf(config))[1]
+        spans = write_safetensors(out, tensors, to_hf(config))
     places = {
         name: Place(tensor.shape, spans[HF.layout(name)[0]][0], tensor.nbytes)
         for name, tensor in checkpoint.tensors.items()

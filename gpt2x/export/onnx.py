@@ -54,7 +54,7 @@ def to_onnx(
         A model of a few kilobytes, equal for equal arguments, that ``onnx.checker`` passes.
     """
     takes, gives = contract.inputs(config), contract.outputs(config, last)
-    nodes, constants = translate(trace(config, last), list(takes), list(gives))
+    nodes, constants = translate(trace(config, last), takes, list(gives))
     graph = helper.make_graph(
         nodes,
         "gpt2",
@@ -243,25 +243,22 @@ OPERATORS: dict[Any, Operator] = {
 
 
 def translate(
-    traced: fx.GraphModule, takes: list[str], gives: list[str]
+    traced: fx.GraphModule, takes: Mapping[str, Slot], gives: list[str]
 ) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """The nodes of a traced model and their constants; ``takes`` and ``gives`` name its inputs and outputs.
+    """The nodes of a traced model and their constants. ``takes`` are its inputs, ``gives`` the names of its outputs.
 
     Raises:
         NotImplementedError: for an operator that is not in the table.
     """
     g = Graph()
-    inputs = iter(takes)
+    inputs = (Value(name, slot.dtype) for name, slot in takes.items())
     values: dict[fx.Node, Any] = {}
     results: list[Value] = []
     for node in traced.graph.nodes:
         g.scope = _module_of(node)
         arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":
-            name = next(inputs)
-            values[node] = Value(
-                name, "int64" if name in ("input_ids", "attention_mask", "position_ids") else "float32"
-            )
+            values[node] = next(inputs)
         elif node.op == "get_attr":
             values[node] = Value(node.target.removeprefix("model."), "float32")
         elif node.op == "output":
