@@ -13,10 +13,15 @@ from converters.spec import GPT2Config
 BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
 
-VERSION = "1"  # left padding, right padding and holes in the mask are all right; the cache grows by concatenation
-MODEL = "onnx/model.onnx"  # where it lies in its directory
-PLACES = (MODEL, "model.onnx")  # where a directory is searched for it
-WEIGHTS = "model.safetensors"  # beside it
+# What a model does with its cache -> the version of its contract.
+CACHES = {
+    "growing": "1",  # each run returns a longer one; left padding, right padding and holes in the mask are all right
+    "inplace": "2",  # new keys and values go where the cache lies, if past and present are one buffer; right padding only
+}
+
+# Precision -> what transformers.js puts behind "model" for it.
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
+WEIGHTS = "model.safetensors"  # of fp32, beside the model; other precisions' are in the file of ``data_file``
 
 # Keys of metadata_props.
 CONTRACT = "gpt2x.contract"
@@ -27,6 +32,8 @@ CHECKSUMS = "gpt2x.source_sha256"  # base name of each file of weights -> SHA-25
 PRECISION = "gpt2x.precision"
 CACHE = "gpt2x.cache"
 LOGITS = "gpt2x.logits"
+BLOCK = "gpt2x.block_size"  # how many weights of int8 and int4 share a scale
+ROUNDING = "gpt2x.rounding"  # of int8 and int4: "nearest", or "calibrated" on a text
 
 
 class Slot(NamedTuple):
@@ -36,22 +43,38 @@ class Slot(NamedTuple):
     shape: tuple[int | str, ...]
 
 
-def inputs(config: GPT2Config) -> dict[str, Slot]:
+def model_file(precision: str) -> str:
+    """Where the ONNX file of a precision lies in its directory."""
+    return f"onnx/model{SUFFIXES[precision]}.onnx"
+
+
+def data_file(precision: str) -> str:
+    """The name of the file of weights beside it; a browser's transformers.js asks for ``.onnx_data``."""
+    return WEIGHTS if precision == "fp32" else f"model{SUFFIXES[precision]}.onnx_data"
+
+
+def inputs(config: GPT2Config, precision: str = "fp32", cache: str = "growing") -> dict[str, Slot]:
     """What the model takes, in order."""
-    cache = Slot("float32", (BATCH, config.n_head, PAST, config.head_dim))
+    past = Slot(cache_type(precision), (BATCH, config.n_head, PAST, config.head_dim))
     return {
         "input_ids": Slot("int64", (BATCH, NEW)),
-        "attention_mask": Slot("int64", (BATCH, TOTAL)),
+        "attention_mask": Slot("int64", (BATCH, TOTAL if cache == "growing" else "total_sequence_length")),
         "position_ids": Slot("int64", (BATCH, NEW)),
-        **dict.fromkeys(past_names(config.n_layer), cache),
+        **dict.fromkeys(past_names(config.n_layer), past),
     }
 
 
-def outputs(config: GPT2Config, last: bool = False) -> dict[str, Slot]:
+def outputs(config: GPT2Config, last: bool = False, precision: str = "fp32", cache: str = "growing") -> dict[str, Slot]:
     """What the model gives, in order."""
-    cache = Slot("float32", (BATCH, config.n_head, TOTAL, config.head_dim))
+    total = TOTAL if cache == "growing" else "present_sequence_length"
+    present = Slot(cache_type(precision), (BATCH, config.n_head, total, config.head_dim))
     logits = Slot("float32", (BATCH, 1 if last else NEW, config.n_vocab))
-    return {"logits": logits, **dict.fromkeys(present_names(config.n_layer), cache)}
+    return {"logits": logits, **dict.fromkeys(present_names(config.n_layer), present)}
+
+
+def cache_type(precision: str) -> str:
+    """The type of the cache's numbers."""
+    return "float16" if precision == "fp16" else "float32"
 
 
 def past_names(n_layer: int) -> list[str]:
@@ -66,5 +89,13 @@ def present_names(n_layer: int) -> list[str]:
 
 def has_onnx(path: str | Path) -> bool:
     """Whether a path is an ONNX file, or a directory with one."""
-    path = Path(path)
-    return path.suffix == ".onnx" or any((path / name).is_file() for name in PLACES)
+    return Path(path).suffix == ".onnx" or bool(models_in(Path(path)))
+
+
+def models_in(directory: Path) -> dict[str, Path]:
+    """Precision -> the ONNX file, of all that a directory holds; in ``onnx/``, or else in itself."""
+    for folder in (directory / "onnx", directory):
+        files = {precision: folder / f"model{suffix}.onnx" for precision, suffix in SUFFIXES.items()}
+        if found := {precision: file for precision, file in files.items() if file.is_file()}:
+            return found
+    return {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,9 +21,9 @@ from converters.checkpoint import crc_of, zip_chunks
 from converters.tensors import F32, F64, LazyTensor, whole_items
 from converters.tokenizer_files import TokenizerFiles
 
-from .runs import Check, compare_runs
+from .runs import BOUNDS, Check, compare_runs
+from .sample import sample_ids
 from .subjects import Subject, Transformers, Uncached, gpt2x_model, kind_of, open_subject
-from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,13 @@ def _finite(value: Any) -> Any:
 
 
 def verify(
-    a: str | Path, b: str | Path, *, text: str | None = None, runtime: str | None = None, n_head: int | None = None
+    a: str | Path,
+    b: str | Path,
+    *,
+    text: str | None = None,
+    runtime: str | None = None,
+    n_head: int | None = None,
+    precision: str | None = None,
 ) -> Report:
     """Compare any two of: weights, TorchScript, ``.pt2``, ONNX.
 
@@ -69,6 +74,7 @@ def verify(
         text: what to run them on; by default a scene of Shakespeare's.
         runtime: "torch" takes the weights of ``b``, too; "onnx" insists on its ONNX.
         n_head: attention heads, where nothing beside the weights says it.
+        precision: which ONNX model of ``b``; by default fp32, or else the only one.
 
     Raises:
         ConversionError: if one of them cannot be opened.
@@ -76,13 +82,14 @@ def verify(
     first = _weights_of(a, n_head, insist=kind_of(a) == "weights")
     other = "onnx" if runtime == "onnx" else "weights" if runtime == "torch" and Path(b).is_dir() else kind_of(b)
     if first is None:
-        return _verify_runs(a, b, open_subject(a, n_head=n_head), open_subject(b, runtime, n_head=n_head), text)
+        second = open_subject(b, runtime, n_head=n_head, precision=precision)
+        return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text)
     if other == "weights":
-        second = open_checkpoint(b, n_head=n_head)
+        weights = open_checkpoint(b, n_head=n_head)
         if kind_of(a) == "onnx" and runtime is None:  # what can be wrong is run, on whichever side it is
-            return verify_export(second, a, text)
-        return verify_checkpoints(first, second, text)
-    report = verify_export(first, b, text)
+            return verify_export(weights, a, text, precision)
+        return verify_checkpoints(first, weights, text)
+    report = verify_export(first, b, text, precision)
     if kind_of(a) == "onnx" and Path(a).resolve() != Path(b).resolve():
         report.checks.append(Check("ONNX of the first", None, "not run: its weights were; give it as the second"))
     return report
@@ -100,15 +107,18 @@ def _weights_of(path: str | Path, n_head: int | None, insist: bool = False) -> C
         return None
 
 
-def verify_export(a: Checkpoint, b: str | Path, text: str | None = None) -> Report:
-    """A checkpoint against what it was exported to. The weights of a directory are compared as well.
+def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precision: str | None = None) -> Report:
+    """A checkpoint against what it was exported to. The weights are compared as well: those of a directory in fp32 byte
+    by byte, other precisions' block by block.
 
     Where torch is missing, the yardstick is the float64 reference, which is slow.
     """
     names = str(a.source), str(b)
-    subject = open_subject(b)
+    subject = open_subject(b, precision=precision)
     checks = [_same_configs(a.config, subject.config)]
-    if second := _weights_of(b, None):
+    if (stored := precision_of(subject)) != "fp32":
+        checks += [_compare_stored(a, subject, stored)]
+    elif second := _weights_of(b, None):
         checks += [compare_weights(a.cast(F32), second.cast(F32)), compare_tokenizers(a, second)]
     if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
         yardstick = gpt2x_model(a) if _installed("torch") else _reference(a)
@@ -166,40 +176,8 @@ def _runs(yardstick: Subject, subject: Subject, tokenizer: TokenizerFiles | None
     """Both run on a full context, and a word on which tokens these are."""
     ids, said = sample_ids(yardstick.config, tokenizer, text)
     ran = f"{subject.runtime} against {yardstick.runtime}"
-    return [Check("run", None, ran), Check("text", None, said), *compare_runs(yardstick, subject, ids)]
-
-
-def sample_ids(
-    config: GPT2Config, tokenizer: TokenizerFiles | None, text: str | None = None
-) -> tuple[Sequence[int], str]:
-    """A full context of real text where the tokenizer is there and fits, else the same arbitrary ids each time.
-
-    A text that is shorter than the context is repeated.
-
-    Returns:
-        The ids, and a word on what they are.
-
-    Raises:
-        ConversionError: if a text is given that cannot be used.
-    """
-    if tokenizer:
-        ids = Tokenizer.from_files(tokenizer).encode(text if text is not None else default_text())
-        if ids and max(ids) < config.n_vocab:
-            name, n = "the built-in scene" if text is None else "the text given", config.n_ctx
-            said = f"the first {n} of {len(ids)} tokens of {name}"
-            if len(ids) < n:
-                said = f"{len(ids)} token{'s' if len(ids) > 1 else ''} of {name}, repeated to {n}"
-            return (ids * (n // len(ids) + 1))[:n], said
-    if text is not None:
-        why = "the text is empty" if tokenizer else "a text needs a tokenizer, and none is beside the models"
-        raise ConversionError(why)
-    arbitrary = [int(i) for i in np.random.default_rng(0).integers(config.n_vocab, size=config.n_ctx)]
-    return arbitrary, f"{config.n_ctx} arbitrary tokens: no tokenizer that fits is beside the models"
-
-
-def default_text() -> str:
-    """The first scene of Coriolanus: real text, so that a real model is compared where it lives."""
-    return resources.files("gpt2x").joinpath("coriolanus.txt").read_text(encoding="utf-8")
+    bounds = BOUNDS[widest(precision_of(yardstick), precision_of(subject))]
+    return [Check("run", None, ran), Check("text", None, said), *compare_runs(yardstick, subject, ids, bounds)]
 
 
 def needs_torch() -> str:
@@ -211,7 +189,26 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def precision_of(subject: Subject) -> str:
+    """How precise a model is; all but some ONNX are fp32."""
+    return str(getattr(subject, "precision", "fp32"))
+
+
+def widest(*precisions: str) -> str:
+    """The precision whose bounds are the widest."""
+    return max(precisions, key=list(BOUNDS).index)
+
+
 # ------------------------------------------------------------------------------------------------- single checks
+
+
+def _compare_stored(a: Checkpoint, subject: Subject, precision: str) -> Check:
+    """What an ONNX model of another precision than fp32 stores, against the checkpoint."""
+    if not _installed("onnx"):
+        return Check("weights", None, "not compared: needs onnx (pip install 'gpt2x[export]')")
+    from .stored import compare_stored
+
+    return compare_stored(a, subject.path, precision)  # type: ignore[attr-defined]
 
 
 def _same_configs(a: GPT2Config, b: GPT2Config) -> Check:

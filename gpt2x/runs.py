@@ -54,6 +54,15 @@ class Bounds:
 
 FP32 = Bounds()
 
+# Precision -> how far its logits may be from the source's, the narrowest first. What each stores is also compared with
+# the source, block by block (``gpt2x.stored``).
+BOUNDS = {
+    "fp32": FP32,
+    "fp16": Bounds(1e-2, 2e-3, 2e-2, 5e-3, 1e-4, 1e-3),
+    "int8": Bounds(5e-2, 1e-2, 1e-1, 2e-2, 2e-3, 5e-3),
+    "int4": Bounds(4e-1, 1e-1, 6e-1, 1.5e-1, 1e-1, 5e-2),
+}
+
 
 @dataclass
 class Metrics:

@@ -8,7 +8,7 @@ The cache stays in ONNX Runtime's own buffers from step to step: what one step r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,30 @@ from converters.safetensors_file import open_safetensors
 from . import contract
 from .contract import Slot
 from .generate import Ids, InputError, Logits
+from .inplace import RowCache
 
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
+LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
-TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
+TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
+}
 
 
 class OnnxDecoder:
     """An ONNX model with a KV cache, for the decode loop of ``gpt2x.generate`` or for one of your own.
 
+    A model whose cache stays in place (``--cache inplace``) has a ``RowCache``, which each step changes: what an earlier
+    step returned is no longer as it was. Padding on either side is taken out of what it is given.
+
     Args:
         path: a directory that ``gpt2x export --onnx`` wrote, or an ``.onnx`` file of the same contract.
+        precision: which model of a directory; by default fp32, or else the only one there.
         threads: how many work on one operator; by default as many as there are cores.
         optimize: let ONNX Runtime rewrite the graph (``ORT_ENABLE_ALL``, its default).
         providers: ONNX Runtime's execution providers, the first wanted first.
@@ -52,26 +63,29 @@ class OnnxDecoder:
         self,
         path: str | Path,
         *,
+        precision: str | None = None,
         threads: int | None = None,
         optimize: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        self.path = find_model(path)
-        self.threads = threads
-        self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
+        self.path = find_model(path, precision)
+        self.threads, self.providers = threads, tuple(providers)
         self._session = _open(self.path, threads, optimize, list(providers))
         self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
+        self.precision = self.metadata.get(contract.PRECISION, "fp32")
+        self.cache_kind = self.metadata.get(contract.CACHE, "growing")
+        self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
         self.inputs, self.outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
-        _check_contract(self.path, self.config, self.last_only, self.inputs, self.outputs)
+        _check_contract(self)
         self._past = contract.past_names(self.config.n_layer)
         self._present = contract.present_names(self.config.n_layer)
+        self._dtype = np.dtype(contract.cache_type(self.precision))
+        self._bound: tuple[Any, ...] = ()
         self.n_ctx, self.n_vocab = self.config.n_ctx, self.config.n_vocab
 
-    def run(
-        self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Cache | None
-    ) -> tuple[Logits, Cache]:
+    def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """One run of the model.
 
         Args:
@@ -87,7 +101,38 @@ class OnnxDecoder:
             InputError: if these do not fit the model or one another.
         """
         ids, positions = self._tokens(input_ids, position_ids)
+        if self.cache_kind == "inplace":
+            return self._in_place(ids, attention_mask, positions, cache, last=self.last_only)
         return self._checked(ids, attention_mask, positions, cache)
+
+    def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
+        """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V). A long prompt goes in pieces."""
+        ids, positions = self._tokens(input_ids, position_ids)
+        if self.cache_kind == "inplace":
+            logits, cache = self._in_place(ids, attention_mask, positions, cache, last=True)
+            return logits[:, -1], cache
+        mask = None if attention_mask is None else _whole(attention_mask, "attention_mask")
+        B, T = ids.shape
+        for start, end in _pieces(T, self._chunk(B)):
+            seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
+            logits, cache = self._checked(ids[:, start:end], seen, positions[:, start:end], cache)
+        return logits[:, -1], cache
+
+    def unoptimized(self) -> OnnxDecoder:
+        """The same model, its graph run as it is written."""
+        return OnnxDecoder(self.path, threads=self.threads, optimize=False, providers=self.providers)
+
+    def row_cache(self, rows: int) -> RowCache:
+        """An empty cache of so many rows, for a model whose cache stays in place."""
+        config = self.config
+        sizes = {"n_head": config.n_head, "head_dim": config.head_dim, "n_ctx": config.n_ctx}
+        return RowCache(rows, tensors=len(self._past), dtype=self._dtype, **sizes)
+
+    def _chunk(self, B: int) -> int:
+        """How many tokens of a prompt go into one run: fewer where each of them gives logits."""
+        return CHUNK if self.last_only else max(16, min(CHUNK, LOGITS // (4 * B * self.n_vocab)))
+
+    # -------------------------------------------------------------------------------------------- a growing cache
 
     def _checked(
         self, ids: Ids, attention_mask: Ids | None, positions: Ids, cache: Cache | None
@@ -99,44 +144,135 @@ class OnnxDecoder:
         mask = np.ones((B, P + T), np.int64) if attention_mask is None else _whole(attention_mask, "attention_mask")
         if mask.shape != (B, P + T):
             raise InputError(f"attention_mask is {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}")
-        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return self._run({name: np.ascontiguousarray(array) for name, array in feed.items()}, past)
-
-    def _run(self, feed: dict[str, Ids], past: Cache) -> tuple[Logits, Cache]:
         binding = self._session.io_binding()
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         for name, array in feed.items():
-            binding.bind_cpu_input(name, array)
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, value in zip(self._past, past, strict=True):
             binding.bind_ortvalue_input(name, value)
-        B, T = feed["input_ids"].shape
-        logits: Logits = np.empty((B, 1 if self.last_only else T, self.n_vocab), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         for name in self._present:
             binding.bind_output(name, "cpu")
+        logits = self._run(binding, B, T)
+        return logits, binding.get_outputs()[:-1]
+
+    def _run(self, binding: Any, B: int, T: int) -> Logits:
+        """Run what is bound, but for the logits, which are the last output."""
+        logits: Logits = np.empty((B, 1 if self.last_only else T, self.n_vocab), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # what it says of itself is not what it does
             raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {_plain(error)}") from None
-        return logits, binding.get_outputs()[1:]
-
-    def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
-        """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V). A long prompt goes in pieces."""
-        ids, positions = self._tokens(input_ids, position_ids)
-        mask = None if attention_mask is None else _whole(attention_mask, "attention_mask")
-        T = ids.shape[1]
-        for start in range(0, T, CHUNK):
-            end = min(start + CHUNK, T)
-            seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
-            logits, cache = self._checked(ids[:, start:end], seen, positions[:, start:end], cache)
-        return logits[:, -1], cache
-
-    def unoptimized(self) -> OnnxDecoder:
-        """The same model, its graph run as it is written."""
-        return OnnxDecoder(self.path, threads=self.threads, optimize=False)
+        return logits
 
     def _empty(self, B: int) -> Cache:
         shape = (B, self.config.n_head, 0, self.config.head_dim)
-        return [ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32)) for _ in self._past]
+        return [ort.OrtValue.ortvalue_from_numpy(np.empty(shape, self._dtype)) for _ in self._past]
+
+    def _length(self, past: Cache, B: int) -> int:
+        """How many tokens the cache holds."""
+        if not isinstance(past, Sequence) or not all(isinstance(value, ort.OrtValue) for value in past):
+            raise InputError("the cache is not one that an earlier step returned")
+        if len(past) != len(self._past):
+            raise InputError(f"the cache has {len(past)} tensors, the model takes {len(self._past)}")
+        shapes = [tuple(value.shape()) for value in past]
+        P = shapes[0][2] if len(shapes[0]) == 4 else 0
+        expected = (B, self.config.n_head, P, self.config.head_dim)
+        for name, value, shape in zip(self._past, past, shapes, strict=True):
+            if shape != expected or TYPES.get(value.data_type()) != self._dtype:
+                wanted = f"{self._dtype} {expected}"
+                raise InputError(f"{name} is {value.data_type()} {shape}; {wanted} is needed")
+        return int(P)
+
+    # ------------------------------------------------------------------------------------- a cache that stays in place
+
+    def _in_place(
+        self, ids: Ids, attention_mask: Ids | None, positions: Ids, cache: Any, last: bool
+    ) -> tuple[Logits, RowCache]:
+        """``run`` for a cache in place: one token of every row at once, or several of one row after another."""
+        B, T = ids.shape
+        cache = self.row_cache(B) if cache is None else self._known(cache, B)
+        real = np.ones((B, T), bool)
+        if attention_mask is not None:
+            mask = _whole(attention_mask, "attention_mask")
+            if mask.shape != (B, cache.seen + T):
+                wanted = (B, cache.seen + T)
+                raise InputError(
+                    f"attention_mask is {mask.shape}, but {cache.seen} earlier and {T} new slots need {wanted}"
+                )
+            real = mask[:, -T:] != 0
+        rows = [(row, kept) for row, kept in enumerate(real) if kept.any()]
+        for row, kept in rows:
+            cache.check(row, positions[row, kept])
+        if T == 1 and len(rows) == B:
+            logits = self._advance(ids[:, 0], positions[:, 0], cache)[:, None]
+        else:
+            logits = np.zeros((B, 1 if last else T, self.n_vocab), np.float32)
+            for row, kept in rows:
+                found = self._prefill(ids[row, kept], positions[row, kept], cache, row, last=last)
+                logits[row, [-1] if last else kept] = found
+        cache.seen += T
+        return logits, cache
+
+    def _prefill(self, ids: Ids, positions: Ids, cache: RowCache, row: int, *, last: bool = True) -> Logits:
+        """Put tokens (T,) with positions (T,) into one row of a cache in place, a chunk at a time. They follow what it holds.
+
+        Returns:
+            The logits of the last of them (1, V), or of each (T, V) if not ``last``.
+        """
+        ids, positions = np.ascontiguousarray(ids), np.ascontiguousarray(positions)
+        start, end = int(positions[0]), int(positions[-1]) + 1
+        cache.reserve(row + 1, end)
+        logits: Logits = np.empty((0 if last else len(ids), self.n_vocab), np.float32)
+        for first, stop in _pieces(len(ids), self._chunk(1)):
+            binding, mask = self._session.io_binding(), np.ones((1, start + stop), np.int64)
+            _bind(binding, "input_ids", ids[None, first:stop])
+            _bind(binding, "position_ids", positions[None, first:stop])
+            _bind(binding, "attention_mask", mask)
+            self._bind_cache(binding, [buffer[row : row + 1] for buffer in cache.buffers])
+            found = self._run(binding, 1, stop - first)[0]
+            if last:
+                logits = found[-1:]
+            else:
+                logits[first:stop] = found
+        cache.lengths[row] = end
+        return logits
+
+    def _advance(self, ids: Ids, positions: Ids, cache: RowCache) -> Logits:
+        """One more token (B,), at its position (B,), for each of the first B rows of a cache in place. Logits (B, V)."""
+        B = len(ids)
+        total = int(positions.max()) + 1
+        cache.reserve(B, total)
+        if not (self._bound and self._bound[0] == B and self._bound[1] is cache.buffers[0]):
+            binding = self._session.io_binding()
+            tokens, places = np.empty((B, 1), np.int64), np.empty((B, 1), np.int64)
+            _bind(binding, "input_ids", tokens)
+            _bind(binding, "position_ids", places)
+            self._bind_cache(binding, [buffer[:B] for buffer in cache.buffers])
+            self._bound = B, cache.buffers[0], binding, tokens, places
+        *_, binding, tokens, places = self._bound
+        tokens[:, 0], places[:, 0] = ids, positions
+        mask = (np.arange(total) <= places).astype(np.int64)
+        _bind(binding, "attention_mask", mask)
+        logits = self._run(binding, B, 1)
+        cache.lengths[:B] = positions + 1
+        return logits[:, 0]
+
+    def _bind_cache(self, binding: Any, buffers: Sequence[NDArray[Any]]) -> None:
+        """Past and present of each layer are one and the same memory."""
+        for past, present, buffer in zip(self._past, self._present, buffers, strict=True):
+            _bind(binding, past, buffer)
+            binding.bind_output(present, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+
+    def _known(self, cache: Any, B: int) -> RowCache:
+        sample = (self.config.n_head, self.config.head_dim, self._dtype)
+        if not isinstance(cache, RowCache) or cache.kind != (len(self._past), *sample):
+            raise InputError("the cache is not one that an earlier step of this model returned")
+        if len(cache.lengths) != B:
+            raise InputError(f"the cache has {len(cache.lengths)} rows, input_ids {B}")
+        return cache
+
+    # --------------------------------------------------------------------------------------------------------- inputs
 
     def _tokens(self, input_ids: Any, position_ids: Any) -> tuple[Ids, Ids]:
         """Both checked: of one shape (B, T), and within the vocabulary and the context."""
@@ -151,35 +287,106 @@ class OnnxDecoder:
         _check_range(positions, self.n_ctx, "position", "the context")
         return ids, positions
 
-    def _length(self, past: Cache, B: int) -> int:
-        """How many tokens the cache holds."""
-        if not isinstance(past, Sequence) or not all(isinstance(value, ort.OrtValue) for value in past):
-            raise InputError("the cache is not one that an earlier step returned")
-        if len(past) != len(self._past):
-            raise InputError(f"the cache has {len(past)} tensors, the model takes {len(self._past)}")
-        shapes = [tuple(value.shape()) for value in past]
-        P = shapes[0][2] if len(shapes[0]) == 4 else 0
-        expected = (B, self.config.n_head, P, self.config.head_dim)
-        for name, value, shape in zip(self._past, past, shapes, strict=True):
-            if shape != expected or value.data_type() != "tensor(float)":
-                raise InputError(f"{name} is {value.data_type()} {shape}; tensor(float) {expected} is needed")
-        return int(P)
 
+class RunningBatch:
+    """Sequences of any lengths that share each step of decoding, joining and leaving between steps: what a service
+    needs for continuous batching.
 
-def find_model(path: str | Path) -> Path:
-    """The ONNX file that a path means: itself, or the one in a directory.
+        batch = RunningBatch(OnnxDecoder("gpt2-onnx/"))        # exported with --cache inplace
+        a, logits = batch.join(ids)                            # logits (V,) after the prompt
+        logits = batch.step({a: int(logits.argmax())})[a]      # one step of all that are in
+        batch.leave(a)
 
     Raises:
-        FormatError: if there is none.
+        InputError: if the decoder's cache does not stay in place.
+    """
+
+    def __init__(self, decoder: OnnxDecoder) -> None:
+        if decoder.cache_kind != "inplace":
+            raise InputError(f"{decoder.path}: its cache grows; rows join and leave only one made with --cache inplace")
+        self.decoder = decoder
+        self.cache = decoder.row_cache(0)
+        self._rows: list[int] = []  # which sequence each row is of
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def length(self, sequence: int) -> int:
+        """How many tokens a sequence has."""
+        return int(self.cache.lengths[self._row(sequence)])
+
+    def join(self, prompt: Sequence[int]) -> tuple[int, Logits]:
+        """A new sequence with its prompt. Gives its number, and the logits (V,) after the prompt.
+
+        Raises:
+            InputError: if the prompt is empty, longer than the context, or holds an id outside the vocabulary.
+        """
+        if len(prompt) > self.decoder.n_ctx:
+            raise InputError(f"the prompt has {len(prompt)} tokens; the model's context is {self.decoder.n_ctx}")
+        ids, positions = self.decoder._tokens(np.array([prompt], np.int64), np.arange(len(prompt))[None])
+        row = len(self._rows)
+        self.cache.reserve(row + 1, len(prompt))
+        self.cache.lengths[row] = 0
+        logits = self.decoder._prefill(ids[0], positions[0], self.cache, row)
+        self._rows.append(self._next)
+        self._next += 1
+        return self._rows[-1], logits[-1]
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Logits]:
+        """One more token for every sequence that is in. Gives the logits (V,) after each.
+
+        Raises:
+            InputError: if a sequence has no token here, is full, or is not in; nothing has changed then.
+        """
+        for sequence in tokens:
+            self._row(sequence)
+        if missing := [sequence for sequence in self._rows if sequence not in tokens]:
+            raise InputError(f"no token for sequence {missing[0]}: give one for each that is in, or let it leave")
+        if not self._rows:
+            return {}
+        lengths = self.cache.lengths[: len(self._rows)].copy()
+        if full := [s for s, n in zip(self._rows, lengths, strict=True) if n >= self.decoder.n_ctx]:
+            raise InputError(f"sequence {full[0]} has filled the context of {self.decoder.n_ctx} tokens: let it leave")
+        ids, positions = self.decoder._tokens([[tokens[s]] for s in self._rows], lengths[:, None])
+        logits = self.decoder._advance(ids[:, 0], positions[:, 0], self.cache)
+        return dict(zip(self._rows, logits, strict=True))
+
+    def leave(self, sequence: int) -> None:
+        """Take a sequence out; the last one gets its row."""
+        row, last = self._row(sequence), len(self._rows) - 1
+        if row != last:
+            self.cache.move(last, row)
+            self._rows[row] = self._rows[last]
+        self._rows.pop()
+
+    def _row(self, sequence: int) -> int:
+        if sequence not in self._rows:
+            raise InputError(f"sequence {sequence} is not in the batch")
+        return self._rows.index(sequence)
+
+
+def find_model(path: str | Path, precision: str | None = None) -> Path:
+    """The ONNX file that a path means: itself, or the one in a directory of a precision; fp32 where none is asked for.
+
+    Raises:
+        FormatError: if there is none, or there are several and none is meant.
     """
     path = Path(path)
     check_name(path)
     if not path.is_dir():
         return File(path).path
-    found = next((path / name for name in contract.PLACES if (path / name).is_file()), None)
-    if found is None:
-        raise FormatError(f"{path}: no ONNX model in this directory (looked for {', '.join(contract.PLACES)})")
-    return found
+    found = contract.models_in(path)
+    if not found:
+        wanted = ", ".join((contract.model_file("fp32"), "model.onnx"))
+        raise FormatError(f"{path}: no ONNX model in this directory (looked for {wanted}, and other precisions')")
+    if precision is None and ("fp32" in found or len(found) == 1):
+        return found.get("fp32") or next(iter(found.values()))
+    if precision not in found:
+        here = ", ".join(found)
+        said = f"no {precision} model in this directory" if precision else "several models in this directory"
+        raise FormatError(f"{path}: {said}; it holds {here}" + ("" if precision else ": say which (--precision)"))
+    return found[precision]
 
 
 def _open(path: Path, threads: int | None, optimize: bool, providers: list[str]) -> ort.InferenceSession:
@@ -230,16 +437,18 @@ def _config(path: Path, metadata: dict[str, str]) -> GPT2Config:
     raise ConfigError(f"{path}: neither its metadata nor a config.json beside it says what model it is")
 
 
-def _check_contract(
-    path: Path, config: GPT2Config, last: bool, inputs: dict[str, Slot], outputs: dict[str, Slot]
-) -> None:
+def _check_contract(model: OnnxDecoder) -> None:
+    if model.precision not in contract.SUFFIXES or model.cache_kind not in contract.CACHES:
+        said = f"{model.precision}, {model.cache_kind} cache"[:100]
+        raise CheckpointError(f"{model.path}: of a kind that this gpt2x does not know ({said}); is it a newer one's?")
+    kind = model.precision, model.cache_kind
     faults = [
-        *_differences("input", contract.inputs(config), inputs),
-        *_differences("output", contract.outputs(config, last), outputs),
+        *_differences("input", contract.inputs(model.config, *kind), model.inputs),
+        *_differences("output", contract.outputs(model.config, model.last_only, *kind), model.outputs),
     ]
     if faults:
         advice = "gpt2x runs models with the inputs and outputs that gpt2x export --onnx gives them."
-        raise CheckpointError.listing(f"{path}: a model of another contract", short(faults), advice)
+        raise CheckpointError.listing(f"{model.path}: a model of another contract", short(faults), advice)
 
 
 def _differences(kind: str, expected: dict[str, Slot], found: dict[str, Slot]) -> Iterator[str]:
@@ -279,3 +488,14 @@ def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> N
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= limit:
         raise InputError(f"{what} {low if low < 0 else high} is outside {of} of {limit}")
+
+
+def _pieces(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where each piece of n begins and ends."""
+    return ((start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _bind(binding: Any, name: str, array: NDArray[Any]) -> None:
+    """Let an input be this memory, which somebody must hold while the binding is used."""
+    assert array.flags.c_contiguous
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -57,11 +57,14 @@ def _members(path: Path) -> list[str]:
         return []  # whoever opens it as weights says what is wrong
 
 
-def open_subject(path: str | Path, runtime: str | None = None, *, n_head: int | None = None) -> Subject:
+def open_subject(
+    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
+) -> Subject:
     """Open anything that can be run.
 
     Args:
         runtime: "torch" runs the weights of a directory that has ONNX as well; "onnx" insists on ONNX.
+        precision: which ONNX model of a directory; by default fp32, or else the only one.
 
     Raises:
         ConversionError: if it cannot be opened.
@@ -70,7 +73,9 @@ def open_subject(path: str | Path, runtime: str | None = None, *, n_head: int | 
     if runtime == "onnx" or (kind == "onnx" and runtime is None):
         from .runtime import OnnxDecoder
 
-        return OnnxDecoder(path)
+        return OnnxDecoder(path, precision=precision)
+    if precision is not None:
+        raise FormatError(f"{path}: precisions are for ONNX, and this would be run as {NAMES[kind]}")
     if kind == "onnx" and Path(path).suffix == ".onnx":
         raise FormatError(f"{path}: an ONNX model, which torch does not run")
     from .torch_runtime import ModuleDecoder

@@ -21,7 +21,7 @@ import pytest
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
-from gpt2x.export.directory import export_onnx
+from gpt2x.export.directory import Options, export_onnx
 from gpt2x.generate import Generation, Sampling
 from gpt2x.torch_runtime import TorchDecoder
 
@@ -100,7 +100,7 @@ def test_a_client_gives_the_torch_models_tokens(command, directory, expected, tm
 )  # fmt: skip
 def test_a_client_takes_the_logits_of_the_last_slot_alone(command, batches, expected, tmp_path):
     """genai pads batches on the right, where the last slot is padding: the model card says so."""
-    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "last", last=True)
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "last", Options(last=True))
     (tmp_path / "task.json").write_text(json.dumps({"prompts": PROMPTS, "count": COUNT}))
     arguments = [str(part) for part in (*command, tmp_path / "last", tmp_path / "task.json", PACKAGES)]
     result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, timeout=300)

@@ -19,8 +19,9 @@ from conftest import SHARED, TINY, assert_refused, assert_same_bytes, done, need
 from converters import GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
 from gpt2x import SHAKESPEARE, __version__, contract
-from gpt2x.export.directory import export_onnx
-from gpt2x.export.onnx import Place, to_onnx, trace
+from gpt2x.export.directory import Options, export_onnx
+from gpt2x.export.onnx import to_onnx, trace
+from gpt2x.export.weights import Piece, Weights
 from gpt2x.load import model_of
 from gpt2x.runtime import OnnxDecoder
 
@@ -68,8 +69,14 @@ def files_of(folder):
 
 def tiny_onnx(folder, config=TINY, seed=0, **options):
     checkpoint = random_checkpoint(config, seed)
-    export_onnx(checkpoint, folder, need_tokenizer=False, **options)
+    export_onnx(checkpoint, folder, Options(**options), need_tokenizer=False)
     return checkpoint
+
+
+def pieces_of(config):
+    """Places of weights that are nowhere."""
+    shapes = enumerate(config.shapes().items())
+    return Weights("fp32", {name: Piece("float32", shape, 8 * i, 8) for i, (name, shape) in shapes})
 
 
 # ------------------------------------------------------------------------------------------------------- the contract
@@ -172,8 +179,8 @@ def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, 
     away = tmp_path / "elsewhere" / "model"
     shutil.copytree(SHAKESPEARE, away)
     first, second = tmp_path / "a", tmp_path / "b"
-    export_onnx(open_checkpoint(SHAKESPEARE), first, **options)
-    code = f"from converters import open_checkpoint; from gpt2x.export.directory import export_onnx; export_onnx(open_checkpoint('elsewhere/model'), 'b', **{options})"
+    export_onnx(open_checkpoint(SHAKESPEARE), first, Options(**options))
+    code = f"from converters import open_checkpoint; from gpt2x.export.directory import Options, export_onnx; export_onnx(open_checkpoint('elsewhere/model'), 'b', Options(**{options}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert files_of(first) == files_of(second) == sorted(FILES)
     for name in FILES:
@@ -265,7 +272,7 @@ def test_an_operator_without_translation_stops_the_export(monkeypatch):
 
     monkeypatch.setattr(model.MLP, "forward", lambda self, x: torch.erfinv(x))
     with pytest.raises(NotImplementedError, match=r"erfinv.*h.0.mlp.*has no translation to ONNX"):
-        to_onnx(TINY, {}, {})
+        to_onnx(TINY, pieces_of(TINY), {})
 
 
 def test_tracing_leaves_the_models_own_attention_in_place():
@@ -337,7 +344,10 @@ def test_files_that_would_be_read_together_with_the_new_ones_stop_it(gpt2x, tmp_
     assert_refused(gpt2x("export", "a.safetensors", "--onnx", "other", *options), "other: holds model.safetensors")
     done(gpt2x("export", "a.safetensors", "--onnx", "d", *options))
     Path("d/onnx/model_quantized.onnx").write_text("another model's")
-    assert_refused(gpt2x("export", "a.safetensors", "--onnx", "d", *options), "d: holds onnx/model_quantized.onnx")
+    assert_refused(
+        gpt2x("export", "a.safetensors", "--onnx", "d", *options),
+        "d/onnx/model_quantized.onnx: not a model that gpt2x wrote",
+    )
 
 
 @pytest.mark.parametrize("kind", ["hf", "tf"])
@@ -358,7 +368,7 @@ def test_an_export_into_the_source_itself_adds_the_onnx_folder_and_touches_nothi
     } <= set(after)
     assert "model.safetensors.index.json" not in after
     assert_same_bytes(open_checkpoint(SHAKESPEARE), open_checkpoint("m"))
-    assert_refused(gpt2x("export", "m", "--onnx", "m/"), "m/onnx/README.md: exists already; --force replaces it")
+    assert_refused(gpt2x("export", "m", "--onnx", "m/"), "m/onnx/model.onnx: exists already; --force replaces it")
     monkeypatch.chdir("m")
     done(gpt2x("export", ".", "--onnx", ".", "--force", "--no-verify"))
     assert files_of(Path()) == after
@@ -480,7 +490,7 @@ def test_genai_config_is_the_documented_one(shakespeare):
     assert config["model"]["context_length"] == config["search"]["max_length"] == 256
     assert config["model"]["eos_token_id"] == 2047
     assert config["model"]["decoder"]["head_size"] == 32
-    assert config["model"]["decoder"]["filename"] == contract.MODEL
+    assert config["model"]["decoder"]["filename"] == contract.model_file("fp32")
 
 
 # ---------------------------------------------------------------------------------------------------------- large ones
@@ -488,8 +498,7 @@ def test_genai_config_is_the_documented_one(shakespeare):
 
 def test_the_1558m_shape_is_traced_in_seconds_without_its_weights():
     config = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
-    places = {name: Place(shape, 8 * i, 8) for i, (name, shape) in enumerate(config.shapes().items())}
-    model = to_onnx(config, places, {})
+    model = to_onnx(config, pieces_of(config), {})
     assert len(model.graph.input) == 3 + 2 * 48
     assert len(model.SerializeToString()) < 300_000
 

@@ -14,10 +14,11 @@ import click
 
 from .convert import progress_bar
 from .text import need, printable
-from .verify import table
+from .verify import read_text, table
 
 if TYPE_CHECKING:
     from converters import Checkpoint
+    from gpt2x.export.directory import Options
 
 
 @click.command()
@@ -32,6 +33,25 @@ if TYPE_CHECKING:
     show_default=True,
     help="ONNX: logits of every position, or of the last only (for left or no padding).",
 )
+@click.option(
+    "--precision",
+    "precisions",
+    metavar="LIST",
+    help="ONNX: fp32 (the default), fp16, int8, int4, or several: fp32,int8. Each is a model of its own.",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["growing", "inplace"]),
+    help="ONNX: each run returns a longer cache (the default), or can write into the one it is given (faster; right padding only).",
+)
+@click.option(
+    "--calibrate", metavar="FILE", help="ONNX: text to round int8 and int4 by, like what the model will be given."
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    help="ONNX: how many weights of int8 and int4 share a scale (32).",
+)
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the weights.")
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare what was written with SRC.")
@@ -42,13 +62,14 @@ if TYPE_CHECKING:
 @click.pass_context
 def export(
     ctx: click.Context, src: str, onnx: str | None, torchscript: str | None, pt2: str | None, logits: str,
-    tokenizer_dir: str | None, no_tokenizer: bool, no_verify: bool, n_head: int | None, tie: bool, force: bool,
+    precisions: str | None, cache: str | None, calibrate: str | None, block_size: str | None, tokenizer_dir: str | None, no_tokenizer: bool, no_verify: bool, n_head: int | None, tie: bool, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Export the GPT-2 in SRC for other programs: ONNX with a KV cache, TorchScript, torch.export.
 
     \b
       gpt2x export models/124M --onnx gpt2-onnx/
+      gpt2x export models/124M --onnx gpt2-onnx/ --precision fp32,int8,int4
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
 
     SRC is anything that convert reads. DIR is loaded as it is by ONNX Runtime, onnxruntime-genai, optimum,
@@ -57,8 +78,13 @@ def export(
     """
     if not (onnx or torchscript or pt2):
         raise click.UsageError("say what to write: --onnx DIR, --torchscript FILE or --pt2 FILE")
-    if logits == "last" and not onnx:
-        raise click.UsageError("--logits is about --onnx, which is not given")
+    about = {"--logits": logits == "last", "--precision": precisions, "--cache": cache, "--calibrate": calibrate,
+             "--block-size": block_size}  # fmt: skip
+    if not onnx and (given := next((name for name, value in about.items() if value), None)):
+        raise click.UsageError(f"{given} is about --onnx, which is not given")
+    kinds = _precisions(precisions)
+    if not {"int8", "int4"} & set(kinds) and (calibrate or block_size):
+        raise click.UsageError(f"{'--calibrate' if calibrate else '--block-size'} is about int8 and int4")
     if onnx and Path(onnx).suffix == ".onnx":
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
@@ -78,8 +104,12 @@ def export(
             check_free(Path(target), force, directory=False)  # before any of them is written
     results = []
     if onnx:
-        options = {"last": logits == "last", "force": force, "need_tokenizer": not no_tokenizer}
-        results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options)))
+        from gpt2x.export.directory import Options
+        from gpt2x.export.weights import BLOCK
+
+        ids = _calibration(checkpoint, calibrate) if calibrate else None
+        options = Options(kinds, cache or "growing", logits == "last", ids, int(block_size or BLOCK))
+        results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options, force, no_tokenizer)))
     if torchscript or pt2:
         from gpt2x.export.torchscript import export_pt2, export_torchscript
     if torchscript:
@@ -88,7 +118,8 @@ def export(
     if pt2:
         results.append(_write("pt2", pt2, partial(export_pt2, checkpoint, pt2, force=force)))
     start = time.perf_counter()
-    reports = [] if no_verify else [verify_export(checkpoint, result["destination"]) for result in results]
+    written = [(r["destination"], p) for r in results for p in (kinds if r["format"] == "onnx" else (None,))]
+    reports = [] if no_verify else [verify_export(checkpoint, path, precision=p) for path, p in written]
     seconds = round(time.perf_counter() - start, 3)
     facts = {"source": src, "exports": results, "notes": list(checkpoint.notes)}
     if as_json:
@@ -123,14 +154,41 @@ def _write(kind: str, destination: str, write: Callable[[], int]) -> dict[str, A
     return {"format": kind, "destination": destination, "bytes": size, "seconds": round(time.perf_counter() - start, 3)}
 
 
-def _export_onnx(checkpoint: Checkpoint, destination: str, options: dict[str, Any]) -> int:
+def _precisions(text: str | None) -> tuple[str, ...]:
+    """The precisions of a list, each once."""
+    from gpt2x.contract import SUFFIXES
+
+    names = tuple(dict.fromkeys(part.strip() for part in (text or "fp32").split(",")))
+    if unknown := [name for name in names if name not in SUFFIXES]:
+        raise click.UsageError(f"unknown precision {unknown[0]!r}; known are {', '.join(SUFFIXES)}")
+    return names
+
+
+def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
+    from converters import ConversionError
+    from gpt2x.tokenizer import Tokenizer
+
+    if checkpoint.tokenizer is None:
+        raise ConversionError("--calibrate needs a tokenizer to read the text with; say where one is: --tokenizer DIR")
+    ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path))
+    if not ids or max(ids) >= checkpoint.config.n_vocab:
+        raise ConversionError(f"{path}: " + ("is empty" if not ids else "has tokens that the model does not know"))
+    return ids
+
+
+def _export_onnx(
+    checkpoint: Checkpoint, destination: str, options: Options, force: bool, without_tokenizer: bool
+) -> int:
     from gpt2x.export.directory import export_onnx
 
     def warn(sentence: str) -> None:
         click.echo(printable(f"Warning: {sentence}"), err=True)
 
-    with progress_bar(4 * checkpoint.parameters) as advance:
-        return export_onnx(checkpoint, destination, progress=advance, warn=warn, **options).bytes
+    with progress_bar(4 * checkpoint.parameters * len(options.precisions)) as advance:
+        return export_onnx(
+            checkpoint, destination, options, force=force, need_tokenizer=not without_tokenizer,
+            progress=advance, warn=warn,
+        ).bytes  # fmt: skip
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -24,10 +24,15 @@ import click
 @click.option(
     "--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a MODEL that has weights and ONNX."
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    help="Which ONNX model of MODEL: fp32, or else the only one.",
+)
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside MODEL says it.")
 def generate(
     model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
-    tokenizer_dir: str | None, runtime: str | None, n_head: int | None,
+    tokenizer_dir: str | None, runtime: str | None, precision: str | None, n_head: int | None,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL, which is anything that convert reads or export writes.
 
@@ -50,9 +55,9 @@ def generate(
         tokenizer = Tokenizer.from_pretrained(tokenizer_dir or _home(model))  # first: a model takes longer to open
     except TokenizerError:
         if os.path.isdir(model):
-            open_subject(model, runtime, n_head=n_head)  # is there a model at all?
+            open_subject(model, runtime, n_head=n_head, precision=precision)  # is there a model at all?
         raise
-    decoder = open_subject(model, runtime, n_head=n_head)
+    decoder = open_subject(model, runtime, n_head=n_head, precision=precision)
     generation = Generation(decoder, [encode(tokenizer, prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):
         click.echo(piece, nl=False)

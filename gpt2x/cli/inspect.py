@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,8 +15,13 @@ from .text import printable
 @click.command()
 @click.argument("path")
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    help="Which ONNX model: fp32, or else the first one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, show_tensors: bool, as_json: bool) -> None:
+def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool) -> None:
     """Say what PATH is: format, dialect, sizes, number formats, configuration, checksums; of ONNX, the contract.
 
     \b
@@ -25,13 +31,13 @@ def inspect(path: str, show_tensors: bool, as_json: bool) -> None:
 
     Only names and shapes are read, not the weights. (ONNX Runtime opens an ONNX model, to say what it sees.)
     """
-    facts = everything(path)
+    facts = everything(path, precision)
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str) -> dict[str, Any]:
+def everything(path: str, precision: str | None = None) -> dict[str, Any]:
     """What is to be said of weights, of an ONNX model, or of a directory with both."""
     from gpt2x.contract import has_onnx
 
@@ -43,22 +49,28 @@ def everything(path: str) -> dict[str, Any]:
         facts = describe(path) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights of a kind that gpt2x reads, but ONNX
-    return {**facts, "onnx": describe_onnx(path)}
+    return {**facts, "onnx": describe_onnx(path, precision)}
 
 
-def describe_onnx(path: str) -> dict[str, Any]:
+def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     """An ONNX model's contract and provenance."""
     from converters.config import to_hf
     from gpt2x import contract
     from gpt2x.runtime import OnnxDecoder
 
-    model = OnnxDecoder(path, optimize=False)
+    here = contract.models_in(Path(path)) if Path(path).is_dir() else {}
+    if precision is None and len(here) > 1 and "fp32" not in here:
+        precision = next(iter(here))  # one of them is shown, and the others are named
+    model = OnnxDecoder(path, precision=precision, optimize=False)
     said = model.metadata.get
     return {
+        "precisions": list(here) or [model.precision],
         "file": str(model.path),
         "contract": said(contract.CONTRACT),
         "precision": said(contract.PRECISION),
         "cache": said(contract.CACHE),
+        "block_size": int(said(contract.BLOCK, 0)) or None,
+        "rounding": said(contract.ROUNDING),
         "logits": said(contract.LOGITS),
         "source": said(contract.SOURCE),
         "source_sha256": _checksums(said(contract.CHECKSUMS, "{}")),
@@ -125,6 +137,17 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     if onnx["gpt2x_version"]:
         rows += [
             ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
+            *(
+                [
+                    (
+                        "blocks",
+                        f"of {onnx['block_size']}, rounded {'by a text' if onnx['rounding'] == 'calibrated' else 'to nearest'}",
+                    )
+                ]
+                if onnx["block_size"]
+                else []
+            ),
+            *([("precisions", ", ".join(onnx["precisions"]))] if len(onnx["precisions"]) > 1 else []),
             ("written by", f"gpt2x {onnx['gpt2x_version']}, from {onnx['source']}"),
             *(("sha256", f"{digest}  {name}") for name, digest in onnx["source_sha256"].items()),
         ]

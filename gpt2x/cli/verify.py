@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 @click.option("--report", "html_file", metavar="FILE", help="Write the report as an HTML page with plots.")
 @click.option("--force", is_flag=True, help="Replace the files of --json and --report.")
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a B that has weights and ONNX.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    help="Which ONNX model of B: fp32, or else the only one.",
+)
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside the files says it.")
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
-    html_file: str | None, force: bool, runtime: str | None, n_head: int | None,
+    html_file: str | None, force: bool, runtime: str | None, precision: str | None, n_head: int | None,
 ) -> None:  # fmt: skip
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same words.
 
@@ -52,8 +57,9 @@ def verify(
 
     if b and against:
         raise click.UsageError("give B or --against, not both")
-    if runtime and not b:
-        raise click.UsageError("--runtime is about B, which is not given")
+    for option, given in (("--runtime", runtime), ("--precision", precision)):
+        if given and not b:
+            raise click.UsageError(f"{option} is about B, which is not given")
     for file in (json_file, html_file):
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)
@@ -61,11 +67,11 @@ def verify(
         raise click.UsageError("--json and --report cannot write one file")
     if html_file:
         need("matplotlib", extra="verify")  # before the work, not after it
-    text = _read_text(text_file) if text_file else None
+    text = read_text(text_file) if text_file else None
     if against:
         report = parity.verify_release(open_checkpoint(a, n_head=n_head))
     elif b:
-        report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head)
+        report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head, precision=precision)
     else:
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
             raise click.UsageError(f"{a} is {NAMES[kind]}: say what to compare it with")
@@ -74,7 +80,8 @@ def verify(
     ctx.exit(0 if report.passed else 1)
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+    """The first megabyte of a text."""
     from converters import FormatError
     from converters.files import File
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 
 from converters.spec import GPT2Config
 from gpt2x import __version__, contract
@@ -18,17 +19,16 @@ tags: [gpt2, onnx]
 # GPT-2{size} for ONNX Runtime
 
 A GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, {n_embd} wide, {n_vocab:,} tokens, a context of {n_ctx:,}.
-ONNX opset 23 in float32, standard operators only. ONNX Runtime 1.23 or newer loads it; PyTorch is not needed.
+ONNX opset 23{operators}. ONNX Runtime 1.23 or newer loads it; PyTorch is not needed.
+
+{precisions}
 
 ## Contract
 
 {table}
 There are {n_layer} layers `{{i}}`, counted from 0: first key, then value of each layer in turn.
 
-- At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, `present.{{i}}.*`, which is
-  given to the next run as `past_key_values.{{i}}.*`.
-- `attention_mask` is 1 for a token and 0 for padding; it covers the cache and the new tokens. Causality is the graph's.
-- `position_ids` count the real tokens of a row from 0, whatever the padding. In padding, any value from 0 will do.
+{cache}- `position_ids` count the real tokens of a row from 0, whatever the padding. In padding, any value from 0 will do.
 - A row holds {n_ctx} tokens at most, prompt and continuation together; positions from {n_ctx} on are an error.
 - A prompt has at least one token, and may come in one run or in several chunks.
 - `logits` are not normalised: softmax of `logits / temperature` is what to sample from.
@@ -43,14 +43,13 @@ To be run in the directory that holds `onnx/`.
 
 ## Files
 
-`onnx/model.onnx` is the graph; its weights lie in `onnx/model.safetensors` (by offset), which must stay beside it.
-
+{files}
 | client | how |
 | --- | --- |
-| onnxruntime | `InferenceSession("onnx/model.onnx")` |
-| onnxruntime-genai | `og.Model(directory)` (`genai_config.json`){needs} |
-| optimum | `ORTModelForCausalLM.from_pretrained(directory)` |
-| transformers.js | `pipeline("text-generation", directory, {{ dtype: "fp32" }})`{needs}; in a browser, also give the weights as external data: `use_external_data_format` knows no `model.safetensors`, so pass `session_options: {{ externalData: [{{ path: "model.safetensors", data: url }}] }}` |
+| onnxruntime | `InferenceSession("{model}")` |
+| onnxruntime-genai | `og.Model(directory)` (`genai_config.json` names the model){needs} |
+| optimum | `ORTModelForCausalLM.from_pretrained(directory, file_name="{model}")`{single} |
+| transformers.js | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs}; in a browser, also {browser} |
 {transformers}
 Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold the SHA-256 of its source.
 `gpt2x inspect` shows the contract, and `gpt2x verify SRC DIR` proves that nothing changed.
@@ -58,11 +57,37 @@ Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold 
 
 TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors.index.json`) |\n"
 
+GROWING = """\
+- At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, `present.{{i}}.*`, which is
+  given to the next run as `past_key_values.{{i}}.*`.
+- `attention_mask` is 1 for a token and 0 for padding; it covers the cache and the new tokens. Causality is the graph's.
+"""
+IN_PLACE = """\
+- This is contract 2: the cache can stay in place. Bind `past_key_values.{{i}}.*` and `present.{{i}}.*` to one buffer,
+  `[batch_size, {n_head}, capacity, {head_dim}]`, of any capacity up to {n_ctx}: a run writes what is new behind what each row
+  holds. A client that gives and takes separate arrays, at first empty ones, works too; each run then returns a longer cache.
+- `attention_mask` is `[batch_size, total_sequence_length]`, 1 for a token and 0 for padding **on the right**: a row's sum
+  is how many tokens it holds with the new ones. Left padding, or holes, give wrong results without a word. A batch of several
+  rows takes its prompts in one run; after that, one token a row and run.
+"""
+
+BROWSER = {
+    True: 'give the weights as external data: `use_external_data_format` knows no `model.safetensors`, so pass `session_options: { externalData: [{ path: "model.safetensors", data: url }] }`',
+    False: "pass `use_external_data_format: true`",
+}
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}  # transformers.js's names
+ABOUT = {
+    "fp32": "float32, bit for bit the source's",
+    "fp16": "weights and cache in float16; norms, softmax and logits in float32. For GPUs",
+    "int8": "weights in blocks of 8-bit numbers",
+    "int4": "weights in blocks of 4-bit numbers",
+}
+
 CLIENT = """\
 import numpy as np, onnxruntime as ort
 {load}
-session = ort.InferenceSession("onnx/model.onnx")
-past = {{i.name: np.zeros((1, {n_head}, 0, {head_dim}), np.float32) for i in session.get_inputs()[3:]}}
+session = ort.InferenceSession("{model}")
+past = {{i.name: np.zeros((1, {n_head}, 0, {head_dim}), np.{cache_type}) for i in session.get_inputs()[3:]}}
 ids, seen, made = np.array([{prompt}], np.int64), 0, []
 while len(made) < {count} and {end} not in made:
     new, seen = np.arange(seen, seen + ids.shape[1])[None], seen + ids.shape[1]
@@ -77,33 +102,64 @@ ANY_PADDING = """\
 - `logits` are given for every new token. Padding may be left, right, or in the middle; of a row that is padded on the
   right, the logits of its last real token are the ones that go on.
 """
+RIGHT_PADDING = """\
+- `logits` are given for every new token; of a row that is padded, the logits of its last real token are the ones that go on.
+"""
 LAST_ONLY = """\
 - `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`: pad on the left or not at all.
   onnxruntime-genai pads on the right: with it, give prompts of one length, or one prompt at a time.
 """
 
 
-def model_card(config: GPT2Config, *, last: bool, tokenizer: bool, source: str, at_home: bool = False) -> str:
+def model_card(
+    config: GPT2Config,
+    *,
+    precisions: Sequence[str] = ("fp32",),
+    cache: str = "growing",
+    last: bool,
+    tokenizer: bool,
+    source: str,
+    at_home: bool = False,
+) -> str:
     """The README.md of an exported directory.
 
     Args:
+        precisions: what the directory holds; the client runs the first.
         source: what it was made from; any text.
         at_home: whether the directory is the source's own, whose weights other programs find without an index.
     """
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx")}
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
+    first, growing = precisions[0], cache == "growing"
     return CARD.format(
         **sizes,
         size=f" {config.size_name}" if config.size_name else "",
-        table=contract_table(config, last),
-        past=contract.PAST,
-        padding=LAST_ONLY if last else ANY_PADDING,
+        operators=", standard operators only" if growing else " and GroupQueryAttention of com.microsoft",
+        precisions=_precisions(precisions),
+        table=contract_table(config, last, precisions, cache),
+        cache=(GROWING if growing else IN_PLACE).format(**sizes, past=contract.PAST),
+        padding=LAST_ONLY if last else ANY_PADDING if growing else RIGHT_PADDING,
         tokens=_special_tokens(config),
-        client=client(config, tokenizer),
+        client=client(config, tokenizer, first),
+        files="".join(map(_file_line, precisions)),
+        model=contract.model_file(first),
+        dtype=DTYPES[first],
+        browser=BROWSER[first == "fp32"],
+        single="" if growing else ", one prompt at a time (batches are padded on the left)",
         needs="" if tokenizer else ", once a tokenizer is added",
-        transformers="" if at_home else TRANSFORMERS,
+        transformers=TRANSFORMERS if "fp32" in precisions and not at_home else "",
         version=__version__,
         source=as_markdown(source),
     )
+
+
+def _precisions(precisions: Sequence[str]) -> str:
+    rows = "".join(f"| {p} | `{contract.model_file(p)}` | {DTYPES[p]} | {ABOUT[p]} |\n" for p in precisions)
+    return f"| precision | model | transformers.js's dtype | |\n| --- | --- | --- | --- |\n{rows}"
+
+
+def _file_line(precision: str) -> str:
+    data = f"onnx/{contract.data_file(precision)}"
+    return f"`{contract.model_file(precision)}` is a graph; its weights lie in `{data}` (by offset), which must stay beside it.\n"
 
 
 def _special_tokens(config: GPT2Config) -> str:
@@ -114,7 +170,7 @@ def _special_tokens(config: GPT2Config) -> str:
     return f"Token {end} ends a text.{start}"
 
 
-def client(config: GPT2Config, tokenizer: bool) -> str:
+def client(config: GPT2Config, tokenizer: bool, precision: str = "fp32") -> str:
     """A program that continues a text, to be run in the directory."""
     parts = {
         "load": 'from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file("tokenizer.json")',
@@ -123,14 +179,21 @@ def client(config: GPT2Config, tokenizer: bool) -> str:
     }
     bare = {"load": "", "prompt": "[0]", "show": "made"}
     numbers = {"n_head": config.n_head, "head_dim": config.head_dim, "end": config.eos_token_id}
-    return CLIENT.format(count=min(64, max(1, config.n_ctx - 8)), **numbers, **(parts if tokenizer else bare))
+    names = {"model": contract.model_file(precision), "cache_type": contract.cache_type(precision)}
+    return CLIENT.format(count=min(64, max(1, config.n_ctx - 8)), **numbers, **names, **(parts if tokenizer else bare))
 
 
-def contract_table(config: GPT2Config, last: bool) -> str:
+def contract_table(
+    config: GPT2Config, last: bool, precisions: Sequence[str] = ("fp32",), cache: str = "growing"
+) -> str:
     """The inputs and outputs, one line for all layers of the cache."""
-    rows = [_row("input", name, slot) for name, slot in contract.inputs(config).items() if _shown(name)]
-    rows += [_row("output", name, slot) for name, slot in contract.outputs(config, last).items() if _shown(name)]
-    return "| | name | type | shape |\n| --- | --- | --- | --- |\n" + "".join(rows)
+    first = precisions[0]
+    takes, gives = contract.inputs(config, first, cache), contract.outputs(config, last, first, cache)
+    rows = [_row("input", name, slot) for name, slot in takes.items() if _shown(name)]
+    rows += [_row("output", name, slot) for name, slot in gives.items() if _shown(name)]
+    mixed = len({contract.cache_type(p) for p in precisions}) > 1
+    note = "\nThe cache of `model_fp16.onnx` is float16, of the others float32.\n" if mixed else ""
+    return "| | name | type | shape |\n| --- | --- | --- | --- |\n" + "".join(rows) + note
 
 
 def _shown(name: str) -> bool:

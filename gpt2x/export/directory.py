@@ -6,29 +6,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters import Checkpoint, DestinationError, TokenizerError, find_tokenizer
+import onnx
+
+from converters import Checkpoint, ConfigError, DestinationError, TokenizerError, find_tokenizer
 from converters.config import to_hf
 from converters.dialects import HF
 from converters.files import File, check_free, check_tree, new_directory, new_file
 from converters.formats import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
-from converters.safetensors_file import write_safetensors
 from converters.spec import GPT2Config
 from converters.tensors import F32, LazyTensor
 from gpt2x import __version__, contract
+from gpt2x.contract import models_in
 
 from .card import model_card
-from .onnx import Place, to_onnx
+from .onnx import to_onnx
+from .weights import BITS, BLOCK, write_weights
 
 INDEX = "model.safetensors.index.json"
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
 and every other client must bring its own.
 Say where one is: --tokenizer DIR. Or go on without: --no-tokenizer"""
+
+
+Checksums = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -40,22 +46,41 @@ class Exported:
     files: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What kind of model is written.
+
+    Args:
+        precisions: of ``contract.SUFFIXES``, each a model of its own; onnxruntime-genai runs the first.
+        cache: "growing" or "inplace".
+        last: compute the logits of the last position only.
+        calibration: tokens by which int8 and int4 are rounded; without them, to nearest.
+        block: how many weights of int8 and int4 share a scale.
+    """
+
+    precisions: tuple[str, ...] = ("fp32",)
+    cache: str = "growing"
+    last: bool = False
+    calibration: Sequence[int] | None = None
+    block: int = BLOCK
+
+
 def export_onnx(
     checkpoint: Checkpoint,
     path: str | Path,
+    options: Options = Options(),
     *,
-    last: bool = False,
     force: bool = False,
     need_tokenizer: bool = True,
     progress: Progress | None = None,
     warn: Warn | None = None,
 ) -> Exported:
-    """Write a checkpoint as a directory with an ONNX model in float32. It appears whole, or not at all.
+    """Write a checkpoint as a directory with an ONNX model of each precision. It appears whole, or not at all.
 
-    Into the directory of the source itself, only ``onnx/`` and what is missing beside it are added.
+    Into the directory of the source itself, only ``onnx/`` and what is missing beside it are added; into one that holds
+    other precisions of the same model, only the new ones and a README with all of them.
 
     Args:
-        last: compute the logits of the last position only.
         force: replace what is there.
         need_tokenizer: refuse a checkpoint without one.
         progress: called with the number of tensor bytes read, as they are read.
@@ -64,34 +89,82 @@ def export_onnx(
     Raises:
         TokenizerError: if there is no tokenizer and one is needed.
         DestinationError: if the destination exists or cannot be written.
-        ConversionError: if the source turns out to be damaged.
+        ConversionError: if the source turns out to be damaged, or a precision cannot hold it.
     """
     path = Path(path)
     if need_tokenizer and checkpoint.tokenizer is None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
-    at_home = _is_source(path, checkpoint)
-    if at_home:
-        _check_home(path, checkpoint)
-    else:
-        check_free(path, force, directory=True)
-    small = _small_files(checkpoint, path, last, at_home)
-    names = [*small, contract.MODEL, f"onnx/{contract.WEIGHTS}"]
-    if at_home:
-        small = {n: data for n, data in small.items() if n.startswith("onnx/") or not os.path.lexists(path / n)}
-        there = (name for name in names if name.startswith("onnx/") and os.path.lexists(path / name))
-        if not force and (name := next(there, None)):
-            raise DestinationError(f"{path / name}: exists already; --force replaces it")
-    check_tree(path, [Path(name) for name in names if name in small or name.startswith("onnx/")])
+    if options.cache == "inplace" and checkpoint.config.head_dim % 8:
+        raise ConfigError(
+            f"attention that writes in place (GroupQueryAttention) takes heads of a multiple of 8, and this model's heads "
+            f"are {checkpoint.config.head_dim} wide: export it with --cache growing"
+        )
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
-        with new_directory(path, force or at_home, None if at_home else _rivals) as stage:
+        at_home = _is_source(path, checkpoint)
+        there = models_in(path)
+        others = [precision for precision in there if precision not in options.precisions]
+        for precision in others:
+            _check_fellow(there[precision], checkpoint, options, checksums.result())
+        kept = at_home or bool(others)  # what is in the directory stays
+        if at_home:
+            _check_home(path, checkpoint)
+        elif not kept:
+            check_free(path, force, directory=True)
+        small = _small_files(checkpoint, path, options, others, at_home)
+        names = [*small, *_model_files(options)]
+        if kept:
+            missing = {n: data for n, data in small.items() if not os.path.lexists(path / n)}
+            renewed = {_card_place(path), *((INDEX,) if not at_home else ())} & small.keys()
+            small = {n: data for n, data in small.items() if n in missing or n in renewed}
+            in_the_way = (path / name for name in _model_files(options) if os.path.lexists(path / name))
+            if not force and (file := next(in_the_way, None)):
+                raise DestinationError(f"{file}: exists already; --force replaces it")
+        check_tree(path, [Path(name) for name in names if name in small or name.startswith("onnx/")])
+        with new_directory(path, force or kept, None if kept else _rivals) as stage:
             (stage / "onnx").mkdir()
             write_small(stage, small)
-            _write_model(stage, watched(checkpoint.cast(F32), progress, warn), last, checksums)
+            for precision in options.precisions:
+                _write_model(stage, watched(checkpoint.cast(F32), progress, warn), precision, options, checksums)
             written = [file for file in stage.rglob("*") if file.is_file()]
             total = sum(file.stat().st_size for file in written)
             files = tuple(sorted(str(file.relative_to(stage)) for file in written))
     return Exported(path, total, files)
+
+
+def _model_files(options: Options) -> list[str]:
+    return [name for p in options.precisions for name in (contract.model_file(p), f"onnx/{contract.data_file(p)}")]
+
+
+def _check_fellow(file: Path, checkpoint: Checkpoint, options: Options, checksums: Checksums) -> None:
+    """Refuse to put precisions of another model, or with another cache, beside one that is there."""
+    found, ours = _metadata_of(file), metadata(checkpoint, checksums, "fp32", options)
+    if contract.CONFIG not in found:
+        raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
+    own = file.parent / contract.WEIGHTS  # an export can be the source of its own further precisions
+    faults = [what for key, what in FELLOWSHIP.items() if found.get(key) != ours[key]]
+    if not any(own.is_file() and own.samefile(source) for source in checkpoint.files):
+        digests = (sorted(_digests(facts.get(contract.CHECKSUMS, ""))) for facts in (found, ours))
+        faults += ["source"] if next(digests) != next(digests) else []
+    if faults:
+        raise DestinationError(
+            f"{file}: has another {' and another '.join(faults)} than what is to lie beside it; export to another directory"
+        )
+
+
+def _digests(checksums: str) -> list[str]:
+    try:
+        return [str(digest) for digest in json.loads(checksums).values()]
+    except (ValueError, AttributeError):
+        return []
+
+
+def _metadata_of(file: Path) -> dict[str, str]:
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception:  # it is somebody else's, and may be anything
+        return {}
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _is_source(path: Path, checkpoint: Checkpoint) -> bool:
@@ -113,19 +186,29 @@ def _check_home(path: Path, checkpoint: Checkpoint) -> None:
 
 def _rivals(path: Path) -> list[str]:
     """What would be read together with the new files; other precisions of another model among them."""
-    models = (path / "onnx").glob("*.onnx") if (path / "onnx").is_dir() else []
+    models = (path / "onnx").glob("*.onnx*") if (path / "onnx").is_dir() else []
     return [*rivals(path), *sorted(f"onnx/{file.name}" for file in models)]
 
 
-def _small_files(checkpoint: Checkpoint, path: Path, last: bool, at_home: bool) -> dict[str, bytes]:
+def _small_files(
+    checkpoint: Checkpoint, path: Path, options: Options, others: Sequence[str], at_home: bool
+) -> dict[str, bytes]:
     config = checkpoint.config
     fp32 = checkpoint.cast(F32)
-    has_tokenizer = checkpoint.tokenizer is not None
-    card = model_card(config, last=last, tokenizer=has_tokenizer, source=_name(checkpoint), at_home=at_home)
+    all_of_them = [p for p in contract.SUFFIXES if p in options.precisions or p in others]
+    card = model_card(
+        config,
+        precisions=all_of_them,
+        cache=options.cache,
+        last=options.last,
+        tokenizer=checkpoint.tokenizer is not None,
+        source=_name(checkpoint),
+        at_home=at_home,
+    )
     files = hf_companions(fp32)
-    files["genai_config.json"] = to_json(genai_config(config))
+    files["genai_config.json"] = to_json(genai_config(config, options.precisions[0], options.cache))
     files[_card_place(path) if at_home else "README.md"] = card.encode()
-    if not at_home:
+    if "fp32" in options.precisions and not at_home:
         files[INDEX] = to_json(_index(HF.write(fp32.tensors, config)))
     return files
 
@@ -163,42 +246,51 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_model(stage: Path, checkpoint: Checkpoint, last: bool, checksums: Future[dict[str, str]]) -> None:
-    config = checkpoint.config
-    tensors = HF.write(checkpoint.tensors, config)
-    with new_file(stage / "onnx" / contract.WEIGHTS) as out:
-        spans = write_safetensors(out, tensors, to_hf(config))
-    places = {
-        name: Place(tensor.shape, spans[HF.layout(name)[0]][0], tensor.nbytes)
-        for name, tensor in checkpoint.tensors.items()
-    }
-    model = to_onnx(config, places, metadata(checkpoint, checksums.result(), last), last=last)
-    with new_file(stage / contract.MODEL) as out:
+def _write_model(
+    stage: Path, checkpoint: Checkpoint, precision: str, options: Options, checksums: Future[dict[str, str]]
+) -> None:
+    with new_file(stage / "onnx" / contract.data_file(precision)) as out:
+        weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
+    facts = metadata(checkpoint, checksums.result(), precision, options)
+    model = to_onnx(checkpoint.config, weights, facts, last=options.last, cache=options.cache)
+    with new_file(stage / contract.model_file(precision)) as out:
         out.write(model.SerializeToString(deterministic=True))
 
 
-def metadata(checkpoint: Checkpoint, checksums: Mapping[str, str], last: bool) -> dict[str, str]:
+def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, options: Options) -> dict[str, str]:
     """The model's ``metadata_props``: what it is, and what it came from."""
-    return {
-        contract.CONTRACT: contract.VERSION,
+    facts = {
+        contract.CONTRACT: contract.CACHES[options.cache],
         contract.WRITER: __version__,
         contract.SOURCE: _name(checkpoint),
         contract.CHECKSUMS: json.dumps(checksums, sort_keys=True),
         contract.CONFIG: json.dumps(to_hf(checkpoint.config), sort_keys=True),
-        contract.PRECISION: "fp32",
-        contract.CACHE: "growing",
-        contract.LOGITS: "last" if last else "all",
+        contract.PRECISION: precision,
+        contract.CACHE: options.cache,
+        contract.LOGITS: "last" if options.last else "all",
     }
+    if precision in BITS:
+        facts[contract.BLOCK] = str(options.block)
+        facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
+    return facts
 
 
-def genai_config(config: GPT2Config) -> dict[str, Any]:
+# What models in one directory have in common.
+FELLOWSHIP = {
+    contract.CONFIG: "configuration",
+    contract.CACHE: "kind of cache",
+    contract.LOGITS: "choice of logits",
+}
+
+
+def genai_config(config: GPT2Config, precision: str = "fp32", cache: str = "growing") -> dict[str, Any]:
     """The ``genai_config.json`` of onnxruntime-genai, which refuses unknown keys."""
     end = config.eos_token_id if config.eos_token_id is not None else config.n_vocab - 1
     begin = config.bos_token_id if config.bos_token_id is not None else end
     pad = config.pad_token_id if config.pad_token_id is not None else end
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": contract.MODEL,
+        "filename": contract.model_file(precision),
         "head_size": config.head_dim,
         "hidden_size": config.n_embd,
         "num_attention_heads": config.n_head,
@@ -218,5 +310,5 @@ def genai_config(config: GPT2Config) -> dict[str, Any]:
     tokens = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad, "vocab_size": config.n_vocab}
     return {
         "model": {"type": "decoder", **tokens, "context_length": config.n_ctx, "decoder": decoder},
-        "search": {"max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": False},
+        "search": {"max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": cache == "inplace"},
     }

@@ -25,46 +25,50 @@ from gpt2x import model as definition
 from gpt2x.contract import Slot
 
 from .interface import Interface
+from .weights import Piece, Quantized, Weights
 
 OPSET = 23  # the first with Attention
 IR_VERSION = 11  # the first that knows opset 23
-LOWEST = float(np.finfo(np.float32).min)  # a logit that gets no weight, and is not yet infinite
-ELEMENTS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-
-
-class Place(NamedTuple):
-    """Where the bytes of a tensor lie in the file of weights."""
-
-    shape: tuple[int, ...]
-    offset: int
-    size: int
+ELEMENTS = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+    "int4": TensorProto.INT4,
+}
+MICROSOFT = "com.microsoft"  # the domain of GroupQueryAttention
 
 
 def to_onnx(
-    config: GPT2Config, weights: Mapping[str, Place], metadata: Mapping[str, str], *, last: bool = False
+    config: GPT2Config, weights: Weights, metadata: Mapping[str, str], *, last: bool = False, cache: str = "growing"
 ) -> onnx.ModelProto:
     """The ONNX model of a configuration.
 
     Args:
-        weights: canonical name -> where its float32 bytes lie in ``model.safetensors`` beside the ONNX file.
+        weights: where each weight lies in the file beside the ONNX file, and as what.
         metadata: goes into ``metadata_props``.
         last: compute the logits of the last position only.
+        cache: "growing", or "inplace" (``contract.CACHES``).
 
     Returns:
         A model of a few kilobytes, equal for equal arguments, that ``onnx.checker`` passes.
     """
-    takes, gives = contract.inputs(config), contract.outputs(config, last)
-    nodes, constants = translate(trace(config, last), takes, list(gives))
+    kind = weights.precision, cache
+    takes, gives = contract.inputs(config, *kind), contract.outputs(config, last, *kind)
+    g = translate(trace(config, last), Graph(weights, cache), takes, list(gives))
     graph = helper.make_graph(
-        nodes,
+        g.nodes,
         "gpt2",
         [_info(name, slot) for name, slot in takes.items()],
         [_info(name, slot) for name, slot in gives.items()],
-        [_external(name, place) for name, place in weights.items()] + constants,
+        list(g.initializers.values()),
     )
+    domains = [("", OPSET)] if cache == "growing" else [("", OPSET), (MICROSOFT, 1)]
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid(*domain) for domain in domains],
         ir_version=IR_VERSION,
         producer_name="gpt2x",
         producer_version=__version__,
@@ -77,10 +81,10 @@ def _info(name: str, slot: Slot) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, ELEMENTS[slot.dtype], slot.shape)
 
 
-def _external(name: str, place: Place) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=place.shape)
+def _external(name: str, piece: Piece, location: str) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=ELEMENTS[piece.dtype], dims=piece.shape)
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", contract.WEIGHTS), ("offset", place.offset), ("length", place.size)):
+    for key, value in (("location", location), ("offset", piece.offset), ("length", piece.size)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
@@ -126,15 +130,22 @@ class Value(NamedTuple):
     dtype: str
 
 
-class Graph:
-    """ONNX nodes in the making."""
+class Weight(NamedTuple):
+    """A weight of the model, by its canonical name."""
 
-    def __init__(self) -> None:
+    name: str
+
+
+class Graph:
+    """An ONNX graph in the making."""
+
+    def __init__(self, weights: Weights, cache: str = "growing") -> None:
+        self.weights, self.cache = weights, cache
         self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
+        self.initializers: dict[str, TensorProto] = {}
         self.scope = ""  # the module that is being translated
         self._names: Counter[str] = Counter()
-        self._additive: dict[Value, Value] = {}
+        self._made: dict[str, Any] = {}
 
     def op(self, kind: str, *arguments: Value, dtype: str | None = None, n: int = 1, **attributes: Any) -> Any:
         """Append a node. Gives its value, or a list of ``n``, of ``dtype`` or else the first argument's type."""
@@ -146,24 +157,46 @@ class Graph:
         self.nodes.append(helper.make_node(kind, *names, name, **attributes))
         return outputs[0] if n == 1 else outputs
 
+    def maker(self, value: Value) -> onnx.NodeProto:
+        """The node that a value comes from."""
+        return next(node for node in reversed(self.nodes) if value.name in node.output)
+
     def constant(self, value: Any, dtype: str = "int64") -> Value:
         """A number, or a list of them, as a constant; equal ones are one."""
         array = np.array(value, dtype)
         name = f"constant_{dtype}_{str(value).replace(' ', '')}"
-        self.constants.setdefault(name, numpy_helper.from_array(array, name))
+        self.initializers.setdefault(name, numpy_helper.from_array(array, name))
         return Value(name, dtype)
 
-    def additive(self, mask: Value) -> Value:
-        """A mask as numbers to add: one conversion for all layers, where a runtime would make one for each."""
-        if mask not in self._additive:
-            allowed, not_allowed = self.constant(0.0, "float32"), self.constant(LOWEST, "float32")
-            self._additive[mask] = self.op("Where", mask, allowed, not_allowed, dtype="float32")
-        return self._additive[mask]
+    def piece(self, name: str, piece: Piece) -> Value:
+        """A tensor in the file of weights."""
+        self.initializers.setdefault(name, _external(name, piece, self.weights.location))
+        return Value(name, piece.dtype)
+
+    def plain(self, weight: Weight) -> Value:
+        """A weight that is stored as it is."""
+        piece = self.weights.stored[weight.name]
+        assert isinstance(piece, Piece), f"{weight.name} is used where quantised weights are not looked for"
+        return self.piece(weight.name, piece)
+
+    def cast(self, x: Value, dtype: str) -> Value:
+        """A value as another type, if it is not of that type already."""
+        return x if x.dtype == dtype else self.op("Cast", x, dtype=dtype, to=ELEMENTS[dtype])
+
+    def once(self, key: str, make: Callable[[], Value]) -> Value:
+        """A value that all layers share, under no module's name."""
+        if key not in self._made:
+            scope, self.scope = self.scope, ""
+            self._made[key] = make()
+            self.scope = scope
+        return self._made[key]  # type: ignore[no-any-return]
 
     def values(self, *arguments: Any) -> list[Value]:
-        """Arguments of which some are plain numbers, these as constants of the others' type."""
-        dtype = next(a.dtype for a in arguments if isinstance(a, Value))
-        return [a if isinstance(a, Value) else self.constant(a, dtype) for a in arguments]
+        """Arguments of which some are plain numbers, these as constants; all of the widest type among them."""
+        found = [self.plain(a) if isinstance(a, Weight) else a for a in arguments]
+        types = [a.dtype for a in found if isinstance(a, Value)]
+        dtype = "float32" if "float32" in types else types[0]
+        return [self.cast(a, dtype) if isinstance(a, Value) else self.constant(a, dtype) for a in found]
 
 
 Operator = Callable[..., Any]
@@ -201,11 +234,96 @@ def _narrow(g: Graph, x: Value, axis: int, start: int, length: int) -> Any:
 
 
 def _attend(g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Value, value: Value, n: int, scale: float) -> Any:
-    return g.op("Attention", q, k, v, g.additive(mask), key, value, n=3, q_num_heads=n, kv_num_heads=n, scale=scale)
+    if g.cache == "inplace":
+        return _attend_in_place(g, q, k, key, value, n, scale)
+    # One conversion of the mask for all layers, where a runtime would make one for each.
+    allowed, not_allowed = (g.constant(number, q.dtype) for number in (0.0, float(np.finfo(q.dtype).min)))
+    bias = g.once(f"additive {mask.name}", lambda: g.op("Where", mask, allowed, not_allowed, dtype=q.dtype))
+    options: dict[str, Any] = {"q_num_heads": n, "kv_num_heads": n, "scale": scale}
+    if q.dtype == "float16":
+        options["softmax_precision"] = TensorProto.FLOAT
+    return g.op("Attention", q, k, v, bias, key, value, n=3, **options)
 
 
-def _cast(g: Graph, x: Value, dtype: str) -> Any:
-    return x if x.dtype == dtype else g.op("Cast", x, dtype=dtype, to=ELEMENTS[dtype])
+def _attend_in_place(g: Graph, q: Value, k: Value, key: Value, value: Value, n: int, scale: float) -> Any:
+    """Attention that writes new keys and values where the cache lies. It takes q, k and v as one, and knows no mask but
+    the number of tokens in each row."""
+    seen, one = Value("attention_mask", "int64"), g.constant(1)
+    counts = g.once("counts", lambda: g.op("ReduceSum", seen, g.constant([1]), keepdims=0))
+    ends = g.once("ends", lambda: g.op("Cast", g.op("Sub", counts, one), dtype="int32", to=TensorProto.INT32))
+    width = g.once("width", lambda: g.op("Squeeze", g.op("Shape", seen, start=1, end=2)))
+    total = g.once("total", lambda: g.op("Cast", width, dtype="int32", to=TensorProto.INT32))
+    qkv = Value(g.maker(k).input[0], q.dtype)  # what was split
+    nothing = Value("", "")
+    heads: dict[str, Any] = {"num_heads": n, "kv_num_heads": n, "scale": scale}
+    y, *present = g.op(
+        "GroupQueryAttention", qkv, nothing, nothing, key, value, ends, total, n=3, domain=MICROSOFT, **heads
+    )
+    narrowed = g.maker(q).op_type == "Slice"  # the last token alone is asked for
+    return [_narrow(g, y, 1, -1, 1) if narrowed else y, *present]
+
+
+def _project(g: Graph, x: Value, weight: Any) -> Any:
+    """``x @ weight``."""
+    if isinstance(weight, Value):
+        return g.op("MatMul", x, weight)
+    stored = g.weights.stored[weight.name]
+    if isinstance(stored, Piece):
+        return g.op("MatMul", g.cast(x, stored.dtype), g.plain(weight))
+    return g.op("MatMul", x, _dequantized(g, weight.name, stored))
+
+
+def _dequantized(g: Graph, name: str, stored: Quantized, transposed: bool = False) -> Value:
+    # The pair of DequantizeLinear and MatMul is what ONNX Runtime makes one, if nothing else uses the numbers. What it
+    # transposes is a constant, so that this happens once.
+    parts = [g.piece(name, stored.q), g.piece(f"{name}_scale", stored.scale)]
+    if transposed:
+        parts = [g.op("Transpose", part, perm=[1, 0]) for part in parts]
+    return g.op("DequantizeLinear", *parts, dtype="float32", axis=0, block_size=stored.block)  # type: ignore[no-any-return]
+
+
+def _embed(g: Graph, ids: Value, table: Weight, **_: Any) -> Any:
+    """Rows of a table, (B, T, C), in float32."""
+    stored = g.weights.stored[table.name]
+    if isinstance(stored, Piece):
+        return g.cast(g.op("Gather", g.plain(table), ids, axis=0), "float32")
+    if stored.q.dtype == "int4":
+        rows = _gather4(g, ids, table.name, stored.q)
+    else:
+        rows = g.op("Gather", g.piece(table.name, stored.q), ids, axis=0)
+    scales = g.op("Gather", g.piece(f"{table.name}_scale", stored.scale), ids, axis=0)
+    return g.op("DequantizeLinear", rows, scales, dtype="float32", axis=2, block_size=stored.block)
+
+
+def _gather4(g: Graph, ids: Value, name: str, q: Piece) -> Value:
+    """Rows of 4-bit numbers as int8. Gather takes no int4, so it gets the same bytes of the file as uint8."""
+    V, C = q.shape
+    pairs = g.op("Gather", g.piece(f"{name}_pairs", Piece("uint8", (V, C // 2), q.offset, q.size)), ids, axis=0)
+    low = g.op("BitwiseAnd", pairs, g.constant(15, "uint8"))
+    high = g.op("BitShift", pairs, g.constant(4, "uint8"), direction="RIGHT")
+    halves = [g.op("Unsqueeze", half, g.constant([3])) for half in (low, high)]
+    numbers = g.op("Reshape", g.op("Concat", *halves, axis=3), g.constant([0, 0, C]))  # (B, T, C) of 0 to 15
+    signed = g.op("BitwiseXor", numbers, g.constant(8, "uint8"))  # and 8 too many
+    return g.cast(g.op("Sub", g.cast(signed, "int32"), g.constant(8, "int32")), "int8")
+
+
+def _unembed(g: Graph, x: Value, table: Weight) -> Any:
+    """``x @ table.T``, in float32."""
+    stored = g.weights.stored[table.name]
+    if isinstance(stored, Piece):
+        columns = g.op("Transpose", g.cast(g.plain(table), "float32"), perm=[1, 0])
+        return g.op("MatMul", x, columns)
+    return g.op("MatMul", x, _dequantized(g, table.name, stored, transposed=True))
+
+
+def _normalize(g: Graph, module: nn.LayerNorm, x: Value) -> Any:
+    parts = (g.plain(Weight(f"{g.scope}.{part}")) for part in ("weight", "bias"))
+    return g.op("LayerNormalization", g.cast(x, "float32"), *parts, epsilon=module.eps)
+
+
+def _same_type(g: Graph, x: Value, dtype: Any = None) -> Value:
+    """Between types of floats: which of them is used where is the precision's business."""
+    return x
 
 
 # torch's operator (a function, a method's name, or the class of a module) -> ONNX's. Whatever the model comes to use
@@ -215,7 +333,7 @@ OPERATORS: dict[Any, Operator] = {
     operator.getitem: _item,
     operator.add: _same("Add"),
     operator.mul: _same("Mul"),
-    operator.matmul: _same("MatMul"),
+    operator.matmul: _project,
     operator.le: _same("LessOrEqual", "bool"),
     operator.eq: _same("Equal", "bool"),
     operator.ne: lambda g, *pair: g.op("Not", g.op("Equal", *g.values(*pair), dtype="bool")),
@@ -223,34 +341,29 @@ OPERATORS: dict[Any, Operator] = {
     operator.and_: _same("And"),
     torch.arange: _range,
     torch.tanh: _same("Tanh"),
-    F.embedding: lambda g, ids, table, **_: g.op("Gather", table, ids, axis=0),
-    F.linear: lambda g, x, weight: g.op("MatMul", x, g.op("Transpose", weight, perm=[1, 0])),
+    F.embedding: _embed,
+    F.linear: _unembed,
     onnx_attention: _attend,
     "unsqueeze": lambda g, x, axis: g.op("Unsqueeze", x, g.constant([axis])),
     "chunk": lambda g, x, n, dim: g.op("Split", x, n=n, num_outputs=n, axis=dim),
     "narrow": _narrow,
-    "float": lambda g, x: _cast(g, x, "float32"),
-    "to": _cast,
+    "float": _same_type,
+    "to": _same_type,
     nn.Dropout: lambda g, module, x: x,
     nn.GELU: lambda g, module, x: g.op("Gelu", x, approximate=module.approximate),
     nn.ReLU: lambda g, module, x: g.op("Relu", x),
     nn.SiLU: lambda g, module, x: g.op("Mul", x, g.op("Sigmoid", x)),
     nn.Tanh: lambda g, module, x: g.op("Tanh", x),
-    nn.LayerNorm: lambda g, module, x: g.op(
-        "LayerNormalization", x, *(Value(f"{g.scope}.{p}", x.dtype) for p in ("weight", "bias")), epsilon=module.eps
-    ),
+    nn.LayerNorm: _normalize,
 }
 
 
-def translate(
-    traced: fx.GraphModule, takes: Mapping[str, Slot], gives: list[str]
-) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """The nodes of a traced model and their constants. ``takes`` are its inputs, ``gives`` the names of its outputs.
+def translate(traced: fx.GraphModule, g: Graph, takes: Mapping[str, Slot], gives: list[str]) -> Graph:
+    """Put the nodes of a traced model into a graph. ``takes`` are its inputs, ``gives`` the names of its outputs.
 
     Raises:
         NotImplementedError: for an operator that is not in the table.
     """
-    g = Graph()
     inputs = (Value(name, slot.dtype) for name, slot in takes.items())
     values: dict[fx.Node, Any] = {}
     results: list[Value] = []
@@ -260,7 +373,7 @@ def translate(
         if node.op == "placeholder":
             values[node] = next(inputs)
         elif node.op == "get_attr":
-            values[node] = Value(node.target.removeprefix("model."), "float32")
+            values[node] = Weight(node.target.removeprefix("model."))
         elif node.op == "output":
             results = _flat(arguments)
         elif node.op == "call_module":
@@ -272,7 +385,19 @@ def translate(
     for made in g.nodes:
         made.input[:] = [renamed.get(name, name) for name in made.input]
         made.output[:] = [renamed.get(name, name) for name in made.output]
-    return g.nodes, list(g.constants.values())
+    _drop_unused(g, set(gives))
+    return g
+
+
+def _drop_unused(g: Graph, used: set[str]) -> None:
+    """Leave out what no output depends on, such as the mask of attention that knows none."""
+    kept = []
+    for node in reversed(g.nodes):
+        if used.intersection(node.output):
+            kept.append(node)
+            used.update(node.input)
+    g.nodes = kept[::-1]
+    g.initializers = {name: tensor for name, tensor in g.initializers.items() if name in used}
 
 
 def _flat(results: Any) -> list[Value]:

@@ -1,0 +1,120 @@
+"""Weights in blocks of small whole numbers that share a scale: what ONNX's ``DequantizeLinear`` takes apart again.
+
+A matrix (K, N) is cut along K, the axis that a product sums over, into blocks of B numbers; a last, shorter block has a
+scale of its own. Numbers are symmetric about zero: 8 bits are -127 to 127, 4 bits -8 to 7. Each block takes the scale
+that loses least, out of a few near the one that just covers its largest number.
+
+With a Hessian, rounding errors are made up for as they arise, by what comes later in the same column: GPTQ ("GPTQ:
+Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+RANGES = {8: (-127, 127), 4: (-8, 7)}
+TRIED = {8: (1.0, 0.99, 0.98, 0.97), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # shares of the covering scale
+SLICE = 512  # columns at a time: what fits into a processor's cache
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+
+
+class Blocks(NamedTuple):
+    """A quantised matrix: numbers int8 (K, N), and their scales float32 (ceil(K / B), N)."""
+
+    q: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+
+def quantize(matrix: Array, bits: int, block: int, hessian: Array | None = None) -> Blocks:
+    """Cut a matrix (K, N) of finite numbers into blocks of ``block`` rows.
+
+    Args:
+        bits: 8 or 4.
+        hessian: (K, K), the sum of ``x x^T`` over what the matrix is multiplied with, to round by; otherwise to nearest.
+    """
+    work = _nearest if hessian is None else partial(_compensated, root=_root(hessian))
+    starts = range(0, matrix.shape[1], SLICE)
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(lambda i: work(matrix[:, i : i + SLICE].astype(np.float32), bits, block), starts))
+    return Blocks(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
+
+
+def dequantize(q: Array, scale: Array, block: int) -> NDArray[np.float32]:
+    """What the numbers (K, N) and scales (ceil(K / B), N) stand for."""
+    result: NDArray[np.float32] = q * np.repeat(scale, block, 0)[: len(q)]
+    return result
+
+
+def _nearest(x: Array, bits: int, block: int) -> Blocks:
+    K, N = x.shape
+    groups = -(-K // block)
+    cut = np.zeros((groups * block, N), np.float32)
+    cut[:K] = x
+    cut = cut.reshape(groups, block, N)
+    scale = np.stack([best_scale(part, bits) for part in cut])  # (G, N)
+    q = np.rint(cut / scale[:, None]).clip(*RANGES[bits])
+    return Blocks(q.reshape(-1, N)[:K].astype(np.int8), scale)
+
+
+def best_scale(x: Array, bits: int) -> NDArray[np.float32]:
+    """The scale of each column of one block (B, N) that makes the smallest squared error. A block of zeros has 1."""
+    low, high = RANGES[bits]
+    largest = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
+    covering = np.abs(largest) / high if bits == 8 else largest / low  # of 4 bits, -8 reaches farther than 7
+    covering = np.where(np.abs(covering) < np.finfo(np.float32).tiny, 1, covering).astype(np.float32)
+    best, least = covering, np.full(x.shape[1], np.inf, np.float32)
+    for share in TRIED[bits]:
+        scale = covering * np.float32(share)
+        lost = np.rint(x / scale).clip(low, high)
+        lost *= scale
+        lost -= x
+        error = np.einsum("kn,kn->n", lost, lost)
+        better = error < least
+        best, least = np.where(better, scale, best), np.where(better, error, least)
+    return best
+
+
+def _root(hessian: Array) -> Array:
+    """Upper triangular U with ``U^T U`` the inverse of a Hessian, which is made invertible."""
+    h = hessian.astype(np.float64)
+    h[np.diag_indices_from(h)] += DAMPING * (float(np.mean(np.diag(h))) or 1.0)
+    root: Array = np.linalg.cholesky(np.linalg.inv(h)).T.astype(np.float32)
+    return root
+
+
+def _compensated(x: Array, bits: int, block: int, root: Array) -> Blocks:
+    K, N = x.shape
+    q, scales = np.empty((K, N), np.int8), []
+    for start in range(0, K, block):
+        end = min(start + block, K)
+        scale = best_scale(x[start:end], bits)
+        lost = np.empty((end - start, N), np.float32)
+        for k in range(start, end):
+            q[k] = np.rint(x[k] / scale).clip(*RANGES[bits])
+            lost[k - start] = (x[k] - q[k] * scale) / root[k, k]
+            x[k + 1 : end] -= np.outer(root[k, k + 1 : end], lost[k - start])
+        x[end:] -= root[start:end, end:].T @ lost
+        scales.append(scale)
+    return Blocks(q, np.stack(scales))
+
+
+def pack4(q: Array) -> NDArray[np.uint8]:
+    """4-bit numbers in ONNX's order: two a byte, the first in the lower half; an odd last one has a byte alone."""
+    flat = q.reshape(-1).view(np.uint8) & 15
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return np.asarray(flat[::2] | flat[1::2] << 4, np.uint8)
+
+
+def unpack4(data: Array, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """The 4-bit numbers of ``pack4``."""
+    both = np.stack((data & 15, data >> 4), 1).reshape(-1)[: int(np.prod(shape))]
+    numbers: NDArray[np.int8] = (both.astype(np.int8) ^ 8) - np.int8(8)
+    return numbers.reshape(shape)
