@@ -17,6 +17,7 @@ TOTAL = f"{PAST} + {NEW}"
 CACHES = {
     "growing": "1",  # each run returns a longer one; left padding, right padding and holes in the mask are all right
     "inplace": "2",  # new keys and values go where the cache lies, if past and present are one buffer; right padding only
+    "inplace-int8": "2",  # and are 8-bit numbers there, with a scale for each head and channel
 }
 
 # Precision -> what transformers.js puts behind "model" for it.
@@ -55,7 +56,7 @@ def data_file(precision: str) -> str:
 
 def inputs(config: GPT2Config, precision: str = "fp32", cache: str = "growing") -> dict[str, Slot]:
     """What the model takes, in order."""
-    past = Slot(cache_type(precision), (BATCH, config.n_head, PAST, config.head_dim))
+    past = Slot(cache_type(precision, cache), (BATCH, config.n_head, PAST, config.head_dim))
     return {
         "input_ids": Slot("int64", (BATCH, NEW)),
         "attention_mask": Slot("int64", (BATCH, TOTAL if cache == "growing" else "total_sequence_length")),
@@ -67,14 +68,19 @@ def inputs(config: GPT2Config, precision: str = "fp32", cache: str = "growing") 
 def outputs(config: GPT2Config, last: bool = False, precision: str = "fp32", cache: str = "growing") -> dict[str, Slot]:
     """What the model gives, in order."""
     total = TOTAL if cache == "growing" else "present_sequence_length"
-    present = Slot(cache_type(precision), (BATCH, config.n_head, total, config.head_dim))
+    present = Slot(cache_type(precision, cache), (BATCH, config.n_head, total, config.head_dim))
     logits = Slot("float32", (BATCH, 1 if last else NEW, config.n_vocab))
     return {"logits": logits, **dict.fromkeys(present_names(config.n_layer), present)}
 
 
-def cache_type(precision: str) -> str:
+def cache_type(precision: str, cache: str = "growing") -> str:
     """The type of the cache's numbers."""
-    return "float16" if precision == "fp16" else "float32"
+    return "int8" if cache == "inplace-int8" else "float16" if precision == "fp16" else "float32"
+
+
+def stays(cache: str) -> bool:
+    """Whether a cache of this kind stays in place."""
+    return CACHES[cache] == "2"
 
 
 def past_names(n_layer: int) -> list[str]:

@@ -44,7 +44,10 @@ class RowCache:
         """Make room for so many rows of so many tokens."""
         had_rows, had_tokens = len(self.lengths), self.capacity
         new_rows = had_rows if rows <= had_rows else max(rows, 2 * had_rows)
-        new_tokens = had_tokens if tokens <= had_tokens else min(self.n_ctx, max(tokens, 2 * had_tokens, LEAST))
+        new_tokens = had_tokens or LEAST
+        while new_tokens < tokens:
+            new_tokens *= 2
+        new_tokens = had_tokens if tokens <= had_tokens else min(self.n_ctx, new_tokens)
         if (new_rows, new_tokens) == (had_rows, had_tokens):
             return
         used = int(self.lengths.max(initial=0))

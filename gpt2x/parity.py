@@ -21,7 +21,7 @@ from converters.checkpoint import crc_of, zip_chunks
 from converters.tensors import F32, F64, LazyTensor, whole_items
 from converters.tokenizer_files import TokenizerFiles
 
-from .runs import BOUNDS, Check, compare_runs
+from .runs import BOUNDS, Bounds, Check, compare_runs
 from .sample import sample_ids
 from .subjects import Subject, Transformers, Uncached, gpt2x_model, kind_of, open_subject
 
@@ -176,8 +176,8 @@ def _runs(yardstick: Subject, subject: Subject, tokenizer: TokenizerFiles | None
     """Both run on a full context, and a word on which tokens these are."""
     ids, said = sample_ids(yardstick.config, tokenizer, text)
     ran = f"{subject.runtime} against {yardstick.runtime}"
-    bounds = BOUNDS[widest(precision_of(yardstick), precision_of(subject))]
-    return [Check("run", None, ran), Check("text", None, said), *compare_runs(yardstick, subject, ids, bounds)]
+    checks = compare_runs(yardstick, subject, ids, bounds_of(yardstick, subject))
+    return [Check("run", None, ran), Check("text", None, said), *checks]
 
 
 def needs_torch() -> str:
@@ -190,13 +190,15 @@ def _installed(module: str) -> bool:
 
 
 def precision_of(subject: Subject) -> str:
-    """How precise a model is; all but some ONNX are fp32."""
+    """How a model stores its weights; all but some ONNX are fp32."""
     return str(getattr(subject, "precision", "fp32"))
 
 
-def widest(*precisions: str) -> str:
-    """The precision whose bounds are the widest."""
-    return max(precisions, key=list(BOUNDS).index)
+def bounds_of(*subjects: Subject) -> Bounds:
+    """How far two models may be apart: as far as the coarser's numbers, of weights or cache, let them."""
+    kinds = [precision_of(subject) for subject in subjects]
+    kinds += ["int8" for subject in subjects if getattr(subject, "cache_kind", "").endswith("int8")]
+    return BOUNDS[max(kinds, key=list(BOUNDS).index)]
 
 
 # ------------------------------------------------------------------------------------------------- single checks

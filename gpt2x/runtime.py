@@ -8,6 +8,8 @@ The cache stays in ONNX Runtime's own buffers from step to step: what one step r
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,7 @@ class OnnxDecoder:
         self.path = find_model(path, precision)
         self.threads, self.providers = threads, tuple(providers)
         self._session = _open(self.path, threads, optimize, list(providers))
+        _give_back()
         self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
@@ -81,7 +84,8 @@ class OnnxDecoder:
         _check_contract(self)
         self._past = contract.past_names(self.config.n_layer)
         self._present = contract.present_names(self.config.n_layer)
-        self._dtype = np.dtype(contract.cache_type(self.precision))
+        self._dtype = np.dtype(contract.cache_type(self.precision, self.cache_kind))
+        self.in_place = contract.stays(self.cache_kind)
         self._bound: tuple[Any, ...] = ()
         self.n_ctx, self.n_vocab = self.config.n_ctx, self.config.n_vocab
 
@@ -101,14 +105,14 @@ class OnnxDecoder:
             InputError: if these do not fit the model or one another.
         """
         ids, positions = self._tokens(input_ids, position_ids)
-        if self.cache_kind == "inplace":
+        if self.in_place:
             return self._in_place(ids, attention_mask, positions, cache, last=self.last_only)
         return self._checked(ids, attention_mask, positions, cache)
 
     def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """As ``gpt2x.generate.Decoder.step``: the logits of the last position, (B, V). A long prompt goes in pieces."""
         ids, positions = self._tokens(input_ids, position_ids)
-        if self.cache_kind == "inplace":
+        if self.in_place:
             logits, cache = self._in_place(ids, attention_mask, positions, cache, last=True)
             return logits[:, -1], cache
         mask = None if attention_mask is None else _whole(attention_mask, "attention_mask")
@@ -302,7 +306,7 @@ class RunningBatch:
     """
 
     def __init__(self, decoder: OnnxDecoder) -> None:
-        if decoder.cache_kind != "inplace":
+        if not decoder.in_place:
             raise InputError(f"{decoder.path}: its cache grows; rows join and leave only one made with --cache inplace")
         self.decoder = decoder
         self.cache = decoder.row_cache(0)
@@ -402,6 +406,12 @@ def _open(path: Path, threads: int | None, optimize: bool, providers: list[str])
         return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime has no base class of its own for these
         raise FormatError(f"{path}: ONNX Runtime cannot load it: {_plain(error)}") from None
+
+
+def _give_back() -> None:
+    """Return to the system what loading took for a while: a third of the memory, where weights are packed anew."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _names(path: Path, name: str) -> bool:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import TINY, assert_refused, random_checkpoint
 from test_onnx_export import SHAKESPEARE, SWITCHES
 from test_precisions import SMALL, gentle
@@ -270,6 +271,36 @@ def test_int8_in_a_running_batch_is_as_near_as_alone(shakespeare):
     for number, n in numbers.items():
         expected, _ = decoder.step(np.array([[*prompt(n, n), 17]]), None, np.arange(n + 1)[None], None)
         assert np.abs(found[number] - expected[0]).max() < 2e-2 * np.abs(expected).max()
+
+
+def test_a_cache_of_8_bits_takes_a_quarter_and_is_nearer_than_8_bit_weights(tmp_path, shakespeare):
+    source = open_checkpoint(SHAKESPEARE)
+    export_onnx(source, tmp_path / "d", Options(("fp32",), "inplace-int8"))
+    decoder = OnnxDecoder(tmp_path / "d")
+    caches = [
+        model.step(np.array([prompt(9)]), None, np.arange(9)[None], None)[1]
+        for model in (decoder, OnnxDecoder(shakespeare))
+    ]
+    assert 4 * caches[0].nbytes == caches[1].nbytes
+    reports = verify_export(source, tmp_path / "d"), verify_export(source, shakespeare, precision="int8")
+    kl = [next(c for c in r.checks if c.name == "full context").details["kl_divergence"] for r in reports]
+    assert reports[0].passed and kl[0] < kl[1]
+    assert "8-bit numbers" in (tmp_path / "d/README.md").read_text()
+
+
+def test_scales_of_an_8_bit_cache_cover_what_a_text_shows_and_more():
+    from gpt2x.export.calibrate import cache_scales
+
+    source = open_checkpoint(SHAKESPEARE)
+    ids = prompt(300)
+    scales = cache_scales(source, ids)
+    _, present = gpt2x_model(source).model.hidden(torch.tensor([ids[:256]]))
+    assert len(scales) == 4
+    for pair, found in zip(scales, present, strict=True):
+        for scale, x in zip(pair, found, strict=True):
+            assert scale.shape == (6, 1, 32) and scale.dtype == np.float32
+            largest = x.abs().amax((0, 2)).detach().numpy()[:, None]
+            assert (scale * 127 >= 1.49 * largest).all() and (scale * 127 >= 0.33 * largest.max()).all()
 
 
 def test_a_prompt_of_the_whole_context_fits(tmp_path):

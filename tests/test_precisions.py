@@ -242,7 +242,7 @@ def test_wrong_usage(gpt2x, tmp_path, options):
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
-@pytest.mark.parametrize("cache", ["growing", "inplace"])
+@pytest.mark.parametrize("cache", list(contract.CACHES))
 @pytest.mark.parametrize("precision", ALL)
 def test_every_precision_is_within_its_bounds_however_it_is_run(tmp_path, precision, cache):
     source = open_checkpoint(SHAKESPEARE)
@@ -250,6 +250,7 @@ def test_every_precision_is_within_its_bounds_however_it_is_run(tmp_path, precis
     report = verify_export(source, tmp_path / "d", precision=precision)
     assert [(c.name, c.result) for c in report.checks if c.passed is False] == []
     assert len([c for c in report.checks if c.passed]) >= 10
+    assert OnnxDecoder(tmp_path / "d").inputs["past_key_values.0.key"].dtype == contract.cache_type(precision, cache)
 
 
 @pytest.mark.parametrize("switch", [{}, {"tie_word_embeddings": False}, {"n_embd": 48, "n_head": 3}, {"n_inner": 50}])

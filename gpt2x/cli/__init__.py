@@ -10,6 +10,7 @@ import click
 
 from gpt2x import __version__
 
+from .bench import bench
 from .convert import convert
 from .demo import demo
 from .export import export
@@ -76,5 +77,5 @@ def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # unwinds, so that no half-written file stays
 
 
-for command in (convert, export, inspect, verify, generate, demo):
+for command in (convert, export, inspect, verify, generate, bench, demo):
     main.add_command(command)

@@ -41,11 +41,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--cache",
-    type=click.Choice(["growing", "inplace"]),
-    help="ONNX: each run returns a longer cache (the default), or can write into the one it is given (faster; right padding only).",
+    type=click.Choice(["growing", "inplace", "inplace-int8"]),
+    help="ONNX: each run returns a longer cache (the default), or can write into the one it is given (faster; right padding only), which may hold 8-bit numbers (a quarter of the memory).",
 )
 @click.option(
-    "--calibrate", metavar="FILE", help="ONNX: text to round int8 and int4 by, like what the model will be given."
+    "--calibrate",
+    metavar="FILE",
+    help="ONNX: text to round int8, int4 and an 8-bit cache by, like what the model will be given.",
 )
 @click.option(
     "--block-size",
@@ -83,8 +85,9 @@ def export(
     if not onnx and (given := next((name for name, value in about.items() if value), None)):
         raise click.UsageError(f"{given} is about --onnx, which is not given")
     kinds = _precisions(precisions)
-    if not {"int8", "int4"} & set(kinds) and (calibrate or block_size):
-        raise click.UsageError(f"{'--calibrate' if calibrate else '--block-size'} is about int8 and int4")
+    quantised = {"int8", "int4"} & set(kinds)
+    if (block_size and not quantised) or (calibrate and not quantised and cache != "inplace-int8"):
+        raise click.UsageError(f"{'--block-size' if block_size else '--calibrate'} is about int8 and int4")
     if onnx and Path(onnx).suffix == ".onnx":
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"

@@ -126,8 +126,10 @@ def table(report: Report) -> str:
     marks = {True: "same", False: "DIFFERENT", None: "-"}
     lines, headed = [f"{report.a} against {report.b}"], False
     for check in report.checks:
-        mark = "near tie" if check.details.get("near_tie") else marks[check.passed]
         measured = "max_abs_error" in check.details
+        mark = "near tie" if check.details.get("near_tie") else marks[check.passed]
+        if check.passed and check.details.get("inexact"):
+            mark = "in bounds"
         if measured and not headed:
             lines.append(" " * 29 + " ".join(f"{head:>{int(form.split('.')[0])}}" for head, form in COLUMNS.values()))
             headed = True

@@ -46,6 +46,28 @@ def hessians(checkpoint: Checkpoint, ids: Sequence[int]) -> Iterator[Hessians]:
         yield {name: (total / n).numpy() for name, total in sums.items()}
 
 
+def cache_scales(checkpoint: Checkpoint, ids: Sequence[int]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """For each layer, the scales (H, 1, D) of its keys and its values as 8-bit numbers.
+
+    A channel's scale covers half as much again as it showed on these tokens, and at least a third of the layer's largest:
+    what a text does not show may come, and rounding hurts less than cutting off.
+    """
+    model = model_of(checkpoint).eval()
+    n_ctx, n = checkpoint.config.n_ctx, min(len(ids), TOKENS)
+    largest: list[list[Tensor]] = []
+    with torch.inference_mode():
+        for start in range(0, n, n_ctx):
+            _, present = model.hidden(torch.tensor([ids[start : min(start + n_ctx, n)]]))
+            seen = [[x.abs().amax((0, 2)) for x in pair] for pair in present]  # (H, D) each
+            pairs = zip(largest or seen, seen, strict=True)
+            largest = [[torch.maximum(a, b) for a, b in zip(*two, strict=True)] for two in pairs]
+    keys, values = (
+        [torch.maximum(1.5 * x, x.max() / 3).clamp(min=1e-20).div(127).unsqueeze(1).numpy() for x in part]
+        for part in zip(*largest, strict=True)
+    )
+    return list(zip(keys, values, strict=True))
+
+
 def largest_values(checkpoint: Checkpoint, ids: Sequence[int]) -> dict[str, float]:
     """Canonical name of each projection -> the largest number that goes in or comes out, by magnitude, on these tokens."""
     model, largest = model_of(checkpoint).eval(), dict[str, float]()

@@ -23,9 +23,10 @@ from converters.spec import GPT2Config
 from converters.tensors import F32, LazyTensor
 from gpt2x import __version__, contract
 from gpt2x.contract import models_in
+from gpt2x.sample import sample_ids
 
 from .card import model_card
-from .onnx import to_onnx
+from .onnx import Scales, to_onnx
 from .weights import BITS, BLOCK, write_weights
 
 INDEX = "model.safetensors.index.json"
@@ -52,9 +53,10 @@ class Options:
 
     Args:
         precisions: of ``contract.SUFFIXES``, each a model of its own; onnxruntime-genai runs the first.
-        cache: "growing" or "inplace".
+        cache: one of ``contract.CACHES``.
         last: compute the logits of the last position only.
-        calibration: tokens by which int8 and int4 are rounded; without them, to nearest.
+        calibration: tokens by which int8 and int4 are rounded, without them to nearest; and by which the scales of an
+            8-bit cache are chosen, without them by a scene of Shakespeare's.
         block: how many weights of int8 and int4 share a scale.
     """
 
@@ -94,7 +96,7 @@ def export_onnx(
     path = Path(path)
     if need_tokenizer and checkpoint.tokenizer is None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
-    if options.cache == "inplace" and checkpoint.config.head_dim % 8:
+    if contract.stays(options.cache) and checkpoint.config.head_dim % 8:
         raise ConfigError(
             f"attention that writes in place (GroupQueryAttention) takes heads of a multiple of 8, and this model's heads "
             f"are {checkpoint.config.head_dim} wide: export it with --cache growing"
@@ -252,9 +254,17 @@ def _write_model(
     with new_file(stage / "onnx" / contract.data_file(precision)) as out:
         weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
     facts = metadata(checkpoint, checksums.result(), precision, options)
-    model = to_onnx(checkpoint.config, weights, facts, last=options.last, cache=options.cache)
+    scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
+    model = to_onnx(checkpoint.config, weights, facts, last=options.last, cache=options.cache, scales=scales)
     with new_file(stage / contract.model_file(precision)) as out:
         out.write(model.SerializeToString(deterministic=True))
+
+
+def _cache_scales(checkpoint: Checkpoint, options: Options) -> Sequence[Scales]:
+    from .calibrate import cache_scales
+
+    ids = options.calibration or sample_ids(checkpoint.config, checkpoint.tokenizer)[0]
+    return cache_scales(checkpoint, ids)
 
 
 def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, options: Options) -> dict[str, str]:
@@ -310,5 +320,5 @@ def genai_config(config: GPT2Config, precision: str = "fp32", cache: str = "grow
     tokens = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad, "vocab_size": config.n_vocab}
     return {
         "model": {"type": "decoder", **tokens, "context_length": config.n_ctx, "decoder": decoder},
-        "search": {"max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": cache == "inplace"},
+        "search": {"max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": contract.stays(cache)},
     }

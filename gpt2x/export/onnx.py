@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 from torch.nn import functional as F
@@ -39,10 +40,17 @@ ELEMENTS = {
     "int4": TensorProto.INT4,
 }
 MICROSOFT = "com.microsoft"  # the domain of GroupQueryAttention
+Scales = Tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def to_onnx(
-    config: GPT2Config, weights: Weights, metadata: Mapping[str, str], *, last: bool = False, cache: str = "growing"
+    config: GPT2Config,
+    weights: Weights,
+    metadata: Mapping[str, str],
+    *,
+    last: bool = False,
+    cache: str = "growing",
+    scales: Sequence[Scales] = (),
 ) -> onnx.ModelProto:
     """The ONNX model of a configuration.
 
@@ -50,14 +58,15 @@ def to_onnx(
         weights: where each weight lies in the file beside the ONNX file, and as what.
         metadata: goes into ``metadata_props``.
         last: compute the logits of the last position only.
-        cache: "growing", or "inplace" (``contract.CACHES``).
+        cache: one of ``contract.CACHES``.
+        scales: of keys and values in each layer, (H, 1, D) each, for a cache of 8-bit numbers.
 
     Returns:
         A model of a few kilobytes, equal for equal arguments, that ``onnx.checker`` passes.
     """
     kind = weights.precision, cache
     takes, gives = contract.inputs(config, *kind), contract.outputs(config, last, *kind)
-    g = translate(trace(config, last), Graph(weights, cache), takes, list(gives))
+    g = translate(trace(config, last), Graph(weights, cache, scales), takes, list(gives))
     graph = helper.make_graph(
         g.nodes,
         "gpt2",
@@ -139,8 +148,8 @@ class Weight(NamedTuple):
 class Graph:
     """An ONNX graph in the making."""
 
-    def __init__(self, weights: Weights, cache: str = "growing") -> None:
-        self.weights, self.cache = weights, cache
+    def __init__(self, weights: Weights, cache: str = "growing", scales: Sequence[Scales] = ()) -> None:
+        self.weights, self.cache, self.scales = weights, cache, iter(scales)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.scope = ""  # the module that is being translated
@@ -167,6 +176,11 @@ class Graph:
         name = f"constant_{dtype}_{str(value).replace(' ', '')}"
         self.initializers.setdefault(name, numpy_helper.from_array(array, name))
         return Value(name, dtype)
+
+    def inline(self, name: str, array: NDArray[np.float32]) -> Value:
+        """A small tensor of numbers that the ONNX file itself holds."""
+        self.initializers[name] = numpy_helper.from_array(array, name)
+        return Value(name, str(array.dtype))
 
     def piece(self, name: str, piece: Piece) -> Value:
         """A tensor in the file of weights."""
@@ -234,7 +248,7 @@ def _narrow(g: Graph, x: Value, axis: int, start: int, length: int) -> Any:
 
 
 def _attend(g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Value, value: Value, n: int, scale: float) -> Any:
-    if g.cache == "inplace":
+    if contract.stays(g.cache):
         return _attend_in_place(g, q, k, key, value, n, scale)
     # One conversion of the mask for all layers, where a runtime would make one for each.
     allowed, not_allowed = (g.constant(number, q.dtype) for number in (0.0, float(np.finfo(q.dtype).min)))
@@ -256,9 +270,13 @@ def _attend_in_place(g: Graph, q: Value, k: Value, key: Value, value: Value, n: 
     qkv = Value(g.maker(k).input[0], q.dtype)  # what was split
     nothing = Value("", "")
     heads: dict[str, Any] = {"num_heads": n, "kv_num_heads": n, "scale": scale}
-    y, *present = g.op(
-        "GroupQueryAttention", qkv, nothing, nothing, key, value, ends, total, n=3, domain=MICROSOFT, **heads
-    )
+    arguments = [qkv, nothing, nothing, key, value, ends, total]
+    if g.cache == "inplace-int8":
+        names = (f"{g.scope}.key_scale", f"{g.scope}.value_scale")
+        scales = [g.inline(name, array) for name, array in zip(names, next(g.scales), strict=True)]
+        arguments += [nothing] * 5 + scales  # no rotation, positions, bias or sink
+        heads |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    y, *present = g.op("GroupQueryAttention", *arguments, n=3, domain=MICROSOFT, **heads)
     narrowed = g.maker(q).op_type == "Slice"  # the last token alone is asked for
     return [_narrow(g, y, 1, -1, 1) if narrowed else y, *present]
 

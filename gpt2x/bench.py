@@ -1,0 +1,202 @@
+"""How fast an ONNX model is on this machine, and how near it comes to what the memory allows.
+
+Decoding a token reads every weight once, so that memory is its bound: the same bytes are streamed, by as many threads,
+in the same run. Each combination is measured in a process of its own, which loads nothing but one model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import ConversionError
+
+from . import contract
+from .runtime import OnnxDecoder, find_model
+
+ROUNDS = 5  # prefills, and readings of memory
+
+Run = dict[str, Any]
+
+
+def bench(
+    path: str | Path, precisions: Sequence[str | None], prompt: int, new: int, batches: Sequence[int], threads: int,
+    show: Callable[[Run], None] = lambda run: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure models of a directory.
+
+    Args:
+        precisions: which; None is the default one.
+        prompt: tokens in each prompt, drawn at random.
+        new: tokens that are decoded after it.
+        batches: how many such prompts at once.
+        threads: what ONNX Runtime works with.
+        show: called with each result as it comes.
+
+    Returns:
+        ``{"machine": {...}, "runs": [...]}``. A run has ``precision``, ``cache``, ``prompt``, ``new``, ``batch``;
+        ``load_s``, seconds until the model is loaded; ``ttft_ms``, until the first token is known in a process that has
+        just loaded it; ``prefill_ms``, the same once warm; ``decode_tokens_per_s``, of all rows together; ``rss_mb``, the
+        peak memory of the process; ``bandwidth_share``, the time it takes to read the file of weights' bytes, as a share
+        of the time of a step.
+
+    Raises:
+        ConversionError: if a model cannot be opened or run.
+    """
+    runs: list[Run] = []
+    for precision in precisions:
+        for batch in batches:
+            task = {"path": str(find_model(path, precision)), "prompt": prompt, "new": new, "batch": batch}
+            runs.append(_in_a_process({**task, "threads": threads}))
+            show(runs[-1])
+    return {"machine": machine(threads), "runs": runs}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import onnxruntime
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _in_a_process(task: dict[str, Any]) -> Run:
+    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(task)], capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise ConversionError(f"{task['path']}: measuring it failed: {last[0]}") from None
+    if "error" in answer:
+        raise ConversionError(answer["error"])
+    run: Run = answer
+    return run
+
+
+def measure(path: str, prompt: int, new: int, batch: int, threads: int) -> Run:
+    """One run, in this process."""
+    start = time.perf_counter()
+    decoder = OnnxDecoder(path, threads=threads)
+    load = time.perf_counter() - start
+    ids = np.random.default_rng(0).integers(decoder.n_vocab, size=(batch, prompt))
+    positions = np.tile(np.arange(prompt), (batch, 1))
+    prefills = []
+    for _ in range(1 + ROUNDS):
+        cache = None  # before the next takes its room
+        start = time.perf_counter()
+        logits, cache = decoder.step(ids, None, positions, None)
+        tokens = logits.argmax(-1)[:, None]
+        prefills.append(time.perf_counter() - start)
+    steps = []
+    for i in range(new):
+        start = time.perf_counter()
+        logits, cache = decoder.step(tokens, None, np.full((batch, 1), prompt + i), cache)
+        tokens = logits.argmax(-1)[:, None]
+        steps.append(time.perf_counter() - start)
+    step, peak = statistics.median(steps), _peak_memory()
+    return {
+        "precision": decoder.precision,
+        "cache": decoder.cache_kind,
+        "prompt": prompt,
+        "new": new,
+        "batch": batch,
+        "prefill_ms": round(1e3 * statistics.median(prefills[1:]), 2),
+        "decode_tokens_per_s": round(batch / step, 2),
+        "ttft_ms": round(1e3 * prefills[0], 2),
+        "rss_mb": round(peak / 1e6, 1),
+        "load_s": round(load, 3),
+        "bandwidth_share": round(streaming(weights_of(decoder), threads) / step, 3),
+    }
+
+
+def weights_of(decoder: OnnxDecoder) -> int:
+    """How many bytes a model's file of weights has."""
+    data = decoder.path.parent / contract.data_file(decoder.precision)
+    return (data if data.is_file() else decoder.path).stat().st_size
+
+
+def streaming(size: int, threads: int) -> float:
+    """Seconds that it takes to read so many bytes of memory, each thread a part of them."""
+    values = np.ones(max(1, size // 4), np.float32)
+    parts, seconds = np.array_split(values, threads), []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(2 * ROUNDS):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[ROUNDS:])
+
+
+def _peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource  # which Windows has not
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def plot(result: dict[str, Any]) -> bytes:
+    """The decoding of every run as a PNG: a group of bars a batch, a bar a precision. Needs matplotlib."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    runs = result["runs"]
+    kinds = list(dict.fromkeys(run["precision"] for run in runs))
+    batches = list(dict.fromkeys(run["batch"] for run in runs))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        mine = [run for run in runs if run["precision"] == kind]
+        places = [batches.index(run["batch"]) + (i - (len(kinds) - 1) / 2) * width for run in mine]
+        bars = axes.bar(places, [run["decode_tokens_per_s"] for run in mine], width, label=kind)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    first = runs[0]
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+    axes.set_ylabel("tokens/s, all rows together")
+    axes.set_title(f"Decoding {first['new']} tokens after {first['prompt']}, {first['cache']} cache", fontsize=10)
+    axes.legend()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
+
+
+def _child() -> None:
+    try:
+        answer = measure(**json.loads(sys.argv[1]))
+    except ConversionError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _child()
