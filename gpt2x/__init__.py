@@ -27,8 +27,8 @@ _HOMES = {
     "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
     "gpt2x.tokenizer": ("Tokenizer",),
     "gpt2x.generate": ("generate_text", "Generation", "Sampling", "TextStream", "InputError", "PromptError"),
-    "gpt2x.runtime": ("OnnxDecoder",),
-    "gpt2x.export.directory": ("export_onnx",),
+    "gpt2x.runtime": ("OnnxDecoder", "RunningBatch"),
+    "gpt2x.export.directory": ("ExportOptions", "export_onnx"),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -36,11 +36,11 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from converters import Checkpoint, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 
-    from .export.directory import export_onnx
+    from .export.directory import ExportOptions, export_onnx
     from .generate import Generation, InputError, PromptError, Sampling, TextStream, generate_text
     from .load import checkpoint_of, from_pretrained, load_model
     from .model import DROP_RATE, EMBED_DIM, FFN_DIM, GPT2, MAX_LEN, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE
-    from .runtime import OnnxDecoder
+    from .runtime import OnnxDecoder, RunningBatch
     from .tokenizer import Tokenizer
 
 
@@ -66,11 +66,13 @@ __all__ = [
     "VOCAB_SIZE",
     "Checkpoint",
     "ConversionError",
+    "ExportOptions",
     "GPT2Config",
     "Generation",
     "InputError",
     "OnnxDecoder",
     "PromptError",
+    "RunningBatch",
     "Sampling",
     "TextStream",
     "Tokenizer",

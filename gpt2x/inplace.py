@@ -26,6 +26,7 @@ class RowCache:
     def __init__(self, rows: int, *, tensors: int, n_head: int, head_dim: int, n_ctx: int, dtype: Any) -> None:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, np.dtype(dtype)
+        self.bound: Any = None  # what a model keeps from step to step of its binding to these buffers
         self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, padding among them
         self.lengths = np.zeros(rows, np.int64)
         self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]

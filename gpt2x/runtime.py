@@ -86,7 +86,6 @@ class OnnxDecoder:
         self._present = contract.present_names(self.config.n_layer)
         self._dtype = np.dtype(contract.cache_type(self.precision, self.cache_kind))
         self.in_place = contract.stays(self.cache_kind)
-        self._bound: tuple[Any, ...] = ()
         self.n_ctx, self.n_vocab = self.config.n_ctx, self.config.n_vocab
 
     def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
@@ -247,14 +246,15 @@ class OnnxDecoder:
         B = len(ids)
         total = int(positions.max()) + 1
         cache.reserve(B, total)
-        if not (self._bound and self._bound[0] == B and self._bound[1] is cache.buffers[0]):
+        known = cache.bound
+        if known is None or known[0] is not self or known[1] is not cache.buffers[0] or known[2] != B:
             binding = self._session.io_binding()
             tokens, places = np.empty((B, 1), np.int64), np.empty((B, 1), np.int64)
             _bind(binding, "input_ids", tokens)
             _bind(binding, "position_ids", places)
             self._bind_cache(binding, [buffer[:B] for buffer in cache.buffers])
-            self._bound = B, cache.buffers[0], binding, tokens, places
-        *_, binding, tokens, places = self._bound
+            cache.bound = self, cache.buffers[0], B, binding, tokens, places
+        *_, binding, tokens, places = cache.bound
         tokens[:, 0], places[:, 0] = ids, positions
         mask = (np.arange(total) <= places).astype(np.int64)
         _bind(binding, "attention_mask", mask)

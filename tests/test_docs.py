@@ -46,7 +46,7 @@ def test_every_program_of_the_readme_runs(program, tmp_path, monkeypatch, capsys
 def test_the_programs_on_running_exports_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     programs = blocks(ROOT / "docs" / "export.md", "python")
-    assert len(programs) == 4
+    assert len(programs) == 6
     for program in programs:
         exec(compile(program, "export.md", "exec"), {})
     ids = [int(i) for i in capsys.readouterr().out.splitlines()[-1].split()]

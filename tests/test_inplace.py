@@ -15,7 +15,7 @@ from test_onnx_export import SHAKESPEARE, SWITCHES
 from test_precisions import SMALL, gentle
 
 from converters import GPT2Config, open_checkpoint, save_checkpoint
-from gpt2x.export.directory import Options, export_onnx
+from gpt2x.export.directory import ExportOptions, export_onnx
 from gpt2x.generate import Generation, InputError, Sampling, generate_text
 from gpt2x.inplace import RowCache
 from gpt2x.parity import verify_export
@@ -27,7 +27,7 @@ from gpt2x.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inplace") / "shakespeare"
-    export_onnx(open_checkpoint(SHAKESPEARE), folder, Options(("fp32", "int8"), "inplace"))
+    export_onnx(open_checkpoint(SHAKESPEARE), folder, ExportOptions(("fp32", "int8"), "inplace"))
     return folder
 
 
@@ -82,7 +82,7 @@ def test_the_cards_client_runs_with_a_cache_that_is_given_and_taken(shakespeare,
 def test_every_kind_of_model_gives_the_models_logits_however_it_is_run(tmp_path, switches, last):
     config = GPT2Config(**{**vars(TINY), "n_embd": 48, "n_inner": None, **switches})
     checkpoint = random_checkpoint(config)
-    export_onnx(checkpoint, tmp_path / "m", Options(cache="inplace", last=last), need_tokenizer=False)
+    export_onnx(checkpoint, tmp_path / "m", ExportOptions(cache="inplace", last=last), need_tokenizer=False)
     report = verify_export(checkpoint, tmp_path / "m")
     assert [(c.name, c.result) for c in report.checks if c.passed is False] == []
 
@@ -151,6 +151,15 @@ def test_caches_of_two_generations_do_not_touch_one_another(decoder):
     assert [list(row) for row in zip(*found, strict=True)] == alone
 
 
+def test_threads_share_a_decoder_each_with_a_cache_of_its_own(decoder):
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = [continued(decoder, prompt(9, seed), 60) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: continued(decoder, prompt(9, seed), 60), range(4)))
+    assert together == alone
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -183,7 +192,7 @@ def test_a_model_whose_heads_onnx_runtime_cannot_take_is_refused_at_export(gpt2x
 
 
 def test_a_cache_of_another_model_is_refused(decoder, tmp_path):
-    export_onnx(gentle(), tmp_path / "m", Options(cache="inplace"), need_tokenizer=False)
+    export_onnx(gentle(), tmp_path / "m", ExportOptions(cache="inplace"), need_tokenizer=False)
     other = OnnxDecoder(tmp_path / "m")
     for cache in (other.row_cache(1), [1, 2], "cache"):
         with pytest.raises(InputError, match="not one that an earlier step of this model returned"):
@@ -275,7 +284,7 @@ def test_int8_in_a_running_batch_is_as_near_as_alone(shakespeare):
 
 def test_a_cache_of_8_bits_takes_a_quarter_and_is_nearer_than_8_bit_weights(tmp_path, shakespeare):
     source = open_checkpoint(SHAKESPEARE)
-    export_onnx(source, tmp_path / "d", Options(("fp32",), "inplace-int8"))
+    export_onnx(source, tmp_path / "d", ExportOptions(("fp32",), "inplace-int8"))
     decoder = OnnxDecoder(tmp_path / "d")
     caches = [
         model.step(np.array([prompt(9)]), None, np.arange(9)[None], None)[1]
@@ -305,7 +314,7 @@ def test_scales_of_an_8_bit_cache_cover_what_a_text_shows_and_more():
 
 def test_a_prompt_of_the_whole_context_fits(tmp_path):
     checkpoint = gentle(SMALL)
-    export_onnx(checkpoint, tmp_path / "m", Options(cache="inplace", last=True), need_tokenizer=False)
+    export_onnx(checkpoint, tmp_path / "m", ExportOptions(cache="inplace", last=True), need_tokenizer=False)
     ids = np.arange(40)[None]
     logits, cache = OnnxDecoder(tmp_path / "m").step(ids, None, ids, None)
     expected, _ = gpt2x_model(checkpoint).step(ids, None, ids, None)

@@ -19,7 +19,7 @@ from conftest import SHARED, TINY, assert_refused, assert_same_bytes, done, need
 from converters import GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
 from gpt2x import SHAKESPEARE, __version__, contract
-from gpt2x.export.directory import Options, export_onnx
+from gpt2x.export.directory import ExportOptions, export_onnx
 from gpt2x.export.onnx import to_onnx, trace
 from gpt2x.export.weights import Piece, Weights
 from gpt2x.load import model_of
@@ -69,7 +69,7 @@ def files_of(folder):
 
 def tiny_onnx(folder, config=TINY, seed=0, **options):
     checkpoint = random_checkpoint(config, seed)
-    export_onnx(checkpoint, folder, Options(**options), need_tokenizer=False)
+    export_onnx(checkpoint, folder, ExportOptions(**options), need_tokenizer=False)
     return checkpoint
 
 
@@ -179,8 +179,8 @@ def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, 
     away = tmp_path / "elsewhere" / "model"
     shutil.copytree(SHAKESPEARE, away)
     first, second = tmp_path / "a", tmp_path / "b"
-    export_onnx(open_checkpoint(SHAKESPEARE), first, Options(**options))
-    code = f"from converters import open_checkpoint; from gpt2x.export.directory import Options, export_onnx; export_onnx(open_checkpoint('elsewhere/model'), 'b', Options(**{options}))"
+    export_onnx(open_checkpoint(SHAKESPEARE), first, ExportOptions(**options))
+    code = f"from converters import open_checkpoint; from gpt2x.export.directory import ExportOptions, export_onnx; export_onnx(open_checkpoint('elsewhere/model'), 'b', ExportOptions(**{options}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert files_of(first) == files_of(second) == sorted(FILES)
     for name in FILES:

@@ -17,7 +17,7 @@ from test_onnx_export import SHAKESPEARE, files_of
 from converters import Checkpoint, ConversionError, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.errors import DestinationError, FormatError
 from gpt2x import contract
-from gpt2x.export.directory import Options, export_onnx
+from gpt2x.export.directory import ExportOptions, export_onnx
 from gpt2x.export.quantize import RANGES, dequantize, pack4, quantize, unpack4
 from gpt2x.parity import verify_export
 from gpt2x.runs import BOUNDS, feed, one_pass
@@ -44,7 +44,7 @@ def array_is_matrix(name, tensor):
 @pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("precisions") / "shakespeare"
-    export_onnx(open_checkpoint(SHAKESPEARE), folder, Options(ALL))
+    export_onnx(open_checkpoint(SHAKESPEARE), folder, ExportOptions(ALL))
     return folder
 
 
@@ -170,7 +170,7 @@ def test_fp16_has_its_cache_in_float16_and_norms_and_logits_in_float32(shakespea
 
 
 def test_fp32_weights_are_there_only_where_fp32_is_asked_for(tmp_path):
-    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", Options(("int8",)))
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("int8",)))
     found = files_of(tmp_path / "d")
     assert "onnx/model.safetensors" not in found and "model.safetensors.index.json" not in found
     assert json.loads((tmp_path / "d/genai_config.json").read_text())["model"]["decoder"]["filename"] == (
@@ -209,13 +209,13 @@ def test_one_directory_holds_one_model_and_one_kind_of_cache(tmp_path):
     source = open_checkpoint(SHAKESPEARE)
     export_onnx(source, tmp_path / "d")
     with pytest.raises(DestinationError, match="another kind of cache"):
-        export_onnx(source, tmp_path / "d", Options(("int8",), cache="inplace"))
+        export_onnx(source, tmp_path / "d", ExportOptions(("int8",), cache="inplace"))
     with pytest.raises(DestinationError, match="another choice of logits"):
-        export_onnx(source, tmp_path / "d", Options(("int8",), last=True))
+        export_onnx(source, tmp_path / "d", ExportOptions(("int8",), last=True))
     with pytest.raises(DestinationError, match="another configuration and another source"):
-        export_onnx(gentle(), tmp_path / "d", Options(("int8",)), need_tokenizer=False)
+        export_onnx(gentle(), tmp_path / "d", ExportOptions(("int8",)), need_tokenizer=False)
     with pytest.raises(DestinationError, match="another configuration and another source"):
-        export_onnx(gentle(), tmp_path / "d", Options(("int8",)), need_tokenizer=False, force=True)
+        export_onnx(gentle(), tmp_path / "d", ExportOptions(("int8",)), need_tokenizer=False, force=True)
     assert not list(tmp_path.rglob("*quantized*"))
 
 
@@ -246,7 +246,7 @@ def test_wrong_usage(gpt2x, tmp_path, options):
 @pytest.mark.parametrize("precision", ALL)
 def test_every_precision_is_within_its_bounds_however_it_is_run(tmp_path, precision, cache):
     source = open_checkpoint(SHAKESPEARE)
-    export_onnx(source, tmp_path / "d", Options((precision,), cache))
+    export_onnx(source, tmp_path / "d", ExportOptions((precision,), cache))
     report = verify_export(source, tmp_path / "d", precision=precision)
     assert [(c.name, c.result) for c in report.checks if c.passed is False] == []
     assert len([c for c in report.checks if c.passed]) >= 10
@@ -258,7 +258,7 @@ def test_every_precision_is_within_its_bounds_however_it_is_run(tmp_path, precis
 def test_models_whose_sizes_no_block_divides(tmp_path, precision, switch):
     config = replace(SMALL, **switch)
     checkpoint = gentle(config)
-    export_onnx(checkpoint, tmp_path / "d", Options((precision,)), need_tokenizer=False)
+    export_onnx(checkpoint, tmp_path / "d", ExportOptions((precision,)), need_tokenizer=False)
     report = verify_export(checkpoint, tmp_path / "d")
     assert [(c.name, c.result) for c in report.checks if c.passed is False] == []
 
@@ -266,7 +266,7 @@ def test_models_whose_sizes_no_block_divides(tmp_path, precision, switch):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_table_of_an_odd_width_is_right(tmp_path, precision):
     checkpoint = gentle(replace(SMALL, n_embd=33, n_head=3))
-    export_onnx(checkpoint, tmp_path / "d", Options((precision,)), need_tokenizer=False)
+    export_onnx(checkpoint, tmp_path / "d", ExportOptions((precision,)), need_tokenizer=False)
     assert verify_export(checkpoint, tmp_path / "d").passed
 
 
@@ -310,7 +310,7 @@ def test_calibrating_needs_a_tokenizer_and_a_text(gpt2x, tmp_path, monkeypatch):
 
 
 def test_two_exports_are_byte_identical(shakespeare, tmp_path):
-    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "again", Options(ALL))
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "again", ExportOptions(ALL))
     assert files_of(shakespeare) == files_of(tmp_path / "again")
     for name in files_of(shakespeare):
         assert (shakespeare / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
@@ -384,7 +384,7 @@ def spoiled(value, name="h.1.mlp.c_fc.weight"):
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_what_is_not_a_number_is_refused_and_leaves_nothing(tmp_path, precision, value, name):
     with pytest.raises(ConversionError, match=f"{name} holds NaN or infinity, which {precision} cannot"):
-        export_onnx(spoiled(value, name), tmp_path / "d", Options((precision,)), need_tokenizer=False)
+        export_onnx(spoiled(value, name), tmp_path / "d", ExportOptions((precision,)), need_tokenizer=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -415,7 +415,7 @@ def test_all_zero_and_constant_weights_are_right(tmp_path):
     tensors["h.0.attn.c_proj.weight"] = LazyTensor.of(np.zeros((64, 64), np.float32))
     tensors["h.1.attn.c_proj.weight"] = LazyTensor.of(np.full((64, 64), 0.05, np.float32))
     checkpoint = replace(checkpoint, tensors=tensors)
-    export_onnx(checkpoint, tmp_path / "d", Options(("int8", "int4")), need_tokenizer=False)
+    export_onnx(checkpoint, tmp_path / "d", ExportOptions(("int8", "int4")), need_tokenizer=False)
     for precision in ("int8", "int4"):
         assert verify_export(checkpoint, tmp_path / "d", precision=precision).passed
 
@@ -439,7 +439,7 @@ def test_a_precision_of_a_newer_gpt2x_is_not_guessed_at(tmp_path):
 
 
 def test_a_tiny_model_whose_blocks_are_never_full(tmp_path):
-    export_onnx(random_checkpoint(TINY), tmp_path / "d", Options(ALL), need_tokenizer=False)
+    export_onnx(random_checkpoint(TINY), tmp_path / "d", ExportOptions(ALL), need_tokenizer=False)
     ids = np.arange(9)[None]
     expected, _ = OnnxDecoder(tmp_path / "d").run(ids, None, ids, None)
     for precision in ("fp16", "int8"):

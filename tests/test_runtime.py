@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from converters import CheckpointError, ConfigError, ConversionError, FormatError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
-from gpt2x.export.directory import Options, export_onnx
+from gpt2x.export.directory import ExportOptions, export_onnx
 from gpt2x.generate import Generation, InputError, PromptError, Sampling
 from gpt2x.runtime import OnnxDecoder
 
@@ -104,7 +104,7 @@ def test_the_cache_stays_in_onnx_runtimes_buffers(tiny):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_long_prompt_goes_in_pieces_and_gives_the_same_logits(shakespeare, tmp_path, monkeypatch, last):
-    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", Options(last=last))
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", ExportOptions(last=last))
     decoder = OnnxDecoder(tmp_path / "m")
     ids = np.random.default_rng(0).integers(2048, size=(2, 50))
     mask = np.ones_like(ids)

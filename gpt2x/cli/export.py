@@ -18,7 +18,7 @@ from .verify import read_text, table
 
 if TYPE_CHECKING:
     from converters import Checkpoint
-    from gpt2x.export.directory import Options
+    from gpt2x.export.directory import ExportOptions
 
 
 @click.command()
@@ -107,11 +107,11 @@ def export(
             check_free(Path(target), force, directory=False)  # before any of them is written
     results = []
     if onnx:
-        from gpt2x.export.directory import Options
+        from gpt2x.export.directory import ExportOptions
         from gpt2x.export.weights import BLOCK
 
         ids = _calibration(checkpoint, calibrate) if calibrate else None
-        options = Options(kinds, cache or "growing", logits == "last", ids, int(block_size or BLOCK))
+        options = ExportOptions(kinds, cache or "growing", logits == "last", ids, int(block_size or BLOCK))
         results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options, force, no_tokenizer)))
     if torchscript or pt2:
         from gpt2x.export.torchscript import export_pt2, export_torchscript
@@ -180,7 +180,7 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
 
 
 def _export_onnx(
-    checkpoint: Checkpoint, destination: str, options: Options, force: bool, without_tokenizer: bool
+    checkpoint: Checkpoint, destination: str, options: ExportOptions, force: bool, without_tokenizer: bool
 ) -> int:
     from gpt2x.export.directory import export_onnx
 

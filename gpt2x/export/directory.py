@@ -48,7 +48,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What kind of model is written.
 
     Args:
@@ -70,7 +70,7 @@ class Options:
 def export_onnx(
     checkpoint: Checkpoint,
     path: str | Path,
-    options: Options = Options(),
+    options: ExportOptions = ExportOptions(),
     *,
     force: bool = False,
     need_tokenizer: bool = True,
@@ -134,11 +134,11 @@ def export_onnx(
     return Exported(path, total, files)
 
 
-def _model_files(options: Options) -> list[str]:
+def _model_files(options: ExportOptions) -> list[str]:
     return [name for p in options.precisions for name in (contract.model_file(p), f"onnx/{contract.data_file(p)}")]
 
 
-def _check_fellow(file: Path, checkpoint: Checkpoint, options: Options, checksums: Checksums) -> None:
+def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, checksums: Checksums) -> None:
     """Refuse to put precisions of another model, or with another cache, beside one that is there."""
     found, ours = _metadata_of(file), metadata(checkpoint, checksums, "fp32", options)
     if contract.CONFIG not in found:
@@ -193,7 +193,7 @@ def _rivals(path: Path) -> list[str]:
 
 
 def _small_files(
-    checkpoint: Checkpoint, path: Path, options: Options, others: Sequence[str], at_home: bool
+    checkpoint: Checkpoint, path: Path, options: ExportOptions, others: Sequence[str], at_home: bool
 ) -> dict[str, bytes]:
     config = checkpoint.config
     fp32 = checkpoint.cast(F32)
@@ -249,7 +249,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_model(
-    stage: Path, checkpoint: Checkpoint, precision: str, options: Options, checksums: Future[dict[str, str]]
+    stage: Path, checkpoint: Checkpoint, precision: str, options: ExportOptions, checksums: Future[dict[str, str]]
 ) -> None:
     with new_file(stage / "onnx" / contract.data_file(precision)) as out:
         weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
@@ -260,14 +260,14 @@ def _write_model(
         out.write(model.SerializeToString(deterministic=True))
 
 
-def _cache_scales(checkpoint: Checkpoint, options: Options) -> Sequence[Scales]:
+def _cache_scales(checkpoint: Checkpoint, options: ExportOptions) -> Sequence[Scales]:
     from .calibrate import cache_scales
 
     ids = options.calibration or sample_ids(checkpoint.config, checkpoint.tokenizer)[0]
     return cache_scales(checkpoint, ids)
 
 
-def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, options: Options) -> dict[str, str]:
+def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, options: ExportOptions) -> dict[str, str]:
     """The model's ``metadata_props``: what it is, and what it came from."""
     facts = {
         contract.CONTRACT: contract.CACHES[options.cache],
