@@ -48,7 +48,7 @@ To be run in the directory that holds `onnx/`.
 | --- | --- |
 | onnxruntime | `InferenceSession("{model}")` |
 | onnxruntime-genai | `og.Model(directory)` (`genai_config.json` names the model){needs} |
-| optimum | `ORTModelForCausalLM.from_pretrained(directory, file_name="{model}")`{single} |
+| optimum | `ORTModelForCausalLM.from_pretrained(directory{file_name})`{single} |
 | transformers.js | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs}; in a browser, also {browser} |
 {transformers}
 Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold the SHA-256 of its source.
@@ -147,6 +147,9 @@ def model_card(
         client=client(config, tokenizer, first, cache),
         files="".join(map(_file_line, precisions)),
         model=contract.model_file(first),
+        file_name=""
+        if precisions == ("fp32",)
+        else f', file_name="{contract.model_file(first).removeprefix("onnx/")}"',
         dtype=DTYPES[first],
         browser=BROWSER[first == "fp32"],
         single="" if growing else ", one prompt at a time (batches are padded on the left)",

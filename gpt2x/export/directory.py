@@ -200,7 +200,7 @@ def _small_files(
     all_of_them = [p for p in contract.SUFFIXES if p in options.precisions or p in others]
     card = model_card(
         config,
-        precisions=all_of_them,
+        precisions=tuple(all_of_them),
         cache=options.cache,
         last=options.last,
         tokenizer=checkpoint.tokenizer is not None,

@@ -1,4 +1,5 @@
-"""onnxruntime-genai. Batches are padded on the right, so their masks have holes."""
+"""onnxruntime-genai, which runs the model that a directory's genai_config.json names. Batches are padded on the right:
+the masks of a growing cache have holes, those of one that stays in place are each row's length."""
 
 import json
 import sys
@@ -6,21 +7,27 @@ from pathlib import Path
 
 import onnxruntime_genai as og
 
-directory, task = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-model = og.Model(directory)
-tokenizer = og.Tokenizer(model)
+task = json.loads(Path(sys.argv[1]).read_text())
 
 
-def generate(texts):
+def generate(model, in_place, texts):
+    tokenizer = og.Tokenizer(model)
     encoded = tokenizer.encode_batch(texts)
     longest = max(len(tokenizer.encode(text)) for text in texts)
     params = og.GeneratorParams(model)
-    params.set_search_options(max_length=longest + task["count"], do_sample=False, batch_size=len(texts))
+    whole = longest + task["count"]
+    params.set_search_options(max_length=whole, do_sample=False, batch_size=len(texts))
     generator = og.Generator(model, params)
     generator.append_tokens(encoded)
+    assert generator.get_output("present.0.key").shape[2] == (whole if in_place else longest), "the other kind of cache"
     while not generator.is_done():
         generator.generate_next_token()
     return [[int(i) for i in generator.get_sequence(row)[longest:]] for row in range(len(texts))]
 
 
-print(json.dumps({"single": generate(task["prompts"][:1])[0], "batch": generate(task["prompts"])}))
+def results(directory):
+    model, config = og.Model(directory), json.loads(Path(directory, "genai_config.json").read_text())
+    return [generate(model, config["search"]["past_present_share_buffer"], texts) for texts in task["batches"]]
+
+
+print(json.dumps([results(model["directory"]) for model in task["models"]]))

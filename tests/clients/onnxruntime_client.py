@@ -1,4 +1,4 @@
-"""Plain onnxruntime, with a batch padded on the left."""
+"""Plain onnxruntime, with a batch padded on the left, and arrays of the cache that are given and taken."""
 
 import json
 import sys
@@ -8,19 +8,18 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-directory, task = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-session = ort.InferenceSession(f"{directory}/onnx/model.onnx")
-tokenizer = Tokenizer.from_file(f"{directory}/tokenizer.json")
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+task = json.loads(Path(sys.argv[1]).read_text())
 
 
-def generate(texts):
+def generate(session, tokenizer, texts):
     rows = [tokenizer.encode(text).ids for text in texts]
     width = max(map(len, rows))
     ids = np.array([[0] * (width - len(row)) + row for row in rows])
     mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     caches = session.get_inputs()[3:]
-    past = {i.name: np.zeros((len(rows), i.shape[1], 0, i.shape[3]), np.float32) for i in caches}
+    past = {i.name: np.zeros((len(rows), i.shape[1], 0, i.shape[3]), TYPES[i.type]) for i in caches}
     made = []
     for _ in range(task["count"]):
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -33,4 +32,10 @@ def generate(texts):
     return np.concatenate(made, 1).tolist()
 
 
-print(json.dumps({"single": generate(task["prompts"][:1])[0], "batch": generate(task["prompts"])}))
+def results(directory, file):
+    session = ort.InferenceSession(f"{directory}/{file}")
+    tokenizer = Tokenizer.from_file(f"{directory}/tokenizer.json")
+    return [generate(session, tokenizer, texts) for texts in task["batches"]]
+
+
+print(json.dumps([results(model["directory"], model["file"]) for model in task["models"]]))

@@ -1,4 +1,4 @@
-"""transformers' ``generate`` over its own model or optimum's. Arguments before the others': a module, and its class."""
+"""transformers' ``generate`` over its own model or optimum's. Arguments before the task: a module, and its class."""
 
 import importlib
 import json
@@ -7,17 +7,22 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-module, name, directory, file = sys.argv[1:5]
-task = json.loads(Path(file).read_text())
-model = getattr(importlib.import_module(module), name).from_pretrained(directory)
-tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-tokenizer.pad_token = tokenizer.eos_token
+module, name, task_file = sys.argv[1:4]
+task, kind = json.loads(Path(task_file).read_text()), getattr(importlib.import_module(module), name)
 
 
-def generate(texts):
+def generate(model, tokenizer, texts):
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     result = model.generate(**inputs, max_new_tokens=task["count"], do_sample=False)
     return result[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-print(json.dumps({"single": generate(task["prompts"][:1])[0], "batch": generate(task["prompts"])}))
+def results(directory, file):
+    name = Path(file).name
+    model = kind.from_pretrained(directory, **({} if name == "model.onnx" else {"file_name": name}))
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    return [generate(model, tokenizer, texts) for texts in task["batches"]]
+
+
+print(json.dumps([results(model["directory"], model["file"]) for model in task["models"]]))
