@@ -26,10 +26,13 @@ test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready
 test-all: test test-tensorflow test-clients ## everything, and what is slow
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready ## speed and memory beside peers; takes 20 GB of disk and half an hour
+bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## speed and memory beside peers; takes 20 GB of disk and an hour
 	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)
 	$(BIN)/python benchmarks/export.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) \
 		--optimum $(abspath $(VENV)-optimum/bin/optimum-cli) --mobius $(abspath $(VENV)-mobius/bin/mobius)
+	$(BIN)/python benchmarks/decode.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) --transformers $(abspath $(BIN)/python) \
+		--optimum $(abspath $(VENV)-optimum/bin/python) --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) \
+		--llama $(abspath $(VENV)-llama/bin/python)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +61,19 @@ $(VENV)-mobius/.ready: constraints.txt
 	$(VENV)-mobius/bin/python $(PIP) torch transformers mobius-onnx
 	touch $@
 
+# And another, which needs transformers < 5 to read a model.
+$(VENV)-ctranslate2/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-ctranslate2
+	$(VENV)-ctranslate2/bin/python $(PIP) torch
+	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2
+	touch $@
+
+# And the last, which is compiled here: it takes a C++ compiler and some minutes.
+$(VENV)-llama/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-llama
+	$(VENV)-llama/bin/python $(PIP) llama-cpp-python gguf safetensors
+	touch $@
+
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
 $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/*/*.py)
 	$(PYTHON) -m venv --clear $(VENV)-bench
@@ -66,4 +82,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

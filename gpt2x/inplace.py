@@ -25,16 +25,23 @@ class RowCache:
 
     def __init__(self, rows: int, *, tensors: int, n_head: int, head_dim: int, n_ctx: int, dtype: Any) -> None:
         self.n_ctx = n_ctx
-        self.kind = tensors, n_head, head_dim, np.dtype(dtype)
+        self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
         self.bound: Any = None  # what a model keeps from step to step of its binding to these buffers
-        self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, padding among them
+        self.mask: NDArray[np.bool_] | None = (
+            None  # (rows, slots) that ``run`` and ``step`` were given: false is padding
+        )
         self.lengths = np.zeros(rows, np.int64)
         self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
 
     @property
+    def seen(self) -> int:
+        """How many slots ``OnnxDecoder.run`` and ``step`` were given, padding among them."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    @property
     def capacity(self) -> int:
         """How many tokens a row has room for."""
-        return int(self.buffers[0].shape[2])
+        return min(int(buffer.shape[2]) for buffer in self.buffers)
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +49,7 @@ class RowCache:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows of so many tokens."""
+        """Make room for so many rows of so many tokens. If memory ends on the way, what is there stays good."""
         had_rows, had_tokens = len(self.lengths), self.capacity
         new_rows = had_rows if rows <= had_rows else max(rows, 2 * had_rows)
         new_tokens = had_tokens or LEAST
@@ -53,9 +60,11 @@ class RowCache:
             return
         used = int(self.lengths.max(initial=0))
         for i, old in enumerate(self.buffers):  # one after another, so that only one is there twice
-            new = np.zeros((new_rows, old.shape[1], new_tokens, old.shape[3]), old.dtype)
-            new[:had_rows, :, :used] = old[:, :, :used]
-            self.buffers[i] = new
+            if old.shape[0] < new_rows or old.shape[2] < new_tokens:  # the others grew before memory ended
+                new = np.zeros((new_rows, old.shape[1], new_tokens, old.shape[3]), old.dtype)
+                new[:had_rows, :, :used] = old[:had_rows, :, :used]
+                self.buffers[i] = new
+        self.bound = None
         self.lengths = np.concatenate((self.lengths, np.zeros(new_rows - had_rows, np.int64)))
 
     def move(self, source: int, target: int) -> None:

@@ -29,6 +29,7 @@ from .contract import Slot
 from .generate import Ids, InputError, Logits
 from .inplace import RowCache
 
+EMPTY = "the prompt is empty: give at least one token (<|endoftext|> starts a new text)"
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
@@ -78,6 +79,8 @@ class OnnxDecoder:
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
         self.precision = self.metadata.get(contract.PRECISION, "fp32")
+        if precision not in (None, self.precision):
+            raise FormatError(f"{self.path}: its metadata say it is {self.precision[:50]}, not {precision}")
         self.cache_kind = self.metadata.get(contract.CACHE, "growing")
         self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
         self.inputs, self.outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
@@ -204,6 +207,10 @@ class OnnxDecoder:
                     f"attention_mask is {mask.shape}, but {cache.seen} earlier and {T} new slots need {wanted}"
                 )
             real = mask[:, -T:] != 0
+            if cache.mask is not None and (cache.mask != (mask[:, : cache.seen] != 0)).any():
+                raise InputError(
+                    "attention_mask has changed for earlier slots, which a cache that stays in place cannot"
+                )
         rows = [(row, kept) for row, kept in enumerate(real) if kept.any()]
         for row, kept in rows:
             cache.check(row, positions[row, kept])
@@ -214,7 +221,8 @@ class OnnxDecoder:
             for row, kept in rows:
                 found = self._prefill(ids[row, kept], positions[row, kept], cache, row, last=last)
                 logits[row, [-1] if last else kept] = found
-        cache.seen += T
+        earlier = cache.mask if cache.mask is not None else np.ones((B, 0), bool)
+        cache.mask = np.concatenate((earlier, real), 1)
         return logits, cache
 
     def _prefill(self, ids: Ids, positions: Ids, cache: RowCache, row: int, *, last: bool = True) -> Logits:
@@ -226,6 +234,7 @@ class OnnxDecoder:
         ids, positions = np.ascontiguousarray(ids), np.ascontiguousarray(positions)
         start, end = int(positions[0]), int(positions[-1]) + 1
         cache.reserve(row + 1, end)
+        cache.lengths[row] = start  # until all is in
         logits: Logits = np.empty((0 if last else len(ids), self.n_vocab), np.float32)
         for first, stop in _pieces(len(ids), self._chunk(1)):
             binding, mask = self._session.io_binding(), np.ones((1, start + stop), np.int64)
@@ -269,8 +278,7 @@ class OnnxDecoder:
             binding.bind_output(present, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
 
     def _known(self, cache: Any, B: int) -> RowCache:
-        sample = (self.config.n_head, self.config.head_dim, self._dtype)
-        if not isinstance(cache, RowCache) or cache.kind != (len(self._past), *sample):
+        if not isinstance(cache, RowCache) or cache.kind != self.row_cache(0).kind:
             raise InputError("the cache is not one that an earlier step of this model returned")
         if len(cache.lengths) != B:
             raise InputError(f"the cache has {len(cache.lengths)} rows, input_ids {B}")
@@ -284,7 +292,7 @@ class OnnxDecoder:
         if ids.ndim != 2:
             raise InputError(f"input_ids are {ids.shape}; (batch, tokens) is needed")
         if 0 in ids.shape:
-            raise InputError("the prompt is empty: give at least one token (<|endoftext|> starts a new text)")
+            raise InputError(EMPTY)
         if positions.shape != ids.shape:
             raise InputError(f"position_ids are {positions.shape}, input_ids {ids.shape}: they must have one shape")
         _check_range(ids, self.n_vocab, "token id", "the vocabulary")
@@ -326,9 +334,15 @@ class RunningBatch:
         Raises:
             InputError: if the prompt is empty, longer than the context, or holds an id outside the vocabulary.
         """
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
+            raise InputError(
+                f"the prompt is of type {type(prompt).__name__}; token ids are needed: encode a text first"
+            )
+        if not len(prompt):
+            raise InputError(EMPTY)
         if len(prompt) > self.decoder.n_ctx:
             raise InputError(f"the prompt has {len(prompt)} tokens; the model's context is {self.decoder.n_ctx}")
-        ids, positions = self.decoder._tokens(np.array([prompt], np.int64), np.arange(len(prompt))[None])
+        ids, positions = self.decoder._tokens([list(prompt)], np.arange(len(prompt))[None])
         row = len(self._rows)
         self.cache.reserve(row + 1, len(prompt))
         self.cache.lengths[row] = 0
@@ -383,13 +397,17 @@ def find_model(path: str | Path, precision: str | None = None) -> Path:
     found = contract.models_in(path)
     if not found:
         wanted = ", ".join((contract.model_file("fp32"), "model.onnx"))
-        raise FormatError(f"{path}: no ONNX model in this directory (looked for {wanted}, and other precisions')")
+        raise FormatError(
+            f"{path}: no ONNX model in this directory (looked for {wanted}, and models of other precisions): gpt2x export --onnx makes one"
+        )
     if precision is None and ("fp32" in found or len(found) == 1):
         return found.get("fp32") or next(iter(found.values()))
     if precision not in found:
         here = ", ".join(found)
         said = f"no {precision} model in this directory" if precision else "several models in this directory"
-        raise FormatError(f"{path}: {said}; it holds {here}" + ("" if precision else ": say which (--precision)"))
+        raise FormatError(
+            f"{path}: {said}; it holds {here}" + ("" if precision else ": say which (--precision, or precision=)")
+        )
     return found[precision]
 
 
@@ -447,10 +465,25 @@ def _config(path: Path, metadata: dict[str, str]) -> GPT2Config:
     raise ConfigError(f"{path}: neither its metadata nor a config.json beside it says what model it is")
 
 
+def block_size(metadata: Mapping[str, str]) -> int | None:
+    """How many weights share a scale, by a model's metadata.
+
+    Raises:
+        FormatError: if what they say makes no sense.
+    """
+    text = metadata.get(contract.BLOCK)
+    if text is not None and not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 1 << 16):
+        raise FormatError(f"the model's metadata: {contract.BLOCK} is {text[:50]!r}")
+    return int(text) if text else None
+
+
 def _check_contract(model: OnnxDecoder) -> None:
-    if model.precision not in contract.SUFFIXES or model.cache_kind not in contract.CACHES:
-        said = f"{model.precision}, {model.cache_kind} cache"[:100]
+    version = model.metadata.get(contract.CONTRACT, contract.CACHES.get(model.cache_kind))
+    known = model.metadata.get(contract.LOGITS, "all") in ("all", "last") and version in contract.CACHES.values()
+    if not known or model.precision not in contract.SUFFIXES or model.cache_kind not in contract.CACHES:
+        said = f"contract {version}, {model.precision}, {model.cache_kind} cache"[:100]
         raise CheckpointError(f"{model.path}: of a kind that this gpt2x does not know ({said}); is it a newer one's?")
+    block_size(model.metadata)
     kind = model.precision, model.cache_kind
     faults = [
         *_differences("input", contract.inputs(model.config, *kind), model.inputs),

@@ -14,12 +14,13 @@ from converters.files import File
 from converters.tensors import F32
 
 from . import contract
-from .export.quantize import dequantize, unpack4
+from .export.quantize import SLICE, dequantize, unpack4
 from .export.weights import BITS, TABLES
 from .runs import Check
+from .runtime import block_size
 
-# How far a block of weights may be from the source's: root of the mean square, as a share of the block's own. Rounding
-# to nearest loses 1% and 10%; rounding by a text moves weights further, to lose less in the end.
+# How far a block of weights may be from the source's. Rounding to nearest loses 1% and 10%; rounding by a text moves
+# weights further, those of small blocks too, to lose less in the end.
 LOSSES = {"int8": 0.1, "int4": 0.6}
 
 Array = NDArray[Any]
@@ -34,7 +35,8 @@ def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
     model = onnx.load(path, load_external_data=False)
     initializers = {tensor.name.removesuffix("_pairs"): tensor for tensor in model.graph.initializer}
     initializers |= {tensor.name: tensor for tensor in model.graph.initializer}
-    block = int({entry.key: entry.value for entry in model.metadata_props}.get(contract.BLOCK, 0))
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    block, calibrated = block_size(facts) or len(a.tensors), facts.get(contract.ROUNDING) == "calibrated"
     faults, worst = [], 0.0
     for name, tensor in a.cast(F32).tensors.items():
         if name not in initializers:
@@ -48,14 +50,16 @@ def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
             found, scale, expected = found.T, scale.T, expected.T
         if found.shape != expected.shape:
             faults.append(f"{name} is {list(found.shape)}, not {list(expected.shape)}")
+        elif scale is not None and scale.shape != (-(-len(found) // block), found.shape[1]):
+            faults.append(f"{name} has scales {list(scale.shape)}, which are not of blocks of {block}")
         elif scale is None:
             same = (found == expected.astype(found.dtype)).all()
             faults += [] if same else [f"{name} is not the source's"]
         else:
-            lost = _loss(expected, dequantize(found, scale, block), block)
+            lost = _loss(expected, dequantize(found, scale, block), block, calibrated)
             worst = max(worst, lost)
-            if not lost <= LOSSES[precision]:
-                faults.append(f"{name} has a block that is {lost:.0%} off (bound {LOSSES[precision]:.0%})")
+            if not lost <= LOSSES.get(precision, 0):
+                faults.append(f"{name} has a block that is {lost:.0%} off (bound {LOSSES.get(precision, 0):.0%})")
     n = len(a.tensors)
     result = (
         f"{n} of {n} tensors, the worst block {worst:.1%} off" if precision in BITS else f"{n} of {n} tensors rounded"
@@ -80,11 +84,19 @@ def _numbers(tensor: Any, data: bytes, shape: tuple[int, ...] | None) -> Array:
     return np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
 
 
-def _loss(expected: Array, found: Array, block: int) -> float:
-    """The largest relative error of any block along the first axis, (K, N) each; of a block of zeros, 0 or infinite."""
+def _loss(expected: Array, found: Array, block: int, column: bool) -> float:
+    """The largest error of any block along the first axis, (K, N) each: root of the mean square, as a share of the block's
+    own, or with ``column`` of its whole column's where that is larger. Of zeros, 0 or infinite."""
     starts = np.arange(0, len(expected), block)
-    error = np.add.reduceat((found - expected).astype(np.float32) ** 2, starts)
-    size = np.add.reduceat(expected.astype(np.float32) ** 2, starts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(error == 0, 0, np.sqrt(error / size))
-    return float(share.max(initial=0))
+    lengths = np.diff([*starts, len(expected)])[:, None]
+    worst = 0.0
+    for begin in range(0, expected.shape[1], SLICE):
+        x, y = (array[:, begin : begin + SLICE].astype(np.float64) for array in (expected, found))
+        error = np.add.reduceat((y - x) ** 2, starts) / lengths
+        size = np.add.reduceat(x**2, starts) / lengths
+        if column:
+            size = np.maximum(size, (x**2).mean(0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(error == 0, 0, np.sqrt(error / size))
+        worst = max(worst, float(share.max(initial=0)))
+    return worst

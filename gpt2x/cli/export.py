@@ -163,7 +163,9 @@ def _precisions(text: str | None) -> tuple[str, ...]:
 
     names = tuple(dict.fromkeys(part.strip() for part in (text or "fp32").split(",")))
     if unknown := [name for name in names if name not in SUFFIXES]:
-        raise click.UsageError(f"unknown precision {unknown[0]!r}; known are {', '.join(SUFFIXES)}")
+        meant = {"q8": "int8", "q4": "int4", "f16": "fp16", "f32": "fp32"}.get(unknown[0].lower(), unknown[0].lower())
+        hint = f": did you mean {meant}?" if meant in SUFFIXES else f"; known are {', '.join(SUFFIXES)}"
+        raise click.UsageError(f"unknown precision {unknown[0]!r}{hint}")
     return names
 
 
@@ -176,6 +178,8 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
     ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path))
     if not ids or max(ids) >= checkpoint.config.n_vocab:
         raise ConversionError(f"{path}: " + ("is empty" if not ids else "has tokens that the model does not know"))
+    if len(ids) < checkpoint.config.n_ctx:
+        click.echo(f"Warning: {path} has {len(ids)} tokens; some thousands are needed to round well", err=True)
     return ids
 
 

@@ -18,7 +18,7 @@ from .text import printable
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    help="Which ONNX model: fp32, or else the first one.",
+    help="Which ONNX model to show; of several by default fp32, or else the first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool) -> None:

@@ -30,7 +30,7 @@ There are {n_layer} layers `{{i}}`, counted from 0: first key, then value of eac
 
 {cache}- `position_ids` count the real tokens of a row from 0, whatever the padding. In padding, any value from 0 will do.
 - A row holds {n_ctx} tokens at most, prompt and continuation together; positions from {n_ctx} on are an error.
-- A prompt has at least one token, and may come in one run or in several chunks.
+- A prompt has at least one token; one{chunks} may come in one run or in several chunks.
 - `logits` are not normalised: softmax of `logits / temperature` is what to sample from.
 {padding}- {tokens}
 
@@ -67,12 +67,19 @@ IN_PLACE = """\
   `[batch_size, {n_head}, capacity, {head_dim}]`, of any capacity up to {n_ctx}: a run writes what is new behind what each row
   holds. A client that gives and takes separate arrays, at first empty ones, works too; each run then returns a longer cache.
 - `attention_mask` is `[batch_size, total_sequence_length]`, 1 for a token and 0 for padding **on the right**: a row's sum
-  is how many tokens it holds with the new ones. Left padding, or holes, give wrong results without a word. A batch of several
-  rows takes its prompts in one run; after that, one token a row and run.
+  is how many tokens it holds with the new ones. `total_sequence_length` is the longest row's, never the buffer's capacity.
+  Left padding, or holes, give wrong results without a word.
+- A batch of several rows takes its prompts in one run; after that, one token a row and run, which goes where a row's tokens
+  end, over what was padding.
 """
 
 EIGHT_BITS = """\
 - The cache holds 8-bit numbers; the scales are the model's own. It takes a quarter of the memory of float32.
+"""
+
+LAST_IN_PLACE = """\
+- `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`, and a cache in place knows no padding on the left:
+  all prompts of one run must have one length. Prompts of other lengths go one at a time.
 """
 
 BROWSER = {
@@ -82,10 +89,34 @@ BROWSER = {
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}  # transformers.js's names
 ABOUT = {
     "fp32": "float32, bit for bit the source's",
-    "fp16": "weights and cache in float16; norms, softmax and logits in float32. For GPUs",
-    "int8": "weights in blocks of 8-bit numbers",
-    "int4": "weights in blocks of 4-bit numbers",
+    "fp16": "weights and cache in float16; norms, softmax and logits in float32. For GPUs: a CPU only loses time with it",
+    "int8": "weights in blocks of 8-bit numbers that share a scale",
+    "int4": "weights in blocks of 4-bit numbers that share a scale",
 }
+
+CLIENT_IN_PLACE = """\
+import numpy as np, onnxruntime as ort
+{load}
+session = ort.InferenceSession("{model}")
+binding, cache = session.io_binding(), {{}}
+for name in [i.name for i in session.get_inputs()[3:]]:
+    cache[name] = np.zeros((1, {n_head}, {n_ctx}, {head_dim}), np.{cache_type})
+    here = ("cpu", 0, np.{cache_type}, cache[name].shape, cache[name].ctypes.data)
+    binding.bind_input(name, *here)
+    binding.bind_output(name.replace("past_key_values", "present"), *here)
+ids, seen, made = np.array([{prompt}], np.int64), 0, []
+while len(made) < {count} and {end} not in made:
+    new, seen = np.arange(seen, seen + ids.shape[1])[None], seen + ids.shape[1]
+    feed = {{"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64), "position_ids": new}}
+    for name, array in feed.items():
+        binding.bind_cpu_input(name, array)
+    binding.bind_output("logits")
+    session.run_with_iobinding(binding)
+    logits = binding.get_outputs()[-1].numpy()
+    ids = logits[:, -1:].argmax(-1)  # greedy
+    made.append(int(ids[0, 0]))
+print({show})
+"""
 
 CLIENT = """\
 import numpy as np, onnxruntime as ort
@@ -142,7 +173,8 @@ def model_card(
         table=contract_table(config, last, precisions, cache),
         cache=(GROWING if growing else IN_PLACE).format(**sizes, past=contract.PAST)
         + (EIGHT_BITS if cache == "inplace-int8" else ""),
-        padding=LAST_ONLY if last else ANY_PADDING if growing else RIGHT_PADDING,
+        padding=(LAST_ONLY if growing else LAST_IN_PLACE) if last else ANY_PADDING if growing else RIGHT_PADDING,
+        chunks="" if growing else " of a batch of one row",
         tokens=_special_tokens(config),
         client=client(config, tokenizer, first, cache),
         files="".join(map(_file_line, precisions)),
@@ -186,9 +218,10 @@ def client(config: GPT2Config, tokenizer: bool, precision: str = "fp32", cache: 
         "show": "tokenizer.decode(made)",
     }
     bare = {"load": "", "prompt": "[0]", "show": "made"}
-    numbers = {"n_head": config.n_head, "head_dim": config.head_dim, "end": config.eos_token_id}
+    numbers = {"n_ctx": config.n_ctx, "n_head": config.n_head, "head_dim": config.head_dim, "end": config.eos_token_id}
     names = {"model": contract.model_file(precision), "cache_type": contract.cache_type(precision, cache)}
-    return CLIENT.format(count=min(64, max(1, config.n_ctx - 8)), **numbers, **names, **(parts if tokenizer else bare))
+    program = CLIENT_IN_PLACE if contract.stays(cache) else CLIENT
+    return program.format(count=min(64, max(1, config.n_ctx - 8)), **numbers, **names, **(parts if tokenizer else bare))
 
 
 def contract_table(

@@ -30,11 +30,14 @@ from .onnx import Scales, to_onnx
 from .weights import BITS, BLOCK, write_weights
 
 INDEX = "model.safetensors.index.json"
+GENAI = "genai_config.json"
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
 and every other client must bring its own.
 Say where one is: --tokenizer DIR. Or go on without: --no-tokenizer"""
 
 
+# What the card's client runs of several.
+FIRST_CHOICE = ("fp32", "int8", "int4", "fp16")
 Checksums = Mapping[str, str]
 
 
@@ -101,6 +104,10 @@ def export_onnx(
             f"attention that writes in place (GroupQueryAttention) takes heads of a multiple of 8, and this model's heads "
             f"are {checkpoint.config.head_dim} wide: export it with --cache growing"
         )
+    if path.name == "onnx" and any(path / "onnx" not in file.parents for file in models_in(path).values()):
+        raise DestinationError(
+            f"{path}: holds models itself; the directory to export to is the one above, {path.parent}"
+        )
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
         at_home = _is_source(path, checkpoint)
@@ -117,7 +124,11 @@ def export_onnx(
         names = [*small, *_model_files(options)]
         if kept:
             missing = {n: data for n, data in small.items() if not os.path.lexists(path / n)}
-            renewed = {_card_place(path), *((INDEX,) if not at_home else ())} & small.keys()
+            renewed = {
+                _card_place(path),
+                *((INDEX,) if not at_home else ()),
+                *(() if others else (GENAI,)),
+            } & small.keys()
             small = {n: data for n, data in small.items() if n in missing or n in renewed}
             in_the_way = (path / name for name in _model_files(options) if os.path.lexists(path / name))
             if not force and (file := next(in_the_way, None)):
@@ -144,13 +155,20 @@ def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, ch
     if contract.CONFIG not in found:
         raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
     own = file.parent / contract.WEIGHTS  # an export can be the source of its own further precisions
-    faults = [what for key, what in FELLOWSHIP.items() if found.get(key) != ours[key]]
+    faults = [
+        f"its {what} {found.get(key)}, this export's {ours[key]}"
+        for key, what in ((contract.CACHE, "cache is"), (contract.LOGITS, "logits are"))
+        if found.get(key) != ours[key]
+    ]
+    if found[contract.CONFIG] != ours[contract.CONFIG]:
+        faults.append("its configuration is another")
     if not any(own.is_file() and own.samefile(source) for source in checkpoint.files):
         digests = (sorted(_digests(facts.get(contract.CHECKSUMS, ""))) for facts in (found, ours))
-        faults += ["source"] if next(digests) != next(digests) else []
+        faults += ["its source is another"] if next(digests) != next(digests) else []
     if faults:
         raise DestinationError(
-            f"{file}: has another {' and another '.join(faults)} than what is to lie beside it; export to another directory"
+            f"{file}: cannot lie beside this export: {'; '.join(faults)}. Models in one directory agree in these: "
+            "export with the same, or to another directory"
         )
 
 
@@ -197,7 +215,7 @@ def _small_files(
 ) -> dict[str, bytes]:
     config = checkpoint.config
     fp32 = checkpoint.cast(F32)
-    all_of_them = [p for p in contract.SUFFIXES if p in options.precisions or p in others]
+    all_of_them = [p for p in FIRST_CHOICE if p in options.precisions or p in others]
     card = model_card(
         config,
         precisions=tuple(all_of_them),
@@ -208,7 +226,7 @@ def _small_files(
         at_home=at_home,
     )
     files = hf_companions(fp32)
-    files["genai_config.json"] = to_json(genai_config(config, options.precisions[0], options.cache))
+    files[GENAI] = to_json(genai_config(config, options.precisions[0], options.cache))
     files[_card_place(path) if at_home else "README.md"] = card.encode()
     if "fp32" in options.precisions and not at_home:
         files[INDEX] = to_json(_index(HF.write(fp32.tensors, config)))
@@ -283,14 +301,6 @@ def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, optio
         facts[contract.BLOCK] = str(options.block)
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
     return facts
-
-
-# What models in one directory have in common.
-FELLOWSHIP = {
-    contract.CONFIG: "configuration",
-    contract.CACHE: "kind of cache",
-    contract.LOGITS: "choice of logits",
-}
 
 
 def genai_config(config: GPT2Config, precision: str = "fp32", cache: str = "growing") -> dict[str, Any]:

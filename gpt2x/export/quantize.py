@@ -68,6 +68,7 @@ def best_scale(x: Array, bits: int) -> NDArray[np.float32]:
     low, high = RANGES[bits]
     largest = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
     covering = np.abs(largest) / high if bits == 8 else largest / low  # of 4 bits, -8 reaches farther than 7
+    covering = np.minimum(covering, np.finfo(np.float32).max / 128)  # so that the largest number stays finite
     covering = np.where(np.abs(covering) < np.finfo(np.float32).tiny, 1, covering).astype(np.float32)
     best, least = covering, np.full(x.shape[1], np.inf, np.float32)
     for share in TRIED[bits]:

@@ -122,8 +122,11 @@ def _check_range(checkpoint: Checkpoint) -> None:
     from .calibrate import largest_values
 
     ids, _ = sample_ids(checkpoint.config, checkpoint.tokenizer)
-    name, largest = max(largest_values(checkpoint, ids).items(), key=lambda item: item[1])
-    if not largest <= LARGEST_FP16:
+    found = [
+        (name, largest) for name, largest in largest_values(checkpoint, ids).items() if not largest <= LARGEST_FP16
+    ]
+    if found:
+        name, largest = found[0]
         raise ConversionError(
             f"{name} makes numbers of {largest:.6g} on a text; fp16 ends at {LARGEST_FP16:.0f}. "
             "Export this model as fp32 or int8."
@@ -139,6 +142,8 @@ def _write_blocks(
     table = name in TABLES
     if table and array.shape[1] % 2:
         bits = 8  # rows of an odd number of 4 bits would share bytes
+    if hessian is not None and not np.isfinite(hessian).all():
+        raise ConversionError(f"{name}: what it is multiplied with on the text overflows; export without --calibrate")
     blocks = quantize(array.T if table else array, bits, block, hessian)
     q, scale = (np.ascontiguousarray(part.T) for part in blocks) if table else blocks
     numbers = writer.add(f"int{bits}", q.shape, pack4(q) if bits == 4 else q)
