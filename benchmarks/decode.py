@@ -351,20 +351,18 @@ class Bounds:
     """How long it takes to read as many bytes of memory as each of gpt2x's files of weights has."""
 
     def __init__(self, peers: dict[str, Peer]) -> None:
-        folders = {precision: Path(peers[name].arguments[0]) for name, _, precision in VARIANTS}
-        self.sizes = {kind: (folder / "onnx" / data_file(kind)).stat().st_size for kind, folder in folders.items()}
-        self.seconds: dict[str, list[float]] = {kind: [] for kind in self.sizes}
+        files = {name: Path(peers[name].arguments[0]) / "onnx" / data_file(kind) for name, _, kind in VARIANTS}
+        self.sizes = {name: file.stat().st_size for name, file in files.items()}
+        self.seconds: dict[int, list[float]] = {size: [] for size in self.sizes.values()}
 
     def read(self) -> None:
         """Once more, when it is their turn."""
-        for kind, size in self.sizes.items():
-            self.seconds[kind].append(streaming(size, THREADS))
+        for size, seconds in self.seconds.items():
+            seconds.append(streaming(size, THREADS))
 
     def found(self) -> dict[str, Bound]:
-        return {
-            kind: Bound(size, 1 / statistics.median(self.seconds[kind][1:] or self.seconds[kind]))
-            for kind, size in self.sizes.items()
-        }
+        """Of every variant; the first round is not counted."""
+        return {name: Bound(size, 1 / statistics.median(self.seconds[size][1:])) for name, size in self.sizes.items()}
 
 
 def full_context(peers: dict[str, Peer]) -> dict[str, Result]:
@@ -433,9 +431,9 @@ def show_speed(task: Task, results: dict[str, Result]) -> None:
 
 def show_bounds(found: dict[str, Bound], results: dict[str, Result]) -> None:
     rows = []
-    for precision, (size, bound) in found.items():
-        speed = results[next(name for name, _, kind in VARIANTS if kind == precision)].decode_tokens_per_s
-        rows.append(f"{precision} | {size / 1e6:.0f} | {size * bound / 1e9:.1f} | {bound:.1f} | {speed / bound:.2f}")
+    for name, (size, bound) in found.items():
+        share = results[name].decode_tokens_per_s / bound
+        rows.append(f"{name} | {size / 1e6:.0f} | {size * bound / 1e9:.1f} | {bound:.1f} | {share:.2f}")
     head = "| weights, MB | memory read, GB/s | bound, tokens/s | decode at prompt 128, of the bound"
     show("What the memory allows: every byte of gpt2x's weights read once a token", head, rows)
 
@@ -467,9 +465,9 @@ def plot(results: dict[Task, dict[str, Result]], found: dict[str, Bound], path: 
         places = [i + shift for i in range(len(names))]
         bars = axes.barh(places, speeds, 0.4, color=colors, alpha=strength)
         axes.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=3, fontsize=8)
-    for name, _, precision in VARIANTS:
+    for name, bound in found.items():
         row = names.index(name)
-        axes.plot([found[precision].tokens_per_s] * 2, [row - 0.4, row + 0.4], color="tab:red")
+        axes.plot([bound.tokens_per_s] * 2, [row - 0.4, row + 0.4], color="tab:red")
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.1)
     axes.set_xlabel("tokens/s")
@@ -490,7 +488,7 @@ def write_json(
     answer = {
         **about,
         "runs": runs,
-        "bounds": {kind: bound._asdict() for kind, bound in found.items()},
+        "bounds": {name: bound._asdict() for name, bound in found.items()},
         "full_context": {name: result._asdict() for name, result in full.items()},
         "ratios": [ratio._asdict() for ratio in compared],
     }
