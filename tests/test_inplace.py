@@ -183,6 +183,41 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(decoder, ids, m
     assert cache.lengths.tolist() == [5]
 
 
+def test_a_mask_that_changes_for_earlier_slots_is_refused(decoder):
+    _, cache = decoder.step(np.array([prompt(5)]), None, np.arange(5)[None], None)
+    with pytest.raises(InputError, match="attention_mask has changed for earlier slots"):
+        decoder.step(np.array([[1]]), np.array([[1, 1, 0, 1, 1, 1]]), np.array([[5]]), cache)
+    decoder.step(np.array([[1]]), np.ones((1, 6), np.int64), np.array([[5]]), cache)
+
+
+def test_memory_that_ends_while_room_is_made_leaves_a_good_cache(decoder, monkeypatch):
+    import gpt2x.inplace
+
+    batch = RunningBatch(decoder)
+    number, _ = batch.join(prompt(64))
+    zeros, made = np.zeros, []
+
+    def scarce(shape, dtype):
+        made.append(shape)
+        if len(made) == 3:
+            raise MemoryError
+        return zeros(shape, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2x.inplace.np, "zeros", scarce)
+        with pytest.raises(MemoryError):
+            batch.step({number: 5})
+    found = batch.step({number: 5})[number]
+    expected, _ = decoder.step(np.array([[*prompt(64), 5]]), None, np.arange(65)[None], None)
+    np.testing.assert_allclose(found, expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("ids", ["hello", None, 5, [1.5], ["a"]])
+def test_a_prompt_that_is_not_token_ids(decoder, ids):
+    with pytest.raises(InputError):
+        RunningBatch(decoder).join(ids)
+
+
 def test_a_model_whose_heads_onnx_runtime_cannot_take_is_refused_at_export(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "m.safetensors")

@@ -369,7 +369,50 @@ def test_bounds_are_wider_the_fewer_bits_there_are(precision):
     assert all(value > vars(before)[name] for name, value in vars(BOUNDS[precision]).items())
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_zero_and_short_blocks_that_are_rounded_by_a_text_pass(tmp_path, precision):
+    checkpoint = gentle(replace(SMALL, n_embd=66))
+    tensors = dict(checkpoint.tensors)
+    array = tensors["h.0.mlp.c_fc.weight"].read().copy()
+    array[32:64, ::3] = 0
+    tensors["h.0.mlp.c_fc.weight"] = LazyTensor.of(array)
+    checkpoint = replace(checkpoint, tensors=tensors)
+    ids = np.random.default_rng(0).integers(97, size=800).tolist()
+    export_onnx(checkpoint, tmp_path / "d", ExportOptions((precision,), calibration=ids), need_tokenizer=False)
+    checks = verify_export(checkpoint, tmp_path / "d").checks
+    assert next(check for check in checks if check.name == "weights").passed
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-3", "9" * 40, ""])
+def test_a_block_size_that_makes_no_sense_is_one_clear_error(tmp_path, gpt2x, value):
+    export_onnx(gentle(), tmp_path / "d", ExportOptions(("int8",)), need_tokenizer=False)
+    path = tmp_path / "d/onnx/model_quantized.onnx"
+    model = onnx.load(path, load_external_data=False)
+    next(e for e in model.metadata_props if e.key == contract.BLOCK).value = value
+    path.write_bytes(model.SerializeToString())
+    assert_refused(gpt2x("inspect", path), "gpt2x.block_size is")
+
+
+def test_a_model_that_says_it_is_of_another_precision_is_refused(tmp_path):
+    export_onnx(gentle(), tmp_path / "d", ExportOptions(("fp32", "int8")), need_tokenizer=False)
+    path = tmp_path / "d/onnx/model_quantized.onnx"
+    model = onnx.load(path, load_external_data=False)
+    next(e for e in model.metadata_props if e.key == contract.PRECISION).value = "fp32"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match="its metadata say it is fp32, not int8"):
+        OnnxDecoder(tmp_path / "d", precision="int8")
+
+
+def test_genai_config_follows_when_an_export_is_replaced_in_the_sources_own_directory(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(open_checkpoint(SHAKESPEARE), "m", "hf")
+    done(gpt2x("export", "m", "--onnx", "m", "--no-verify"))
+    done(gpt2x("export", "m", "--onnx", "m", "--no-verify", "--cache", "inplace", "--force"))
+    assert json.loads(Path("m/genai_config.json").read_text())["search"]["past_present_share_buffer"] is True
+    assert_refused(gpt2x("export", "m", "--onnx", "m/onnx", "--no-verify"), "m/onnx: holds models itself")
 
 
 def spoiled(value, name="h.1.mlp.c_fc.weight"):
