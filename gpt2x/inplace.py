@@ -27,9 +27,7 @@ class RowCache:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
         self.bound: Any = None  # what a model keeps from step to step of its binding to these buffers
-        self.mask: NDArray[np.bool_] | None = (
-            None  # (rows, slots) that ``run`` and ``step`` were given: false is padding
-        )
+        self.mask: NDArray[np.bool_] | None = None  # (rows, slots) that ``run`` and ``step`` saw; false is padding
         self.lengths = np.zeros(rows, np.int64)
         self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
 

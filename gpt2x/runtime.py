@@ -89,6 +89,7 @@ class OnnxDecoder:
         self._present = contract.present_names(self.config.n_layer)
         self._dtype = np.dtype(contract.cache_type(self.precision, self.cache_kind))
         self.in_place = contract.stays(self.cache_kind)
+        self._cache_shape = self.row_cache(0).kind
         self.n_ctx, self.n_vocab = self.config.n_ctx, self.config.n_vocab
 
     def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
@@ -278,7 +279,7 @@ class OnnxDecoder:
             binding.bind_output(present, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
 
     def _known(self, cache: Any, B: int) -> RowCache:
-        if not isinstance(cache, RowCache) or cache.kind != self.row_cache(0).kind:
+        if not isinstance(cache, RowCache) or cache.kind != self._cache_shape:
             raise InputError("the cache is not one that an earlier step of this model returned")
         if len(cache.lengths) != B:
             raise InputError(f"the cache has {len(cache.lengths)} rows, input_ids {B}")
@@ -472,7 +473,7 @@ def block_size(metadata: Mapping[str, str]) -> int | None:
         FormatError: if what they say makes no sense.
     """
     text = metadata.get(contract.BLOCK)
-    if text is not None and not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 1 << 16):
+    if text is not None and not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 1 << 16):
         raise FormatError(f"the model's metadata: {contract.BLOCK} is {text[:50]!r}")
     return int(text) if text else None
 

@@ -137,8 +137,11 @@ def export_onnx(
         with new_directory(path, force or kept, None if kept else _rivals) as stage:
             (stage / "onnx").mkdir()
             write_small(stage, small)
+            scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
             for precision in options.precisions:
-                _write_model(stage, watched(checkpoint.cast(F32), progress, warn), precision, options, checksums)
+                _write_model(
+                    stage, watched(checkpoint.cast(F32), progress, warn), precision, options, checksums, scales
+                )
             written = [file for file in stage.rglob("*") if file.is_file()]
             total = sum(file.stat().st_size for file in written)
             files = tuple(sorted(str(file.relative_to(stage)) for file in written))
@@ -267,12 +270,16 @@ def _sha256(path: Path) -> str:
 
 
 def _write_model(
-    stage: Path, checkpoint: Checkpoint, precision: str, options: ExportOptions, checksums: Future[dict[str, str]]
+    stage: Path,
+    checkpoint: Checkpoint,
+    precision: str,
+    options: ExportOptions,
+    checksums: Future[dict[str, str]],
+    scales: Sequence[Scales],
 ) -> None:
     with new_file(stage / "onnx" / contract.data_file(precision)) as out:
         weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
     facts = metadata(checkpoint, checksums.result(), precision, options)
-    scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
     model = to_onnx(checkpoint.config, weights, facts, last=options.last, cache=options.cache, scales=scales)
     with new_file(stage / contract.model_file(precision)) as out:
         out.write(model.SerializeToString(deterministic=True))
