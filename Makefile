@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check test-tensorflow test-clients test-all bench clean
+.PHONY: demo test check test-tensorflow test-clients test-llama test-all bench clean
 
 demo: $(VENV)/.ready ## set up, then walk the main road on the model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -23,7 +23,10 @@ test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready
 	test -d $(VENV)-headers || sh tests/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
 	$(BIN)/python -m pytest -rs tests/test_clients.py
 
-test-all: test test-tensorflow test-clients ## everything, and what is slow
+test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
+	$(BIN)/python -m pytest -rs tests/test_llama.py
+
+test-all: test test-tensorflow test-clients test-llama ## everything, and what is slow
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## speed and memory beside peers; takes 20 GB of disk and an hour
@@ -68,7 +71,7 @@ $(VENV)-ctranslate2/.ready: constraints.txt
 	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2
 	touch $@
 
-# And the last, which is compiled here: it takes a C++ compiler and some minutes.
+# llama.cpp, which is compiled here: it takes a C++ compiler and some minutes.
 $(VENV)-llama/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)-llama
 	$(VENV)-llama/bin/python $(PIP) llama-cpp-python gguf safetensors
@@ -77,7 +80,7 @@ $(VENV)-llama/.ready: constraints.txt
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
 $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/*/*.py)
 	$(PYTHON) -m venv --clear $(VENV)-bench
-	$(VENV)-bench/bin/python $(PIP) '.[export]'
+	$(VENV)-bench/bin/python $(PIP) '.[export,formats]'
 	rm -rf build
 	touch $@
 

@@ -18,10 +18,12 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from converters import Checkpoint, GPT2Config, LazyTensor, save_checkpoint
+from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
+from converters.dialects import FLAX, KERAS
 from converters.tensors import F32
 
 SIZES = {"124M": GPT2Config(), "1558M": GPT2Config(n_layer=48, n_embd=1600, n_head=25)}
@@ -112,6 +114,85 @@ def conversions(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> No
     safetensors.unlink()
 
 
+def every_format(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> None:
+    """Each reader to safetensors, and safetensors to each writer."""
+    print("\nTo and from every format, the same numbers\n")
+    model = folder / "m.safetensors"
+    written = {"bin": "m.bin", "nanogpt": "ckpt.pt", "llmc": "m.llmc", "gguf": "m.gguf"}
+
+    def convert(path: Path, *options: str) -> Callable[[Path], list[str]]:
+        return lambda target: [*gpt2x, "convert", str(path), str(target), *options]
+
+    subprocess.run([*gpt2x, "convert", str(source), str(model)], check=True, stdout=subprocess.DEVNULL)
+    jobs = {"cp and sync": lambda target: copy(model, target)}
+    for kind, name in written.items():
+        path = folder / name
+        subprocess.run([*gpt2x, "convert", str(model), str(path), "--to", kind], check=True, stdout=subprocess.DEVNULL)
+        jobs[f"safetensors -> {kind}"] = convert(model, "--to", kind)
+        jobs[f"{kind} -> safetensors"] = convert(path, "--to", "safetensors")
+    jobs["safetensors -> shards"] = convert(model, "--to", "hf", "--max-shard-size", "100MB")
+    subprocess.run([*gpt2x, "convert", str(model), str(folder / "hf"), "--max-shard-size", "100MB"], check=True)
+    jobs["shards -> safetensors"] = convert(folder / "hf", "--to", "safetensors")
+    jobs["nanogpt -> llmc"] = convert(folder / "ckpt.pt", "--to", "llmc")
+    for name, make_file in (("legacy bin", legacy), ("HDF5", hdf5), ("msgpack", msgpack), ("ONNX", onnx)):
+        path = folder / name.split()[-1].lower()
+        in_a_process(make_file, model, path)
+        jobs[f"{name} -> safetensors"] = convert(path, "--to", "safetensors")
+    table(alternate(jobs, folder / "out", rounds), "cp and sync")
+
+
+def in_a_process(make_file: Callable[[Path, Path], None], model: Path, path: Path) -> None:
+    """Of its own, so that its memory is not counted as that of those which follow."""
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        return
+    make_file(model, path)
+    os._exit(0)
+
+
+def legacy(model: Path, path: Path) -> None:
+    import torch
+
+    state = {name: torch.from_numpy(tensor.read()) for name, tensor in open_checkpoint(model).tensors.items()}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def hdf5(model: Path, path: Path) -> None:
+    import h5py
+
+    checkpoint = open_checkpoint(model)
+    with h5py.File(path, "w") as file:
+        for name, tensor in KERAS.write(checkpoint.tensors, checkpoint.config).items():
+            file.create_dataset(name, data=tensor.read())
+
+
+def msgpack(model: Path, path: Path) -> None:
+    """As Flax packs it."""
+    import msgpack as library
+
+    checkpoint = open_checkpoint(model)
+    tree: dict[str, Any] = {}
+    for name, tensor in FLAX.write(checkpoint.tensors, checkpoint.config).items():
+        *above, leaf = name.split("/")
+        here = tree
+        for key in above:
+            here = here.setdefault(key, {})
+        array = tensor.read()
+        here[leaf] = library.ExtType(1, library.packb((array.shape, array.dtype.name, array.tobytes())))
+    path.write_bytes(library.packb(tree))
+
+
+def onnx(model: Path, path: Path) -> None:
+    """With everything in one file, and the output a transposed copy of the token embedding, as optimum has it."""
+    import onnx as library
+
+    graph = library.GraphProto(name="weights")
+    tensors = {name: tensor.read() for name, tensor in open_checkpoint(model).tensors.items()}
+    for name, array in {**tensors, "onnx::MatMul_1": tensors["wte.weight"].T}.items():
+        graph.initializer.append(library.numpy_helper.from_array(array, name))
+    path.write_bytes(library.helper.make_model(graph).SerializeToString())
+
+
 def start_up(gpt2x: list[str], python: Path, rounds: int) -> None:
     times = [run([*gpt2x, "--help"])[0] for _ in range(rounds + 1)][1:]
     print(f"\n`gpt2x --help`: {statistics.median(times):.3f} s (python -c pass: ", end="")
@@ -133,13 +214,14 @@ print(f"\\nLoading safetensors into the model: {time.perf_counter() - start:.2f}
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a temporary folder by default.")
 @click.option("--small", is_flag=True, help="Leave out the 6.2 GB checkpoint.")
+@click.option("--formats", is_flag=True, help="The conversions to and from every format alone.")
 @click.option(
     "--gpt2x",
     "program",
     type=click.Path(path_type=Path),
     help="The gpt2x to measure; by default the one beside this Python.",
 )
-def main(rounds: int, folder: Path | None, small: bool, program: Path | None) -> None:
+def main(rounds: int, folder: Path | None, small: bool, formats: bool, program: Path | None) -> None:
     """Measure gpt2x convert beside cp and sync."""
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
@@ -149,6 +231,9 @@ def main(rounds: int, folder: Path | None, small: bool, program: Path | None) ->
     with tempfile.TemporaryDirectory(dir=folder, prefix="gpt2x-bench-") as name:
         work = Path(name)
         source = make("124M", work)
+        if formats:
+            every_format(gpt2x, source, work, rounds)
+            return
         conversions(gpt2x, source, work, rounds)
         model = work / "m.safetensors"
         subprocess.run([*gpt2x, "convert", str(source), str(model)], check=True, stdout=subprocess.DEVNULL)
@@ -156,6 +241,7 @@ def main(rounds: int, folder: Path | None, small: bool, program: Path | None) ->
             subprocess.run([sys.executable, "-c", LOAD, str(model)], check=True, capture_output=True, text=True).stdout,
             end="",
         )
+        every_format(gpt2x, source, work, rounds)
         start_up(gpt2x, program.with_name("python"), rounds)
         shutil.rmtree(source)
         model.unlink()

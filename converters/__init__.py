@@ -21,12 +21,14 @@ from .errors import (
     UnknownHeadsError,
     UnsafeError,
 )
-from .formats import WRITERS, open_checkpoint, save_checkpoint
+from .formats import FORMATS, Format, open_checkpoint
+from .saving import WRITERS, save_checkpoint
 from .spec import GPT2Config
 from .tensors import LazyTensor
 from .tokenizer_files import find_tokenizer
 
 __all__ = [
+    "FORMATS",
     "WRITERS",
     "Checkpoint",
     "CheckpointError",
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "DestinationError",
+    "Format",
     "FormatError",
     "GPT2Config",
     "LazyTensor",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .dtypes import BF16, DType
 from .errors import ConversionError
+from .tensors import LazyTensor, whole_items
 
 Array = NDArray[Any]
 
@@ -42,6 +43,18 @@ def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
     return result
 
 
+def columns_of(matrix: LazyTensor, begin: int, end: int) -> Array:
+    """These columns of a matrix [a, b]: an array [a, end - begin], gathered while all of it streams by."""
+    rows, columns = matrix.shape
+    result = np.empty((rows, end - begin), matrix.dtype.numpy)
+    row = 0
+    for chunk in whole_items(matrix.chunks(), columns * matrix.dtype.itemsize):
+        values = as_array(chunk, matrix.dtype, (-1, columns))
+        result[row : row + len(values)] = values[:, begin:end]
+        row += len(values)
+    return result
+
+
 def is_finite(values: Array, dtype: DType) -> NDArray[np.bool_]:
     """Elementwise: neither NaN nor infinite."""
     result: NDArray[np.bool_] = np.isfinite(_widened(values) if dtype == BF16 else values)
@@ -57,3 +70,32 @@ def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet = (bits >> 16) | 0x40  # a NaN stays a NaN whatever its payload
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
+def from_q8_0(data: bytes) -> NDArray[np.float32]:
+    """The values of blocks of Q8_0: a float16 scale times each of 32 signed bytes, exact in float32."""
+    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
+    with np.errstate(invalid="ignore"):  # a scale that is infinite or no number
+        values: NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * blocks["values"].astype(np.float32)
+        return values
+
+
+def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
+    """Blocks of Q8_0, as ggml's reference rounds them: half away from zero, by a scale of the largest magnitude over 127.
+
+    Raises:
+        ConversionError: if a block holds what its scale cannot say.
+    """
+    blocks = values.reshape(-1, 32)
+    result = np.empty(len(blocks), np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scale = np.abs(blocks).max(axis=1) / np.float32(127)
+        result["scale"] = scale
+        if not np.isfinite(result["scale"]).all():
+            raise ConversionError(f"{name}: holds numbers of more than 8e6, or none, which Q8_0 cannot say")
+        inverse = np.float32(1) / scale
+        scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))[:, None]
+    size = np.abs(scaled)
+    whole = np.floor(size)
+    result["values"] = np.copysign(whole + (size - whole >= np.float32(0.5)), scaled)
+    return result.tobytes()

@@ -15,6 +15,9 @@ from .spec import LM_HEAD, GPT2Config
 from .tensors import DType, LazyTensor, crc32c
 from .tokenizer_files import TokenizerFiles
 
+# What MLX, GPTQ, AWQ and bitsandbytes put beside, or in the place of, weights that they round.
+QUANTISED = (".scales", ".qweight", ".qzeros", ".absmax", ".SCB", ".quant_map")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -66,16 +69,29 @@ class Checkpoint:
 
 
 def assemble(
-    container: Container, stated: Mapping[str, Any], stated_in: str, *, n_head: int | None = None, tie: bool = False
+    container: Container,
+    stated: Mapping[str, Any],
+    stated_in: str,
+    *,
+    n_head: int | None = None,
+    n_vocab: int | None = None,
+    tie: bool = False,
 ) -> Checkpoint:
     """Recognise the dialect of a container and put its tensors into canonical form.
+
+    ``n_vocab`` keeps that many rows of the token embedding, where padding makes it longer.
 
     Raises:
         CheckpointError: if they are not a GPT-2's; the message lists everything that is wrong.
         ConfigError: if the configuration is impossible or contradicts them.
     """
+    if quantised := next((name for name in container.tensors if name.endswith(QUANTISED)), None):
+        raise CheckpointError(
+            f"{container.path}: quantised weights (it holds {quantised[:100]}), which are rounded; convert what they were made from"
+        )
     unwrapped = _unwrapped(container.tensors)
     dialect, prefix = recognise(unwrapped)
+    assumed = {key: value for key, value in dialect.assumes.items() if key not in stated}
     where = str(container.path)
     found, left_out, faults = _sort(unwrapped, dialect, prefix)
     if not found and container.tensors:
@@ -85,14 +101,18 @@ def assemble(
         )
     depth = _depth(found, faults)
     names = expected_names(dialect, prefix, depth)
+    zeros = _zero_biases(found, names.values()) if dialect.biasless else {}
+    found |= zeros
     faults = [f"missing   {name}" for name, canonical in names.items() if canonical not in found] + faults
     if faults:
         raise _not_gpt2(where, dialect, faults)
-    tensors = _canonical(found, dialect, where)
-    config, notes = resolve(stated, _sizes(tensors, depth, where), n_head, where, stated_in)
-    tensors, config, note = _untangle(
-        tensors, config, tie, where, stated_in if "tie_word_embeddings" in stated else None
-    )
+    if n_vocab:
+        found, stated = _trimmed(found, n_vocab, where), {**stated, "n_vocab": n_vocab}
+    config, notes = resolve({**stated, **assumed}, _sizes(found, depth, where), n_head, where, stated_in)
+    notes += [f"{key} is {value}, as {dialect.name}'s code has it" for key, value in assumed.items()]
+    notes += ["no biases in it; zeros stand for them"] if zeros else []
+    ties = stated_in if "tie_word_embeddings" in stated else None
+    tensors, config, note = _untangle(found, config, tie, dialect.head_untied and not ties, where, ties)
     wrong = list(_shape_faults(tensors, config.shapes(), f"its {stated_in or 'other tensors'}"))
     if wrong:
         raise _not_gpt2(where, dialect, wrong)
@@ -104,7 +124,7 @@ def assemble(
         format=container.format,
         dialect=dialect.name,
         left_out=(*container.left_out, *left_out, *note),
-        notes=tuple(notes),
+        notes=(*container.notes, *notes),
         stated=bool(stated),
     )
 
@@ -120,7 +140,7 @@ def _unwrapped(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
 def _sort(
     tensors: Mapping[str, LazyTensor], dialect: Dialect, prefix: str
 ) -> tuple[dict[str, LazyTensor], list[str], list[str]]:
-    """The parameters by canonical name, the known extras, and the faults."""
+    """The parameters by canonical name and in canonical layout, the known extras, and the faults."""
     found: dict[str, LazyTensor] = {}
     left_out, faults = [], []
     for name, tensor in tensors.items():
@@ -128,8 +148,14 @@ def _sort(
         if place is not None and not tensor.dtype.is_float:
             faults.append(f"integers  {name} is {tensor.dtype}; a parameter has floats")
         elif place is not None:
-            row, layer = place
-            found[row.replace("{i}", str(layer))] = tensor
+            canonical = place[0].replace("{i}", str(place[1]))
+            if canonical in found:
+                faults.append(f"twice     {name} is {canonical}, which another name is too")
+            found[canonical] = tensor
+            try:
+                found[canonical] = dialect.read(name, prefix, tensor)
+            except CheckpointError as error:
+                faults.append(f"shape     {error}")
         elif dialect.is_extra(name, prefix):
             left_out.append(name)
         else:
@@ -145,16 +171,21 @@ def _depth(found: Iterable[str], faults: list[str]) -> int:
     return max(depth, 1)
 
 
-def _canonical(found: Mapping[str, LazyTensor], dialect: Dialect, where: str) -> dict[str, LazyTensor]:
-    tensors, faults = {}, []
-    for name, tensor in found.items():
-        try:
-            tensors[name] = dialect.layout(name)[1].read(tensor)
-        except CheckpointError as error:
-            faults.append(f"shape     {error}")
-    if faults:
-        raise _not_gpt2(where, dialect, faults)
-    return tensors
+def _zero_biases(found: Mapping[str, LazyTensor], names: Iterable[str]) -> dict[str, LazyTensor]:
+    """Zeros for every bias, if there is none at all; what they are added to says how many."""
+    biases = [name for name in names if name.endswith(".bias")]
+    weights = {name: found.get(name.removesuffix("bias") + "weight") for name in biases}
+    if any(name in found for name in biases) or not all(weight and weight.shape for weight in weights.values()):
+        return {}
+    return {name: LazyTensor.zeros(w.dtype, w.shape[-1:]) for name, w in weights.items() if w}
+
+
+def _trimmed(tensors: dict[str, LazyTensor], n_vocab: int, where: str) -> dict[str, LazyTensor]:
+    """The same tensors with the first rows of the vocabulary alone."""
+    long = {name: tensors[name] for name in ("wte.weight", LM_HEAD) if name in tensors}
+    if wrong := next((name for name, t in long.items() if not t.shape or t.shape[0] < n_vocab), None):
+        raise CheckpointError(f"{where}: {wrong} is {list(long[wrong].shape)}: it has no {n_vocab} rows to keep")
+    return {**tensors, **{name: tensor.first_rows(n_vocab) for name, tensor in long.items()}}
 
 
 def _sizes(tensors: Mapping[str, LazyTensor], depth: int, where: str) -> dict[str, int]:
@@ -168,9 +199,9 @@ def _sizes(tensors: Mapping[str, LazyTensor], depth: int, where: str) -> dict[st
 
 
 def _untangle(
-    tensors: dict[str, LazyTensor], config: GPT2Config, tie: bool, where: str, stated_in: str | None
+    tensors: dict[str, LazyTensor], config: GPT2Config, tie: bool, untied: bool, where: str, stated_in: str | None
 ) -> tuple[dict[str, LazyTensor], GPT2Config, list[str]]:
-    """Settle what ``lm_head`` is: a copy of ``wte``, a parameter of its own, or a contradiction."""
+    """Settle what ``lm_head`` is: a copy of ``wte``, a parameter of its own (``untied``: if it differs), or a contradiction."""
     head = tensors.get(LM_HEAD)
     if head is None:
         if not config.tie_word_embeddings and tie:
@@ -183,6 +214,8 @@ def _untangle(
         return tensors, config, []
     if same_bytes(head, tensors["wte.weight"]):
         return tied, config, [LM_HEAD]
+    if untied:
+        return tensors, replace(config, tie_word_embeddings=False), []
     saying = (
         f"{stated_in} says that they are tied" if stated_in else "GPT-2's are tied, and no configuration says otherwise"
     )

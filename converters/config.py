@@ -1,11 +1,14 @@
-"""Configuration files: Hugging Face's ``config.json`` and OpenAI's ``hparams.json``, to and from GPT2Config.
+"""Configurations in the words of each world (Hugging Face's ``config.json``, OpenAI's ``hparams.json``, ...), to and
+from GPT2Config.
 
 Sources: ``configuration_gpt2.py`` and ``configuration_utils.py`` of transformers 4 and 5; OpenAI's ``model.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import struct
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import ConfigError, UnknownHeadsError
@@ -41,6 +44,34 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 HPARAMS_KEYS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+
+# nanoGPT's GPTConfig, the metadata of GGUF files (gguf-py's constants.py), and the header of llm.c's (its GPT2Config).
+NANOGPT_KEYS = {
+    "block_size": "n_ctx",
+    "vocab_size": "n_vocab",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+GGUF_KEYS = {
+    "gpt2.vocab_size": "n_vocab",
+    "gpt2.context_length": "n_ctx",
+    "gpt2.embedding_length": "n_embd",
+    "gpt2.block_count": "n_layer",
+    "gpt2.attention.head_count": "n_head",
+    "gpt2.feed_forward_length": "n_inner",
+    "gpt2.attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+LLMC_KEYS = {
+    "max_seq_len": "n_ctx",
+    "vocab_size": "n_vocab",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "channels": "n_embd",
+}
 
 # Keys that do not touch the logits of a language model: generation, training, bookkeeping.
 INERT = frozenset(
@@ -137,9 +168,77 @@ def from_hparams(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return _with_inner({**{key: raw[key] for key in HPARAMS_KEYS}, "bos_token_id": end, "eos_token_id": end})
 
 
+def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The GPT2Config fields that the ``model_args`` of a nanoGPT checkpoint state (its ``GPTConfig``).
+
+    Raises:
+        ConfigError: if they hold a key that nanoGPT does not have and that is not off.
+    """
+    if strange := [key for key, value in raw.items() if key not in (*NANOGPT_KEYS, "dropout", "bias") and value]:
+        facts = [f"{str(key)[:60]} is {str(raw[key])[:60]!r}" for key in strange]
+        raise ConfigError.listing(f"{where}: arguments of another model than nanoGPT's", facts)
+    fields = {name: raw[key] for key, name in NANOGPT_KEYS.items() if key in raw}
+    if isinstance(dropout := raw.get("dropout"), float | int):
+        fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return _with_inner(fields)
+
+
+def to_model_args(config: GPT2Config) -> dict[str, Any]:
+    """nanoGPT's ``model_args`` of a configuration."""
+    sizes = {key: getattr(config, name) for key, name in NANOGPT_KEYS.items()}
+    return {**sizes, "bias": True, "dropout": 0.0}
+
+
+def from_gguf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The GPT2Config fields that the metadata of a GGUF file states.
+
+    Raises:
+        ConfigError: if it speaks of something that this GPT-2 does not have.
+    """
+    heads = raw.get("gpt2.attention.head_count")
+    faults = [
+        f"{key} is {str(value)[:60]}: it may change the arithmetic, and gpt2x does not know it"
+        for key, value in raw.items()
+        if key.startswith("gpt2.") and key not in GGUF_KEYS and (key, value) != ("gpt2.attention.head_count_kv", heads)
+    ]
+    if faults:
+        raise ConfigError.listing(f"{where}: not a configuration that can be taken over as it is", faults)
+    fields = {name: raw[key] for key, name in GGUF_KEYS.items() if key in raw}
+    if isinstance(epsilon := fields.get("layer_norm_epsilon"), float):
+        fields["layer_norm_epsilon"] = _shortest(epsilon)
+    return _with_inner(fields)
+
+
+def to_gguf(config: GPT2Config) -> dict[str, Any]:
+    """The metadata of a GGUF file that stands for a configuration; ids that it does not have are absent."""
+    values = {key: getattr(config, name) for key, name in GGUF_KEYS.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _shortest(value: float) -> float:
+    """The decimal number that a float32 was made from: 1e-05 for 9.999999747378752e-06."""
+    if not math.isfinite(value) or abs(value) > 3e38:
+        return value
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((c for c in candidates if struct.pack("<f", c) == struct.pack("<f", value)), value)
+
+
+def from_llmc(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The GPT2Config fields that the header of an llm.c file states."""
+    return _with_inner({name: raw[key] for key, name in LLMC_KEYS.items()})
+
+
 def to_hparams(config: GPT2Config) -> dict[str, Any]:
     """The ``hparams.json`` of a configuration."""
     return {key: getattr(config, key) for key in HPARAMS_KEYS}
+
+
+PARSERS: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
+    "hf": from_hf,
+    "nanogpt": from_model_args,
+    "gguf": from_gguf,
+    "llmc": from_llmc,
+}
 
 
 def resolve(
@@ -165,7 +264,10 @@ def resolve(
         notes.append(note)
     if "eos_token_id" not in fields:  # the published place of <|endoftext|>, as hparams.json has it
         fields["bos_token_id"] = fields["eos_token_id"] = seen["n_vocab"] - 1
-    return GPT2Config(**fields), notes
+    try:
+        return GPT2Config(**fields), notes
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _heads(seen: Mapping[str, int], n_head: int | None, where: str) -> tuple[int, str]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .tensors import LazyTensor
+from .tokenizer_files import Vocabulary
 
 
 @dataclass(frozen=True)
 class Container:
     """Named tensors, opened but not read.
 
-    ``config`` is Hugging Face's configuration where the file carries one; ``left_out`` names what the file holds
-    besides tensors (an optimizer's state, run data). ``parts`` are the files of weights where there are several.
+    ``config`` is a configuration that the file carries, in the words of ``config_of``, a key of ``config.PARSERS``.
+    ``left_out`` names what the file holds besides tensors (an optimizer's state, run data); ``notes`` says what is to be
+    known of it. ``parts`` are the files of weights where there are several. ``vocabulary`` gives the tokenizer of a
+    format that has one inside.
     """
 
     format: str
@@ -25,6 +28,9 @@ class Container:
     left_out: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Path, ...] = ()
+    config_of: str = "hf"
+    notes: tuple[str, ...] = ()
+    vocabulary: Callable[[], Vocabulary] | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -7,7 +7,8 @@ canonical ``[in, out]``. The same table reads and writes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 from .errors import CheckpointError
 from .spec import LM_HEAD, SPEC, SWITCHES, GPT2Config, rows
@@ -43,33 +44,78 @@ class Lead1(Same):
 
 
 @dataclass(frozen=True)
+class Transposed(Same):
+    """A matrix the other way round; of a projection, ``[out, in]``, as ``torch.nn.Linear`` keeps it."""
+
+    def read(self, tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) != 2:
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; a matrix is expected")
+        return tensor.transposed()
+
+    def write(self, tensor: LazyTensor) -> LazyTensor:
+        return tensor.transposed()
+
+
+@dataclass(frozen=True)
 class Dialect:
     """One world's names. ``{i}`` stands for the layer.
 
-    ``prefixes`` may stand before every name but ``lm_head``; ``extras`` are known tensors that are no parameters;
-    ``slots`` are suffixes which make a parameter's name that of an optimizer's slot.
+    Args:
+        table: row of SPEC -> name and layout.
+        lm_head: what an output of its own is called, the name that is written first; none where it cannot be said.
+        also: other names that some versions use -> the name in the table.
+        prefixes: what may stand before every name but ``lm_head``; the first is written.
+        under_any: whether anything else may, as long as it is the same before every name.
+        extras: known tensors that are no parameters.
+        slots: suffixes that make a parameter's name that of an optimizer's slot.
+        assumes: configuration that its code has, where nothing states another.
+        computes: switch -> what its code can compute; any value where a switch is not named.
+        any_width: whether its code has any other feed-forward width than 4 x n_embd.
+        head_untied: whether an output that differs from the token embedding says by itself that the two are not tied.
+        copies_wte: whether its code asks for the output under its own name, even where it is the token embedding.
+        biasless: whether all biases may be missing, which stands for zeros.
     """
 
     name: str
     table: Mapping[str, Same]
-    lm_head: str | None = None
+    _: KW_ONLY
+    lm_head: tuple[Same, ...] = ()
+    also: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
+    under_any: bool = False
     extras: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
-    only_default_switches: bool = False
+    assumes: Mapping[str, Any] = field(default_factory=dict)
+    computes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    any_width: bool = True
+    head_untied: bool = False
+    copies_wte: bool = False
+    biasless: bool = False
 
     def locate(self, name: str, prefix: str = "") -> tuple[str, int] | None:
         """The row of SPEC and the layer (-1 outside the blocks) that a name stands for, or None."""
-        if name == self.lm_head:
+        if self.head_layout(name):
             return LM_HEAD, -1
         if not name.startswith(prefix):
             return None
         bare = name[len(prefix) :]
+        bare = self.also.get(bare, bare)
         for row, layout in self.table.items():
             layer = match(layout.name, bare)
             if layer is not None:
                 return row, layer
         return None
+
+    def head_layout(self, name: str) -> Same | None:
+        """The layout of the output, if that is what a name stands for."""
+        return next((layout for layout in self.lm_head if match(layout.name, name) is not None), None)
+
+    def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
+        """What may stand before the names here: the known prefixes, or whatever stands before the last norm's."""
+        if not self.under_any:
+            return self.prefixes
+        end = self.table["ln_f.weight"].name
+        return tuple({name.removesuffix(end): None for name in names if name.endswith(end)}) or self.prefixes
 
     def is_extra(self, name: str, prefix: str) -> bool:
         """Whether a name is known not to be a parameter."""
@@ -80,16 +126,22 @@ class Dialect:
         )
 
     def layout(self, canonical: str) -> tuple[str, Same]:
-        """The name that a canonical name has here, and its layout."""
+        """The name (without prefix) that a canonical name has here, and its layout."""
         if canonical == LM_HEAD:
-            if self.lm_head is None:
+            if not self.lm_head:
                 raise CheckpointError(
                     f"an output that is not tied to the token embedding cannot be written as {self.name}"
                 )
-            return self.lm_head, Same(self.lm_head)
+            return self.lm_head[0].name, self.lm_head[0]
         row, layer = _row_of(canonical)
         layout = self.table[row]
         return layout.name.replace("{i}", str(layer)), layout
+
+    def read(self, name: str, prefix: str, tensor: LazyTensor) -> LazyTensor:
+        """A tensor of this dialect in the canonical layout."""
+        place = self.locate(name, prefix)
+        assert place
+        return (self.head_layout(name) or self.table[place[0]]).read(tensor)
 
     def write(self, tensors: Mapping[str, LazyTensor], config: GPT2Config) -> dict[str, LazyTensor]:
         """A whole model under this dialect's names and layouts.
@@ -97,13 +149,20 @@ class Dialect:
         Raises:
             CheckpointError: if this dialect cannot say what the model is.
         """
-        if self.only_default_switches and (faults := list(_not_default(config))):
+        faults = [f for name, values in self.computes.items() if (f := config.beyond(name, values))]
+        if not self.any_width and config.n_inner != 4 * config.n_embd:
+            faults.append(f"n_inner is {config.n_inner}, not 4 x n_embd")
+        if faults:
             raise CheckpointError.listing(
-                f"this model cannot be written as {self.name}, whose code computes only GPT-2's published arithmetic",
-                faults,
+                f"this model cannot be written as {self.name}, whose code computes something else", faults
             )
-        placed = {name: self.layout(name) for name in tensors}
-        return {placed[name][0]: placed[name][1].write(tensor) for name, tensor in tensors.items()}
+        if self.copies_wte and LM_HEAD not in tensors:
+            tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
+        written = {}
+        for canonical, tensor in tensors.items():
+            name, layout = self.layout(canonical)
+            written[name if canonical == LM_HEAD else self.prefixes[0] + name] = layout.write(tensor)
+        return written
 
 
 def match(template: str, name: str) -> int | None:
@@ -122,11 +181,9 @@ def _row_of(canonical: str) -> tuple[str, int]:
     return next((row, layer) for row in SPEC if (layer := match(row, canonical)) is not None)
 
 
-def _not_default(config: GPT2Config) -> Iterable[str]:
-    yield from config.differences(GPT2Config(), SWITCHES)
-    if config.n_inner != 4 * config.n_embd:
-        yield f"n_inner is {config.n_inner}, not 4 x n_embd"
-
+C_ATTN = "h.{i}.attn.c_attn.weight"
+PUBLISHED = {switch: (getattr(GPT2Config, switch),) for switch in SWITCHES}
+MASKS = ("h.{i}.attn.bias", "h.{i}.attn.masked_bias")  # buffers of causal attention
 
 # OpenAI's gpt-2/src/model.py; verified against the index of the 117M release.
 OPENAI = Dialect(
@@ -151,29 +208,167 @@ OPENAI = Dialect(
     },
     extras=("global_step", "beta1_power", "beta2_power"),
     slots=("/Adam", "/Adam_1", "/Momentum"),
-    only_default_switches=True,
+    computes=PUBLISHED,
+    any_width=False,
 )
 
 # transformers' GPT2LMHeadModel; the canonical names are its own. The official file has them without a prefix.
 HF = Dialect(
     "hf",
     {row: Same(row) for row in SPEC},
-    lm_head=LM_HEAD,
+    # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
+    lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
     prefixes=("", "transformer."),
-    extras=("h.{i}.attn.bias", "h.{i}.attn.masked_bias"),
+    extras=MASKS,
 )
 
-DIALECTS = (OPENAI, HF)
+# The same names over torch.nn.Linear: nanoGPT's model.py, and mlx-lm's gpt2.py.
+LINEAR = {
+    row: Transposed(row) if row.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else Same(row)
+    for row in SPEC
+}
+# nanoGPT has nn.GELU, the exact one; it had the tanh form until the middle of 2023, and its files do not say which.
+NANOGPT = Dialect(
+    "nanogpt",
+    LINEAR,
+    lm_head=(Same(LM_HEAD),),
+    prefixes=("transformer.", ""),
+    extras=MASKS,
+    assumes={"activation_function": "gelu"},
+    computes={**PUBLISHED, "activation_function": ("gelu", "gelu_new")},
+    any_width=False,
+    copies_wte=True,
+    biasless=True,
+)
+MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=MASKS)
+
+# karpathy/llm.c: ParameterTensors in train_gpt2.c, whose arrays hold all layers; here each layer has its own name.
+LLMC = Dialect(
+    "llmc",
+    {
+        "wte.weight": Same("wte"),
+        "wpe.weight": Same("wpe"),
+        "h.{i}.ln_1.weight": Same("ln1w.{i}"),
+        "h.{i}.ln_1.bias": Same("ln1b.{i}"),
+        "h.{i}.attn.c_attn.weight": Transposed("qkvw.{i}"),
+        "h.{i}.attn.c_attn.bias": Same("qkvb.{i}"),
+        "h.{i}.attn.c_proj.weight": Transposed("attprojw.{i}"),
+        "h.{i}.attn.c_proj.bias": Same("attprojb.{i}"),
+        "h.{i}.ln_2.weight": Same("ln2w.{i}"),
+        "h.{i}.ln_2.bias": Same("ln2b.{i}"),
+        "h.{i}.mlp.c_fc.weight": Transposed("fcw.{i}"),
+        "h.{i}.mlp.c_fc.bias": Same("fcb.{i}"),
+        "h.{i}.mlp.c_proj.weight": Transposed("fcprojw.{i}"),
+        "h.{i}.mlp.c_proj.bias": Same("fcprojb.{i}"),
+        "ln_f.weight": Same("lnfw"),
+        "ln_f.bias": Same("lnfb"),
+    },
+    computes=PUBLISHED,
+    any_width=False,
+)
+
+# llama.cpp: the architecture "gpt2" of gguf-py's constants.py and of llama-model.cpp.
+GGUF = Dialect(
+    "gguf",
+    {
+        "wte.weight": Same("token_embd.weight"),
+        "wpe.weight": Same("position_embd.weight"),
+        "h.{i}.ln_1.weight": Same("blk.{i}.attn_norm.weight"),
+        "h.{i}.ln_1.bias": Same("blk.{i}.attn_norm.bias"),
+        "h.{i}.attn.c_attn.weight": Transposed("blk.{i}.attn_qkv.weight"),
+        "h.{i}.attn.c_attn.bias": Same("blk.{i}.attn_qkv.bias"),
+        "h.{i}.attn.c_proj.weight": Transposed("blk.{i}.attn_output.weight"),
+        "h.{i}.attn.c_proj.bias": Same("blk.{i}.attn_output.bias"),
+        "h.{i}.ln_2.weight": Same("blk.{i}.ffn_norm.weight"),
+        "h.{i}.ln_2.bias": Same("blk.{i}.ffn_norm.bias"),
+        "h.{i}.mlp.c_fc.weight": Transposed("blk.{i}.ffn_up.weight"),
+        "h.{i}.mlp.c_fc.bias": Same("blk.{i}.ffn_up.bias"),
+        "h.{i}.mlp.c_proj.weight": Transposed("blk.{i}.ffn_down.weight"),
+        "h.{i}.mlp.c_proj.bias": Same("blk.{i}.ffn_down.bias"),
+        "ln_f.weight": Same("output_norm.weight"),
+        "ln_f.bias": Same("output_norm.bias"),
+    },
+    lm_head=(Same("output.weight"),),
+    computes={name: values for name, values in PUBLISHED.items() if name != "layer_norm_epsilon"},
+    head_untied=True,
+)
+
+# transformers 4's modeling_tf_gpt2.py. What stands before the names differs from version to version.
+KERAS = Dialect(
+    "keras",
+    {
+        "wte.weight": Same("wte/weight:0"),
+        "wpe.weight": Same("wpe/embeddings:0"),
+        "h.{i}.ln_1.weight": Same("h_._{i}/ln_1/gamma:0"),
+        "h.{i}.ln_1.bias": Same("h_._{i}/ln_1/beta:0"),
+        "h.{i}.attn.c_attn.weight": Same("h_._{i}/attn/c_attn/weight:0"),
+        "h.{i}.attn.c_attn.bias": Lead1("h_._{i}/attn/c_attn/bias:0"),
+        "h.{i}.attn.c_proj.weight": Same("h_._{i}/attn/c_proj/weight:0"),
+        "h.{i}.attn.c_proj.bias": Lead1("h_._{i}/attn/c_proj/bias:0"),
+        "h.{i}.ln_2.weight": Same("h_._{i}/ln_2/gamma:0"),
+        "h.{i}.ln_2.bias": Same("h_._{i}/ln_2/beta:0"),
+        "h.{i}.mlp.c_fc.weight": Same("h_._{i}/mlp/c_fc/weight:0"),
+        "h.{i}.mlp.c_fc.bias": Lead1("h_._{i}/mlp/c_fc/bias:0"),
+        "h.{i}.mlp.c_proj.weight": Same("h_._{i}/mlp/c_proj/weight:0"),
+        "h.{i}.mlp.c_proj.bias": Lead1("h_._{i}/mlp/c_proj/bias:0"),
+        "ln_f.weight": Same("ln_f/gamma:0"),
+        "ln_f.bias": Same("ln_f/beta:0"),
+    },
+    also={"wte/embeddings:0": "wte/weight:0", "wpe/weight:0": "wpe/embeddings:0"},
+    prefixes=("transformer/tfgp_t2lm_head_model/transformer/",),
+    under_any=True,
+)
+
+# transformers 4's modeling_flax_gpt2.py, whose FlaxConv1D keeps [out, in].
+FLAX = Dialect(
+    "flax",
+    {
+        "wte.weight": Same("wte/embedding"),
+        "wpe.weight": Same("wpe/embedding"),
+        "h.{i}.ln_1.weight": Same("h/{i}/ln_1/scale"),
+        "h.{i}.ln_1.bias": Same("h/{i}/ln_1/bias"),
+        "h.{i}.attn.c_attn.weight": Transposed("h/{i}/attn/c_attn/kernel"),
+        "h.{i}.attn.c_attn.bias": Same("h/{i}/attn/c_attn/bias"),
+        "h.{i}.attn.c_proj.weight": Transposed("h/{i}/attn/c_proj/kernel"),
+        "h.{i}.attn.c_proj.bias": Same("h/{i}/attn/c_proj/bias"),
+        "h.{i}.ln_2.weight": Same("h/{i}/ln_2/scale"),
+        "h.{i}.ln_2.bias": Same("h/{i}/ln_2/bias"),
+        "h.{i}.mlp.c_fc.weight": Transposed("h/{i}/mlp/c_fc/kernel"),
+        "h.{i}.mlp.c_fc.bias": Same("h/{i}/mlp/c_fc/bias"),
+        "h.{i}.mlp.c_proj.weight": Transposed("h/{i}/mlp/c_proj/kernel"),
+        "h.{i}.mlp.c_proj.bias": Same("h/{i}/mlp/c_proj/bias"),
+        "ln_f.weight": Same("ln_f/scale"),
+        "ln_f.bias": Same("ln_f/bias"),
+    },
+    lm_head=(Transposed("lm_head/kernel"),),
+    prefixes=("transformer/", "params/transformer/", ""),
+)
+
+DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMC, GGUF, KERAS, FLAX)
 
 
-def recognise(names: Iterable[str]) -> tuple[Dialect, str]:
-    """The dialect and prefix under which most of the names are a GPT-2's."""
-    names = list(names)
+def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:
+    """The dialect and prefix under which most of the names are a GPT-2's, and most matrices its way round.
 
-    def score(candidate: tuple[Dialect, str]) -> int:
-        return sum(candidate[0].locate(name, candidate[1]) is not None for name in names)
+    c_attn tells which way that is: read rightly, it is three times as wide as it is high.
+    """
 
-    return max(((d, prefix) for d in DIALECTS for prefix in d.prefixes), key=score)
+    def score(candidate: tuple[Dialect, str]) -> tuple[int, int]:
+        dialect, prefix = candidate
+        places = {name: dialect.locate(name, prefix) for name in tensors}
+        c_attn = [tensors[name] for name, place in places.items() if place and place[0] == C_ATTN]
+        upright = sum(_is_wide(dialect.table[C_ATTN], tensor) for tensor in c_attn)
+        return sum(place is not None for place in places.values()), upright
+
+    return max(((d, prefix) for d in DIALECTS for prefix in d.prefixes_in(tensors)), key=score)
+
+
+def _is_wide(layout: Same, c_attn: LazyTensor) -> bool:
+    try:
+        shape = layout.read(c_attn).shape
+    except CheckpointError:
+        return False
+    return len(shape) == 2 and shape[1] == 3 * shape[0]
 
 
 def expected_names(dialect: Dialect, prefix: str, n_layer: int) -> dict[str, str]:

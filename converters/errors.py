@@ -31,7 +31,7 @@ class ConversionError(Exception):
     @classmethod
     def listing(cls, headline: str, facts: Iterable[str], advice: str = "") -> ConversionError:
         """An error that reports everything at once: a headline, one indented line a fact, advice."""
-        lines = [headline, *(f"  {fact}" for fact in facts)]
+        lines = [headline, *(f"  {fact}".replace("\n", "\\n") for fact in facts)]  # a name may hold anything
         return cls("\n".join([*lines, advice] if advice else lines))
 
 

@@ -14,18 +14,21 @@ import json
 import mmap
 import os
 import queue
+import re
 import shutil
 import signal
 import stat
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DestinationError, FormatError
+from .errors import DestinationError, FormatError, UnsafeError
 
 CHUNK = 1 << 20
+WINDOW = 64 << 10  # bytes that a cursor reads at once
 WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 WAITING = 8  # chunks that may wait for the disk
@@ -96,6 +99,38 @@ class File:
         return FormatError(f"{self.path}: changed while it was being read")
 
 
+class Cursor:
+    """A file, or a stretch of one, read from front to back in small pieces; what is large is skipped, not read.
+
+    Raises (from every method):
+        FormatError: if the stretch ends before what is asked for does.
+    """
+
+    def __init__(self, file: File, position: int = 0, end: int | None = None) -> None:
+        self.file, self.position = file, position
+        self.end = file.size if end is None else end
+        self._window, self._start = b"", 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes. The caller keeps ``size`` small."""
+        begin = self.skip(size) - self._start
+        if not 0 <= begin <= begin + size <= len(self._window):
+            self._start, begin = self.position - size, 0
+            self._window = self.file.read(self._start, min(max(size, WINDOW), self.end - self._start))
+        return self._window[begin : begin + size]
+
+    def skip(self, size: int) -> int:
+        """Pass over the next bytes; gives where they begin."""
+        if not 0 <= size <= self.end - self.position:
+            raise FormatError(f"{self.file.path}: cut short: {size} bytes are said to follow byte {self.position}")
+        begin, self.position = self.position, self.position + size
+        return begin
+
+    def number(self, form: str) -> Any:
+        """One number, of a type of ``struct`` (with its byte order)."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn the system's refusals into ours."""
@@ -119,6 +154,21 @@ def check_name(path: Path) -> None:
         bad = True
     if bad:
         raise FormatError(f"{str(path)!r}: not a name that a file can have")
+
+
+def beside(directory: Path, name: str, where: str) -> Path:
+    """The file of this name in a directory, or below: model cards keep weights in folders too.
+
+    Raises:
+        UnsafeError: if the name leads out of the directory, or through a folder that is a link to elsewhere. (The file
+            itself may be one: the Hub's cache has them.)
+    """
+    leaves = not name or name.startswith("/") or "\\" in name or re.search(r"(^|/)\.\.?(/|$)", name)
+    if not leaves and name.isprintable() and len(name) <= 200:
+        path = directory / name
+        if path.parent.resolve().is_relative_to(directory.resolve()):
+            return path
+    raise UnsafeError(f"{where}: points to {name[:200]!r}, which is not a file beside it: refused")
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:

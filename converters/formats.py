@@ -1,44 +1,149 @@
-"""Which container a path holds, and which writer a destination asks for: the two verbs, open and save."""
+"""Which formats there are, and which of them a path holds."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import glob
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint, assemble
-from .config import from_hf, from_hparams, to_hf, to_hparams
+from .config import PARSERS, from_hf, from_hparams
 from .container import Container
-from .dialects import HF, OPENAI
-from .errors import CheckpointError, DestinationError, FormatError
-from .files import File, check_name, new_directory, new_file, read_json, reading
+from .errors import CheckpointError, FormatError, TokenizerError
+from .files import File, check_name, read_json, reading
 from .shard_index import open_shards
-from .tensors import LazyTensor, all_finite, whole_items
-from .tokenizer_files import EXTRA, PAIRS, find_tokenizer, hf_files, openai_files
+from .tokenizer_files import TokenizerFiles, find_tokenizer
 
-# What a directory is searched for, the first found being meant.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: a container, the dialects that are usual in it, and what it can hold.
+
+    Args:
+        name: the word for it: in ``--to``, and in what ``inspect`` and ``convert`` say.
+        what: who writes it.
+        files: what it looks like on a disk.
+        dialects: names of the tables in ``dialects.py``.
+        ask: what a user types to have it written.
+        reads: the number formats that are read; ``Q8_0`` as the float32 it stands for.
+        writes: those that are written; none where there is no writer.
+        configuration: whether a file carries its own; "" is no, else which part of it.
+        checksums: what protects its bytes.
+        tokenizer: where the tokenizer is.
+        untied: whether it can hold an output that is not the token embedding.
+        opener: module and function that open one file of it.
+        begins: whether a file with these first bytes, and of this size, may be one.
+    """
+
+    name: str
+    what: str
+    files: str
+    dialects: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    ask: str = ""
+    configuration: str = ""
+    checksums: str = ""
+    tokenizer: str = "beside it"
+    untied: bool = True
+    opener: str = ""
+    begins: Callable[[bytes, int], bool] = lambda head, size: False
+
+
+def _magic(*beginnings: bytes) -> Callable[[bytes, int], bool]:
+    return lambda head, size: head.startswith(beginnings)
+
+
+def _small_protobuf(head: bytes, size: int) -> bool:
+    """Field 1, the version of ONNX's format, is a small number; another field follows."""
+    return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] <= 32 and head[2] & 7 in (0, 2)
+
+
+def _map_of_names(head: bytes, size: int) -> bool:
+    """A map of MessagePack whose first key is a string."""
+    key = head[{b"\xde": 3, b"\xdf": 5}.get(head[:1], 1) :][:1]
+    return (b"\x81" <= head[:1] <= b"\x8f" or head[:1] in (b"\xde", b"\xdf")) and b"\xa1" <= key <= b"\xdb"
+
+
+# In the order in which a file is compared with them. The first three are asked for by name or by directory.
+FORMATS = (
+    Format(
+        "tf", "OpenAI's TensorFlow checkpoint (V2)", "directory, prefix, `.index` or `.data`", ("openai",), FLOATS, FLOATS,
+        ask="`--to tf`", configuration="`hparams.json` beside it", checksums="CRC-32C of every tensor and block", untied=False,
+    ),
+    Format(
+        "hf", "Hugging Face's directory", "`config.json`, `model.safetensors`, tokenizer", ("hf",), FLOATS, FLOATS,
+        ask="a name without a known suffix", configuration="`config.json`", tokenizer="in the directory",
+    ),
+    Format(
+        "shards", "one checkpoint in several files", "`*.index.json`", ("hf",), FLOATS, FLOATS,
+        ask="`--max-shard-size 5GB`", configuration="`config.json` beside it", checksums="those of its files",
+    ),
+    Format(
+        "safetensors", "Hugging Face, and MLX (mlx-lm)", "`.safetensors`", ("hf", "mlx"), FLOATS, FLOATS,
+        ask="`NAME.safetensors`", configuration="in its metadata", opener="safetensors_file:open_safetensors", begins=safetensors_file.looks_like,
+    ),
+    Format(
+        "bin", "PyTorch, since 1.6 (zip) and before (legacy)", "`.bin`, `.pt`, `.pth`", ("hf",), FLOATS, FLOATS,
+        ask="`NAME.bin`", configuration="in a member that torch passes over", checksums="CRC-32 of every member (zip)",
+        opener="torch_zip:open_torch_zip", begins=_magic(b"PK\x03\x04", b"PK\x05\x06"),
+    ),
+    Format(
+        "bin", "", "", (), (), opener="torch_legacy:open_torch_legacy", begins=_magic(b"\x80\x02\x8a\x0a"),
+    ),
+    Format(
+        "nanogpt", "nanoGPT's train.py", "`ckpt.pt`", ("nanogpt",), FLOATS, FLOATS,
+        ask="`--to nanogpt`", configuration="`model_args` in it", checksums="CRC-32 of every member",
+    ),
+    Format(
+        "llmc", "llm.c, versions 3 and 5", "`.bin`", ("llmc",), ("F32", "BF16"), ("F32", "BF16"),
+        ask="`--to llmc`", configuration="in its header", untied=False,
+        opener="llmc_file:open_llmc", begins=_magic((20240326).to_bytes(4, "little")),
+    ),
+    Format(
+        "gguf", "llama.cpp", "`.gguf`", ("gguf",), (*FLOATS, "Q8_0"), ("F32", "F16", "BF16", "Q8_0"),
+        ask="`NAME.gguf`", configuration="in its metadata", tokenizer="in its metadata", opener="gguf_file:open_gguf", begins=_magic(b"GGUF"),
+    ),
+    Format(
+        "hdf5", "Keras, through transformers 4", "`tf_model.h5`", ("keras",), ("F64", "F32", "F16"),
+        untied=False, opener="hdf5_file:open_hdf5", begins=_magic(b"\x89HDF\r\n\x1a\n"),
+    ),
+    Format(
+        "onnx", "optimum, torch.onnx and gpt2x", "`.onnx`, with its data beside it", ("hf",), FLOATS,
+        configuration="in its metadata (gpt2x's)", opener="onnx_file:open_onnx", begins=_small_protobuf,
+    ),
+    Format(
+        "msgpack", "Flax, through transformers 4", "`flax_model.msgpack`", ("flax",), FLOATS,
+        opener="msgpack_file:open_msgpack", begins=_map_of_names,
+    ),
+)  # fmt: skip
+
+LLMC_STATES = tuple(number.to_bytes(4, "little") for number in (20240327, 20240527))  # of its tests, of its optimizer
+GUESSED = ("onnx", "msgpack")  # whose first bytes are not unlike others'
+
+# What a directory is searched for, the first found being meant: these, then a TensorFlow checkpoint, then the others.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-# Names that ask for a file which is not written (a directory of such a name would surprise).
-FOREIGN_SUFFIXES = (".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip")
-
-Progress = Callable[[int], None]
-Warn = Callable[[str], None]
+OTHERS = ("ckpt.pt", "tf_model.h5", "flax_model.msgpack")
+MODELS = ("model.onnx", "decoder_model.onnx", "onnx/model.onnx", "onnx/decoder_model.onnx")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
 
 
-# ------------------------------------------------------------------------------------------------------- opening
-
-
-def open_checkpoint(path: str | Path, *, n_head: int | None = None, tie: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, n_head: int | None = None, n_vocab: int | None = None, tie: bool = False
+) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Nothing is read but names and shapes.
 
     Args:
-        path: OpenAI's TensorFlow checkpoint (directory, prefix, ``.index`` or ``.data``), a ``.bin``, a
-            ``.safetensors``, a shard index, or a directory that holds one of them.
+        path: a file of any of ``FORMATS``, or a directory that holds one.
         n_head: the number of attention heads, where nothing beside the weights says it.
+        n_vocab: how many rows of the token embedding to keep, where padding makes it longer than the vocabulary.
         tie: drop an ``lm_head`` that differs from the token embedding.
 
     Raises:
@@ -52,10 +157,21 @@ def open_checkpoint(path: str | Path, *, n_head: int | None = None, tie: bool = 
         container = _open_directory(path) if path.is_dir() else _open_path(path)
         directory = path if path.is_dir() else path.parent
         stated, stated_in = _configuration(container, directory, from_directory=path.is_dir())
-        checkpoint = assemble(container, stated, stated_in, n_head=n_head, tie=tie)
-        unread = [n for n in WEIGHTS if path.is_dir() and n != container.path.name and (path / n).is_file()]
-        notes = tuple(f"{path} also holds {name}, which was not read" for name in unread)
-        return replace(checkpoint, tokenizer=find_tokenizer(directory), notes=(*checkpoint.notes, *notes))
+        checkpoint = assemble(container, stated, stated_in, n_head=n_head, n_vocab=n_vocab, tie=tie)
+        tokenizer, note = _tokenizer(container, directory)
+        notes = (*checkpoint.notes, *note, *_remarks(checkpoint, container, path))
+        return replace(checkpoint, tokenizer=tokenizer, notes=notes)
+
+
+def _remarks(checkpoint: Checkpoint, container: Container, path: Path) -> list[str]:
+    """What a user may want to know."""
+    here = [n for n in (*WEIGHTS, *OTHERS) if path.is_dir() and n != container.path.name and (path / n).is_file()]
+    remarks = [f"{path} also holds {name}, which was not read" for name in here]
+    if checkpoint.config.n_vocab == PADDED:
+        remarks.append(
+            f"the vocabulary is padded to {PADDED} rows, which take part in the softmax; --n-vocab 50257 leaves out what is no token of GPT-2's"
+        )
+    return remarks
 
 
 def _open_directory(path: Path) -> Container:
@@ -63,52 +179,67 @@ def _open_directory(path: Path) -> Container:
         if (path / name).is_file():
             return _open_path(path / name)
     if prefix := tf_bundle.find_prefix(path):
-        return tf_bundle.open_bundle(prefix)
-    others = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth") and p.is_file())
+        return _open_bundle(prefix)
+    for name in (*OTHERS, *MODELS):
+        if (path / name).is_file():
+            return _open_path(path / name)
+    others = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(others) == 1:
         return _open_path(others[0])
     if others:
         raise FormatError(f"{path}: several weight files ({', '.join(p.name for p in others[:5])}); name one of them")
-    raise FormatError(f"{path}: no weights in this directory (looked for {', '.join(WEIGHTS)}, *.index)")
+    raise FormatError(f"{path}: no weights in this directory (looked for {', '.join((*WEIGHTS, *OTHERS))}, *.index)")
 
 
 def _open_path(path: Path) -> Container:
     if prefix := tf_bundle.prefix_of(path):
-        return tf_bundle.open_bundle(prefix)
+        return _open_bundle(prefix)
     file = File(path)
     head = file.read(0, min(file.size, 512))
     if path.name.endswith(".index.json"):
         return open_shards(path, _open_path)
-    if safetensors_file.looks_like(head, file.size):
-        return safetensors_file.open_safetensors(path)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x80\x02\x8a\x0a")):
-        return _open_torch(path, zipped=head.startswith(b"PK"))
-    if fault := _not_weights(file, head):
+    found = next((f for f in FORMATS if f.opener and f.begins(head, file.size)), None)
+    if (found is None or found.name in GUESSED) and (fault := _not_weights(file, head)):
         raise FormatError(f"{path}: {fault}")
-    if path.suffix == ".safetensors":
+    if (found is None or found.name in GUESSED) and path.suffix == ".safetensors":
         return safetensors_file.open_safetensors(path)
-    raise FormatError(
-        f"{path}: not a format that gpt2x knows (no TensorFlow index, zip, PyTorch pickle or safetensors)"
-    )
+    if found is None:
+        raise FormatError(f"{path}: not a format that gpt2x knows; 'gpt2x formats' lists them")
+    module, function = found.opener.split(":")
+    container: Container = getattr(importlib.import_module(f".{module}", __package__), function)(path)
+    return container
 
 
-def _open_torch(path: Path, zipped: bool) -> Container:
-    from . import torch_legacy, torch_zip  # here, because no other format needs zipfile and pickletools
+def _open_bundle(prefix: Path) -> Container:
+    for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.*")):
+        if tf_bundle.prefix_of(path) == prefix and path.is_file():
+            file = File(path)
+            if fault := _page(file.read(0, min(file.size, 512))):
+                raise FormatError(f"{path}: {fault}")
+    return tf_bundle.open_bundle(prefix)
 
-    return torch_zip.open_torch_zip(path) if zipped else torch_legacy.open_torch_legacy(path)
+
+def _page(head: bytes) -> str | None:
+    """What a download leaves in the place of a file."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; run 'git lfs pull' where it came from"
+    if head.lstrip()[:64].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights; the download went to a page that shows the file"
+    return None
 
 
 def _not_weights(file: File, head: bytes) -> str | None:
     """What a file is that people take for weights."""
-    text = head.lstrip()[:64].lower()
     if not head:
         return "an empty file"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights; run 'git lfs pull' where it came from"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, not weights; the download went to a page that shows the file"
+    if fault := _page(head):
+        return fault
     if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"BZh")):
         return "a tar or a compressed archive; unpack it first"
+    if head[4:8] == b"TFL3":
+        return "a TensorFlow Lite model, which is a program and not weights; convert what it was made from"
+    if head[:4] in LLMC_STATES:
+        return "the state of a run of llm.c, not its weights; those begin with another number (20240326)"
     if file.size >= tf_bundle.FOOTER and file.read(file.size - 8, 8) == tf_bundle.MAGIC.to_bytes(8, "little"):
         return tf_bundle.V1
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
@@ -116,10 +247,39 @@ def _not_weights(file: File, head: bytes) -> str | None:
     return None
 
 
+def _tokenizer(container: Container, directory: Path) -> tuple[TokenizerFiles | None, list[str]]:
+    """The tokenizer in a file, or else that beside it, and what is to be said of it."""
+    if container.vocabulary:
+        try:
+            return TokenizerFiles(directory, None, None, None, container.vocabulary()), []
+        except TokenizerError as error:
+            return find_tokenizer(directory), [f"the tokenizer in it is not taken over: {error}"]
+    return find_tokenizer(directory), []
+
+
+def tokenizer_of(path: Path) -> TokenizerFiles | None:
+    """The tokenizer in a directory, beside a file of weights, or in one that carries its own (GGUF).
+
+    Raises:
+        ConversionError: if a file that should carry one is not sound.
+    """
+    found = find_tokenizer(path if path.is_dir() else path.parent)
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) != 1 or (found and path.is_dir()) or File(files[0]).read(0, min(4, File(files[0]).size)) != b"GGUF":
+        return found
+    container = _open_path(files[0])
+    return _tokenizer(container, files[0].parent)[0]
+
+
 def _configuration(container: Container, directory: Path, from_directory: bool) -> tuple[dict[str, Any], str]:
-    """What is stated about the model, and where: a lone file's own word first, a directory's files first."""
-    inside = from_hf(container.config, f"{container.path}: its metadata") if container.config else {}
-    beside, name = _beside(directory) if from_directory or not inside else ({}, "")
+    """What is stated about the model, and where: a lone file's own word first, a directory's files first.
+
+    nanoGPT's files say the sizes only, so that what lies beside them is read too.
+    """
+    parse = PARSERS[container.config_of]
+    inside = parse(container.config, f"{container.path}: its metadata") if container.config else {}
+    alone = inside and not from_directory and container.config_of != "nanogpt"
+    beside, name = ({}, "") if alone else _beside(directory)
     _agree(directory, inside, container.path.name, beside, name)
     return {**inside, **beside}, name or ("its metadata" if inside else "")
 
@@ -137,166 +297,9 @@ def _beside(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def _agree(directory: Path, a: Mapping[str, Any], name_a: str, b: Mapping[str, Any], name_b: str) -> None:
-    clash = [key for key in a if key in b and b[key] != a[key] and not key.endswith("token_id")]
+    inert = ("token_id", "pdrop")
+    clash = [key for key in a if key in b and b[key] != a[key] and not key.endswith(inert)]
     if clash:
         facts = [f"{key} is {a[key]!r} in {name_a}, {b[key]!r} in {name_b}" for key in clash]
         advice = "Remove the wrong one, or convert the file alone."
         raise CheckpointError.listing(f"{directory}: two configurations that disagree", facts, advice)
-
-
-# ------------------------------------------------------------------------------------------------------- saving
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What was written."""
-
-    path: Path
-    format: str
-    bytes: int
-
-
-def save_checkpoint(
-    checkpoint: Checkpoint,
-    path: str | Path,
-    to: str | None = None,
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-    warn: Warn | None = None,
-) -> Saved:
-    """Write a checkpoint. The destination appears whole, or not at all.
-
-    Args:
-        checkpoint: what to write; its checksums are verified on the way.
-        path: the destination. Without ``to``, its suffix says the format; no known suffix is a directory in Hugging
-            Face's layout.
-        to: one of ``WRITERS``.
-        force: replace what is there.
-        progress: called with the number of tensor bytes read, as they are read.
-        warn: called with a sentence where a tensor holds NaN or infinity.
-
-    Raises:
-        DestinationError: if the destination exists or cannot be written.
-        ConversionError: if the source turns out to be damaged, or the format cannot hold the model.
-    """
-    if not str(path):
-        raise DestinationError("the destination is an empty name")
-    path = Path(path)
-    kind = to or format_of(path)
-    if kind not in WRITERS:
-        raise DestinationError(f"unknown format {kind!r}; known are {', '.join(WRITERS)}")
-    files = WRITERS[kind](watched(checkpoint, progress, warn), path, force)
-    return Saved(path, kind, sum(file.stat().st_size for file in files))
-
-
-def format_of(path: Path) -> str:
-    """The format that a destination's suffix asks for."""
-    suffix = path.suffix.lower()
-    if suffix in FOREIGN_SUFFIXES:
-        raise DestinationError(
-            f"{path}: gpt2x does not write {suffix}. Name it .safetensors or .bin, or a directory (and --to tf for OpenAI's layout)"
-        )
-    return {".safetensors": "safetensors", ".bin": "bin"}.get(suffix, "hf")
-
-
-def watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | None) -> Checkpoint:
-    """The same checkpoint, with an eye on every chunk that is read."""
-
-    def watch(name: str, tensor: LazyTensor) -> LazyTensor:
-        def stream() -> Iterator[Any]:
-            finite = True
-            for chunk in whole_items(tensor.chunks(), tensor.dtype.itemsize):
-                finite = finite and all_finite(chunk, tensor.dtype)
-                yield chunk
-                if progress:
-                    progress(len(chunk))
-            if not finite and warn:
-                warn(f"{name} holds NaN or infinity")
-
-        return replace(tensor, stream=stream)
-
-    return replace(checkpoint, tensors={name: watch(name, tensor) for name, tensor in checkpoint.tensors.items()})
-
-
-def _save_safetensors(checkpoint: Checkpoint, path: Path, force: bool = False) -> list[Path]:
-    tensors = HF.write(checkpoint.tensors, checkpoint.config)
-    with new_file(path, force) as out:
-        safetensors_file.write_safetensors(out, tensors, to_hf(checkpoint.config))
-    return [path]
-
-
-def _save_bin(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
-    from . import torch_zip
-
-    tensors = HF.write(checkpoint.tensors, checkpoint.config)
-    with new_file(path, force) as out:
-        torch_zip.write_torch_zip(out, tensors, to_hf(checkpoint.config))
-    return [path]
-
-
-def hf_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Name -> contents of what lies beside the weights in Hugging Face's layout: configuration and tokenizer."""
-    config = checkpoint.config
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    dtype = TORCH_NAMES[checkpoint.tensors["wte.weight"].dtype.name]
-    small = {
-        "config.json": to_json({**to_hf(config), "torch_dtype": dtype}),
-        "generation_config.json": to_json({**ids, "_from_model_config": True}),
-    }
-    settings = checkpoint.source.parent / "generation_config.json" if checkpoint.source else None
-    if settings and settings.is_file():
-        small["generation_config.json"] = to_json(read_json(settings, 1 << 20))
-    if checkpoint.tokenizer:
-        small |= hf_files(checkpoint.tokenizer, config.n_ctx)
-    return small
-
-
-def _save_hf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
-    small = hf_companions(checkpoint)
-    with new_directory(path, force, rivals) as stage:
-        write_small(stage, small)
-        _save_safetensors(checkpoint, stage / "model.safetensors")
-        return [path / file.name for file in stage.iterdir()]
-
-
-def _save_tf(checkpoint: Checkpoint, path: Path, force: bool) -> list[Path]:
-    tensors = OPENAI.write(checkpoint.tensors, checkpoint.config)
-    small = {
-        "hparams.json": to_json(to_hparams(checkpoint.config)),
-        "checkpoint": b'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n',
-    }
-    if checkpoint.tokenizer:
-        small |= openai_files(checkpoint.tokenizer)
-    with new_directory(path, force, rivals) as stage:
-        write_small(stage, small)
-        tf_bundle.write_bundle(stage / "model.ckpt", tensors)
-        return [path / file.name for file in stage.iterdir()]
-
-
-def rivals(path: Path) -> list[str]:
-    """The files of a directory that ``open_checkpoint`` would take for weights, configuration or tokenizer."""
-    names = {*WEIGHTS, "config.json", "hparams.json", "checkpoint", "tokenizer.json", *sum(PAIRS, ()), *EXTRA}
-    return sorted(p.name for p in path.iterdir() if p.name in names or p.suffix == ".index")
-
-
-def write_small(stage: Path, files: Mapping[str, bytes]) -> None:
-    """Write files of these names and contents."""
-    for name, data in files.items():
-        with new_file(stage / name) as out:
-            out.write(data)
-
-
-def to_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON file for people to read."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-TORCH_NAMES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
-
-WRITERS: dict[str, Callable[[Checkpoint, Path, bool], list[Path]]] = {
-    "safetensors": _save_safetensors,
-    "bin": _save_bin,
-    "hf": _save_hf,
-    "tf": _save_tf,
-}

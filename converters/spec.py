@@ -123,6 +123,13 @@ class GPT2Config:
         shapes = {name: tuple(sizes[s] for s in SPEC[row]) for row, _, name in rows(self.n_layer)}
         return shapes if self.tie_word_embeddings else {**shapes, LM_HEAD: (self.n_vocab, self.n_embd)}
 
+    def beyond(self, name: str, values: tuple[Any, ...]) -> str | None:
+        """What is to be said of a field that has none of these values."""
+        mine = getattr(self, name)
+        if any(_same(mine, value) for value in values):
+            return None
+        return f"{name} is {mine!r}, not {' or '.join(map(repr, values))}"
+
     def differences(self, other: GPT2Config, names: tuple[str, ...] | None = None) -> list[str]:
         """The fields that change shapes or arithmetic and differ, one line each."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names or ARITHMETIC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from .files import CHUNK, File
 
 if TYPE_CHECKING:
     from .arrays import Array
+
+
+TRANSPOSED = 64 << 20  # bytes of a matrix that are transposed at once; the largest of the 1558M model has 41 MB
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class LazyTensor:
     stream: Callable[[], Iterator[bytes]]
     mapped: Callable[[], Any] | None = None
     checksummed: bool = False
+    transpose_of: LazyTensor | None = None
 
     @classmethod
     def of(cls, array: Array, dtype: DType | None = None) -> LazyTensor:
@@ -67,6 +71,21 @@ class LazyTensor:
 
         return cls(dtype, shape, stream, mapped, checksum is not None)
 
+    @classmethod
+    def zeros(cls, dtype: DType, shape: tuple[int, ...]) -> LazyTensor:
+        """A tensor of nothing but zeros."""
+        size = math.prod(shape) * dtype.itemsize
+        return cls(dtype, shape, lambda: (bytes(min(CHUNK, size - i)) for i in range(0, size, CHUNK)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
+        """The values of several tensors of one number format, one behind the other, under a new shape."""
+
+        def stream() -> Iterator[bytes]:
+            return (chunk for part in parts for chunk in part.chunks())
+
+        return cls(parts[0].dtype, shape, stream, None, all(part.checksummed for part in parts))
+
     @property
     def size(self) -> int:
         """How many values."""
@@ -100,7 +119,50 @@ class LazyTensor:
 
     def reshape(self, shape: tuple[int, ...]) -> LazyTensor:
         """The same bytes under another shape."""
-        return replace(self, shape=shape)
+        return replace(self, shape=shape, transpose_of=None)
+
+    def transposed(self) -> LazyTensor:
+        """A matrix [a, b] as [b, a], still lazily. Twice gives the first one back, and no work is done.
+
+        Of a large matrix, a block of columns at a time is gathered, each in a pass over the source, so that memory
+        holds a block and not the matrix.
+        """
+        if self.transpose_of:
+            return self.transpose_of
+        rows, columns = self.shape
+        width = max(1, TRANSPOSED // max(1, rows * self.dtype.itemsize))  # columns in a block
+
+        def stream() -> Iterator[bytes]:
+            from .arrays import columns_of
+
+            for begin in range(0, columns, width):
+                block = columns_of(self, begin, min(begin + width, columns)).T  # (some columns, rows)
+                step = max(1, CHUNK // max(1, rows * self.dtype.itemsize))
+                yield from (block[i : i + step].tobytes() for i in range(0, len(block), step))
+
+        return LazyTensor(self.dtype, (columns, rows), stream, None, self.checksummed, self)
+
+    def first_rows(self, count: int) -> LazyTensor:
+        """The first rows of a matrix. The others are read as well where that verifies a checksum."""
+        size = count * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+        def stream() -> Iterator[bytes]:
+            left = size
+            for chunk in self.chunks():
+                if left:
+                    yield chunk[:left]
+                elif not self.checksummed:
+                    return
+                left = max(0, left - len(chunk))
+
+        mapped = self.mapped
+        return LazyTensor(
+            self.dtype,
+            (count, *self.shape[1:]),
+            stream,
+            (lambda: mapped()[:size]) if mapped else None,
+            self.checksummed,
+        )
 
     def cast(self, dtype: DType, name: str) -> LazyTensor:
         """The same values, rounded to nearest-even, in another number format, still lazily.
@@ -118,7 +180,8 @@ class LazyTensor:
                 values = as_array(chunk, self.dtype, (-1,))
                 yield cast_array(values, self.dtype, dtype, name).tobytes()
 
-        return LazyTensor(dtype, self.shape, stream, None, self.checksummed)
+        origin = self.transpose_of.cast(dtype, name) if self.transpose_of else None
+        return LazyTensor(dtype, self.shape, stream, None, self.checksummed, origin)
 
 
 @dataclass(frozen=True)

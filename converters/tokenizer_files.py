@@ -27,12 +27,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as it lies on disk: ``tokenizer.json``, or a vocabulary and its merges, or both."""
+    """A tokenizer as it lies on disk: ``tokenizer.json``, or a vocabulary and its merges, or both; or ``inside`` a file of
+    weights, whose word goes before that of any file beside it."""
 
     directory: Path
     vocab: Path | None
     merges: Path | None
     tokenizer_json: Path | None
+    inside: Vocabulary | None = None
 
     def vocabulary(self) -> Vocabulary:
         """What the files say.
@@ -40,6 +42,8 @@ class TokenizerFiles:
         Raises:
             TokenizerError: if this is not a byte-level BPE of GPT-2's kind.
         """
+        if self.inside:
+            return self.inside
         if self.tokenizer_json:
             return _from_tokenizer_json(read_json(self.tokenizer_json), self.tokenizer_json)
         assert self.vocab and self.merges
@@ -173,7 +177,8 @@ def hf_files(found: TokenizerFiles, n_ctx: int) -> dict[str, bytes]:
     """Name -> contents of the files that transformers, tokenizers and transformers.js load."""
     vocabulary = found.vocabulary()
     files = _pair(found, vocabulary, "vocab.json", "merges.txt")
-    files |= {name: _bytes(found.directory / name) for name in EXTRA if (found.directory / name).is_file()}
+    if not found.inside:
+        files |= {name: _bytes(found.directory / name) for name in EXTRA if (found.directory / name).is_file()}
     files["tokenizer.json"] = (
         _bytes(found.tokenizer_json) if found.tokenizer_json else build(vocabulary).to_str().encode()
     )

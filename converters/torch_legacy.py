@@ -14,7 +14,7 @@ from .container import Container
 from .errors import FormatError
 from .files import File
 from .tensors import LazyTensor
-from .torch_pickle import Storage, check_overlaps, load_pickle, state_dict
+from .torch_pickle import Storage, check_overlaps, configuration, load_pickle, state_dict
 from .torch_zip import part_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -34,16 +34,17 @@ def open_torch_legacy(path: Path) -> Container:
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise FormatError(f"{where}: written on a big-endian machine")
         described: dict[str, Storage] = {}
-        tensors, left_out = state_dict(load_pickle(raw, where, described), where)
+        saved = load_pickle(raw, where, described)
+        tensors, left_out = state_dict(saved, where)
         keys = load_pickle(raw, where)
         start = raw.tell()
     check_overlaps(tensors, where)
     storages = _storages(file, start, keys, described)
     if missing := sorted(set(described) - set(storages)):
         raise FormatError(f"{where}: the storage {missing[0]} is not in it")
-    return Container(
-        "bin", path, {name: part_of(storages[ref.storage.key], ref) for name, ref in tensors.items()}, None, left_out
-    )
+    config, words = configuration(saved, where)
+    lazy = {name: part_of(storages[ref.storage.key], ref) for name, ref in tensors.items()}
+    return Container("bin", path, lazy, config, left_out, config_of=words)
 
 
 def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:

@@ -12,11 +12,14 @@ import io
 import itertools
 import math
 import pickletools
+import struct
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
 from .errors import CheckpointError, FormatError, UnsafeError
+from .files import parse_json
 from .tensors import DTYPES, DType
 
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
@@ -345,6 +348,8 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 TIED = "lm_head.weight"  # what PyTorch calls the second name of a tied tensor in a GPT-2
+MODEL_ARGS = "model_args"  # nanoGPT's configuration
+CONFIG_KEY = "gpt2x_config"  # beside it, Hugging Face's config.json, which says more
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, nanoGPT
 
 
@@ -358,7 +363,7 @@ def state_dict(value: Any, where: str) -> tuple[dict[str, TensorRef], tuple[str,
     if isinstance(value, dict):
         for key in WRAPPERS:
             if isinstance(value.get(key), dict):
-                left_out = [str(other) for other in value if other != key]
+                left_out = [str(other) for other in value if other not in (key, MODEL_ARGS, CONFIG_KEY)]
                 beside = [other for other, item in value.items() if other != key and _holds_tensors(other, item)]
                 if beside:
                     raise CheckpointError(
@@ -375,9 +380,22 @@ def state_dict(value: Any, where: str) -> tuple[dict[str, TensorRef], tuple[str,
     return value, tuple(left_out)
 
 
+def configuration(value: Any, where: str) -> tuple[dict[str, Any] | None, str]:
+    """The configuration in a saved object, and in whose words it is: Hugging Face's or nanoGPT's."""
+    inside = value if isinstance(value, dict) else {}
+    if isinstance(text := inside.get(CONFIG_KEY), str):
+        return parse_json(text.encode(), f"{where}: {CONFIG_KEY}"), "hf"
+    arguments = inside.get(MODEL_ARGS)
+    if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
+        return arguments, "nanogpt"
+    return None, "hf"
+
+
 def _holds_tensors(key: Any, value: Any) -> bool:
-    """Whether what lies beside a wrapped state dict may be weights as well, rather than an optimizer's state."""
-    return isinstance(value, TensorRef) or (key in WRAPPERS and isinstance(value, dict))
+    """Whether what lies beside a wrapped state dict may be weights as well, rather than an optimizer's state or a loss."""
+    return (isinstance(value, TensorRef) and math.prod(value.shape) > 1) or (
+        key in WRAPPERS and isinstance(value, dict)
+    )
 
 
 def _describe(value: Any) -> str:
@@ -388,7 +406,7 @@ def _describe(value: Any) -> str:
 
 def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:
     """Refuse tensors that share values; but ``lm_head.weight`` may be another tensor's second name."""
-    tensors = {name: ref for name, ref in tensors.items() if name != TIED or list(tensors.values()).count(ref) < 2}
+    tensors = {n: ref for n, ref in tensors.items() if not n.endswith(TIED) or list(tensors.values()).count(ref) < 2}
     spans = sorted(
         (t.storage.key, t.offset, t.offset + math.prod(t.shape)) for t in tensors.values() if math.prod(t.shape)
     )
@@ -401,35 +419,32 @@ def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def dump_state_dict(tensors: Mapping[str, tuple[str, DType, tuple[int, ...]]]) -> bytes:
-    """The pickle of an OrderedDict of tensors, as ``torch.save`` writes it. Values: storage key, dtype, shape."""
-    storages = {dtype: name for name, dtype in STORAGES.items()}
-    out = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
-    for name, (key, dtype, shape) in tensors.items():
-        size = math.prod(shape)
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        pid = (
-            b"("
-            + _str("storage")
-            + f"ctorch\n{storages[dtype.name]}\n".encode()
-            + _str(key)
-            + _str("cpu")
-            + _int(size)
-            + b"tQ"
-        )
-        hooks = b"ccollections\nOrderedDict\n)R"
-        out += (
-            _str(name)
-            + b"ctorch._utils\n_rebuild_tensor_v2\n("
-            + pid
-            + _int(0)
-            + _ints(shape)
-            + _ints(strides)
-            + b"\x89"
-            + hooks
-            + b"tR"
-        )
-    return bytes(out + b"u.")
+def dump_pickle(value: Any) -> bytes:
+    """The pickle of dicts, OrderedDicts, str, bool, int, float and TensorRef, as ``torch.save`` writes it."""
+    return b"\x80\x02" + _pickled(value) + b"."
+
+
+def _pickled(value: Any) -> bytes:
+    if isinstance(value, TensorRef):
+        return _rebuilt(value)
+    if isinstance(value, dict):
+        empty = b"ccollections\nOrderedDict\n)R" if isinstance(value, OrderedDict) else b"}"
+        return empty + b"(" + b"".join(_str(key) + _pickled(item) for key, item in value.items()) + b"u"
+    if isinstance(value, bool):
+        return b"\x88" if value else b"\x89"
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    return _str(value) if isinstance(value, str) else _int(value)
+
+
+def _rebuilt(ref: TensorRef) -> bytes:
+    storage, kinds = ref.storage, {dtype: name for name, dtype in STORAGES.items()}
+    strides = [math.prod(ref.shape[i + 1 :]) for i in range(len(ref.shape))]
+    kind = f"ctorch\n{kinds[storage.dtype.name]}\n".encode()
+    pid = b"(" + _str("storage") + kind + _str(storage.key) + _str("cpu") + _int(storage.size) + b"tQ"
+    hooks = b"ccollections\nOrderedDict\n)R"
+    arguments = pid + _int(ref.offset) + _ints(ref.shape) + _ints(strides) + b"\x89" + hooks
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
 
 
 def _str(text: str) -> bytes:

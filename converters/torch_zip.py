@@ -12,6 +12,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,17 @@ from .container import Container
 from .errors import CheckpointError, FormatError
 from .files import File, Output, parse_json
 from .tensors import DTYPES, Checksum, LazyTensor
-from .torch_pickle import MAX_PICKLE, TensorRef, check_overlaps, dump_state_dict, load_pickle, state_dict
+from .torch_pickle import (
+    CONFIG_KEY,
+    MAX_PICKLE,
+    Storage,
+    TensorRef,
+    check_overlaps,
+    configuration,
+    dump_pickle,
+    load_pickle,
+    state_dict,
+)
 
 LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
@@ -42,13 +53,16 @@ def open_torch_zip(path: Path) -> Container:
     if _small(file, members, "byteorder", b"little") != b"little":
         raise FormatError(f"{path}: written on a big-endian machine")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
-    tensors, left_out = state_dict(load_pickle(pickle, f"{path}: data.pkl"), str(path))
+    saved = load_pickle(pickle, f"{path}: data.pkl")
+    tensors, left_out = state_dict(saved, str(path))
     if pickle.read(1):
         raise FormatError(f"{path}: data.pkl: bytes behind the pickle's end")
     check_overlaps(tensors, str(path))
-    config = parse_json(_small(file, members, CONFIG), f"{path}: {CONFIG}") if CONFIG in members else None
+    config, words = configuration(saved, str(path))
+    if CONFIG in members:
+        config, words = parse_json(_small(file, members, CONFIG), f"{path}: {CONFIG}"), "hf"
     lazy = {name: _tensor(file, members, ref) for name, ref in tensors.items()}
-    return Container("bin", path, lazy, config, left_out)
+    return Container("bin", path, lazy, config, left_out, config_of=words)
 
 
 def _crc32(value: int, data: bytes) -> int:
@@ -168,18 +182,31 @@ def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
     return LazyTensor(storage.dtype, ref.shape, stream, mapped, storage.checksummed)
 
 
-def write_torch_zip(out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None) -> None:
-    """Write what ``torch.load(weights_only=True)`` reads: an OrderedDict of tensors in a zip archive."""
-    writer = _ZipWriter(out, "pytorch_model")
-    keys = {name: str(i) for i, name in enumerate(tensors)}
-    writer.add(
-        "data.pkl", LazyTensor.of_bytes(dump_state_dict({n: (keys[n], t.dtype, t.shape) for n, t in tensors.items()}))
+def write_torch_zip(
+    out: Output,
+    tensors: Mapping[str, LazyTensor],
+    config: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> None:
+    """Write what ``torch.load(weights_only=True)`` reads: an OrderedDict of tensors in a zip archive.
+
+    ``config`` goes into a member that torch passes over. With ``model_args`` the result is nanoGPT's: a dict that has
+    the tensors under ``model``, and the configuration beside them. One tensor under two names is stored once.
+    """
+    writer = _ZipWriter(out, "pytorch_model" if model_args is None else "ckpt")
+    storages = {id(tensor): tensor for tensor in tensors.values()}
+    keys = {one: str(i) for i, one in enumerate(storages)}
+    refs = OrderedDict(
+        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size), 0, t.shape)) for name, t in tensors.items()
     )
+    said = {CONFIG_KEY: json.dumps(config)} if config else {}
+    saved = refs if model_args is None else {"model": refs, "model_args": model_args, **said}
+    writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))
     writer.add("byteorder", LazyTensor.of_bytes(b"little"))
-    if config:
+    if config and model_args is None:
         writer.add(CONFIG, LazyTensor.of_bytes(json.dumps(config).encode()))
-    for name, tensor in tensors.items():
-        writer.add(f"data/{keys[name]}", tensor)
+    for one, tensor in storages.items():
+        writer.add(f"data/{keys[one]}", tensor)
     writer.add("version", LazyTensor.of_bytes(b"3\n"))
     writer.finish()
 

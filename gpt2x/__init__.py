@@ -24,6 +24,7 @@ _HOMES = {
     "gpt2x.model": (
         "GPT2", "VOCAB_SIZE", "EMBED_DIM", "NUM_LAYERS", "NUM_HEADS", "FFN_DIM", "MAX_LEN", "DROP_RATE",
     ),
+    "gpt2x.download": ("fetch",),
     "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
     "gpt2x.tokenizer": ("Tokenizer",),
     "gpt2x.generate": ("generate_text", "Generation", "Sampling", "TextStream", "InputError", "PromptError"),
@@ -36,6 +37,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from converters import Checkpoint, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 
+    from .download import fetch
     from .export.directory import ExportOptions, export_onnx
     from .generate import Generation, InputError, PromptError, Sampling, TextStream, generate_text
     from .load import checkpoint_of, from_pretrained, load_model
@@ -79,6 +81,7 @@ __all__ = [
     "__version__",
     "checkpoint_of",
     "export_onnx",
+    "fetch",
     "from_pretrained",
     "generate_text",
     "load_model",

@@ -83,8 +83,8 @@ def page(report: Report) -> str:
     answer = "The two are the same, within the bounds." if report.passed else "The two are not shown to be the same."
     return PAGE.format(
         verdict=WORDS[report.passed],
-        a=html.escape(report.a),
-        b=html.escape(report.b),
+        a=_escaped(report.a),
+        b=_escaped(report.b),
         conclusion=f"{answer} The worst figure takes {worst:.0%} of its bound." if measured else answer,
         checks="".join(map(_check_row, report.checks)),
         heads="".join(f"<th>{head}" for head in COLUMNS.values()),
@@ -92,9 +92,14 @@ def page(report: Report) -> str:
         plots="\n".join(map(_svg, _plots(measured))) if measured else "",
         version=__version__,
         python=platform.python_version(),
-        machine=html.escape(f"{platform.system()} {platform.machine()}"),
+        machine=_escaped(f"{platform.system()} {platform.machine()}"),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _escaped(text: str) -> str:
+    """The same as text of a page: no markup, no control characters, and nothing that is no text."""
+    return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def _share(check: Check) -> float:
@@ -107,13 +112,13 @@ def _share(check: Check) -> float:
 def _check_row(check: Check) -> str:
     word = WORDS[check.passed]
     shown = "near tie" if check.details.get("near_tie") else "" if check.passed is None else word
-    name, result, what = map(html.escape, (check.name, check.result, EXPLAINED.get(check.name, "")))
+    name, result, what = map(_escaped, (check.name, check.result, EXPLAINED.get(check.name, "")))
     return f'<tr><td>{name}<td class="{word}">{shown}<td>{result}<td>{what}</tr>\n'
 
 
 def _metrics_row(check: Check) -> str:
     cells = "".join(f'<td class="number">{_number(check.details[name])}' for name in COLUMNS)
-    return f'<tr><td>{html.escape(check.name)}<td class="number">{_share(check):.0%}{cells}</tr>\n'
+    return f'<tr><td>{_escaped(check.name)}<td class="number">{_share(check):.0%}{cells}</tr>\n'
 
 
 def _number(value: Any) -> str:

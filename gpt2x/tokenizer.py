@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters import TokenizerError, find_tokenizer
+from converters import TokenizerError
+from converters.formats import tokenizer_of
 from converters.tokenizer_files import END_OF_TEXT, TokenizerFiles, Vocabulary, build
 
 
@@ -30,7 +31,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer in a directory, or beside a weight file.
+        """The tokenizer in a directory, beside a weight file, or in it (GGUF).
 
         ``tokenizer.json`` goes before ``vocab.json`` with ``merges.txt``, and these before ``encoder.json`` with
         ``vocab.bpe``.
@@ -42,7 +43,7 @@ class Tokenizer:
         if not path.exists() and not Path(f"{path}.index").exists():
             raise TokenizerError(f"{path}: no such file or directory")
         directory = path if path.is_dir() else path.parent
-        found = find_tokenizer(directory)
+        found = tokenizer_of(path)
         if found is None:
             raise TokenizerError(
                 f"{directory}: no tokenizer here (tokenizer.json, vocab.json with merges.txt, or encoder.json with vocab.bpe).\n"

@@ -226,7 +226,7 @@ def test_force_does_not_turn_a_folder_into_a_file_nor_a_file_into_a_folder(gpt2x
     assert_refused(gpt2x("convert", "models/124M", "file", "--force"), "is a file")
 
 
-@pytest.mark.parametrize("name", ["out.gguf", "out.pt", "out.onnx", "out.h5"])
+@pytest.mark.parametrize("name", ["out.pt", "out.onnx", "out.h5", "out.ckpt"])
 def test_a_name_that_asks_for_a_file_that_is_not_written_is_refused(gpt2x, name):
     assert_refused(gpt2x("convert", "models/124M", name), f"does not write {Path(name).suffix}")
     assert not Path(name).exists()

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import random_checkpoint
+from conftest import FIXTURES, random_checkpoint
 
-from converters import save_checkpoint
+from converters import WRITERS, save_checkpoint
 from gpt2x import SHAKESPEARE
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ def blocks(path, language):
 def test_every_command_of_the_readme_runs(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SHAKESPEARE, "models/124M")
+    shutil.copy(FIXTURES / "nanogpt/ckpt.pt", "ckpt.pt")
     lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
     commands = [line.removeprefix("$ gpt2x ") for line in lines if line.startswith("$ gpt2x ")]
     assert len(commands) >= 9
@@ -91,6 +92,18 @@ def test_every_file_that_a_document_names_is_there():
             assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
+def test_the_tables_of_the_formats_are_those_of_the_code(monkeypatch):
+    import sys
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_formats
+
+    text = make_formats.PAGE.read_text()
+    assert text == make_formats.page(text), "run python docs/make_formats.py"
+    assert "`blk.{i}.attn_qkv.weight` **T**" in text
+    del sys.modules["make_formats"]
+
+
 def test_every_command_is_in_the_readme():
     from gpt2x.cli import main
 
@@ -133,5 +146,5 @@ def test_the_training_example_trains_and_saves_what_can_be_used(gpt2x, tmp_path,
 
 
 def test_a_tiny_model_is_enough_for_every_format(tmp_path):
-    for kind in ("tf", "hf", "safetensors", "bin"):
+    for kind in WRITERS:
         save_checkpoint(random_checkpoint(), tmp_path / kind, kind)

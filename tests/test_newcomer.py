@@ -104,7 +104,7 @@ def test_an_empty_name_is_not_the_current_directory(gpt2x):
 def test_a_suffix_is_known_in_any_case(gpt2x):
     done(gpt2x("convert", SHAKESPEARE, "X.SAFETENSORS"))
     assert Path("X.SAFETENSORS").is_file()
-    assert_refused(gpt2x("convert", SHAKESPEARE, "model.ckpt"), "--to tf for OpenAI's layout")
+    assert_refused(gpt2x("convert", SHAKESPEARE, "model.ckpt"), "--to tf writes OpenAI's layout")
 
 
 def test_a_report_is_replaced_where_the_user_says_so(gpt2x):

@@ -14,12 +14,13 @@ from .bench import bench
 from .convert import convert
 from .demo import demo
 from .export import export
+from .formats import formats
 from .generate import generate
 from .inspect import inspect
 from .text import printable
 from .verify import verify
 
-EXTRAS = {"torch": "torch", "onnx": "export", "transformers": "verify"}
+EXTRAS = {"h5py": "formats", "torch": "torch", "onnx": "export", "transformers": "verify", "huggingface_hub": "hub"}
 
 
 class Main(click.Group):
@@ -67,6 +68,7 @@ def main() -> None:
     Start with:
       gpt2x demo
       gpt2x convert models/124M gpt2.safetensors
+      gpt2x convert openai://124M gpt2.safetensors
       gpt2x export models/124M --onnx gpt2-onnx/
       gpt2x verify gpt2.safetensors --against openai-124M
     """
@@ -77,5 +79,5 @@ def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # unwinds, so that no half-written file stays
 
 
-for command in (convert, export, inspect, verify, generate, bench, demo):
+for command in (convert, export, inspect, verify, generate, bench, formats, demo):
     main.add_command(command)

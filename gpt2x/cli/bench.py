@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .source import local
 from .text import need, printable
 
 HEAD = (
@@ -51,6 +52,7 @@ def bench(
             check_free(Path(str(file)), force, directory=False)
     if plot_file:
         need("matplotlib", extra="verify")  # before the work, not after it
+    model = local(model, "onnx")
     here: list[str | None] = [*contract.models_in(Path(model))] if Path(model).is_dir() else []
     kinds = [part.strip() for part in precision.split(",")] if precision else here or [None]
     n_ctx = min(OnnxDecoder(model, precision=kind, optimize=False).n_ctx for kind in kinds)

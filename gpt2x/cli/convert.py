@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .text import printable
+from .source import check_before, is_remote, local
+from .text import printable, progress_bar
 
-if TYPE_CHECKING:
-    from converters.tokenizer_files import TokenizerFiles
-
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-FORMATS = ("safetensors", "bin", "hf", "tf")
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+WRITTEN = ("safetensors", "bin", "hf", "tf", "nanogpt", "llmc", "gguf")
+DIRECTORIES = ("hf", "tf")
 
 
 @click.command()
 @click.argument("src")
 @click.argument("dst")
-@click.option("--to", type=click.Choice(FORMATS), help="Format of DST where its name does not say it.")
+@click.option("--to", type=click.Choice(WRITTEN), help="Format of DST where its name does not say it.")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", *DTYPES]),
     default="keep",
     show_default=True,
-    help="Number format of the weights in DST.",
+    help="Number format of the weights in DST; q8_0 in GGUF only.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="Split a directory's weights into files of at most this, such as 5GB."
 )
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside SRC says it.")
+@click.option("--n-vocab", type=click.IntRange(min=1), help="Rows of the token embedding to keep, of a padded one.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
-    src: str, dst: str, to: str | None, dtype: str, n_head: int | None, tie: bool, force: bool, as_json: bool
+    src: str,
+    dst: str,
+    to: str | None,
+    dtype: str,
+    max_shard_size: str | None,
+    n_head: int | None,
+    n_vocab: int | None,
+    tie: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Convert the GPT-2 in SRC to DST. Neither TensorFlow nor PyTorch is needed.
 
@@ -45,22 +54,32 @@ def convert(
       gpt2x convert models/124M gpt2-hf/
       gpt2x convert pytorch_model.bin gpt2.safetensors
       gpt2x convert gpt2-hf/ models/back --to tf
+      gpt2x convert hf://openai-community/gpt2 gpt2.safetensors
 
-    SRC is OpenAI's TensorFlow checkpoint (its directory, prefix, .index or .data file), a .bin, a .safetensors, a
-    shard index, or a directory with one of them. DST ends in .safetensors or .bin, or is a directory in Hugging
-    Face's layout. Every checksum that SRC carries is verified; DST appears whole or not at all.
+    SRC is a weight file of any format that 'gpt2x formats' lists, or a directory with one; hf://OWNER/NAME and
+    openai://124M are downloaded. DST ends in .safetensors, .bin or .gguf, or is a directory in Hugging Face's layout; --to
+    names any other format. Every checksum that SRC carries is verified; DST appears whole or not at all.
     """
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
-    from converters.tensors import DTYPES as KINDS
 
+    kind = None if dtype == "keep" else DTYPES[dtype]
+    _check_destination(src, dst, to, kind, max_shard_size, force)
+    path = local(src)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(src, n_head=n_head, tie=tie)
-    if dtype != "keep":
-        checkpoint = checkpoint.cast(KINDS[DTYPES[dtype]])
+    checkpoint = open_checkpoint(path, n_head=n_head, n_vocab=n_vocab, tie=tie)
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:
-        saved = save_checkpoint(checkpoint, dst, to, force=force, progress=advance, warn=warnings.append)
+        saved = save_checkpoint(
+            checkpoint,
+            dst,
+            to,
+            dtype=kind,
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=advance,
+            warn=warnings.append,
+        )
     facts = {
         "source": src,
         "destination": dst,
@@ -73,7 +92,7 @@ def convert(
         "left_out": list(checkpoint.left_out),
         "checksums_verified": checkpoint.checksummed,
         "seconds": round(time.perf_counter() - start, 3),
-        "notes": [*checkpoint.notes, *_tokenizer_note(saved.format, checkpoint.tokenizer)],
+        "notes": [*checkpoint.notes, *saved.notes],
         "warnings": warnings,
     }
     for warning in warnings:
@@ -81,15 +100,18 @@ def convert(
     click.echo(json.dumps(facts, indent=2) if as_json else printable(summary(facts)))
 
 
-def _tokenizer_note(kind: str, tokenizer: TokenizerFiles | None) -> list[str]:
-    if kind not in ("hf", "tf"):
-        return []
-    if tokenizer is None:
-        return ["no tokenizer beside the source, so none in the result"]
-    added = tokenizer.vocabulary().added if kind == "tf" else ()
-    return (
-        [f"OpenAI's layout cannot mark added tokens, which will be read as text: {', '.join(added)}"] if added else []
-    )
+def _check_destination(
+    src: str, dst: str, to: str | None, dtype: str | None, max_shard_size: str | None, force: bool
+) -> None:
+    """Refuse what nothing read will change: a DST that is an address, of a format that cannot be, or there already."""
+    from converters import DestinationError
+    from converters.saving import check_destination
+
+    if is_remote(dst):
+        raise DestinationError(f"{dst}: gpt2x uploads nothing; give a file or a directory")
+    _, kind = check_destination(dst, to, dtype, max_shard_size)
+    if is_remote(src):
+        check_before(src, dst, force=force, directory=kind in DIRECTORIES)
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -105,19 +127,5 @@ def summary(facts: dict[str, Any]) -> str:
         lines.append(
             f"  left out: {', '.join(left_out[:5])}{f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''}"
         )
-    return "\n".join(lines + [f"  note: {note}" for note in facts["notes"]])
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr where that is a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda n: progress.advance(task, n)
+    lines += [f"  note: {note}" for note in facts["notes"]]
+    return "\n".join(line.replace("\n", "\\n") for line in lines)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .convert import progress_bar
-from .text import need, printable
+from .source import check_before, local
+from .text import need, printable, progress_bar
 from .verify import read_text, table
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ def export(
     from converters.files import check_free
     from gpt2x.parity import verify_export
 
-    checkpoint = open_checkpoint(src, n_head=n_head, tie=tie)
+    for target in (onnx, torchscript, pt2):
+        if target:
+            check_before(src, target, force=force, directory=target == onnx)
+    checkpoint = open_checkpoint(local(src), n_head=n_head, tie=tie)
     checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
     _check_apart([Path(target).absolute() for target in (onnx, torchscript, pt2) if target])
     for target in (torchscript, pt2):

@@ -6,6 +6,8 @@ import os
 
 import click
 
+from .source import runnable
+
 
 @click.command()
 @click.argument("model")
@@ -51,6 +53,7 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    model = runnable(model, runtime, precision)
     try:
         tokenizer = Tokenizer.from_pretrained(tokenizer_dir or _home(model))  # first: a model takes longer to open
     except TokenizerError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .source import runnable
 from .text import printable
 
 
@@ -31,7 +32,7 @@ def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool)
 
     Only names and shapes are read, not the weights. (ONNX Runtime opens an ONNX model, to say what it sees.)
     """
-    facts = everything(path, precision)
+    facts = {**everything(runnable(path, None, precision), precision), "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))

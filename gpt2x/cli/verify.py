@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .source import is_remote, local, runnable
 from .text import need, printable
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def verify(
     if html_file:
         need("matplotlib", extra="verify")  # before the work, not after it
     text = read_text(text_file) if text_file else None
+    named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
+    a, b = local(a), runnable(b, runtime, precision) if b else None
     if against:
         report = parity.verify_release(open_checkpoint(a, n_head=n_head))
     elif b:
@@ -76,6 +80,7 @@ def verify(
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
             raise click.UsageError(f"{a} is {NAMES[kind]}: say what to compare it with")
         report = parity.verify_alone(open_checkpoint(a, n_head=n_head), text)
+    report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
     show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)
 

@@ -250,4 +250,4 @@ def _row(kind: str, name: str, slot: Slot) -> str:
 def as_markdown(text: str) -> str:
     """Any text as harmless Markdown: one line of code."""
     plain = "".join(c for c in text if c.isprintable() and c not in "`|")
-    return f"`{html.escape(plain)}`"
+    return f"`{html.escape(plain) or '?'}`"

@@ -18,7 +18,7 @@ from converters import Checkpoint, ConfigError, DestinationError, TokenizerError
 from converters.config import to_hf
 from converters.dialects import HF
 from converters.files import File, check_free, check_tree, new_directory, new_file
-from converters.formats import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
+from converters.saving import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
 from converters.spec import GPT2Config
 from converters.tensors import F32, LazyTensor
 from gpt2x import __version__, contract
