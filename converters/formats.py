@@ -130,7 +130,7 @@ GUESSED = ("onnx", "msgpack")  # whose first bytes are not unlike others'
 # What a directory is searched for, the first found being meant: these, then a TensorFlow checkpoint, then the others.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHERS = ("ckpt.pt", "tf_model.h5", "flax_model.msgpack")
-MODELS = ("model.onnx", "decoder_model.onnx", "onnx/model.onnx", "onnx/decoder_model.onnx")
+MODELS = ("model.onnx", "decoder_model.onnx", "decoder_model_merged.onnx", "onnx/model.onnx", "onnx/decoder_model.onnx")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
 

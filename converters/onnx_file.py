@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: 
 QUANTISED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
 CONFIG = "gpt2x.config"  # of metadata_props: Hugging Face's config.json, in the models that gpt2x exports
 QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
+MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
 MAX_NAME = 4096
 MAX_METADATA = 1 << 20
 MAX_INITIALIZERS = 100_000
@@ -60,6 +62,7 @@ def open_onnx(path: Path) -> Container:
             for inner, tensor_part in _fields(part):
                 if inner == INITIALIZER and isinstance(tensor_part, Cursor):
                     tensor = _tensor(tensor_part, where)
+                    tensor.name = MERGED.sub("", tensor.name)
                     if tensor.name in found or len(found) > MAX_INITIALIZERS:
                         raise FormatError(f"{path}: {tensor.name[:100]!r} is there twice, or is one of very many")
                     found[tensor.name] = files.lazy(tensor)

@@ -6,7 +6,7 @@ from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
 from converters import Checkpoint, CheckpointError, GPT2Config
 from converters.checkpoint import assemble
 from converters.container import Container
-from converters.dialects import DIALECTS, HF, OPENAI, match
+from converters.dialects import DIALECTS, HF, OPENAI, places_of
 from converters.spec import SPEC, rows
 
 dialects = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
@@ -71,7 +71,7 @@ def test_an_axis_of_one_that_is_no_leading_axis_stays(tmp_path):
     ],
 )
 def test_a_template_matches_whole_names_with_plain_numbers(template, name, layer):
-    assert match(template, name) == layer
+    assert dict(places_of(name)).get(template) == layer
 
 
 def test_the_mask_is_left_out_only_at_its_exact_name(tmp_path):

@@ -1,6 +1,7 @@
 """Every format in, every format out: the same bytes, the same logits; and files that other programs wrote."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import msgpack
@@ -436,6 +437,40 @@ def test_an_output_in_onnx_that_is_no_copy_of_the_embedding_is_refused(tmp_path)
     with pytest.raises(CheckpointError, match="lm_head.weight differs from wte.weight"):
         open_checkpoint(tmp_path / "model.onnx", n_head=2)
     assert open_checkpoint(tmp_path / "model.onnx", n_head=2, tie=True).config.tie_word_embeddings
+
+
+def test_the_names_of_a_merged_decoder_are_those_of_its_parts(tmp_path):
+    """optimum's ``merge_decoders`` puts ``_merged_0`` behind every name that both decoders have."""
+    import onnx
+
+    model = onnx.load(FIXTURES / "onnx_optimum/model.onnx")
+    for tensor in model.graph.initializer:
+        tensor.name += "_merged_0"
+    onnx.save(model, tmp_path / "decoder_model_merged.onnx")
+    read = open_checkpoint(tmp_path, n_head=2)
+    assert_same_bytes(open_checkpoint(FIXTURES / "tf_plain"), read)
+    assert read.left_out == ("lm_head.weight",)
+
+
+def test_verify_reads_each_byte_of_two_files_once(tmp_path, monkeypatch):
+    """Also where one of them has to be transposed."""
+    from converters.files import File
+    from gpt2x.parity import compare_weights
+
+    checkpoint = open_checkpoint(SHAKESPEARE)
+    save_checkpoint(checkpoint, tmp_path / "m.gguf")
+    save_checkpoint(checkpoint, tmp_path / "m.safetensors")
+    files = [open_checkpoint(tmp_path / name) for name in ("m.gguf", "m.safetensors")]
+    seen: dict[Path, int] = {}
+    real = File.chunks
+
+    def counting(file, offset, size):
+        seen[file.path] = seen.get(file.path, 0) + size
+        return real(file, offset, size)
+
+    monkeypatch.setattr(File, "chunks", counting)
+    assert compare_weights(*files).passed
+    assert seen == dict.fromkeys((tmp_path / "m.gguf", tmp_path / "m.safetensors"), checkpoint.nbytes)
 
 
 def test_a_quantised_onnx_model_is_refused(tmp_path):
