@@ -19,7 +19,7 @@ from .tokenizer_files import TokenizerFiles
 QUANTISED = (".scales", ".qweight", ".qzeros", ".absmax", ".SCB", ".quant_map")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Checkpoint:
     """A whole GPT-2: every parameter of ``config`` under its canonical name, in canonical order and layout.
 
@@ -48,6 +48,9 @@ class Checkpoint:
             raise CheckpointError.listing(f"{self.source or 'checkpoint'}: not a complete GPT-2", short(faults))
         object.__setattr__(self, "tensors", {name: self.tensors[name] for name in shapes})
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.source or ''} {self.format} ({self.dialect}), {self.parameters:,} parameters>"
+
     @property
     def parameters(self) -> int:
         """How many numbers the model has; a tied output counts once."""
@@ -57,6 +60,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """How many bytes its tensors take."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Name -> type and bytes of each tensor as its file holds it: of a quantised one, not what it is read as."""
+        return {name: tensor.stored or (tensor.dtype.name, tensor.nbytes) for name, tensor in self.tensors.items()}
 
     @property
     def checksummed(self) -> int:
@@ -89,12 +97,14 @@ def assemble(
         raise CheckpointError(
             f"{container.path}: quantised weights (it holds {quantised[:100]}), which are rounded; convert what they were made from"
         )
+    if not container.tensors:
+        raise CheckpointError(f"{container.path}: no tensors in it")
     unwrapped = _unwrapped(container.tensors)
     dialect, prefix = recognise(unwrapped)
     assumed = {key: value for key, value in dialect.assumes.items() if key not in stated}
     where = str(container.path)
     found, left_out, faults = _sort(unwrapped, dialect, prefix)
-    if not found and container.tensors:
+    if not found:
         first = next(iter(container.tensors))[:100]
         raise CheckpointError(
             f"{where}: not a GPT-2: none of its {len(container.tensors)} tensors has a name of GPT-2's (the first is {first!r})"
@@ -111,6 +121,7 @@ def assemble(
     config, notes = resolve({**stated, **assumed}, _sizes(found, depth, where), n_head, where, stated_in)
     notes += [f"{key} is {value}, as {dialect.name}'s code has it" for key, value in assumed.items()]
     notes += ["no biases in it; zeros stand for them"] if zeros else []
+    notes += [f"{LM_HEAD} is dropped as --tie asks, whatever is in it"] if tie and LM_HEAD in found else []
     ties = stated_in if "tie_word_embeddings" in stated else None
     tensors, config, note = _untangle(found, config, tie, dialect.head_untied and not ties, where, ties)
     wrong = list(_shape_faults(tensors, config.shapes(), f"its {stated_in or 'other tensors'}"))
@@ -131,9 +142,9 @@ def assemble(
 
 def _unwrapped(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
     """The same tensors without what torch's wrappers put before every name (DataParallel, torch.compile)."""
-    for wrapper in ("module.", "_orig_mod."):
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            return _unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+    for wrapper in ("module.", "_orig_mod.") * 2:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -209,7 +220,11 @@ def _untangle(
         return tensors, config, []
     tied = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
     if tie:
-        return tied, replace(config, tie_word_embeddings=True), [LM_HEAD]
+        return (
+            tied,
+            replace(config, tie_word_embeddings=True),
+            [LM_HEAD],
+        )
     if not config.tie_word_embeddings:
         return tensors, config, []
     if same_bytes(head, tensors["wte.weight"]):

@@ -262,8 +262,6 @@ def resolve(
     if "n_head" not in fields:
         fields["n_head"], note = _heads(seen, n_head, where)
         notes.append(note)
-    if "eos_token_id" not in fields:  # the published place of <|endoftext|>, as hparams.json has it
-        fields["bos_token_id"] = fields["eos_token_id"] = seen["n_vocab"] - 1
     try:
         return GPT2Config(**fields), notes
     except ConfigError as error:

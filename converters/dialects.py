@@ -61,6 +61,9 @@ class Transposed(Same):
         return tensor.transposed()
 
 
+MAX_PREFIXES = 4  # that are tried; a model has one
+
+
 @dataclass(frozen=True)
 class Dialect:
     """One world's names. ``{i}`` stands for the layer.
@@ -121,7 +124,8 @@ class Dialect:
         if not self.under_any:
             return self.prefixes
         end = self.table["ln_f.weight"].name
-        return tuple({name.removesuffix(end): None for name in names if name.endswith(end)}) or self.prefixes
+        found = dict.fromkeys(name.removesuffix(end) for name in names if name.endswith(end))
+        return tuple(found)[:MAX_PREFIXES] or self.prefixes
 
     def is_extra(self, name: str, prefix: str) -> bool:
         """Whether a name is known not to be a parameter."""
@@ -157,8 +161,12 @@ class Dialect:
         if not self.any_width and config.n_inner != 4 * config.n_embd:
             faults.append(f"n_inner is {config.n_inner}, not 4 x n_embd")
         if faults:
+            tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
+            advice = "If nothing beside the source states its activation, and the tanh form is meant: --activation-function gelu_new"
             raise CheckpointError.listing(
-                f"this model cannot be written as {self.name}, whose code computes something else", faults
+                f"this model cannot be written as {self.name}, whose code computes something else",
+                faults,
+                advice if tanh else "",
             )
         if self.copies_wte and LM_HEAD not in tensors:
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}

@@ -32,6 +32,7 @@ WINDOW = 64 << 10  # bytes that a cursor reads at once
 WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 WAITING = 8  # chunks that may wait for the disk
+MAX_DIGITS, MAX_DEPTH = 1000, 64  # of a number and of a value in JSON
 
 
 class File:
@@ -186,7 +187,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         FormatError: for anything else.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_whole_number)
+        _check_depth(value)
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
@@ -208,6 +210,23 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 text.encode()  # a lone surrogate is no text
         result[key] = value
     return result
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # Python does not print what has thousands
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what Python may read but then, deeper in its own calls, neither compare nor print."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"values nested more than {MAX_DEPTH} deep")
 
 
 @functools.cache

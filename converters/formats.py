@@ -16,7 +16,7 @@ from .container import Container
 from .errors import CheckpointError, FormatError, TokenizerError
 from .files import File, check_name, read_json, reading
 from .shard_index import open_shards
-from .tokenizer_files import TokenizerFiles, find_tokenizer
+from .tokenizer_files import END_OF_TEXT, TokenizerFiles, find_tokenizer
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -136,7 +136,12 @@ PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
 
 
 def open_checkpoint(
-    path: str | Path, *, n_head: int | None = None, n_vocab: int | None = None, tie: bool = False
+    path: str | Path,
+    *,
+    n_head: int | None = None,
+    n_vocab: int | None = None,
+    activation_function: str | None = None,
+    tie: bool = False,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Nothing is read but names and shapes.
 
@@ -144,6 +149,7 @@ def open_checkpoint(
         path: a file of any of ``FORMATS``, or a directory that holds one.
         n_head: the number of attention heads, where nothing beside the weights says it.
         n_vocab: how many rows of the token embedding to keep, where padding makes it longer than the vocabulary.
+        activation_function: which it is, where nothing in the file or beside it says so.
         tie: drop an ``lm_head`` that differs from the token embedding.
 
     Raises:
@@ -151,27 +157,53 @@ def open_checkpoint(
     """
     if not str(path):
         raise FormatError("the source is an empty name")
+    if "://" in str(path):
+        raise FormatError(f"{path}: an address, not a path; gpt2x.fetch downloads what it names")
     path = Path(path)
     check_name(path)
     with reading(path):
         container = _open_directory(path) if path.is_dir() else _open_path(path)
-        directory = path if path.is_dir() else path.parent
+        directory = _home(path)
         stated, stated_in = _configuration(container, directory, from_directory=path.is_dir())
+        if activation_function:
+            _agree(directory, stated, stated_in, {"activation_function": activation_function}, "--activation-function")
+            stated = {**stated, "activation_function": activation_function}
         checkpoint = assemble(container, stated, stated_in, n_head=n_head, n_vocab=n_vocab, tie=tie)
         tokenizer, note = _tokenizer(container, directory)
+        if tokenizer and "eos_token_id" not in stated:
+            end = tokenizer.vocabulary().ids.get(END_OF_TEXT)
+            config = replace(checkpoint.config, bos_token_id=end, eos_token_id=end)
+            checkpoint = replace(checkpoint, config=config)
         notes = (*checkpoint.notes, *note, *_remarks(checkpoint, container, path))
         return replace(checkpoint, tokenizer=tokenizer, notes=notes)
 
 
+def _home(path: Path) -> Path:
+    """The folder whose configuration and tokenizer are a file's: its own, or of ``onnx/model.onnx`` the one above."""
+    folder = path if path.is_dir() else path.parent
+    above = folder.absolute().parent
+    layout = folder.absolute().name == "onnx" and path.suffix == ".onnx" and not (folder / "config.json").is_file()
+    return above if layout and (above / "config.json").is_file() else folder
+
+
 def _remarks(checkpoint: Checkpoint, container: Container, path: Path) -> list[str]:
     """What a user may want to know."""
-    here = [n for n in (*WEIGHTS, *OTHERS) if path.is_dir() and n != container.path.name and (path / n).is_file()]
-    remarks = [f"{path} also holds {name}, which was not read" for name in here]
+    here = sorted(p.name for p in path.iterdir() if _is_weights(p)) if path.is_dir() else []
+    read = {container.path.name, *(part.name for part in container.files)}
+    remarks = [f"{path} also holds {name}, which was not read" for name in here if name not in read]
     if checkpoint.config.n_vocab == PADDED:
         remarks.append(
             f"the vocabulary is padded to {PADDED} rows, which take part in the softmax; --n-vocab 50257 leaves out what is no token of GPT-2's"
         )
     return remarks
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file would be read as weights. (An index that names but one file, as mlx-lm writes, says nothing more.)"""
+    if path.name in WEIGHTS and path.name.endswith(".index.json") and path.is_file():
+        files = read_json(path).get("weight_map")
+        return not isinstance(files, dict) or len(set(map(str, files.values()))) > 1
+    return (path.name in (*WEIGHTS, *OTHERS) or path.suffix == ".gguf") and path.is_file()
 
 
 def _open_directory(path: Path) -> Container:
@@ -188,7 +220,10 @@ def _open_directory(path: Path) -> Container:
         return _open_path(others[0])
     if others:
         raise FormatError(f"{path}: several weight files ({', '.join(p.name for p in others[:5])}); name one of them")
-    raise FormatError(f"{path}: no weights in this directory (looked for {', '.join((*WEIGHTS, *OTHERS))}, *.index)")
+    looked = ", ".join((*WEIGHTS, "*.index", *OTHERS, *MODELS[:2]))
+    raise FormatError(
+        f"{path}: no weights in this directory (looked for {looked}, and a single file in {' '.join(SUFFIXES)})"
+    )
 
 
 def _open_path(path: Path) -> Container:
@@ -236,6 +271,8 @@ def _not_weights(file: File, head: bytes) -> str | None:
         return fault
     if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"BZh")):
         return "a tar or a compressed archive; unpack it first"
+    if head.lstrip().startswith(b"{") and file.path.suffix == ".json":
+        return "JSON, not weights; give the directory that it is in"
     if head[4:8] == b"TFL3":
         return "a TensorFlow Lite model, which is a program and not weights; convert what it was made from"
     if head[:4] in LLMC_STATES:
@@ -257,18 +294,30 @@ def _tokenizer(container: Container, directory: Path) -> tuple[TokenizerFiles | 
     return find_tokenizer(directory), []
 
 
-def tokenizer_of(path: Path) -> TokenizerFiles | None:
+def tokenizer_in(path: Path) -> TokenizerFiles:
     """The tokenizer in a directory, beside a file of weights, or in one that carries its own (GGUF).
 
     Raises:
+        TokenizerError: if there is none.
         ConversionError: if a file that should carry one is not sound.
     """
+    if not path.exists() and not Path(f"{path}.index").exists():
+        raise TokenizerError(f"{path}: no such file or directory")
     found = find_tokenizer(path if path.is_dir() else path.parent)
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if len(files) != 1 or (found and path.is_dir()) or File(files[0]).read(0, min(4, File(files[0]).size)) != b"GGUF":
-        return found
-    container = _open_path(files[0])
-    return _tokenizer(container, files[0].parent)[0]
+    if len(files) == 1 and not (found and path.is_dir()) and _begins(files[0], b"GGUF"):
+        found = _tokenizer(_open_path(files[0]), files[0].parent)[0]
+    if found is None:
+        raise TokenizerError(
+            f"{path}: no tokenizer {'here' if path.is_dir() else 'in it or beside it'} (tokenizer.json, vocab.json with "
+            "merges.txt, or encoder.json with vocab.bpe).\nSay where one is: --tokenizer DIR"
+        )
+    return found
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    file = File(path)
+    return file.size >= len(magic) and file.read(0, len(magic)) == magic
 
 
 def _configuration(container: Container, directory: Path, from_directory: bool) -> tuple[dict[str, Any], str]:

@@ -188,7 +188,7 @@ def _tensor(file: File, start: int, info: _Info) -> LazyTensor:
         for chunk in whole_items(file.chunks(start + info.offset, info.nbytes), BLOCK_BYTES):
             yield from_q8_0(chunk).tobytes()
 
-    return LazyTensor(F32, info.shape, stream)
+    return LazyTensor(F32, info.shape, stream, stored=("Q8_0", info.nbytes))
 
 
 def _vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
@@ -197,7 +197,8 @@ def _vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
     Raises:
         TokenizerError: if it is not a byte-level BPE of GPT-2's kind.
     """
-    tokens, merges, kinds = (metadata.get(key) for key in (TOKENS, MERGES, KINDS))
+    found: list[Any] = [metadata.get(key) for key in (TOKENS, MERGES, KINDS)]
+    tokens, merges, kinds = found
     kinds = [NORMAL] * len(tokens) if kinds is None and isinstance(tokens, list) else kinds
     lists = all(isinstance(items, list) for items in (tokens, merges, kinds))
     if metadata.get("tokenizer.ggml.model") != "gpt2" or not lists or len(kinds) != len(tokens):

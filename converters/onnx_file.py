@@ -37,7 +37,7 @@ QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
 MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
 MAX_NAME = 4096
 MAX_METADATA = 1 << 20
-MAX_INITIALIZERS = 100_000
+MAX_INITIALIZERS = 20_000  # of GPT-2's 1558M: less than a thousand, with constants
 MAX_RANK = 8
 MAX_FILES = 64
 
@@ -73,13 +73,13 @@ def open_onnx(path: Path) -> Container:
         raise CheckpointError(
             f"{path}: a quantised model (it holds {quantised[:100]}): its weights are rounded; convert what it was made from"
         )
-    constants = tuple(name for name, tensor in found.items() if not tensor.dtype.is_float or tensor.size < 2)
+    weights = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float and tensor.size > 1}
     return Container(
         "onnx",
         path,
-        {name: tensor for name, tensor in found.items() if name not in constants},
+        weights,
         parse_json(metadata[CONFIG].encode(), f"{path}: its metadata") if CONFIG in metadata else None,
-        constants,
+        tuple(name for name in found if name not in weights),  # constants
         parts=(path, *(other.path for other in files.others.values())),
     )
 
@@ -121,9 +121,11 @@ def _text(part: Any, where: str, limit: int = MAX_NAME) -> str:
         raise FormatError(f"{where}: a name before byte {part.position} is not UTF-8") from None
 
 
-def _entry(cursor: Cursor, where: str, limit: int = MAX_NAME) -> tuple[str, str]:
+def _entry(entry_part: Any, where: str, limit: int = MAX_NAME) -> tuple[str, str]:
+    if not isinstance(entry_part, Cursor):
+        raise FormatError(f"{where}: an entry that is none")
     entry = {KEY: "", VALUE: ""}
-    for number, part in _fields(cursor):
+    for number, part in _fields(entry_part):
         if number in entry:
             entry[number] = _text(part, where, limit)
     return entry[KEY], entry[VALUE]
@@ -146,26 +148,33 @@ def _tensor(cursor: Cursor, where: str) -> _Tensor:
     for number, part in _fields(Cursor(cursor.file, cursor.position, cursor.end)):
         if number == NAME:  # first of all, to be said of whatever is wrong with the rest
             tensor.name = _text(part, where)
+    where = f"{where}: {tensor.name[:100]!r}"
     for number, part in _fields(cursor):
-        if number == DIMS and isinstance(part, int | Cursor):
-            tensor.shape += _numbers(part) if isinstance(part, Cursor) else [part]
+        if number == DIMS:
+            tensor.shape += _numbers(part, where)
         elif number in (TYPE, LOCATION) and isinstance(part, int):
             setattr(tensor, "kind" if number == TYPE else "is_external", part)
-        elif number == EXTERNAL and isinstance(part, Cursor):
+        elif number == EXTERNAL:
             key, value = _entry(part, where)
             if key in tensor.external:
-                raise FormatError(f"{where}: {tensor.name[:100]!r} says {key[:100]} twice of its external data")
+                raise FormatError(f"{where} says {key[:100]} twice of its external data")
             tensor.external[key] = value
         elif number in DATA and isinstance(part, Cursor):
             tensor.data.append((number, part))
         elif number not in (NAME, *IGNORED):
-            raise FormatError(f"{where}: {tensor.name[:100]!r} keeps its numbers in field {number}, which is not read")
+            raise FormatError(f"{where} keeps its numbers in field {number}, which is not read")
         if len(tensor.shape) > MAX_RANK or len(tensor.data) > 1 or len(tensor.external) > 8:
-            raise FormatError(f"{where}: {tensor.name[:100]!r} is not a tensor as ONNX has them")
+            raise FormatError(f"{where} is not a tensor as ONNX has them")
     return tensor
 
 
-def _numbers(cursor: Cursor) -> list[int]:
+def _numbers(part: Any, where: str) -> list[int]:
+    """Whole numbers, packed into one field or alone in it."""
+    if isinstance(part, bytes):
+        raise FormatError(f"{where}: a dimension that is no whole number")
+    if isinstance(part, int):
+        return [part]
+    cursor: Cursor = part
     numbers: list[int] = []
     while cursor.position < cursor.end and len(numbers) <= MAX_RANK:
         numbers.append(_varint(cursor))

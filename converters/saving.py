@@ -30,10 +30,13 @@ OTHER_SUFFIXES = {
     ".pth": "say which format is meant: --to bin for a state dict",
     ".ckpt": "--to tf writes OpenAI's layout, a directory",
     ".onnx": "'gpt2x export SRC --onnx DIR' writes ONNX",
-    **dict.fromkeys((".h5", ".json", ".msgpack", ".npz", ".zip"), "'gpt2x formats' lists what it writes"),
+    ".pt2": "'gpt2x export SRC --pt2 FILE' writes it",
+    **dict.fromkeys(
+        (".h5", ".index", ".json", ".msgpack", ".npz", ".ot", ".tflite", ".zip"), "'gpt2x formats' lists what it writes"
+    ),
 }
 TORCH_NAMES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def save_checkpoint(
         ConversionError: if the source turns out to be damaged, or the format cannot hold the model.
     """
     path, kind = check_destination(path, to, dtype, max_shard_size)
+    if force:
+        _check_source(checkpoint, path)
     if dtype and kind != "gguf":
         checkpoint = checkpoint.cast(DTYPES[dtype])
     size = size_of(max_shard_size) if max_shard_size is not None else None
@@ -104,15 +109,18 @@ def check_destination(
     Raises:
         DestinationError: if there is no such format, or it has no such option.
     """
-    if not str(path):
-        raise DestinationError("the destination is an empty name")
+    if str(path) in ("", "-"):
+        raise DestinationError(
+            f"the destination is {'an empty name' if not str(path) else 'no file: there is no writing to a pipe'}"
+        )
     path = Path(path)
     kind = to or format_of(path)
     if kind not in WRITERS:
-        raise DestinationError(f"unknown format {kind!r}; known are {', '.join(WRITERS)}")
+        raise DestinationError(f"{kind!r} is not a format that is written; those are {', '.join(WRITERS)}")
     writes = next(f.writes for f in FORMATS if f.name == kind)
     if dtype and dtype not in writes:
-        raise DestinationError(f"{path}: {kind} holds {', '.join(writes)}, not {dtype}")
+        advice = f"; name it {path.stem}.gguf, or say --to gguf" if dtype == "Q8_0" else ""
+        raise DestinationError(f"{path}: {kind} holds {', '.join(writes)}, not {dtype}{advice}")
     if max_shard_size is not None:
         size_of(max_shard_size)
         if kind != "hf":
@@ -120,11 +128,25 @@ def check_destination(
     return path, kind
 
 
+def _check_source(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse to replace one of several files that the source is made of, for the others are worth nothing without it.
+
+    Raises:
+        DestinationError: if ``path`` is one of them, by the same name in the same folder.
+    """
+    source = [checkpoint.source, Path(f"{checkpoint.source}.index")] if checkpoint.source else []
+    parts = {part.parent.resolve() / part.name for part in (*checkpoint.files, *source) if part.is_file()}
+    if len(parts) > 1 and path.parent.resolve() / path.name in parts:
+        raise DestinationError(
+            f"{path}: is a part of the source, which is not replaced by the whole; choose another name"
+        )
+
+
 def format_of(path: Path) -> str:
     """The format that a destination's suffix asks for."""
     suffix = path.suffix.lower()
     if suffix in OTHER_SUFFIXES:
-        raise DestinationError(f"{path}: gpt2x does not write {suffix} by that name alone; {OTHER_SUFFIXES[suffix]}")
+        raise DestinationError(f"{path}: gpt2x convert does not write {suffix}; {OTHER_SUFFIXES[suffix]}")
     return SUFFIXES.get(suffix, "hf")
 
 
@@ -134,10 +156,11 @@ def size_of(text: str | int) -> int:
     Raises:
         DestinationError: if it is not one.
     """
-    match = re.fullmatch(r"(\d{1,15})\s*([KMG]I?B|)", str(text).strip().upper())
-    if not match or not int(match[1]):
-        raise DestinationError(f"{text!r} is not a size; write 5GB, 500MB or 200MiB")
-    return int(match[1]) * UNITS[match[2]]
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)\s*([KMG]I?B)", str(text).strip().upper())
+    size = text if isinstance(text, int) else int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size <= 0:
+        raise DestinationError(f"{text!r} is not a size; write 5GB, 1.5GB or 200MiB")
+    return size
 
 
 def watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | None) -> Checkpoint:
@@ -239,11 +262,7 @@ def _save_gguf(job: _Job) -> tuple[list[Path], list[str]]:
     }
     with new_file(job.path, job.force) as out:
         gguf_file.write_gguf(out, written, metadata, quantised)
-    notes = (
-        ["no tokenizer beside the source, so none in the result: llama.cpp takes token ids only"]
-        if not vocabulary
-        else []
-    )
+    notes = [f"{NO_TOKENIZER}. Without one, llama.cpp takes token ids only"] if not vocabulary else []
     if job.dtype == "Q8_0":
         whole = (
             f"; {len(matrices) - len(quantised)} whose rows are not of 32 stay as they are"
@@ -286,7 +305,9 @@ def _save_hf(job: _Job) -> tuple[list[Path], list[str]]:
         write_small(stage, small)
         _write_shards(stage, _sharded(tensors, job.max_shard_size), to_hf(checkpoint.config))
         files = [job.path / file.name for file in stage.iterdir()]
-    return files, [] if checkpoint.tokenizer else [NO_TOKENIZER]
+    limit, (most, name) = job.max_shard_size, max((tensor.nbytes, name) for name, tensor in tensors.items())
+    notes = [f"{name} alone has {most:,} bytes, more than {limit:,}"] if limit and most > limit else []
+    return files, notes + ([] if checkpoint.tokenizer else [NO_TOKENIZER])
 
 
 def _sharded(tensors: Mapping[str, LazyTensor], limit: int | None) -> list[dict[str, LazyTensor]]:
@@ -353,7 +374,7 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-NO_TOKENIZER = "no tokenizer beside the source, so none in the result"
+NO_TOKENIZER = "no tokenizer beside the source, so none in the result; --tokenizer DIR says where one is"
 
 WRITERS: dict[str, Callable[[_Job], tuple[list[Path], list[str]]]] = {
     "safetensors": _save_safetensors,

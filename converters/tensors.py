@@ -35,6 +35,9 @@ class LazyTensor:
     mapped: Callable[[], Any] | None = None
     checksummed: bool = False
     transpose_of: LazyTensor | None = None
+    stored: tuple[str, int] | None = (
+        None  # type and bytes in the file, where it stands for these values and is not they
+    )
 
     @classmethod
     def of(cls, array: Array, dtype: DType | None = None) -> LazyTensor:
@@ -140,7 +143,7 @@ class LazyTensor:
                 step = max(1, CHUNK // max(1, rows * self.dtype.itemsize))
                 yield from (block[i : i + step].tobytes() for i in range(0, len(block), step))
 
-        return LazyTensor(self.dtype, (columns, rows), stream, None, self.checksummed, self)
+        return LazyTensor(self.dtype, (columns, rows), stream, None, self.checksummed, self, self.stored)
 
     def first_rows(self, count: int) -> LazyTensor:
         """The first rows of a matrix. The others are read as well where that verifies a checksum."""

@@ -26,6 +26,7 @@ TRAILER = 5  # a byte for the compression, four for the checksum
 RESTART_INTERVAL = 16  # TensorFlow's, and so are the next two
 BLOCK_SIZE = 256 << 10
 MAX_NAME = 4096
+MAX_NAMES = 16 << 20  # bytes of all names together, whose beginnings the file may share
 MAX_SLICES = 256
 MAX_INDEX = 64 << 20  # of GPT-2's 1558M: 25 KB
 
@@ -324,13 +325,15 @@ def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
     if position > 40 or any(footer[position:40]):
         raise FormatError(f"{where}: the footer's padding is not zero")
     list(_block(data, meta, where))
-    previous = None
+    previous, names = None, 0
     for _, value in _block(data, index, where):
         for key, entry in _block(data, _handle(value, 0, where)[0], where):
             if previous is not None and key <= previous:
                 fault = "there twice" if key == previous else "out of order"
                 raise FormatError(f"{where}: the name {_text(key)} is {fault}")
-            previous = key
+            previous, names = key, names + len(key)
+            if names > MAX_NAMES:
+                raise FormatError(f"{where}: more than {MAX_NAMES >> 20} MB of names")
             yield key, entry
 
 

@@ -36,6 +36,11 @@ class TokenizerFiles:
     tokenizer_json: Path | None
     inside: Vocabulary | None = None
 
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return f"in the file, {len(self.inside.ids)} tokens" if self.inside else str(self.directory)
+
     def vocabulary(self) -> Vocabulary:
         """What the files say.
 
@@ -73,18 +78,6 @@ def find_tokenizer(directory: Path) -> TokenizerFiles | None:
     whole = directory / "tokenizer.json"
     tokenizer_json = whole if whole.is_file() else None
     return TokenizerFiles(directory, vocab, merges, tokenizer_json) if tokenizer_json or vocab else None
-
-
-def tokenizer_in(directory: Path) -> TokenizerFiles:
-    """The tokenizer of a directory.
-
-    Raises:
-        TokenizerError: if there is none.
-    """
-    found = find_tokenizer(directory)
-    if found is None:
-        raise TokenizerError(f"{directory}: no tokenizer in this directory")
-    return found
 
 
 def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:

@@ -13,7 +13,7 @@ import itertools
 import math
 import pickletools
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -25,6 +25,7 @@ from .tensors import DTYPES, DType
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
 MAX_RANK = 8
 MAX_COPIED = 1_000_000
+MAX_BITS = 1024  # of a number; Python does not print what has thousands of digits
 
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -85,8 +86,14 @@ def load_pickle(stream: IO[bytes], where: str, storages: dict[str, Storage] | No
     """
     try:
         return _Machine(where, {} if storages is None else storages).run(_Bounded(stream, where))
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except _UNSOUND as error:
         raise FormatError(f"{where}: not a sound pickle: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+# What ``pickletools`` and the machine below raise over it; the warning, where warnings are errors, is of a bad escape.
+_UNSOUND = (
+    IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, DeprecationWarning,
+)  # fmt: skip
 
 
 class _Bounded(io.RawIOBase):
@@ -133,6 +140,8 @@ class _Machine:
             elif opcode.name in _LITERALS:
                 if isinstance(argument, str):
                     argument.encode()  # a lone surrogate is no text
+                if isinstance(argument, int) and argument.bit_length() > MAX_BITS:
+                    raise FormatError(f"{self.where}: a number of {argument.bit_length()} bits in a pickle")
                 self.stack.append(argument)
             else:
                 handler = getattr(self, f"op_{opcode.name}", None)
@@ -350,6 +359,7 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 TIED = "lm_head.weight"  # what PyTorch calls the second name of a tied tensor in a GPT-2
 MODEL_ARGS = "model_args"  # nanoGPT's configuration
 CONFIG_KEY = "gpt2x_config"  # beside it, Hugging Face's config.json, which says more
+PLAIN = (str, int, float, type(None))  # what a value of it may be; a list can hold itself many times over
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, nanoGPT
 
 
@@ -387,6 +397,8 @@ def configuration(value: Any, where: str) -> tuple[dict[str, Any] | None, str]:
         return parse_json(text.encode(), f"{where}: {CONFIG_KEY}"), "hf"
     arguments = inside.get(MODEL_ARGS)
     if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
+        if wrong := [key for key, item in arguments.items() if not isinstance(item, PLAIN)]:
+            raise FormatError(f"{where}: {wrong[0][:100]!r} in its {MODEL_ARGS} is no plain value")
         return arguments, "nanogpt"
     return None, "hf"
 
@@ -406,7 +418,8 @@ def _describe(value: Any) -> str:
 
 def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:
     """Refuse tensors that share values; but ``lm_head.weight`` may be another tensor's second name."""
-    tensors = {n: ref for n, ref in tensors.items() if not n.endswith(TIED) or list(tensors.values()).count(ref) < 2}
+    times = Counter(tensors.values())
+    tensors = {name: ref for name, ref in tensors.items() if not name.endswith(TIED) or times[ref] < 2}
     spans = sorted(
         (t.storage.key, t.offset, t.offset + math.prod(t.shape)) for t in tensors.values() if math.prod(t.shape)
     )

@@ -26,8 +26,8 @@ from typing import IO, Any
 from converters import ConversionError, DestinationError, FormatError, open_checkpoint
 from converters.config import from_hparams
 from converters.files import File, read_json, writing
+from converters.formats import tokenizer_in
 from converters.tf_bundle import Entry, Fields, open_bundle, read_table
-from converters.tokenizer_files import tokenizer_in
 
 from . import __version__
 from .download import SCHEMES, Bar, Warn, cache_home
@@ -43,8 +43,11 @@ VERIFIED = ".verified"  # in the cache: what each file's size and time were when
 MAX_SMALL, MAX_INDEX, MAX_DATA = 64 << 20, 1 << 20, 16 << 30  # of 1558M: 1 MB, 25 KB and 6.2 GB
 TIMEOUT = 30.0  # seconds without a byte
 TRIES, PAUSE = 5, 0.5  # attempts that bring less than PROGRESS bytes, and seconds after the first, then twice as many
+FIRST_TRIES = 3  # where nothing has come at all
 PROGRESS = 1 << 20
 CHUNK = 1 << 18
+
+ADVICE = "\nIs there a network? GPT2X_OPENAI_URL names a mirror, and GPT2X_CACHE a folder in which openai/124M may lie already."
 
 Place = Callable[[int], None]  # told how many bytes of a file are here
 
@@ -267,8 +270,8 @@ def _receive(url: str, path: Path, most: int, exact: int | None, check: Callable
             break
         except _DroppedError as error:
             tries = 1 if _size(part) - before >= PROGRESS else tries + 1
-            if tries >= TRIES:
-                kept = " What has come is kept: the same command goes on from there." if _size(part) else ""
+            if tries >= (TRIES if _size(part) else FIRST_TRIES):
+                kept = " What has come is kept: the same command goes on from there." if _size(part) else ADVICE
                 raise ConversionError(f"{url}: {error}, in {tries} attempts.{kept}") from None
             time.sleep(PAUSE * 2 ** (tries - 1))
         except ConversionError:

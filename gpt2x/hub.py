@@ -280,7 +280,9 @@ def _snapshot(address: Address, warn: Warn) -> Snapshot:
     except _UnreachableError as error:
         cached = _cached(address)
         if cached is None:
-            raise ConversionError(f"{error}; and the Hub's cache does not have it whole") from error
+            raise ConversionError(
+                f"{error}; and the Hub's cache does not have it whole. Is there a network? HF_ENDPOINT names a mirror"
+            ) from error
         if not error.wanted:
             warn(f"{error}; what the Hub's cache has of it is used")
         return cached

@@ -14,9 +14,9 @@ from converters import (
     UnknownHeadsError,
     open_checkpoint,
 )
+from converters.formats import tokenizer_in
 from converters.spec import SIZES
 from converters.tensors import BF16, DTYPES
-from converters.tokenizer_files import tokenizer_in
 
 from .model import GPT2
 
@@ -87,7 +87,7 @@ def _tensor(tensor: LazyTensor) -> Tensor:
 def checkpoint_of(model: GPT2, tokenizer: str | Path | None = None) -> Checkpoint:
     """A model as a checkpoint that ``converters.save_checkpoint`` writes.
 
-    ``tokenizer`` is a directory whose tokenizer goes into a result that is a directory.
+    ``tokenizer`` is a directory, or a GGUF file, whose tokenizer goes into a result that holds one.
     """
     found = tokenizer_in(Path(tokenizer)) if tokenizer is not None else None
     tensors = {name: _lazy(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}

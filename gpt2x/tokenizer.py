@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters import TokenizerError
-from converters.formats import tokenizer_of
+from converters.formats import tokenizer_in
 from converters.tokenizer_files import END_OF_TEXT, TokenizerFiles, Vocabulary, build
 
 
@@ -39,17 +38,7 @@ class Tokenizer:
         Raises:
             TokenizerError: if there is none, or it is damaged.
         """
-        path = Path(path)
-        if not path.exists() and not Path(f"{path}.index").exists():
-            raise TokenizerError(f"{path}: no such file or directory")
-        directory = path if path.is_dir() else path.parent
-        found = tokenizer_of(path)
-        if found is None:
-            raise TokenizerError(
-                f"{directory}: no tokenizer here (tokenizer.json, vocab.json with merges.txt, or encoder.json with vocab.bpe).\n"
-                "Say where one is: --tokenizer DIR"
-            )
-        return cls.from_files(found)
+        return cls.from_files(tokenizer_in(Path(path)))
 
     @classmethod
     def from_files(cls, found: TokenizerFiles) -> Tokenizer:

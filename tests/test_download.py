@@ -418,7 +418,7 @@ def refused(match, kind=ConversionError):
     [
         (DATA, "404", "404 .Not Found.; is GPT2X_OPENAI_URL right"),
         (DATA, "403", "403 .Forbidden."),
-        (DATA, "500", "500 .Internal Server Error., in 5 attempts"),
+        (DATA, "500", "500 .Internal Server Error., in 3 attempts"),
         (DATA, "page", "a web page came"),
         (DATA, "hidden page", "24 bytes there, and by its index 8,888,832"),
         (DATA, "short", "8,888,732 bytes there, and by its index 8,888,832"),
@@ -508,7 +508,7 @@ def test_redirects_between_web_servers_are_followed(mirror):
 
 def test_a_server_that_is_not_there_is_said_in_one_sentence(gpt2x, monkeypatch, server):
     monkeypatch.setenv("GPT2X_OPENAI_URL", "http://127.0.0.1:9")
-    assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot be reached: Connection refused, in 5 attempts")  # fmt: skip
+    assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot be reached: Connection refused, in 3 attempts")  # fmt: skip
     monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
     result = gpt2x("inspect", "openai://124M")
     assert_refused(result, "cannot be reached")

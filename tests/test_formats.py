@@ -1,5 +1,6 @@
 """Every format in, every format out: the same bytes, the same logits; and files that other programs wrote."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,6 +297,12 @@ def test_the_tokenizer_goes_into_a_gguf_and_comes_out_of_it(tmp_path, gpt2x):
     assert Tokenizer.from_pretrained(tmp_path / "m.gguf").vocab_size == expected.vocab_size
 
 
+def test_without_h5py_keras_files_say_what_to_install(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = gpt2x("convert", FIXTURES / "keras/tf_model.h5", tmp_path / "m.safetensors")
+    assert_refused(result, "this needs h5py: pip install 'gpt2x[formats]'")
+
+
 def test_a_flax_array_in_chunks_is_one_tensor(tmp_path):
     """Flax cuts what is larger than 1 GiB; here the same at 100 bytes."""
     save_checkpoint(open_checkpoint(FIXTURES / "flax"), tmp_path / "expected.safetensors")
@@ -498,7 +505,7 @@ def test_shards_are_named_and_sized_as_transformers_does_it(tmp_path):
         assert (theirs[f"transformer.{name}"].numpy() == array).all()
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "5 apples", "", "1e9", "5PB"])
+@pytest.mark.parametrize("size", ["0", "-1", "5 apples", "", "1e9", "5PB", "5"])
 def test_a_size_that_is_none_is_refused(tmp_path, size, gpt2x):
     assert_refused(gpt2x("convert", SHAKESPEARE, tmp_path / "hf", "--max-shard-size", size), "is not a size")
 
@@ -518,3 +525,73 @@ def test_every_writer_is_in_the_list_and_on_the_command_line():
     assert set(WRITTEN) == set(WRITERS) == {f.name for f in FORMATS if f.writes} - {"shards"}
     assert {d for f in FORMATS for d in f.writes} == {*DTYPES.values(), "F64"}
     assert {name for f in FORMATS for name in f.dialects} == {d.name for d in DIALECTS}
+
+
+# ------------------------------------------------------------------------------------------- what newcomers ran into
+
+
+def test_the_end_of_text_is_where_the_tokenizer_or_gpt2_has_it_and_else_nowhere(tmp_path):
+    """Not at the last row: of a padded vocabulary that is padding, of characters it is a letter."""
+    config = {"n_layer": 1, "n_head": 1, "n_embd": 2, "n_ctx": 4}
+    for n_vocab, end in ((50304, 50256), (65, None)):
+        save_checkpoint(random_checkpoint(GPT2Config(n_vocab=n_vocab, **config)), tmp_path / f"{n_vocab}", "llmc")
+        assert open_checkpoint(tmp_path / f"{n_vocab}").config.eos_token_id == end
+    shutil.copytree(SHAKESPEARE, tmp_path / "tokenizer")
+    for name in ("checkpoint", "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"):
+        (tmp_path / "tokenizer" / name).unlink()
+    save_checkpoint(random_checkpoint(GPT2Config(n_vocab=2112, **config)), tmp_path / "tokenizer/ckpt.pt", "llmc")
+    assert open_checkpoint(tmp_path / "tokenizer").config.eos_token_id == 2047
+
+
+def test_an_activation_that_no_file_states_is_asked_for_by_name(gpt2x, tmp_path):
+    ckpt = FIXTURES / "nanogpt/ckpt.pt"
+    assert_refused(gpt2x("convert", ckpt, tmp_path / "m.gguf"), "--activation-function gelu_new")
+    done(gpt2x("convert", ckpt, tmp_path / "m.gguf", "--activation-function", "gelu_new"))
+    assert open_checkpoint(tmp_path / "m.gguf").config.activation_function == "gelu_new"
+    assert_refused(gpt2x("convert", tmp_path / "m.gguf", tmp_path / "x", "--activation-function", "swish"), "swish")
+    save_checkpoint(random_checkpoint(), tmp_path / "hf")
+    assert_refused(
+        gpt2x("convert", tmp_path / "hf", tmp_path / "x", "--activation-function", "relu"), "disagree", "gelu_new"
+    )
+
+
+def test_a_tokenizer_from_elsewhere_goes_along(gpt2x, tmp_path):
+    save_checkpoint(open_checkpoint(SHAKESPEARE), tmp_path / "m.bin")
+    done(gpt2x("convert", SHAKESPEARE, tmp_path / "t.gguf"))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "m.bin").rename(tmp_path / "alone/m.bin")
+    for place in (SHAKESPEARE, tmp_path / "t.gguf"):
+        done(gpt2x("convert", tmp_path / "alone/m.bin", tmp_path / "hf", "--tokenizer", place, "--force"))
+        assert Tokenizer.from_pretrained(tmp_path / "hf").vocab_size == 2048
+
+
+def test_inspect_says_what_a_quantised_file_holds(gpt2x):
+    text = done(gpt2x("inspect", FIXTURES / "gguf/Q8_0.gguf")).output
+    assert "F32" in text
+    assert "5 x Q8_0" in text
+    assert "in the file, 13 tokens" in text
+
+
+def test_what_lies_in_a_folder_called_onnx_belongs_to_the_folder_above(tmp_path):
+    checkpoint = open_checkpoint(SHAKESPEARE)
+    export_onnx(checkpoint, tmp_path / "d")
+    read = open_checkpoint(tmp_path / "d/onnx/model.onnx")
+    assert read.tokenizer.vocabulary() == checkpoint.tokenizer.vocabulary()
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "gpt2", "distilgpt2"])
+def test_the_name_of_a_model_on_the_hub_is_met_with_its_address(gpt2x, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(gpt2x("convert", name, "x"), "no such file", f"{name.split('/')[-1]}", "hf://")
+
+
+def test_an_address_is_no_path(tmp_path):
+    with pytest.raises(ConversionError, match=r"gpt2x.fetch"):
+        open_checkpoint("openai://124M")
+
+
+@pytest.mark.parametrize(("size", "files"), [("1.5MB", 7), ("10MiB", 1)])
+def test_sizes_may_have_a_point_and_a_larger_tensor_is_said(tmp_path, size, files):
+    saved = save_checkpoint(open_checkpoint(SHAKESPEARE), tmp_path / "hf", max_shard_size=size)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) == files
+    assert any("wte.weight alone has 1,572,864 bytes" in note for note in saved.notes) == (files > 1)

@@ -32,7 +32,11 @@ def test_every_format_says_the_same_words(gpt2x, target):
 
 def test_a_missing_tokenizer_names_the_option(gpt2x):
     save_checkpoint(open_checkpoint(SHAKESPEARE), "m.safetensors")
-    assert_refused(gpt2x("generate", "m.safetensors", "ROMEO:"), "no tokenizer here", "--tokenizer DIR")
+    assert_refused(
+        gpt2x("generate", "m.safetensors", "ROMEO:"),
+        "m.safetensors: no tokenizer in it or beside it",
+        "--tokenizer DIR",
+    )
 
 
 def test_a_full_context_is_said_on_stderr_and_nowhere_else(gpt2x):

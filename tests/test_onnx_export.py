@@ -310,7 +310,7 @@ def test_without_a_tokenizer_it_says_what_will_not_load_and_what_to_type(gpt2x, 
     done(gpt2x("export", "a.safetensors", "--onnx", "d", "--no-tokenizer"))
     assert "tokenizer.json" not in files_of(Path("d"))
     assert_refused(
-        gpt2x("export", "a.safetensors", "--onnx", "e", "--tokenizer", "."), "no tokenizer in this directory"
+        gpt2x("export", "a.safetensors", "--onnx", "e", "--tokenizer", "."), "no tokenizer here"
     )
     save_checkpoint(open_checkpoint(SHAKESPEARE), "s.safetensors")
     Path("alone").mkdir()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,6 +34,8 @@ DIRECTORIES = ("hf", "tf")
 )
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside SRC says it.")
 @click.option("--n-vocab", type=click.IntRange(min=1), help="Rows of the token embedding to keep, of a padded one.")
+@click.option("--activation-function", help="gelu_new (tanh), gelu (exact), ..., where nothing beside SRC says it.")
+@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside SRC.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -43,6 +47,8 @@ def convert(
     max_shard_size: str | None,
     n_head: int | None,
     n_vocab: int | None,
+    activation_function: str | None,
+    tokenizer_dir: str | None,
     tie: bool,
     force: bool,
     as_json: bool,
@@ -62,12 +68,15 @@ def convert(
     """
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
+    from converters.formats import tokenizer_in
 
     kind = None if dtype == "keep" else DTYPES[dtype]
     _check_destination(src, dst, to, kind, max_shard_size, force)
     path = local(src)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(path, n_head=n_head, n_vocab=n_vocab, tie=tie)
+    checkpoint = open_checkpoint(path, n_head=n_head, n_vocab=n_vocab, activation_function=activation_function, tie=tie)
+    if tokenizer_dir:
+        checkpoint = replace(checkpoint, tokenizer=tokenizer_in(Path(tokenizer_dir)))
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:
         saved = save_checkpoint(

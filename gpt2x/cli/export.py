@@ -54,7 +54,12 @@ if TYPE_CHECKING:
     type=click.Choice(["16", "32", "64", "128", "256"]),
     help="ONNX: how many weights of int8 and int4 share a scale (32).",
 )
-@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the weights.")
+@click.option(
+    "--tokenizer",
+    "tokenizer_dir",
+    metavar="DIR",
+    help="Where the tokenizer is (a directory, or a GGUF file), if not beside the weights.",
+)
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare what was written with SRC.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside SRC says it.")
@@ -147,7 +152,7 @@ def _check_apart(targets: list[Path]) -> None:
 
 
 def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:
-    from converters.tokenizer_files import tokenizer_in
+    from converters.formats import tokenizer_in
 
     if without:
         return replace(checkpoint, tokenizer=None)

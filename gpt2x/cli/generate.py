@@ -22,7 +22,12 @@ from .source import runnable
     help="Sample from the likeliest tokens that make up p; 1 is off.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Makes the text repeatable.")
-@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside the model.")
+@click.option(
+    "--tokenizer",
+    "tokenizer_dir",
+    metavar="DIR",
+    help="Where the tokenizer is (a directory, or a GGUF file), if not beside the model.",
+)
 @click.option(
     "--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a MODEL that has weights and ONNX."
 )

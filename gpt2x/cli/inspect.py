@@ -104,13 +104,15 @@ def describe(path: str) -> dict[str, Any]:
         "config": config,
         "tensors": len(tensors),
         "parameters": checkpoint.parameters,
-        "bytes": checkpoint.nbytes,
-        "dtypes": dict(Counter(t.dtype.name for t in tensors.values())),
+        "bytes": sum(size for _, size in checkpoint.stored.values()),
+        "dtypes": dict(Counter(kind for kind, _ in checkpoint.stored.values())),
         "checksums": checkpoint.checksummed,
-        "tokenizer": str(checkpoint.tokenizer.directory) if checkpoint.tokenizer else None,
+        "tokenizer": checkpoint.tokenizer.place if checkpoint.tokenizer else None,
         "left_out": list(checkpoint.left_out),
         "notes": list(notes),
-        "tensor_list": [{"name": name, "dtype": t.dtype.name, "shape": list(t.shape)} for name, t in tensors.items()],
+        "tensor_list": [
+            {"name": name, "dtype": checkpoint.stored[name][0], "shape": list(t.shape)} for name, t in tensors.items()
+        ],
     }
 
 

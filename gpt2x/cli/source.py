@@ -24,10 +24,32 @@ def local(source: str, want: Want = "weights") -> str:
         ConversionError: if it is an address that cannot be fetched from.
     """
     if not is_remote(source):
+        _check_meant(source)
         return source
     from gpt2x.download import fetch
 
     return str(fetch(source, want=want, progress=progress_bar, warn=_warn))
+
+
+def _check_meant(source: str) -> None:
+    """Refuse what is no path here, but looks like the name of a model on the Hub.
+
+    Raises:
+        ConversionError: with the address that may have been meant.
+    """
+    import re
+    from pathlib import Path
+
+    from converters import FormatError
+
+    path = Path(source)
+    hub = re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", source) and not path.parent.exists()
+    short = re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?", source)
+    if (hub or short) and not path.exists() and not Path(f"{source}.index").exists():
+        address = source if hub else f"{'distilbert' if short and short[1] else 'openai-community'}/{source}"
+        raise FormatError(
+            f"{source}: no such file or directory. If the model on the Hugging Face Hub is meant: hf://{address}"
+        )
 
 
 def runnable(source: str, runtime: str | None, precision: str | None = None) -> str:

@@ -254,7 +254,8 @@ def _index(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    return checkpoint.source.name if checkpoint.source else "memory"
+    name = checkpoint.source.name if checkpoint.source else "memory"
+    return name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
 
 
 def _checksums(checkpoint: Checkpoint) -> dict[str, str]:
