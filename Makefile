@@ -9,7 +9,7 @@ demo: $(VENV)/.ready ## set up, then walk the main road on the model that ships 
 	$(BIN)/gpt2x demo
 
 test: $(VENV)/.ready check ## set up, then lint, type-check and test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -28,6 +28,9 @@ test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that
 
 test-all: test test-tensorflow test-clients test-llama ## everything, and what is slow
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.ready ## damaged files for every reader, others each time: make fuzz MINUTES=60
+	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## speed and memory beside peers; takes 20 GB of disk and an hour
 	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)

@@ -1,0 +1,116 @@
+"""What a reader may never do, watched from inside its own process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CPU_SECONDS = 10
+WALL_SECONDS = 60  # HDF5's listing may take as long
+MEMORY = 256 << 20
+
+# Events of Python's audit table that may occur: about objects, not about the world outside.
+HARMLESS = ("object.", "builtins.id", "sys._getframe", "sys._current_frames", "sys.unraisablehook", "gc.", "cpython.", "array.", "time.sleep")  # fmt: skip
+ON_FILES = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "pathlib.Path.glob", "pathlib.Path.rglob", "shutil.rmtree")  # fmt: skip
+
+
+class Violation(BaseException):
+    """Something that no file may bring about. No ``except Exception`` catches it."""
+
+
+class Guard:
+    """Watches one case at a time: files, network, programs, code, imports, memory and time.
+
+    It can be had once a process, for an audit hook stays for good.
+    """
+
+    def __init__(self, programs: tuple[str, ...] = ()) -> None:
+        self.programs = programs  # scripts that may be run by Python in a process of their own
+        self.folder: Path | None = None
+        self.seen: list[str] = []
+        sys.addaudithook(self._audit)
+        sys.unraisablehook = lambda fault: self.seen.append(f"an error nobody sees: {fault.exc_value!r}")
+        threading.excepthook = lambda fault: self.seen.append(f"an error in a thread: {fault.exc_value!r}")
+        signal.signal(signal.SIGPROF, self._late)
+        signal.signal(signal.SIGALRM, self._late)
+        limit = status("VmData") + MEMORY  # what is asked for, touched or not: more is a MemoryError
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+    @contextlib.contextmanager
+    def watching(self, folder: Path) -> Iterator[None]:
+        """Run one case in its folder, the working directory meanwhile.
+
+        Raises:
+            Violation: if it does what is not allowed, then or at the end.
+        """
+        os.chdir(folder)
+        self.seen = []
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = status("VmHWM")
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+        self.folder = folder
+        try:
+            yield
+        finally:
+            self.folder = None
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.grown = status("VmHWM") - before
+        if self.grown > MEMORY:
+            self.seen.append(f"{self.grown >> 20} MB of memory")
+        if self.seen:
+            raise Violation("; ".join(self.seen))
+
+    def _late(self, number: int, frame: object) -> None:
+        self._stop("does not come to an end")
+
+    def _stop(self, fault: str) -> None:
+        self.seen.append(fault)
+        raise Violation(fault)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.folder is None or event.startswith(HARMLESS):
+            return
+        if event in ON_FILES:
+            if outside := [a for a in arguments if isinstance(a, str | bytes | os.PathLike) and not self._inside(a)]:
+                self._stop(f"{event} of {outside[0]!r}, outside its folder")
+        elif not (event == "subprocess.Popen" and self._is_ours(arguments[1])):
+            self._stop(f"{event} {str(arguments)[:200]}")
+
+    def _inside(self, path: str | bytes | os.PathLike[Any]) -> bool:
+        assert self.folder
+        name = os.path.normpath(self.folder / os.fsdecode(path))
+        return name == os.devnull or Path(name).is_relative_to(self.folder)
+
+    def _is_ours(self, command: list[str]) -> bool:
+        return command[0] == sys.executable and any(Path(part).name in self.programs for part in command[1:5])
+
+
+def status(what: str) -> int:
+    """Bytes that the kernel counts for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:"))) << 10
+
+
+def attempt(guard: Guard, folder: Path, action: Callable[[], str]) -> tuple[str, str]:
+    """Do it under guard: ("done" or "fault", the words for it)."""
+    try:
+        with guard.watching(folder):
+            words = action()
+        return "done", words
+    except BaseException as error:
+        return "fault", f"{type(error).__name__}: {str(error)[:2000]}\n{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_tb(error.__traceback__)[-4:])

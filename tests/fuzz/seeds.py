@@ -1,0 +1,259 @@
+"""Small sound files of every format, and a few that are made to do harm: what the fuzzer starts from."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+META = "seed.json"
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Files by name, which of them to open ("" is their directory), and which of them to change.
+
+    ``sound`` says whether they are to be read as they are, or to be refused.
+    """
+
+    name: str
+    files: dict[str, bytes]
+    target: str
+    changed: tuple[str, ...]
+    sound: bool = True
+
+
+def load_seeds(folder: Path) -> list[Seed]:
+    """The seeds of one format that ``make_seeds`` wrote, in a fixed order."""
+    seeds = []
+    for place in sorted(folder.iterdir()):
+        meta = json.loads((place / META).read_bytes())
+        inside = [p for p in sorted(place.rglob("*")) if p.is_file() and p.name != META]
+        files = {p.relative_to(place).as_posix(): p.read_bytes() for p in inside}
+        seeds.append(Seed(place.name, files, meta["target"], tuple(meta["changed"] or files), meta["sound"]))
+    return seeds
+
+
+def make_seeds(folder: Path) -> None:
+    """Write the seeds of every format: ``folder/FORMAT/SEED/files``. The weights are everywhere those of ``tf_plain``."""
+    for name, make in MAKERS.items():
+        (folder / name).mkdir(parents=True)
+        make(folder / name)
+
+
+def _meta(place: Path, target: str, changed: tuple[str, ...] = (), sound: bool = True) -> None:
+    (place / META).write_text(json.dumps({"target": target, "changed": changed, "sound": sound}))
+
+
+def _fixture(folder: Path, path: str, target: str, changed: tuple[str, ...] = (), extra: str = "") -> Path:
+    """A copy of a fixture: a file, or all that is in a directory."""
+    place = folder / path.replace("/", "-")
+    source = FIXTURES / path
+    if source.is_dir():
+        shutil.copytree(source, place)
+    else:
+        place.mkdir()
+        shutil.copy(source, place)
+    if extra:
+        shutil.copy(FIXTURES / extra, place)
+    _meta(place, target, changed)
+    return place
+
+
+def _plain():
+    from converters import open_checkpoint
+
+    return replace(open_checkpoint(FIXTURES / "tf_plain"), source=None)
+
+
+def _saved(folder: Path, name: str, file: str, to: str, **options: object) -> Path:
+    """The weights of ``tf_plain`` in another format, as our own writer has them."""
+    from converters import save_checkpoint
+
+    (folder / name).mkdir()
+    save_checkpoint(_plain(), folder / name / file, to, **options)
+    _meta(folder / name, file)
+    return folder / name
+
+
+# ------------------------------------------------------------------------------------------------ format by format
+
+
+def _tf(folder: Path) -> None:
+    for name in ("tf_plain", "tf_partitioned", "tf_two_shards", "tf_training"):
+        _fixture(folder, name, "")
+
+
+def _safetensors(folder: Path) -> None:
+    _saved(folder, "ours", "m.safetensors", "safetensors")
+    _fixture(folder, "mlx", "model.safetensors", ("model.safetensors",))
+
+
+def _zip(folder: Path) -> None:
+    import torch
+
+    _saved(folder, "ours", "m.bin", "bin")
+    _saved(folder, "ours_nanogpt", "ckpt.pt", "nanogpt")
+    _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt")
+    _fixture(folder, "nanogpt_no_bias/ckpt.pt", "ckpt.pt")
+    (folder / "torch").mkdir()
+    torch.save(_tensors(), folder / "torch/m.bin")
+    _meta(folder / "torch", "m.bin")
+    _zip64(folder / "torch/m.bin", folder / "zip64")
+    for name, pickle in HARMFUL.items():
+        _harmful(folder / f"harmful_{name}", zipped(pickle))
+
+
+def _zip64(source: Path, place: Path) -> None:
+    """The same archive with the wide form of its end, as those of more than 4 GiB have it."""
+    data = source.read_bytes()
+    body = data[: data.rindex(b"PK\x05\x06")]
+    body = body[: body.rindex(b"PK\x06\x06")] if b"PK\x06\x06" in body else body
+    count, size, start = struct.unpack("<H2L", data[-12:-2])
+    wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(body), 1)
+    place.mkdir()
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    (place / "m.bin").write_bytes(body + wide + locator + end)
+    _meta(place, "m.bin")
+
+
+def _legacy(folder: Path) -> None:
+    import torch
+
+    for name, saved in (("torch", _tensors()), ("wrapped", {"state_dict": _tensors(), "epoch": 3})):
+        (folder / name).mkdir()
+        torch.save(saved, folder / name / "m.bin", _use_new_zipfile_serialization=False)
+        _meta(folder / name, "m.bin")
+    start = (folder / "torch/m.bin").read_bytes()[:100]
+    for name, pickle in HARMFUL.items():
+        _harmful(folder / f"harmful_{name}", start[: start.index(b".", 20) + 1] + pickle)
+
+
+def _tensors():
+    import torch
+
+    return {name: torch.from_numpy(tensor.read()) for name, tensor in _plain().tensors.items()}
+
+
+def _text(text: bytes) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text
+
+
+# Pickles that would leave a file named "fuzzed" behind if anything in them were called.
+HARMFUL = {
+    "system": b"\x80\x02cos\nsystem\n" + _text(b"touch fuzzed") + b"\x85R.",
+    "eval": b"\x80\x02cbuiltins\neval\n" + _text(b"open('fuzzed', 'w')") + b"\x85R.",
+    "stack": b"\x80\x04" + _text(b"posix") + _text(b"system") + b"\x93" + _text(b"touch fuzzed") + b"\x85R.",
+    "inst": b"\x80\x02(" + _text(b"touch fuzzed") + b"ios\nsystem\n.",
+    "build": b"\x80\x02ccollections\nOrderedDict\n)R}" + _text(b"__reduce__") + b"cos\nsystem\nsb.",
+    "open": b"\x80\x02cio\nopen\n" + _text(b"fuzzed") + _text(b"w") + b"\x86R.",
+    "torch": b"\x80\x02ctorch.serialization\nload\n" + _text(b"fuzzed") + b"\x85R.",
+}
+
+
+def zipped(pickle: bytes) -> bytes:
+    """An archive of torch.save's with this pickle in it."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in (("m/data.pkl", pickle), ("m/version", b"3\n")):
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return out.getvalue()
+
+
+def _harmful(place: Path, data: bytes) -> None:
+    place.mkdir()
+    (place / "m.bin").write_bytes(data)
+    _meta(place, "m.bin", sound=False)
+
+
+def _shards(folder: Path) -> None:
+    size = _plain().nbytes
+    _meta(_saved(folder, "ours", "m", "hf", max_shard_size=size // 2), "m", ("m/model.safetensors.index.json",))
+    place = _saved(folder, "two", "m", "hf", max_shard_size=size // 2 + 2000)
+    _meta(place, "m/model.safetensors.index.json", tuple(f"m/{p.name}" for p in sorted((place / "m").glob("model*"))))
+
+
+def _llmc(folder: Path) -> None:
+    _fixture(folder, "llmc/gpt2.bin", "gpt2.bin")
+    _fixture(folder, "llmc/gpt2_bf16.bin", "gpt2_bf16.bin")
+
+
+def _gguf(folder: Path) -> None:
+    for kind in ("F32", "F16", "BF16", "Q8_0"):
+        _fixture(folder, f"gguf/{kind}.gguf", f"{kind}.gguf")
+    _saved(folder, "ours", "m.gguf", "gguf")
+
+
+def _hdf5(folder: Path) -> None:
+    import h5py
+
+    for name in ("keras", "keras_2019"):
+        _fixture(folder, name, "tf_model.h5", ("tf_model.h5",))
+    place = _fixture(folder, "keras/tf_model.h5", "tf_model.h5", ("tf_model.h5",))
+    with h5py.File(place / "tf_model.h5", "a") as file:
+        file["elsewhere"] = h5py.ExternalLink("/etc/hostname", "/x")
+        file.create_dataset("outside", (4,), "f4", external=[("/etc/hostname", 0, 16)])
+    _meta(place, "tf_model.h5", sound=False)
+
+
+def _msgpack(folder: Path) -> None:
+    import msgpack
+
+    _fixture(folder, "flax", "flax_model.msgpack", ("flax_model.msgpack",))
+    place = _fixture(folder, "flax/flax_model.msgpack", "flax_model.msgpack")
+    tree = msgpack.unpackb((place / "flax_model.msgpack").read_bytes(), strict_map_key=False)
+    shape, kind, data = msgpack.unpackb(tree["transformer"]["wte"]["embedding"].data)
+    parts = [data[i : i + 100] for i in range(0, len(data), 100)]
+    chunks = {str(i): msgpack.ExtType(1, msgpack.packb(((len(p) // 4,), kind, p))) for i, p in enumerate(parts)}
+    whole = {"__msgpack_chunked_array__": True, "shape": {"0": shape[0], "1": shape[1]}, "chunks": chunks}
+    tree["transformer"]["wte"]["embedding"] = whole
+    (place / "flax_model.msgpack").write_bytes(msgpack.packb(tree))
+
+
+def _onnx(folder: Path) -> None:
+    from gpt2x import export_onnx
+
+    _fixture(folder, "onnx_optimum", "model.onnx", ("model.onnx",))
+    export_onnx(_plain(), folder / "ours", need_tokenizer=False)
+    _meta(folder / "ours", "onnx/model.onnx", ("onnx/model.onnx",))
+
+
+def _config(folder: Path) -> None:
+    from converters.config import to_hf, to_hparams
+
+    for name, words in (("config.json", to_hf), ("hparams.json", to_hparams)):
+        place = _fixture(folder, "mlx/model.safetensors", "", (name,))
+        (place / name).write_text(json.dumps(words(_plain().config)))
+        place.rename(folder / name)
+    place = _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt", ("config.json",))
+    (place / "config.json").write_text('{"activation_function": "gelu_new", "eos_token_id": [1, 2]}')
+
+
+def _tokenizer(folder: Path) -> None:
+    from converters.tokenizer_files import Vocabulary, build
+
+    ids = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "<|endoftext|>": 5, "é": 6}
+    pair = {
+        "vocab.json": json.dumps(ids),
+        "merges.txt": "#version: 0.2\na b\nab c\n",
+        "added_tokens.json": '{"<pad>": 7}',
+    }
+    vocabulary = Vocabulary({**ids, "<pad>": 7}, [("a", "b"), ("ab", "c")], ("<pad>",))
+    for name, files in (("pair", pair), ("whole", {"tokenizer.json": build(vocabulary).to_str()})):
+        place = _fixture(folder, "mlx", "", tuple(files))
+        for file, text in files.items():
+            (place / file).write_text(text, encoding="utf-8")
+        place.rename(folder / name)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "tf": _tf, "safetensors": _safetensors, "zip": _zip, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
+    "gguf": _gguf, "hdf5": _hdf5, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
+}  # fmt: skip

@@ -1,0 +1,142 @@
+"""Every reader against files that are damaged at random: a right result or a ConversionError, and nothing else.
+
+The cases are the same every time. ``make fuzz`` tries others for as long as you like.
+"""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import worker
+from conftest import random_checkpoint
+from mutate import mutated
+from run import fuzz
+from seeds import HARMFUL, MAKERS, load_seeds, make_seeds, zipped
+
+from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
+
+# Cases of each format, for about two minutes together on two cores.
+CASES = {
+    "tf": 1000, "safetensors": 1200, "zip": 1500, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "msgpack": 1200,
+    "onnx": 1000, "config": 900, "tokenizer": 500,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def seeds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds")
+    make_seeds(folder)
+    return folder
+
+
+def test_every_reader_is_fuzzed():
+    openers = {f.opener.split(":")[0].removesuffix("_file") for f in FORMATS if f.opener}
+    assert {name.removeprefix("torch_") for name in openers} <= set(MAKERS) == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_damaged_file_is_read_rightly_or_refused(seeds, tmp_path, name):
+    result = fuzz(seeds, tmp_path, name, 0, CASES[name])
+    assert not result.faults, "\n\n".join(result.faults)
+    assert result.outcomes.total() == CASES[name]
+    read = sum(count for words, count in result.outcomes.items() if "refused" not in words)
+    assert 0 < read < CASES[name], f"to be always answered alike tests nothing: {result.outcomes}"
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_pickle_that_asks_for_code_is_refused_and_nothing_happens(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.bin").write_bytes(zipped(HARMFUL[name]))
+    with pytest.raises(UnsafeError):
+        open_checkpoint(tmp_path / "m.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.bin"]
+
+
+# --------------------------------------------------------------------------------- the harness itself can fail
+
+
+FAKES = {
+    "honest": ("pass", None),
+    "another error": ("raise ValueError('no ConversionError')", "ValueError: no ConversionError"),
+    "a hang": ("while True: pass", "does not come to an end"),
+    "memory": ("bytes(400 << 20)", "MemoryError"),
+    "memory little by little": ("keep = [bytes(1 << 20) for i in range(400)]", "MemoryError"),
+    "a file elsewhere": ("open('/etc/hostname')", "outside its folder"),
+    "a file above": ("open('../x', 'w')", "outside its folder"),
+    "a folder elsewhere": ("os.listdir('/')", "outside its folder"),
+    "a file elsewhere, and silence": ("with contextlib.suppress(BaseException): open('/etc/hostname')", "outside its folder"),
+    "a socket": ("socket.socket()", "socket.__new__"),
+    "a program": ("os.system('true')", "os.system"),
+    "another program": ("subprocess.run(['true'])", "subprocess.Popen"),
+    "code": ("exec('1')", "compile"),
+    "an import": ("import this", "import"),
+    "a map": ("mmap.mmap(-1, 10)", "mmap"),
+    "a thread that fails": ("t = threading.Thread(target=int, args=('x',)); t.start(); t.join()", "an error in a thread"),
+    "a recursion": ("f = lambda: f(); f()", "RecursionError"),
+}  # fmt: skip
+PROGRAM = """
+import contextlib, mmap, os, socket, subprocess, sys, threading
+sys.path.insert(0, {here!r})
+import guard
+from pathlib import Path
+guard.CPU_SECONDS = 1
+def action():
+    {body}
+    return "read"
+print(*guard.attempt(guard.Guard(), Path.cwd(), action))
+"""
+
+
+@pytest.mark.parametrize("fake", FAKES)
+def test_the_guard_sees_what_a_reader_must_not_do(tmp_path, fake):
+    body, fault = FAKES[fake]
+    program = PROGRAM.format(here=str(Path(__file__).parent), body=body)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("fault" if fault else "done read"), done.stdout
+    assert (fault or "") in done.stdout
+
+
+DYING = {"aborts": ("os.abort()", "ended with -6"), "is silent": ("time.sleep(99)", "ended with -9"), "fails": ("1 / 0", "ZeroDivisionError")}  # fmt: skip
+
+
+@pytest.mark.parametrize("fake", DYING)
+def test_a_worker_that_dies_over_a_case_is_a_fault_and_the_next_case_is_tried(tmp_path, monkeypatch, fake):
+    body, fault = DYING[fake]
+    (tmp_path / "worker.py").write_text(
+        "import json, os, sys, time\n"
+        "for n in range(int(sys.argv[4]), int(sys.argv[4]) + int(sys.argv[5])):\n"
+        f"    print(json.dumps({{'begun': n, 'folder': {str(tmp_path)!r}}}), flush=True)\n"
+        f"    if n == 1: {body}\n"
+        "    print(json.dumps({'case': n, 'outcome': 'done', 'words': 'read', 'grown': 0}), flush=True)\n"
+    )
+    monkeypatch.setattr("run.WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr("run.SILENCE", 2)
+    result = fuzz(tmp_path, tmp_path.with_name(f"{tmp_path.name}-kept"), "tf", 0, 3, workers=1)
+    assert result.outcomes["read"] == 2
+    assert [f.startswith("tf:1: the worker") and fault in f for f in result.faults] == [True]
+
+
+def test_a_result_that_is_another_model_is_a_fault(tmp_path, monkeypatch):
+    save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
+    assert worker.check(tmp_path, "m.safetensors") == "read"
+    (tmp_path / "result.safetensors").unlink()
+    readers = iter([lambda path, n_head: random_checkpoint(), lambda path: random_checkpoint(seed=1)])
+    monkeypatch.setattr(worker, "open_checkpoint", lambda *args, **options: next(readers)(*args, **options))
+    with pytest.raises(worker.Wrong, match="another model: other bytes"):
+        worker.check(tmp_path, "m.safetensors")
+
+
+def test_a_reader_that_overlooks_a_checksum_is_a_fault(tmp_path):
+    save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
+    other = worker.bytes_of(random_checkpoint(seed=1))
+    with pytest.raises(worker.Wrong, match="bytes under a checksum have changed"):
+        worker.check(tmp_path, "m.safetensors", [other])
+
+
+def test_a_case_is_the_same_every_time(seeds):
+    tried = [mutated(random.Random("tf:7"), load_seeds(seeds / "tf"))[1] for _ in range(2)]
+    assert tried[0] == tried[1]

@@ -1,0 +1,162 @@
+"""What fuzzing, and reading with its eyes, has found: each refused or read at once, and nothing else."""
+
+import io
+import json
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, arrays_of, random_checkpoint
+from guard import MEMORY, status
+
+from converters import (
+    CheckpointError,
+    ConversionError,
+    FormatError,
+    LazyTensor,
+    TokenizerError,
+    open_checkpoint,
+    save_checkpoint,
+)
+from converters.checkpoint import assemble
+from converters.config import to_hf
+from converters.container import Container
+from converters.dtypes import F32
+from converters.files import parse_json
+from converters.gguf_file import _vocabulary
+from converters.onnx_file import open_onnx
+from converters.tf_bundle import MAGIC, crc32c, mask, open_bundle, varint
+from converters.torch_pickle import load_pickle
+
+
+@pytest.fixture(autouse=True)
+def at_once():
+    """In less than ten seconds of the processor's time, and 256 MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start, before = time.process_time(), status("VmHWM")
+    yield
+    assert time.process_time() - start < 10
+    assert status("VmHWM") - before < MEMORY
+
+
+def block(entries):
+    """A block of an index: (shared, fresh part of the key, value), with its checksum."""
+    data = b"".join(varint(s) + varint(len(k)) + varint(len(v)) + k + v for s, k, v in entries) + struct.pack(
+        "<2I", 0, 1
+    )
+    return data + b"\0" + struct.pack("<I", mask(crc32c(0, data + b"\0")))
+
+
+def field(number, data):
+    """A field of bytes, as protobuf has it."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+# ------------------------------------------------------------------------------------------------------- memory, time
+
+
+def test_long_names_that_share_their_beginning_take_no_memory(tmp_path):
+    names = [(0, b"a" * 4000 + struct.pack(">I", 0), b"")]
+    names += [(4000, struct.pack(">I", i), b"") for i in range(1, 90_000)]
+    data, meta = block(names), block([])
+    handle = varint(0) + varint(len(data) - 5)
+    index = block([(0, b"b", handle)])
+    places = varint(len(data)) + varint(len(meta) - 5) + varint(len(data) + len(meta)) + varint(len(index) - 5)
+    (tmp_path / "m.index").write_bytes(data + meta + index + places.ljust(40, b"\0") + struct.pack("<Q", MAGIC))
+    with pytest.raises(FormatError, match="MB of names"):
+        open_bundle(tmp_path / "m")
+
+
+def test_very_many_beginnings_of_keras_names_are_not_all_tried(tmp_path):
+    none = LazyTensor.zeros(F32, (0,))
+    tensors = {f"{i}/ln_f/gamma:0": none for i in range(20_000)}
+    with pytest.raises(CheckpointError):
+        assemble(Container("hdf5", tmp_path, tensors), {"n_head": 2}, "x")
+
+
+def test_very_many_second_names_of_one_tensor_are_counted_at_once(tmp_path):
+    one = torch.zeros(1)
+    torch.save(
+        {f"{i}lm_head.weight": one for i in range(40_000)}, tmp_path / "m.bin", _use_new_zipfile_serialization=False
+    )
+    with pytest.raises(ConversionError):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+@pytest.mark.parametrize("count", [19_000, 66_000])
+def test_very_many_constants_in_onnx_are_sorted_out_at_once(tmp_path, count):
+    tensors = (field(8, b"%x" % i) + b"\x10\x01\x08\x00" for i in range(count))
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x07" + field(7, b"".join(field(5, tensor) for tensor in tensors)))
+    with pytest.raises(ConversionError, match="no tensors|one of very many"):
+        open_checkpoint(tmp_path / "m.onnx")
+
+
+def test_a_name_in_a_thousand_wrappers_is_unwrapped_no_further(tmp_path):
+    tensors = {"module." * 9000 + name: tensor for name, tensor in random_checkpoint().tensors.items()}
+    with pytest.raises(CheckpointError, match="not a GPT-2"):
+        assemble(Container("msgpack", tmp_path, tensors), {"n_head": 2}, "x")
+
+
+DOUBLING = b"".join(b"q%ch%c\x86" % (i, i) for i in range(40))
+
+
+@pytest.mark.parametrize("value", [b")" + DOUBLING, b")" + b"\x85" * 5000, b"\x8b\x00\x10\x00\x00" + b"\x01" * 4096], ids=["doubled", "nested", "long"])  # fmt: skip
+def test_an_argument_of_a_model_is_a_plain_value(tmp_path, value):
+    torch.save({"model": {n: torch.from_numpy(a) for n, a in arrays_of(random_checkpoint()).items()}, "model_args": {"n_head": 12345}}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)  # fmt: skip
+    data = (tmp_path / "m.pt").read_bytes()
+    assert data.count(b"M90") == 1
+    (tmp_path / "m.pt").write_bytes(data.replace(b"M90", value))
+    with pytest.raises(FormatError):
+        open_checkpoint(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("body", [rb"cos\nsys\stem" + b"\n.", rb"S'\s'" + b"\n."])
+def test_a_bad_escape_in_a_pickle_is_refused_where_warnings_are_errors(body):
+    with pytest.raises(FormatError):
+        load_pickle(io.BytesIO(b"\x80\x02" + body), "x")
+
+
+def test_a_number_of_thousands_of_digits_in_a_pickle_is_refused():
+    with pytest.raises(FormatError, match="a number"):
+        load_pickle(io.BytesIO(b"\x80\x02\x8b\x00\x10\x00\x00" + b"\x01" * 4096 + b"."), "x")
+
+
+# --------------------------------------------------------------------------------------------------- words and numbers
+
+
+@pytest.mark.parametrize("key", ["n_embd", "n_head", "n_positions", "n_inner", "eos_token_id"])
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path, key):
+    save_checkpoint(random_checkpoint(), tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text(json.dumps({**to_hf(TINY), key: 9 * 10**4299}))
+    with pytest.raises(FormatError, match="a number of 4300 digits"):
+        open_checkpoint(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("depth", [70, 500, *range(900, 1000, 7), 100_000])
+def test_values_nested_deeply_are_refused(depth):
+    with pytest.raises(FormatError, match=r"nested|recursion"):
+        parse_json(b'{"n_head": ' + b"[" * depth + b"]" * depth + b"}", "x")
+
+
+@pytest.mark.parametrize("number", [1, 8, 13])
+def test_a_field_of_a_tensor_in_onnx_that_is_of_another_kind_is_refused(tmp_path, number):
+    wrong = varint(number << 3 | 1) + bytes(8)
+    tensor = wrong + field(8, b"wte.weight") + b"\x10\x01"
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x07" + field(7, field(5, tensor)))
+    with pytest.raises(FormatError):
+        open_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokens": 5}, {"tokens": "abc"}, {"tokens": 0.5}, {"token_type": 1}, {"token_type": [1]}, {"merges": 3}, {"tokens": [1, 2, 3]}],
+    ids=str,
+)  # fmt: skip
+def test_a_vocabulary_of_gguf_that_is_no_list_is_refused(changes):
+    sound = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"], "token_type": [1, 1, 1]}
+    vocabulary = {f"tokenizer.ggml.{key}": value for key, value in sound.items()}
+    assert _vocabulary(vocabulary, "x").ids == {"a": 0, "b": 1, "ab": 2}
+    with pytest.raises(TokenizerError):
+        _vocabulary({**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}, "x")

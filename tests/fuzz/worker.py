@@ -1,0 +1,155 @@
+"""One process that tries cases: for each a line of JSON, on standard output.
+
+python tests/fuzz/worker.py SEEDS KEPT FORMAT FIRST COUNT STEP
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).parents[2]))
+
+from guard import Guard, attempt
+from mutate import mutated
+from seeds import Seed, load_seeds
+
+from converters import Checkpoint, ConversionError, FormatError, open_checkpoint, save_checkpoint
+from converters.tokenizer_files import build
+
+CHECKSUMMED = ("tf", "zip")
+# Loaded before anything is watched, so that an import during a case can only be the file's doing.
+NEEDED = ["onnx_file", "gguf_file", "hdf5_file", "msgpack_file", "llmc_file", "torch_zip", "torch_legacy", "arrays"]
+CODECS = ["encodings.cp437", "encodings.raw_unicode_escape", "encodings.unicode_escape", "encodings.ascii", "encodings.utf_16", "tokenizers", "stringprep"]  # fmt: skip
+
+
+class Wrong(Exception):
+    """A result that is none."""
+
+
+def check(folder: Path, target: str, known: list[dict[str, bytes]] | None = None) -> str:
+    """Read a file and convert it. Whatever comes of it must be whole, the same when read again, and one of ``known``.
+
+    Raises:
+        Wrong: if it is not. Any error but a ConversionError is one as well, and passes.
+    """
+    try:
+        checkpoint = open_checkpoint(folder / target, n_head=2)
+        contents = bytes_of(checkpoint)
+        words = _tokenizer(checkpoint)
+        save_checkpoint(checkpoint, folder / "result.safetensors")
+    except ConversionError as error:
+        return _refused(error)
+    try:
+        again = open_checkpoint(folder / "result.safetensors")
+    except ConversionError as error:
+        raise Wrong(f"its own result is refused: {error}") from error
+    if bytes_of(again) != contents or (differences := again.config.differences(checkpoint.config)):
+        raise Wrong(f"the result is another model: {differences if bytes_of(again) == contents else 'other bytes'}")
+    if known is not None and contents not in known:
+        raise Wrong("bytes under a checksum have changed, and nothing is said")
+    return f"read{words}"
+
+
+def bytes_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The bytes of every tensor, as streamed; as many as its shape asks for."""
+    contents = {name: b"".join(tensor.chunks()) for name, tensor in checkpoint.tensors.items()}
+    for name, tensor in checkpoint.tensors.items():
+        if len(contents[name]) != tensor.nbytes:
+            raise Wrong(f"{name}: {len(contents[name])} bytes of {tensor.nbytes}")
+    return contents
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str:
+    """Read the tokenizer, if there is one; it may be refused while the weights are not."""
+    if checkpoint.tokenizer is None:
+        return ""
+    try:
+        build(checkpoint.tokenizer.vocabulary())
+    except ConversionError as error:
+        return f", tokenizer {_refused(error)}"
+    return ", tokenizer too"
+
+
+def _refused(error: ConversionError) -> str:
+    assert str(error)
+    return f"refused: {type(error).__name__}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the work
+
+
+def case(rng: random.Random, seeds: list[Seed], folder: Path, known: list[dict[str, bytes]] | None):
+    """Write the files of one case; gives what is to be done with them."""
+    seed, files, repaired = mutated(rng, seeds)
+    write(folder, files)
+    expected = {*files, "result.safetensors"}
+
+    def action() -> str:
+        words = check(folder, seed.target, None if repaired else known)
+        strange = [
+            p.name for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in expected
+        ]
+        if strange:
+            raise Wrong(f"left {strange[0]} behind")
+        return words
+
+    return action
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def warm_up(seeds: list[Seed], top: Path) -> list[dict[str, bytes]]:
+    """Read every seed as it is, which loads what reading takes; gives the weights of those that are sound."""
+    for name in [f"converters.{name}" for name in NEEDED] + CODECS:
+        importlib.import_module(name)
+    known = []
+    for seed in seeds:
+        folder = top / seed.name
+        write(folder, seed.files)
+        outcome = check(folder, seed.target)
+        if outcome.startswith("read") != seed.sound:
+            raise Wrong(f"{seed.name}, unchanged: {outcome}")
+        if seed.sound:
+            known.append(bytes_of(open_checkpoint(folder / seed.target, n_head=2)))
+    with tempfile.NamedTemporaryFile(suffix=".bin", dir=top) as empty, contextlib.suppress(FormatError):
+        open_checkpoint(empty.name)
+    return known
+
+
+def main(seeds_folder: str, kept: str, name: str, first: str, count: str, step: str) -> None:
+    warnings.simplefilter("error")
+    os.fsync = lambda descriptor: None  # most of the time otherwise, and no matter here
+    seeds = load_seeds(Path(seeds_folder) / name)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
+        known = warm_up(seeds, Path(top))
+        guard = Guard(("hdf5_listing.py",))
+        for number in range(int(first), int(first) + int(count), int(step)):
+            folder = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=top))
+            action = case(random.Random(f"{name}:{number}"), seeds, folder, known if name in CHECKSUMMED else None)
+            _announce({"begun": number, "folder": str(folder)})
+            outcome, words = attempt(guard, folder, action)
+            if outcome == "fault":
+                shutil.copytree(folder, Path(kept) / f"{name}-{number}", dirs_exist_ok=True)
+            _announce({"case": number, "outcome": outcome, "words": words, "grown": guard.grown})
+            shutil.rmtree(folder)
+
+
+def _announce(line: dict[str, object]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
