@@ -142,6 +142,7 @@ class LazyTensor:
                 block = columns_of(self, begin, min(begin + width, columns)).T  # (some columns, rows)
                 step = max(1, CHUNK // max(1, rows * self.dtype.itemsize))
                 yield from (block[i : i + step].tobytes() for i in range(0, len(block), step))
+                del block  # before the next is made
 
         return LazyTensor(self.dtype, (columns, rows), stream, None, self.checksummed, self, self.stored)
 

@@ -15,7 +15,7 @@ from .errors import FormatError
 from .files import File
 from .tensors import LazyTensor
 from .torch_pickle import Storage, check_overlaps, configuration, load_pickle, state_dict
-from .torch_zip import part_of
+from .torch_zip import one_each, part_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -43,7 +43,7 @@ def open_torch_legacy(path: Path) -> Container:
     if missing := sorted(set(described) - set(storages)):
         raise FormatError(f"{where}: the storage {missing[0]} is not in it")
     config, words = configuration(saved, where)
-    lazy = {name: part_of(storages[ref.storage.key], ref) for name, ref in tensors.items()}
+    lazy = one_each(tensors, lambda ref: part_of(storages[ref.storage.key], ref))
     return Container("bin", path, lazy, config, left_out, config_of=words)
 
 

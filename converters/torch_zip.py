@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def open_torch_zip(path: Path) -> Container:
     config, words = configuration(saved, str(path))
     if CONFIG in members:
         config, words = parse_json(_small(file, members, CONFIG), f"{path}: {CONFIG}"), "hf"
-    lazy = {name: _tensor(file, members, ref) for name, ref in tensors.items()}
+    lazy = one_each(tensors, lambda ref: _tensor(file, members, ref))
     return Container("bin", path, lazy, config, left_out, config_of=words)
 
 
@@ -158,6 +158,12 @@ def _tensor(file: File, members: Mapping[str, Any], ref: TensorRef) -> LazyTenso
         )
     whole = LazyTensor.in_file(file, start, ref.storage.dtype, (ref.storage.size,), Checksum(_crc32, info.CRC, where))
     return part_of(whole, ref)
+
+
+def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
+    """A tensor for each name; what has two names (a tied output) is one tensor, and is seen to be."""
+    made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
+    return {name: made[ref] for name, ref in refs.items()}
 
 
 def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:

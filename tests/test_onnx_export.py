@@ -309,9 +309,7 @@ def test_without_a_tokenizer_it_says_what_will_not_load_and_what_to_type(gpt2x, 
     assert not Path("d").exists()
     done(gpt2x("export", "a.safetensors", "--onnx", "d", "--no-tokenizer"))
     assert "tokenizer.json" not in files_of(Path("d"))
-    assert_refused(
-        gpt2x("export", "a.safetensors", "--onnx", "e", "--tokenizer", "."), "no tokenizer here"
-    )
+    assert_refused(gpt2x("export", "a.safetensors", "--onnx", "e", "--tokenizer", "."), "no tokenizer here")
     save_checkpoint(open_checkpoint(SHAKESPEARE), "s.safetensors")
     Path("alone").mkdir()
     shutil.move("s.safetensors", "alone")
