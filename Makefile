@@ -31,6 +31,7 @@ test-all: test test-tensorflow test-clients test-llama ## everything, and what i
 
 fuzz: $(VENV)/.ready ## damaged files for every reader, others each time: make fuzz MINUTES=60
 	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/fuzz/shrink.py --examples 300
 
 bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## speed and memory beside peers; takes 20 GB of disk and an hour
 	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)

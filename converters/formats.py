@@ -13,7 +13,7 @@ from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint, assemble
 from .config import PARSERS, from_hf, from_hparams
 from .container import Container
-from .errors import CheckpointError, FormatError, TokenizerError
+from .errors import CheckpointError, ConversionError, FormatError, TokenizerError
 from .files import File, check_name, read_json, reading
 from .shard_index import open_shards
 from .tokenizer_files import END_OF_TEXT, TokenizerFiles, find_tokenizer
@@ -171,7 +171,7 @@ def open_checkpoint(
         checkpoint = assemble(container, stated, stated_in, n_head=n_head, n_vocab=n_vocab, tie=tie)
         tokenizer, note = _tokenizer(container, directory)
         if tokenizer and "eos_token_id" not in stated:
-            end = tokenizer.vocabulary().ids.get(END_OF_TEXT)
+            end = _end_of_text(tokenizer)
             config = replace(checkpoint.config, bos_token_id=end, eos_token_id=end)
             checkpoint = replace(checkpoint, config=config)
         notes = (*checkpoint.notes, *note, *_remarks(checkpoint, container, path))
@@ -292,6 +292,14 @@ def _tokenizer(container: Container, directory: Path) -> tuple[TokenizerFiles | 
         except TokenizerError as error:
             return find_tokenizer(directory), [f"the tokenizer in it is not taken over: {error}"]
     return find_tokenizer(directory), []
+
+
+def _end_of_text(tokenizer: TokenizerFiles) -> int | None:
+    """The id of the end of text, if a sound tokenizer has one."""
+    try:
+        return tokenizer.vocabulary().ids.get(END_OF_TEXT)
+    except ConversionError:  # whoever needs the tokenizer will say so
+        return None
 
 
 def tokenizer_in(path: Path) -> TokenizerFiles:

@@ -595,3 +595,9 @@ def test_sizes_may_have_a_point_and_a_larger_tensor_is_said(tmp_path, size, file
     saved = save_checkpoint(open_checkpoint(SHAKESPEARE), tmp_path / "hf", max_shard_size=size)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == files
     assert any("wte.weight alone has 1,572,864 bytes" in note for note in saved.notes) == (files > 1)
+
+
+def test_a_broken_tokenizer_beside_a_file_does_not_keep_it_from_being_read(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes((FIXTURES / "nanogpt/ckpt.pt").read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert open_checkpoint(tmp_path / "ckpt.pt").config.eos_token_id is None

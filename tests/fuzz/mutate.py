@@ -1,8 +1,8 @@
 """Files changed at random: bits, bytes, lengths, offsets, pieces of one another; blindly, and knowing what they are.
 
-Everything is drawn from one ``random.Random``, so that a number names a case for good. A plain harness rather than
-Hypothesis: the inputs are whole files, which its strategies and its shrinking do not fit, and a case must run in a
-process of its own under limits.
+Everything is drawn from one ``random.Random``, so that a number names a case for good. ``shrink.py`` lets Hypothesis be
+that ``Random``, which then makes a case that fails as simple as it can; ``run.py`` is faster, and outlives a reader that
+kills its process.
 """
 
 from __future__ import annotations

@@ -140,3 +140,26 @@ def test_a_reader_that_overlooks_a_checksum_is_a_fault(tmp_path):
 def test_a_case_is_the_same_every_time(seeds):
     tried = [mutated(random.Random("tf:7"), load_seeds(seeds / "tf"))[1] for _ in range(2)]
     assert tried[0] == tried[1]
+
+
+# ------------------------------------------------------------------------------------------------ by Hypothesis
+
+
+def test_hypothesis_draws_the_same_cases(seeds, tmp_path):
+    program = Path(__file__).with_name("shrink.py")
+    command = [sys.executable, str(program), "--examples", "40", "msgpack", "llmc"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout == "msgpack: 40 examples, none fails\nllmc: 40 examples, none fails\n", run.stderr
+
+
+def test_hypothesis_makes_what_fails_as_simple_as_it_can(tmp_path):
+    """A reader that trips over every llm.c file which does not open: one that is cut to nothing is the simplest."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker, shrink\n"
+        "def refused(error): raise ValueError('tripped')\n"
+        "worker._refused = refused; sys.argv[1:] = ['llmc']; shrink.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "llmc: fault" in run.stderr or "llmc: ValueError: tripped" in run.stderr
+    assert "reproduce_failure" in run.stderr

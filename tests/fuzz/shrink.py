@@ -1,0 +1,66 @@
+"""The same cases drawn by Hypothesis, which makes what fails as simple as it can, and tries it first the next time.
+
+python tests/fuzz/shrink.py --examples 500 gguf onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).parents[2]))
+
+from guard import Guard, attempt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from seeds import MAKERS, load_seeds, make_seeds
+from worker import CHECKSUMMED, case, warm_up
+
+
+def shrink(name: str, examples: int, seeds_folder: Path, guard: Guard) -> None:
+    """Try some cases of one format.
+
+    Raises:
+        AssertionError: over the simplest case that fails, with the blob that names it.
+    """
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
+        seeds = load_seeds(seeds_folder / name)
+        sound = warm_up(seeds, Path(top))
+        known = sound if name in CHECKSUMMED else None
+
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+        @given(st.randoms(use_true_random=False))
+        def every_case_is_read_or_refused(rng: random.Random) -> None:
+            folder = Path(tempfile.mkdtemp(dir=top))
+            with contextlib.chdir(top):  # the guard changes it
+                outcome, words = attempt(guard, folder, case(rng, seeds, folder, known))
+            shutil.rmtree(folder)
+            assert outcome != "fault", f"{name}: {words}"
+
+        every_case_is_read_or_refused()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("formats", nargs="*", default=list(MAKERS))
+    parser.add_argument("--examples", type=int, default=300)
+    arguments = parser.parse_args()
+    warnings.simplefilter("error")
+    os.fsync = lambda descriptor: None
+    with tempfile.TemporaryDirectory(prefix="seeds-") as folder:
+        make_seeds(Path(folder))
+        guard = Guard(("hdf5_listing.py",))
+        for name in arguments.formats:
+            shrink(name, arguments.examples, Path(folder), guard)
+            print(f"{name}: {arguments.examples} examples, none fails")
+
+
+if __name__ == "__main__":
+    main()
