@@ -15,6 +15,7 @@ from .spec import LM_HEAD, GPT2Config
 from .tensors import DType, LazyTensor, crc32c
 from .tokenizer_files import TokenizerFiles
 
+MAX_NAME = 256
 # What MLX, GPTQ, AWQ and bitsandbytes put beside, or in the place of, weights that they round.
 QUANTISED = (".scales", ".qweight", ".qzeros", ".absmax", ".SCB", ".quant_map")
 
@@ -99,6 +100,10 @@ def assemble(
         )
     if not container.tensors:
         raise CheckpointError(f"{container.path}: no tensors in it")
+    if long := next((name for name in container.tensors if len(name) > MAX_NAME), None):
+        raise CheckpointError(
+            f"{container.path}: not a GPT-2: the name {long[:60]!r}... is {len(long)} characters long"
+        )
     unwrapped = _unwrapped(container.tensors)
     dialect, prefix = recognise(unwrapped)
     assumed = {key: value for key, value in dialect.assumes.items() if key not in stated}
@@ -141,9 +146,10 @@ def assemble(
 
 
 def _unwrapped(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
-    """The same tensors without what torch's wrappers put before every name (DataParallel, torch.compile)."""
-    for wrapper in ("module.", "_orig_mod.") * 2:
-        if all(name.startswith(wrapper) for name in tensors):
+    """The same tensors without what wrappers put before every name: DataParallel, torch.compile, Lightning, Flax."""
+    for wrapper in ("module.", "_orig_mod.", "model.", "params/") * 2:
+        within = wrapper != "model." or any(name.startswith("model.transformer.") for name in tensors)  # MLX has it too
+        if within and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
 

@@ -163,9 +163,7 @@ def from_hparams(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{key} is not a key that OpenAI's GPT-2 has" for key in unknown
         ]
         raise ConfigError.listing(f"{where}: not the hparams of a GPT-2", faults)
-    n_vocab = raw["n_vocab"]  # OpenAI's <|endoftext|> is the last of the vocabulary
-    end = n_vocab - 1 if isinstance(n_vocab, int) else None
-    return _with_inner({**{key: raw[key] for key in HPARAMS_KEYS}, "bos_token_id": end, "eos_token_id": end})
+    return _with_inner({key: raw[key] for key in HPARAMS_KEYS})
 
 
 def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Dialect:
         computes: switch -> what its code can compute; any value where a switch is not named.
         any_width: whether its code has any other feed-forward width than 4 x n_embd.
         head_untied: whether an output that differs from the token embedding says by itself that the two are not tied.
-        copies_wte: whether its code asks for the output under its own name, even where it is the token embedding.
+        copies_wte: whether its code always ties the output, and yet asks for it under its own name.
         biasless: whether all biases may be missing, which stands for zeros.
     """
 
@@ -116,8 +116,8 @@ class Dialect:
 
     def head_layout(self, name: str) -> Same | None:
         """The layout of the output, if that is what a name stands for."""
-        places = [place for place, _ in places_of(name)]
-        return next((layout for layout in self.lm_head if layout.name in places), None)
+        heads = {layout.name: layout for layout in self.lm_head}
+        return next((heads[place] for place, _ in places_of(name) if place in heads), None) if heads else None
 
     def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """What may stand before the names here: the known prefixes, or whatever stands before the last norm's."""
@@ -168,7 +168,11 @@ class Dialect:
                 faults,
                 advice if tanh else "",
             )
-        if self.copies_wte and LM_HEAD not in tensors:
+        if self.copies_wte:
+            if LM_HEAD in tensors:
+                raise CheckpointError(
+                    f"an output that is not tied to the token embedding cannot be written as {self.name}, whose code ties it"
+                )
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
         written = {}
         for canonical, tensor in tensors.items():
@@ -348,7 +352,7 @@ FLAX = Dialect(
         "ln_f.bias": Same("ln_f/bias"),
     },
     lm_head=(Transposed("lm_head/kernel"),),
-    prefixes=("transformer/", "params/transformer/", ""),
+    prefixes=("transformer/", ""),
 )
 
 DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMC, GGUF, KERAS, FLAX)

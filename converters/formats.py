@@ -13,9 +13,11 @@ from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint, assemble
 from .config import PARSERS, from_hf, from_hparams
 from .container import Container
+from .dialects import OPENAI
 from .errors import CheckpointError, ConversionError, FormatError, TokenizerError
 from .files import File, check_name, read_json, reading
 from .shard_index import open_shards
+from .spec import GPT2Config
 from .tokenizer_files import END_OF_TEXT, TokenizerFiles, find_tokenizer
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -99,7 +101,7 @@ FORMATS = (
     ),
     Format(
         "nanogpt", "nanoGPT's train.py", "`ckpt.pt`", ("nanogpt",), FLOATS, FLOATS,
-        ask="`--to nanogpt`", configuration="`model_args` in it", checksums="CRC-32 of every member",
+        ask="`--to nanogpt`", configuration="`model_args` in it", checksums="CRC-32 of every member", untied=False,
     ),
     Format(
         "llmc", "llm.c, versions 3 and 5", "`.bin`", ("llmc",), ("F32", "BF16"), ("F32", "BF16"),
@@ -141,6 +143,7 @@ def open_checkpoint(
     n_head: int | None = None,
     n_vocab: int | None = None,
     activation_function: str | None = None,
+    tokenizer: str | Path | None = None,
     tie: bool = False,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Nothing is read but names and shapes.
@@ -150,6 +153,7 @@ def open_checkpoint(
         n_head: the number of attention heads, where nothing beside the weights says it.
         n_vocab: how many rows of the token embedding to keep, where padding makes it longer than the vocabulary.
         activation_function: which it is, where nothing in the file or beside it says so.
+        tokenizer: a directory or a GGUF file that has the tokenizer, where it is not in the file or beside it.
         tie: drop an ``lm_head`` that differs from the token embedding.
 
     Raises:
@@ -169,13 +173,19 @@ def open_checkpoint(
             _agree(directory, stated, stated_in, {"activation_function": activation_function}, "--activation-function")
             stated = {**stated, "activation_function": activation_function}
         checkpoint = assemble(container, stated, stated_in, n_head=n_head, n_vocab=n_vocab, tie=tie)
-        tokenizer, note = _tokenizer(container, directory)
-        if tokenizer and "eos_token_id" not in stated:
-            end = _end_of_text(tokenizer)
-            config = replace(checkpoint.config, bos_token_id=end, eos_token_id=end)
-            checkpoint = replace(checkpoint, config=config)
+        found, note = (tokenizer_in(Path(tokenizer)), []) if tokenizer else _tokenizer(container, directory)
+        config = _with_ids(checkpoint, stated, found)
         notes = (*checkpoint.notes, *note, *_remarks(checkpoint, container, path))
-        return replace(checkpoint, tokenizer=tokenizer, notes=notes)
+        return replace(checkpoint, config=config, tokenizer=found, notes=notes)
+
+
+def _with_ids(checkpoint: Checkpoint, stated: Mapping[str, Any], tokenizer: TokenizerFiles | None) -> GPT2Config:
+    """The configuration with the id of the end of text, where it states none: the tokenizer's, or else OpenAI's last."""
+    config = checkpoint.config
+    end = config.n_vocab - 1 if checkpoint.dialect == OPENAI.name else config.eos_token_id
+    end = _end_of_text(tokenizer) if tokenizer else end
+    ids: dict[str, Any] = {key: end for key in ("bos_token_id", "eos_token_id") if key not in stated}
+    return replace(config, **ids)
 
 
 def _home(path: Path) -> Path:

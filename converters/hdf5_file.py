@@ -43,10 +43,12 @@ def open_hdf5(path: Path) -> Container:
 
 
 def _datasets(path: Path) -> list[Any]:
-    if importlib.util.find_spec("h5py") is None:
+    specs = [importlib.util.find_spec(name) for name in ("h5py", "numpy")]
+    if specs[0] is None:
         raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
     program = Path(__file__).with_name("hdf5_listing.py")
     command = [sys.executable, "-I", "-W", "ignore", str(program), str(path.absolute())]
+    command += [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     environment = {"OPENBLAS_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
     try:
         done = subprocess.run(

@@ -3,7 +3,7 @@
 The HDF5 library is large, written in C, and not made for files from strangers; here it may crash, hang or ask for too
 much without taking gpt2x along. It reads no numbers: what it gives is where they lie.
 
-    python hdf5_listing.py FILE     ->  {"datasets": [[name, type, shape, offset], ...]} or {"error": "..."}
+    python hdf5_listing.py FILE [FOLDER ...]     ->  {"datasets": [[name, type, shape, offset], ...]} or {"error": "..."}
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_OBJECTS = 100_000
 MAX_DEPTH = 32
+MAX_NAME = 1024
 SECONDS = 20
 MEMORY = 200 << 20
 
@@ -25,12 +26,14 @@ class Refused(Exception):
 def main(path: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    import h5py
-
     result: dict[str, Any]
     try:
+        import h5py
+
         with h5py.File(path, "r") as file:
             result = {"datasets": list(walk(h5py, file, "", 0, set()))}
+    except ImportError as error:
+        result = {"error": f"h5py cannot be imported: {error}"}
     except Refused as error:
         result = {"error": str(error)}
     except Exception as error:
@@ -40,7 +43,7 @@ def main(path: str) -> None:
 
 def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Iterator[list[Any]]:
     """Every data set below a group. What leads elsewhere, or to the same place twice, is refused."""
-    if depth > MAX_DEPTH:
+    if depth > MAX_DEPTH or len(above) > MAX_NAME:
         raise Refused("groups are nested too deeply")
     for key in group:
         name = f"{above}{key}"
@@ -84,4 +87,5 @@ def describe(h5py: Any, name: str, dataset: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
+    sys.path += sys.argv[2:]  # where h5py and numpy are
     main(sys.argv[1])

@@ -7,8 +7,9 @@ out of its softmax.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .container import Container
@@ -63,13 +64,14 @@ def open_llmc(path: Path) -> Container:
         faults += [f"{name} is {config[name]}" for name in ("num_layers", "vocab_size", "padded_vocab_size")]
     if faults:
         raise FormatError.listing(f"{path}: an impossible header", faults)
-    tensors = {}
     position = HEADER.size
+    end = position + sum(math.prod(shape) for _, shape in _layout(config)) * VERSIONS[version].itemsize
+    if end != file.size:
+        raise FormatError(f"{path}: {file.size} bytes, but its header asks for {end}")
+    tensors = {}
     for name, shape in _layout(config):
         tensors[name] = LazyTensor.in_file(file, position, VERSIONS[version], shape)
         position += tensors[name].nbytes
-    if position != file.size:
-        raise FormatError(f"{path}: {file.size} bytes, but its header asks for {position}")
     padding = tensors["wte"]
     tensors["wte"] = padding.first_rows(config["vocab_size"])
     behind = file.chunks(HEADER.size + tensors["wte"].nbytes, padding.nbytes - tensors["wte"].nbytes)
@@ -78,15 +80,14 @@ def open_llmc(path: Path) -> Container:
     return Container("llmc", path, tensors, config, config_of="llmc", notes=(note,) if used else ())
 
 
-def _layout(config: Mapping[str, int]) -> list[tuple[str, tuple[int, ...]]]:
+def _layout(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each layer's part of each array, in the order of the file."""
     width = config["channels"]
     sizes = {"V": config["padded_vocab_size"], "T": config["max_seq_len"], "C": width, "3C": 3 * width, "4C": 4 * width}
-    return [
-        (name.replace("{i}", str(i)), tuple(sizes[symbol] for symbol in shape))
-        for name, shape in ARRAYS.items()
-        for i in range(config["num_layers"] if "{i}" in name else 1)
-    ]
+    for name, shape in ARRAYS.items():
+        sized = tuple(sizes[symbol] for symbol in shape)
+        layers = range(config["num_layers"] if "{i}" in name else 1)
+        yield from ((name.replace("{i}", str(i)), sized) for i in layers)
 
 
 def write_llmc(out: Output, tensors: Mapping[str, LazyTensor], config: Mapping[str, int], dtype: DType) -> None:

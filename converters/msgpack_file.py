@@ -20,7 +20,7 @@ NDARRAY, COMPLEX, SCALAR = 1, 2, 3  # extension types of Flax
 CHUNKED = "__msgpack_chunked_array__"
 MAX_DEPTH = 16
 MAX_ITEMS = 1_000_000
-MAX_STRING = 4096
+MAX_STRING = 256
 MAX_RANK = 8
 TYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
@@ -155,6 +155,8 @@ def _sizes(shape: Any, where: str) -> tuple[int, ...]:
 
 def _flatten(tree: dict[str, Any], above: str, tensors: dict[str, LazyTensor], where: str) -> None:
     """Collect the arrays of nested maps under the names of their paths."""
+    if len(above) > MAX_STRING:
+        raise FormatError(f"{where}: names nested to more than {MAX_STRING} characters")
     for key, item in tree.items():
         if isinstance(item, dict) and CHUNKED in item:
             tensors[above + key] = _joined(item, f"{where}: {above}{key}")

@@ -17,7 +17,7 @@ from .errors import CheckpointError, DestinationError
 from .files import new_directory, new_file, read_json
 from .formats import FORMATS, MODELS, OTHERS, WEIGHTS
 from .tensors import BF16, DTYPES, F32, LazyTensor, all_finite, whole_items
-from .tokenizer_files import EXTRA, PAIRS, hf_files, openai_files
+from .tokenizer_files import END_OF_TEXT, EXTRA, PAIRS, hf_files, openai_files
 
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
@@ -263,9 +263,10 @@ def _save_gguf(job: _Job) -> tuple[list[Path], list[str]]:
     with new_file(job.path, job.force) as out:
         gguf_file.write_gguf(out, written, metadata, quantised)
     notes = [f"{NO_TOKENIZER}. Without one, llama.cpp takes token ids only"] if not vocabulary else []
+    notes += _tokenizer_notes(checkpoint, prefix=False) if vocabulary else []
     if job.dtype == "Q8_0":
         whole = (
-            f"; {len(matrices) - len(quantised)} whose rows are not of 32 stay as they are"
+            f"; {len(matrices) - len(quantised)} whose rows are not of 32 are written in F32"
             if len(quantised) < len(matrices)
             else ""
         )
@@ -305,9 +306,21 @@ def _save_hf(job: _Job) -> tuple[list[Path], list[str]]:
         write_small(stage, small)
         _write_shards(stage, _sharded(tensors, job.max_shard_size), to_hf(checkpoint.config))
         files = [job.path / file.name for file in stage.iterdir()]
+    said = [NO_TOKENIZER] if not checkpoint.tokenizer else _tokenizer_notes(checkpoint)
     limit, (most, name) = job.max_shard_size, max((tensor.nbytes, name) for name, tensor in tensors.items())
     notes = [f"{name} alone has {most:,} bytes, more than {limit:,}"] if limit and most > limit else []
-    return files, notes + ([] if checkpoint.tokenizer else [NO_TOKENIZER])
+    return files, notes + said
+
+
+def _tokenizer_notes(checkpoint: Checkpoint, prefix: bool = True) -> list[str]:
+    """What is odd about the tokenizer that goes along; ``prefix``: whether the result can say ``add_prefix_space``."""
+    assert checkpoint.tokenizer
+    vocabulary, n_vocab = checkpoint.tokenizer.vocabulary(), checkpoint.config.n_vocab
+    most = max(vocabulary.ids.values())
+    notes = [f"the tokenizer has a token {most}, the model only {n_vocab}"] if most >= n_vocab else []
+    if vocabulary.add_prefix_space and not prefix:
+        notes.append("the tokenizer puts a space before a text (add_prefix_space), which the result cannot say")
+    return notes
 
 
 def _sharded(tensors: Mapping[str, LazyTensor], limit: int | None) -> list[dict[str, LazyTensor]]:
@@ -347,8 +360,16 @@ def _save_tf(job: _Job) -> tuple[list[Path], list[str]]:
     notes = [] if checkpoint.tokenizer else [NO_TOKENIZER]
     if checkpoint.tokenizer:
         small |= openai_files(checkpoint.tokenizer)
-        if added := checkpoint.tokenizer.vocabulary().added:
-            notes = [f"OpenAI's layout cannot mark added tokens, which will be read as text: {', '.join(added)}"]
+        notes = _tokenizer_notes(checkpoint, prefix=False)
+        vocabulary = checkpoint.tokenizer.vocabulary()
+        if vocabulary.added:
+            notes += [
+                f"OpenAI's layout cannot mark added tokens, which will be read as text: {', '.join(vocabulary.added)}"
+            ]
+        if vocabulary.ids.get(END_OF_TEXT) != checkpoint.config.eos_token_id:
+            notes += [
+                f"OpenAI's layout has no place for token ids; that of the end, {checkpoint.config.eos_token_id}, is lost"
+            ]
     with new_directory(job.path, job.force, rivals) as stage:
         write_small(stage, small)
         tf_bundle.write_bundle(stage / "model.ckpt", tensors)

@@ -159,13 +159,15 @@ class LazyTensor:
                     return
                 left = max(0, left - len(chunk))
 
-        mapped = self.mapped
+        mapped, rows = self.mapped, self.shape[0]
+        stored = (self.stored[0], self.stored[1] * count // rows) if self.stored else None
         return LazyTensor(
             self.dtype,
             (count, *self.shape[1:]),
             stream,
             (lambda: mapped()[:size]) if mapped else None,
             self.checksummed,
+            stored=stored,
         )
 
     def cast(self, dtype: DType, name: str) -> LazyTensor:

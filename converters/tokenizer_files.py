@@ -178,7 +178,7 @@ def hf_files(found: TokenizerFiles, n_ctx: int) -> dict[str, bytes]:
     defaults = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": n_ctx,
-        "add_prefix_space": False,
+        "add_prefix_space": vocabulary.add_prefix_space,
         "clean_up_tokenization_spaces": False,
     }
     if END_OF_TEXT in vocabulary.ids:

@@ -199,7 +199,9 @@ def _verify(folder: Path, progress: Bar) -> None:
             for chunk in tensor.chunks():
                 (advance or _nothing)(len(chunk))
     open_checkpoint(folder)
-    tokenizer_in(folder).vocabulary()
+    vocabulary = tokenizer_in(folder).vocabulary()
+    if len(vocabulary.ids) != 256 + len(vocabulary.merges) + 1:  # bytes, what they merge to, and <|endoftext|>
+        raise FormatError(f"{folder}: {len(vocabulary.merges)} merges do not make {len(vocabulary.ids)} tokens")
 
 
 def _mark(folder: Path) -> None:

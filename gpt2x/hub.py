@@ -16,6 +16,7 @@ from pathlib import Path
 
 from converters import ConversionError, UnsafeError
 from converters.files import read_json, writing
+from converters.formats import OTHERS, WEIGHTS
 
 from . import __version__, contract
 from .download import SCHEMES, Want, Warn, cache_home
@@ -24,9 +25,6 @@ PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
 PATH = rf"{PART}(?:/{PART})*"
 ADDRESS = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>(?:refs/(?:pr|convert)/)?{PART}))?(?:/(?P<path>{PATH}))?/?")  # fmt: skip
 
-# Weights of Hugging Face's layout, the first found being meant; the same order as when a directory is opened.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FOREIGN = ("ckpt.pt", "tf_model.h5", "flax_model.msgpack")  # and these, after TensorFlow's checkpoints and GGUF
 OURS = "genai_config.json"  # beside every ONNX directory that gpt2x writes
 
 # What belongs to weights: the names that show that a folder has it, and all that is then taken from there.
@@ -169,7 +167,7 @@ def _weights(address: Address, folder: str, here: set[str], names: frozenset[str
         return _tensorflow(folder + prefix, names)
     if name := _one(address, [name for name in direct if name.endswith(".gguf")]):
         return _file(folder + name, names)
-    name = next((name for name in FOREIGN if name in here), None)
+    name = next((name for name in OTHERS if name in here), None)
     return _file(folder + name, names) if name else None
 
 

@@ -812,7 +812,7 @@ def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_open
     from gpt2x import hub as module
 
     assert tuple(module.WEIGHTS) == tuple(name for name in formats.WEIGHTS if name in module.WEIGHTS)
-    names = [*module.WEIGHTS, "model.ckpt.index", "x.gguf", *module.FOREIGN]
+    names = [*module.WEIGHTS, "model.ckpt.index", "x.gguf", *formats.OTHERS]
     every = {*names, "model.ckpt.data-00000-of-00001", "config.json"}
     for name in names:
         choice = module._choose(parse("hf://o/n", "o/n"), frozenset(every), "weights")

@@ -1,5 +1,6 @@
 """Every format in, every format out: the same bytes, the same logits; and files that other programs wrote."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -394,7 +395,7 @@ def untied():
     return random_checkpoint(replace(TINY, tie_word_embeddings=False))
 
 
-@pytest.mark.parametrize("writer", ["safetensors", "bin", "hf", "nanogpt", "gguf"])
+@pytest.mark.parametrize("writer", ["safetensors", "bin", "hf", "gguf"])
 def test_an_output_of_its_own_is_kept_where_the_format_can_say_so(tmp_path, writer):
     save_checkpoint(untied(), tmp_path / "m", writer)
     back = open_checkpoint(tmp_path / "m")
@@ -402,7 +403,7 @@ def test_an_output_of_its_own_is_kept_where_the_format_can_say_so(tmp_path, writ
     assert_same_bytes(untied(), back)
 
 
-@pytest.mark.parametrize("writer", ["tf", "llmc"])
+@pytest.mark.parametrize("writer", ["tf", "llmc", "nanogpt"])
 def test_an_output_of_its_own_is_refused_elsewhere(tmp_path, writer):
     with pytest.raises(CheckpointError, match="not tied"):
         save_checkpoint(untied(), tmp_path / "m", writer)
@@ -601,3 +602,105 @@ def test_a_broken_tokenizer_beside_a_file_does_not_keep_it_from_being_read(tmp_p
     (tmp_path / "ckpt.pt").write_bytes((FIXTURES / "nanogpt/ckpt.pt").read_bytes())
     (tmp_path / "tokenizer.json").write_text("{}")
     assert open_checkpoint(tmp_path / "ckpt.pt").config.eos_token_id is None
+
+
+# --------------------------------------------------------------------------------------------- what a review found
+
+
+def with_vocabulary(folder, ids, merges=(), **settings):
+    """A directory with a tokenizer of these tokens alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return folder
+
+
+def test_a_stated_id_stays_and_the_tokenizer_gives_what_is_not_stated(tmp_path):
+    with_vocabulary(tmp_path / "hf", {"a": 0, "<|endoftext|>": 7})
+    with new_file(tmp_path / "hf/model.safetensors") as out:
+        write_safetensors(out, random_checkpoint().tensors)
+    (tmp_path / "hf/config.json").write_text(json.dumps({"n_head": 2, "bos_token_id": 3}))
+    config = open_checkpoint(tmp_path / "hf").config
+    assert (config.bos_token_id, config.eos_token_id) == (3, 7)
+
+
+def test_the_ids_of_openais_layout_are_the_tokenizers_and_what_is_lost_is_said(tmp_path):
+    with_vocabulary(tmp_path / "t", {"a": 0, "<|endoftext|>": 7})
+    source = open_checkpoint(FIXTURES / "tf_plain", tokenizer=tmp_path / "t")
+    assert source.config.eos_token_id == 7
+    save_checkpoint(source, tmp_path / "tf", "tf")
+    assert open_checkpoint(tmp_path / "tf").config.eos_token_id == 7
+    other = replace(source, config=replace(source.config, eos_token_id=5))
+    assert any("token ids" in note for note in save_checkpoint(other, tmp_path / "other", "tf").notes)
+
+
+def test_a_tokenizer_that_does_not_fit_or_cannot_be_said_is_noted(tmp_path):
+    with_vocabulary(tmp_path / "t", {"a": 0, "<|endoftext|>": 70})
+    wide = open_checkpoint(FIXTURES / "tf_plain", tokenizer=tmp_path / "t")
+    assert "the tokenizer has a token 70, the model only 13" in save_checkpoint(wide, tmp_path / "hf").notes
+    spaced = open_checkpoint(SHAKESPEARE)
+    vocabulary = replace(spaced.tokenizer.vocabulary(), add_prefix_space=True)
+    spaced = replace(spaced, tokenizer=replace(spaced.tokenizer, inside=vocabulary))
+    for kind in ("tf", "gguf"):
+        assert any("add_prefix_space" in note for note in save_checkpoint(spaced, tmp_path / kind, kind).notes)
+    assert not any("add_prefix_space" in note for note in save_checkpoint(spaced, tmp_path / "back").notes)
+    assert open_checkpoint(tmp_path / "back").tokenizer.vocabulary().add_prefix_space
+
+
+@pytest.mark.parametrize("line", [("tokenizer.ggml.pre", "llama-bpe"), ("tokenizer.ggml.add_bos_token", True)])
+def test_a_gguf_that_cuts_text_otherwise_does_not_pass_its_tokenizer_on(tmp_path, line):
+    from converters import gguf_file
+
+    checkpoint = open_checkpoint(SHAKESPEARE)
+    tokens = gguf_file.tokenizer_metadata(checkpoint.tokenizer.vocabulary(), 2048) | dict([line])
+    metadata = {"general.architecture": "gpt2", "gpt2.attention.head_count": 6, **tokens}
+    with new_file(tmp_path / "m.gguf") as out:
+        gguf_file.write_gguf(out, dialects.GGUF.write(checkpoint.tensors, checkpoint.config), metadata)
+    read = open_checkpoint(tmp_path / "m.gguf")
+    assert read.tokenizer is None
+    assert any("not taken over" in note for note in read.notes)
+
+
+@pytest.mark.parametrize("change", ["lightning", "params"])
+def test_what_wrappers_put_before_names_is_taken_off(tmp_path, change):
+    tiny = random_checkpoint()
+    names = {"lightning": lambda n: f"model.transformer.{n}", "params": None}[change]
+    if names:
+        tensors = {names(name): tensor for name, tensor in tiny.tensors.items()}
+        tensors["model.lm_head.weight"] = tiny.tensors["wte.weight"]
+    else:
+        written = FLAX.write({**tiny.tensors, "lm_head.weight": tiny.tensors["wte.weight"]}, TINY)
+        tensors = {f"params/{name}": tensor for name, tensor in written.items()}
+    assert_same_bytes(tiny, assemble(Container("m", tmp_path, tensors), {"n_head": 2}, "x"))
+
+
+def test_a_name_of_absurd_length_is_refused_at_once(tmp_path):
+    tensors = {**random_checkpoint().tensors, "h." + "1." * 100_000: random_checkpoint().tensors["wte.weight"]}
+    with pytest.raises(CheckpointError, match="characters long"):
+        assemble(Container("m", tmp_path, tensors), {"n_head": 2}, "x")
+
+
+def test_a_header_that_asks_for_very_many_layers_takes_no_memory(tmp_path):
+    import struct
+
+    header = struct.pack("<256i", 20240326, 3, 1024, 50257, 1000, 12, 768, 50304, *[0] * 248)
+    (tmp_path / "m.bin").write_bytes(header)
+    with pytest.raises(ConversionError, match="1024 bytes, but its header asks for"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+def test_shards_may_carry_their_configuration_in_any_of_them_and_a_model_of_its_own_is_no_shard(tmp_path):
+    tiny = random_checkpoint()
+    names = list(tiny.tensors)
+    for i, part in enumerate((names[:5], names[5:])):
+        with new_file(tmp_path / f"{i}.safetensors") as out:
+            config = {"n_head": 2, "model_type": "gpt2"} if i else None
+            write_safetensors(out, {name: tiny.tensors[name] for name in part}, config)
+    places = {name: f"{0 if name in names[:5] else 1}.safetensors" for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_same_bytes(tiny, open_checkpoint(tmp_path))
+    save_checkpoint(tiny, tmp_path / "m.gguf")
+    places = dict.fromkeys(dialects.GGUF.write(tiny.tensors, TINY), "m.gguf")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ConversionError, match="a model of its own"):
+        open_checkpoint(tmp_path)

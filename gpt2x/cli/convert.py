@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -68,15 +66,19 @@ def convert(
     """
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
-    from converters.formats import tokenizer_in
 
     kind = None if dtype == "keep" else DTYPES[dtype]
     _check_destination(src, dst, to, kind, max_shard_size, force)
     path = local(src)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(path, n_head=n_head, n_vocab=n_vocab, activation_function=activation_function, tie=tie)
-    if tokenizer_dir:
-        checkpoint = replace(checkpoint, tokenizer=tokenizer_in(Path(tokenizer_dir)))
+    checkpoint = open_checkpoint(
+        path,
+        n_head=n_head,
+        n_vocab=n_vocab,
+        activation_function=activation_function,
+        tokenizer=tokenizer_dir,
+        tie=tie,
+    )
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:
         saved = save_checkpoint(
