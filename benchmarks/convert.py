@@ -117,6 +117,8 @@ def conversions(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> No
 def every_format(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> None:
     """Each reader to safetensors, and safetensors to each writer."""
     print("\nTo and from every format, the same numbers\n")
+    folder = folder / "formats"
+    folder.mkdir()
     model = folder / "m.safetensors"
     written = {"bin": "m.bin", "nanogpt": "ckpt.pt", "llmc": "m.llmc", "gguf": "m.gguf"}
 
@@ -139,6 +141,7 @@ def every_format(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> N
         in_a_process(make_file, model, path)
         jobs[f"{name} -> safetensors"] = convert(path, "--to", "safetensors")
     table(alternate(jobs, folder / "out", rounds), "cp and sync")
+    shutil.rmtree(folder)
 
 
 def in_a_process(make_file: Callable[[Path, Path], None], model: Path, path: Path) -> None:
