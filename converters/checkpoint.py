@@ -226,11 +226,7 @@ def _untangle(
         return tensors, config, []
     tied = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
     if tie:
-        return (
-            tied,
-            replace(config, tie_word_embeddings=True),
-            [LM_HEAD],
-        )
+        return tied, replace(config, tie_word_embeddings=True), [LM_HEAD]
     if not config.tie_word_embeddings:
         return tensors, config, []
     if same_bytes(head, tensors["wte.weight"]):

@@ -226,6 +226,11 @@ def from_llmc(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return _with_inner({name: raw[key] for key, name in LLMC_KEYS.items()})
 
 
+def to_llmc(config: GPT2Config) -> dict[str, int]:
+    """The header of an llm.c file that stands for a configuration, but for the padded vocabulary."""
+    return {key: getattr(config, name) for key, name in LLMC_KEYS.items()}
+
+
 def to_hparams(config: GPT2Config) -> dict[str, Any]:
     """The ``hparams.json`` of a configuration."""
     return {key: getattr(config, key) for key in HPARAMS_KEYS}

@@ -201,10 +201,8 @@ def _vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
     tokens, merges, kinds = found
     kinds = [NORMAL] * len(tokens) if kinds is None and isinstance(tokens, list) else kinds
     lists = all(isinstance(items, list) for items in (tokens, merges, kinds))
-    other = metadata.get("tokenizer.ggml.pre", "gpt-2") not in (
-        "gpt-2",
-        "default",
-    )  # another way to cut a text in words
+    # Another way to cut a text into words, or to begin or end it.
+    other = metadata.get("tokenizer.ggml.pre", "gpt-2") not in ("gpt-2", "default")
     adds = any(metadata.get(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos"))
     if metadata.get("tokenizer.ggml.model") != "gpt2" or other or adds or not lists or len(kinds) != len(tokens):
         raise TokenizerError(f"{where}: its tokenizer is not a byte-level BPE of GPT-2's kind")

@@ -20,7 +20,6 @@ from .errors import FormatError
 from .files import File
 from .tensors import DTYPES, LazyTensor
 
-MAGIC = b"\x89HDF\r\n\x1a\n"
 SECONDS = 60
 MAX_RANK = 8
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint
-from .config import to_gguf, to_hf, to_hparams, to_model_args
+from .config import to_gguf, to_hf, to_hparams, to_llmc, to_model_args
 from .dialects import GGUF, HF, LLMC, NANOGPT, OPENAI
 from .errors import CheckpointError, DestinationError
 from .files import new_directory, new_file, read_json
@@ -222,13 +222,8 @@ def _save_llmc(job: _Job) -> tuple[list[Path], list[str]]:
     dtype = BF16 if kinds == {"BF16"} else F32
     _check_widening(kinds, "llmc")
     tensors = LLMC.write(job.checkpoint.cast(dtype).tensors, config)
-    sizes = dict(
-        zip(
-            llmc_file.FIELDS, (config.n_ctx, config.n_vocab, config.n_layer, config.n_head, config.n_embd), strict=False
-        )
-    )
     with new_file(job.path, job.force) as out:
-        llmc_file.write_llmc(out, tensors, sizes, dtype)
+        llmc_file.write_llmc(out, tensors, to_llmc(config), dtype)
     return [job.path], []
 
 

@@ -6,6 +6,7 @@ bytes are copied. ``tokenizer.json`` says the same once more, in the form of the
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,15 @@ class TokenizerFiles:
         return f"in the file, {len(self.inside.ids)} tokens" if self.inside else str(self.directory)
 
     def vocabulary(self) -> Vocabulary:
-        """What the files say.
+        """What the files say; they are read once.
 
         Raises:
             TokenizerError: if this is not a byte-level BPE of GPT-2's kind.
         """
+        return self._vocabulary
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
         if self.inside:
             return self.inside
         if self.tokenizer_json:
