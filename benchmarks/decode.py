@@ -81,7 +81,7 @@ RATIOS = (
 
 # A worker is BEGIN, the peer's own code, which defines PACKAGES and either a Peer or a measure() of its own, and END.
 BEGIN = f"""
-import importlib.metadata, json, sys, time
+import json, sys, time
 import numpy as np
 THREADS, VOCABULARY = {THREADS}, 50257
 """
@@ -109,7 +109,7 @@ def measure_peer(prompt, new, batch):
 
 if "measure" not in globals():
     peer, measure = Peer(*sys.argv[1:]), measure_peer
-print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES), flush=True)
+print(*PACKAGES, flush=True)
 for line in sys.stdin:
     prefill, steps = measure(**json.loads(line))
     print(json.dumps({"prefill": prefill, "step": steps, "rss_mb": memory("VmRSS"), "peak_mb": memory("VmHWM")}), flush=True)
@@ -256,6 +256,12 @@ class Bound(NamedTuple):
     tokens_per_s: float
 
 
+def version_of(python: Path, package: str) -> str:
+    """Asked of another process, so that a worker's memory is the model's."""
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    return subprocess.run([python, "-P", "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 class Worker:
     """A process with one model."""
 
@@ -265,8 +271,9 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout and self.process.stdin
         self.out, self.into = self.process.stdout, self.process.stdin
-        self.version = self.out.readline().strip()
-        assert self.version, f"{peer.arguments}: the process ended before it was ready"
+        packages = self.out.readline().split()
+        assert packages, f"{peer.arguments}: the process ended before it was ready"
+        self.version = ", ".join(f"{name} {version_of(peer.python, name)}" for name in packages)
 
     def __call__(self, task: Task) -> Answer:
         print(json.dumps(task._asdict()), file=self.into, flush=True)

@@ -6,6 +6,8 @@ behind is forgotten. numpy only.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +29,11 @@ class RowCache:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
         self.bound: Any = None  # what a model keeps from step to step of its binding to these buffers
-        self.mask: NDArray[np.bool_] | None = None  # (rows, slots) that ``run`` and ``step`` saw; false is padding
+        self.capacity = 0  # tokens that a row has room for
+        self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, padding among them
+        self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None while there was none
         self.lengths = np.zeros(rows, np.int64)
         self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
-
-    @property
-    def seen(self) -> int:
-        """How many slots ``OnnxDecoder.run`` and ``step`` were given, padding among them."""
-        return 0 if self.mask is None else self.mask.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        """How many tokens a row has room for."""
-        return min(int(buffer.shape[2]) for buffer in self.buffers)
 
     @property
     def nbytes(self) -> int:
@@ -56,14 +50,17 @@ class RowCache:
         new_tokens = had_tokens if tokens <= had_tokens else min(self.n_ctx, new_tokens)
         if (new_rows, new_tokens) == (had_rows, had_tokens):
             return
+        self.bound = None
         used = int(self.lengths.max(initial=0))
         for i, old in enumerate(self.buffers):  # one after another, so that only one is there twice
             if old.shape[0] < new_rows or old.shape[2] < new_tokens:  # the others grew before memory ended
                 new = np.zeros((new_rows, old.shape[1], new_tokens, old.shape[3]), old.dtype)
                 new[:had_rows, :, :used] = old[:had_rows, :, :used]
                 self.buffers[i] = new
-        self.bound = None
+        self.capacity = new_tokens
         self.lengths = np.concatenate((self.lengths, np.zeros(new_rows - had_rows, np.int64)))
+        if had_tokens:
+            give_back()  # what smaller buffers took
 
     def move(self, source: int, target: int) -> None:
         """Put one row's tokens in another's place."""
@@ -72,6 +69,14 @@ class RowCache:
             buffer[target, :, :n] = buffer[source, :, :n]
         self.lengths[target] = n
 
+    def see(self, real: NDArray[np.bool_] | None, slots: int) -> None:
+        """Remember that so many slots came: which of them hold tokens (rows, slots), or None if all do."""
+        if real is not None or self.mask is not None:
+            rows = len(self.lengths)
+            earlier = np.ones((rows, self.seen), bool) if self.mask is None else self.mask
+            self.mask = np.concatenate((earlier, np.ones((rows, slots), bool) if real is None else real), 1)
+        self.seen += slots
+
     def check(self, row: int, positions: NDArray[np.int64]) -> None:
         """Refuse positions that do not follow what a row holds.
 
@@ -79,11 +84,17 @@ class RowCache:
             InputError: if they leave a gap.
         """
         first = int(positions[0])
-        if first > self.lengths[row] or (np.diff(positions) != 1).any():
+        if first > self.lengths[row] or (len(positions) > 1 and (np.diff(positions) != 1).any()):
             raise InputError(
                 f"row {row} holds {self.lengths[row]} tokens, and its new positions {_few(positions)} do not follow: "
                 "in a cache that stays in place, a token's slot is its position"
             )
+
+
+def give_back() -> None:
+    """Return to the system the memory that is free, which a process keeps otherwise."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _few(numbers: Sequence[int] | NDArray[Any]) -> str:

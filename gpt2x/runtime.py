@@ -8,8 +8,6 @@ The cache stays in ONNX Runtime's own buffers from step to step: what one step r
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,14 @@ from converters.safetensors_file import open_safetensors
 from . import contract
 from .contract import Slot
 from .generate import Ids, InputError, Logits
-from .inplace import RowCache
+from .inplace import RowCache, give_back
 
 EMPTY = "the prompt is empty: give at least one token (<|endoftext|> starts a new text)"
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
+SHRINK = ort.RunOptions()  # for prompts: their work takes room that decoding does not need
+SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
 TYPES = {
@@ -74,7 +74,7 @@ class OnnxDecoder:
         self.path = find_model(path, precision)
         self.threads, self.providers = threads, tuple(providers)
         self._session = _open(self.path, threads, optimize, list(providers))
-        _give_back()
+        give_back()  # what loading took for a while: a third of the memory, where weights are packed anew
         self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
@@ -165,9 +165,9 @@ class OnnxDecoder:
     def _run(self, binding: Any, B: int, T: int) -> Logits:
         """Run what is bound, but for the logits, which are the last output."""
         logits: Logits = np.empty((B, 1 if self.last_only else T, self.n_vocab), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        _bind_output(binding, "logits", logits)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, SHRINK if T > 1 else None)
         except Exception as error:  # what it says of itself is not what it does
             raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {_plain(error)}") from None
         return logits
@@ -199,20 +199,12 @@ class OnnxDecoder:
         """``run`` for a cache in place: one token of every row at once, or several of one row after another."""
         B, T = ids.shape
         cache = self.row_cache(B) if cache is None else self._known(cache, B)
-        real = np.ones((B, T), bool)
-        if attention_mask is not None:
-            mask = _whole(attention_mask, "attention_mask")
-            if mask.shape != (B, cache.seen + T):
-                wanted = (B, cache.seen + T)
-                raise InputError(
-                    f"attention_mask is {mask.shape}, but {cache.seen} earlier and {T} new slots need {wanted}"
-                )
-            real = mask[:, -T:] != 0
-            if cache.mask is not None and (cache.mask != (mask[:, : cache.seen] != 0)).any():
-                raise InputError(
-                    "attention_mask has changed for earlier slots, which a cache that stays in place cannot"
-                )
-        rows = [(row, kept) for row, kept in enumerate(real) if kept.any()]
+        real = None if attention_mask is None else _new_slots(_whole(attention_mask, "attention_mask"), cache, T)
+        rows = (
+            [(row, slice(None)) for row in range(B)]
+            if real is None
+            else [(row, kept) for row, kept in enumerate(real) if kept.any()]
+        )
         for row, kept in rows:
             cache.check(row, positions[row, kept])
         if T == 1 and len(rows) == B:
@@ -222,8 +214,7 @@ class OnnxDecoder:
             for row, kept in rows:
                 found = self._prefill(ids[row, kept], positions[row, kept], cache, row, last=last)
                 logits[row, [-1] if last else kept] = found
-        earlier = cache.mask if cache.mask is not None else np.ones((B, 0), bool)
-        cache.mask = np.concatenate((earlier, real), 1)
+        cache.see(real, T)
         return logits, cache
 
     def _prefill(self, ids: Ids, positions: Ids, cache: RowCache, row: int, *, last: bool = True) -> Logits:
@@ -253,30 +244,19 @@ class OnnxDecoder:
 
     def _advance(self, ids: Ids, positions: Ids, cache: RowCache) -> Logits:
         """One more token (B,), at its position (B,), for each of the first B rows of a cache in place. Logits (B, V)."""
-        B = len(ids)
-        total = int(positions.max()) + 1
-        cache.reserve(B, total)
-        known = cache.bound
-        if known is None or known[0] is not self or known[1] is not cache.buffers[0] or known[2] != B:
-            binding = self._session.io_binding()
-            tokens, places = np.empty((B, 1), np.int64), np.empty((B, 1), np.int64)
-            _bind(binding, "input_ids", tokens)
-            _bind(binding, "position_ids", places)
-            self._bind_cache(binding, [buffer[:B] for buffer in cache.buffers])
-            cache.bound = self, cache.buffers[0], B, binding, tokens, places
-        *_, binding, tokens, places = cache.bound
-        tokens[:, 0], places[:, 0] = ids, positions
-        mask = (np.arange(total) <= places).astype(np.int64)
-        _bind(binding, "attention_mask", mask)
-        logits = self._run(binding, B, 1)
-        cache.lengths[:B] = positions + 1
-        return logits[:, 0]
+        cache.reserve(len(ids), int(positions.max()) + 1)
+        bound = cache.bound
+        if not isinstance(bound, _Step) or bound.decoder is not self or len(bound.ids) != len(ids):
+            bound = cache.bound = _Step(self, cache, len(ids))
+        logits = bound(ids, positions)
+        cache.lengths[: len(ids)] = positions + 1
+        return logits
 
     def _bind_cache(self, binding: Any, buffers: Sequence[NDArray[Any]]) -> None:
         """Past and present of each layer are one and the same memory."""
         for past, present, buffer in zip(self._past, self._present, buffers, strict=True):
             _bind(binding, past, buffer)
-            binding.bind_output(present, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+            _bind_output(binding, present, buffer)
 
     def _known(self, cache: Any, B: int) -> RowCache:
         if not isinstance(cache, RowCache) or cache.kind != self._cache_shape:
@@ -299,6 +279,27 @@ class OnnxDecoder:
         _check_range(ids, self.n_vocab, "token id", "the vocabulary")
         _check_range(positions, self.n_ctx, "position", "the context")
         return ids, positions
+
+
+class _Step:
+    """One more token for each of the first B rows of a cache, as long as its buffers stay: most is bound once."""
+
+    def __init__(self, decoder: OnnxDecoder, cache: RowCache, B: int) -> None:
+        self.decoder = decoder
+        self.ids, self.positions = np.zeros((B, 1), np.int64), np.zeros((B, 1), np.int64)
+        self.slots = np.arange(cache.capacity)
+        self.buffers = [buffer[:B] for buffer in cache.buffers]  # held while they are bound
+        self.binding = decoder._session.io_binding()
+        _bind(self.binding, "input_ids", self.ids)
+        _bind(self.binding, "position_ids", self.positions)
+        decoder._bind_cache(self.binding, self.buffers)
+
+    def __call__(self, ids: Ids, positions: Ids) -> Logits:
+        """Tokens (B,) at positions (B,). Gives the logits (B, V)."""
+        self.ids[:, 0], self.positions[:, 0] = ids, positions
+        mask = (self.slots[: int(positions.max()) + 1] <= self.positions).astype(np.int64)
+        _bind(self.binding, "attention_mask", mask)
+        return self.decoder._run(self.binding, len(ids), 1)[:, 0]
 
 
 class RunningBatch:
@@ -427,12 +428,6 @@ def _open(path: Path, threads: int | None, optimize: bool, providers: list[str])
         raise FormatError(f"{path}: ONNX Runtime cannot load it: {_plain(error)}") from None
 
 
-def _give_back() -> None:
-    """Return to the system what loading took for a while: a third of the memory, where weights are packed anew."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def _names(path: Path, name: str) -> bool:
     """Whether a small ONNX file speaks of a file of this name."""
     file = File(path)
@@ -528,9 +523,25 @@ def _whole(array: Any, name: str) -> Ids:
     return np.ascontiguousarray(found, np.int64)
 
 
+def _new_slots(mask: Ids, cache: RowCache, T: int) -> NDArray[np.bool_] | None:
+    """Which of T new slots hold tokens, (B, T); None if all do.
+
+    Raises:
+        InputError: if a mask (B, seen + T) does not fit the cache, or says of earlier slots what it did not say before.
+    """
+    wanted = (len(cache.lengths), cache.seen + T)
+    if mask.shape != wanted:
+        raise InputError(f"attention_mask is {mask.shape}, but {cache.seen} earlier and {T} new slots need {wanted}")
+    real = mask != 0
+    earlier = True if cache.mask is None else cache.mask
+    if (real[:, : cache.seen] != earlier).any():
+        raise InputError("attention_mask has changed for earlier slots, which a cache that stays in place cannot")
+    return None if real[:, cache.seen :].all() else real[:, cache.seen :]
+
+
 def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> None:
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= limit:
+    if values.view(np.uint64).max() >= limit:  # negative ones are large there
+        low, high = int(values.min()), int(values.max())
         raise InputError(f"{what} {low if low < 0 else high} is outside {of} of {limit}")
 
 
@@ -543,3 +554,9 @@ def _bind(binding: Any, name: str, array: NDArray[Any]) -> None:
     """Let an input be this memory, which somebody must hold while the binding is used."""
     assert array.flags.c_contiguous
     binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
+    """The same for an output."""
+    assert array.flags.c_contiguous
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
