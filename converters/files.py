@@ -31,7 +31,7 @@ CHUNK = 1 << 20
 WINDOW = 64 << 10  # bytes that a cursor reads at once
 WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-WAITING = 8  # chunks that may wait for the disk
+WAITING = 9  # chunks on their way to the disk
 MAX_DIGITS, MAX_DEPTH = 1000, 64  # of a number and of a value in JSON
 
 
@@ -240,13 +240,17 @@ class Output:
     """A file being written, sequentially, with room to patch what is already there.
 
     A thread of its own writes, so that reading and checksums go on meanwhile; a few chunks wait at most. Its errors
-    come out of a later call, ``close`` at the latest.
+    come out of a later call, ``close`` at the latest. A signal's handler may raise anywhere in here: a ``SimpleQueue``
+    has no lock of Python's, which would stay locked then.
     """
 
     def __init__(self, fd: int) -> None:
         _keep_freed_chunks()
         self._fd = fd
-        self._waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING)  # (where, what); None at the end
+        self._waiting: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()  # (where, what); None ends it
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each chunk that may come
+        for _ in range(WAITING):
+            self._room.put(None)
         self._error: BaseException | None = None
         self._written = self._flushed = 0  # the thread's own
         self.position = 0
@@ -275,6 +279,7 @@ class Output:
 
     def _put(self, item: tuple[int, bytes]) -> None:
         self._raise()
+        self._room.get()
         self._waiting.put(item)
 
     def _raise(self) -> None:
@@ -293,6 +298,7 @@ class Output:
                     self._write(*item)
                 except BaseException as error:
                     self._error = error
+            self._room.put(None)
 
     def _write(self, offset: int, data: bytes) -> None:
         view = memoryview(data)

@@ -513,3 +513,48 @@ def test_a_model_in_memory_has_no_source_to_lose(tmp_path):
         save_checkpoint(memory, tmp_path / "m.safetensors")
     save_checkpoint(memory, tmp_path / "m.safetensors", force=True)
     assert_same_bytes(memory, open_checkpoint(tmp_path / "m.safetensors"))
+
+
+INTERRUPTED = """
+import os, random, signal, sys, time
+from converters.files import Output
+
+class Stop(BaseException):
+    pass
+
+def stop(number, frame):
+    raise Stop
+
+def write(output):
+    while True:
+        output.position = 0
+        output.write(bytes(64))
+
+def once(fd):
+    output = Output(fd)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(2e-5, 1e-3))
+        write(output)
+    finally:
+        output.abandon()
+
+signal.signal(signal.SIGALRM, stop)
+chance, end, n = random.Random(0), time.monotonic() + 2, 0
+with open(sys.argv[1], "wb") as file:
+    while time.monotonic() < end:
+        n += 1
+        try:
+            once(file.fileno())
+        except Stop:
+            pass
+print(n)
+"""
+
+
+def test_a_signal_at_any_moment_of_writing_leaves_no_lock_behind(tmp_path):
+    # Of a queue with Python's locks, one in fifty such signals left the writer and its thread waiting for each other.
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", INTERRUPTED, tmp_path / "f"], capture_output=True, text=True, timeout=30
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 100
