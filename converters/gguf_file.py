@@ -261,6 +261,21 @@ def _stored(name: str, tensor: LazyTensor, kind: int) -> Iterator[bytes]:
         yield to_q8_0(as_array(chunk, F32, (-1,)), name)
 
 
+def through_q8_0(tensor: LazyTensor, name: str) -> LazyTensor:
+    """What is left of a tensor's values in a file that holds them as Q8_0.
+
+    Raises (while streaming):
+        ConversionError: if a block holds what its scale cannot say.
+    """
+
+    def stream() -> Iterator[bytes]:
+        from .arrays import from_q8_0
+
+        return (from_q8_0(blocks).tobytes() for blocks in _stored(name, tensor, Q8_0))
+
+    return LazyTensor(F32, tensor.shape, stream)
+
+
 def _packed(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data

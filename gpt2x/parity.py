@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from converters import Checkpoint, ConversionError, GPT2Config, find_tokenizer, open_checkpoint
 from converters.arrays import as_array, cast_array
 from converters.checkpoint import crc_of, zip_chunks
+from converters.gguf_file import through_q8_0
 from converters.tensors import F32, F64, LazyTensor, whole_items
 from converters.tokenizer_files import TokenizerFiles
 
@@ -65,6 +67,7 @@ def verify(
     runtime: str | None = None,
     n_head: int | None = None,
     precision: str | None = None,
+    rounded: bool = False,
 ) -> Report:
     """Compare any two of: weights, TorchScript, ``.pt2``, ONNX.
 
@@ -75,17 +78,22 @@ def verify(
         runtime: "torch" takes the weights of ``b``, too; "onnx" insists on its ONNX.
         n_head: attention heads, where nothing beside the weights says it.
         precision: which ONNX model of ``b``; by default fp32, or else the only one.
+        rounded: compare the weights of ``b`` with those of ``a`` rounded as ``b`` stores each.
 
     Raises:
-        ConversionError: if one of them cannot be opened.
+        ConversionError: if one of them cannot be opened, or what is to be rounded is no weights.
     """
     first = _weights_of(a, n_head, insist=kind_of(a) == "weights")
     other = "onnx" if runtime == "onnx" else "weights" if runtime == "torch" and Path(b).is_dir() else kind_of(b)
+    if rounded and (first is None or other != "weights"):
+        raise ConversionError(f"{b if first else a}: rounding is compared of weights with weights; leave --rounded out")
     if first is None:
         second = open_subject(b, runtime, n_head=n_head, precision=precision)
         return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text)
     if other == "weights":
         weights = open_checkpoint(b, n_head=n_head)
+        if rounded:
+            return verify_checkpoints(first, weights, text, rounded=True)
         if kind_of(a) == "onnx" and runtime is None:  # what can be wrong is run, on whichever side it is
             return verify_export(weights, a, text, precision)
         return verify_checkpoints(first, weights, text)
@@ -146,9 +154,18 @@ def _tokenizer_of(*paths: str | Path) -> TokenizerFiles | None:
     return next((found for folder in folders if (found := find_tokenizer(folder))), None)
 
 
-def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None) -> Report:
-    """Two checkpoints: configuration, weights, tokenizer, logits and words."""
-    checks = [_same_configs(a.config, b.config), compare_weights(a, b), compare_tokenizers(a, b)]
+def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None, rounded: bool = False) -> Report:
+    """Two checkpoints: configuration, weights, tokenizer, logits and words; ``rounded`` as ``rounded_like`` does."""
+    checks = [_same_configs(a.config, b.config)]
+    formats = [dict(Counter(kind for kind, _ in each.stored.values())) for each in (a, b)]
+    if rounded:
+        a = rounded_like(a, b)
+        said = ", ".join(f"{n} in {kind}" for kind, n in formats[1].items())
+        checks += [Check("rounding", None, f"the first's tensors are rounded as the second's file holds them: {said}")]
+    elif formats[0] != formats[1]:
+        said = "the two files hold other number formats; --rounded rounds the first's values as the second's file does"
+        checks += [Check("rounding", None, said)]
+    checks += [compare_weights(a, b), compare_tokenizers(a, b)]
     if a.config.differences(b.config, ("n_vocab", "n_ctx")):
         checks += [Check("logits", None, "not compared: the models take different tokens")]
     elif not _installed("torch"):
@@ -217,6 +234,28 @@ def _same_configs(a: GPT2Config, b: GPT2Config) -> Check:
     """Everything that decides shapes and arithmetic."""
     differences = a.differences(b)
     return Check("configuration", not differences, "; ".join(differences) or "the same", {"differences": differences})
+
+
+def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
+    """The first's values as they are after a conversion to what the second's file holds each tensor in, lazily.
+
+    Raises (while streaming):
+        ConversionError: if a value does not fit into it.
+    """
+    tensors = {
+        name: _rounded_like(tensor, b.tensors[name], name) if name in b.tensors else tensor
+        for name, tensor in a.tensors.items()
+    }
+    return replace(a, tensors=tensors)
+
+
+def _rounded_like(tensor: LazyTensor, like: LazyTensor, name: str) -> LazyTensor:
+    if like.stored is None or tensor.stored == like.stored or tensor.shape != like.shape:
+        return tensor.cast(like.dtype, name)
+    # Q8_0, in blocks of a row of the file.
+    if like.transpose_of:
+        return through_q8_0(tensor.transposed(), name).transposed()
+    return through_q8_0(tensor, name)
 
 
 def compare_weights(a: Checkpoint, b: Checkpoint) -> Check:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, TINY, assert_refused, needs_shared, random_checkpoint
+from conftest import SHARED, TINY, assert_refused, done, needs_shared, random_checkpoint
 
 from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
@@ -127,6 +127,37 @@ def test_a_difference_is_found_named_and_exit_code_1(gpt2x, other, failing, word
     names = {check["name"] for check in report["checks"] if check["passed"] is False}
     failed = {"logits" if name in SCENARIOS else name for name in names}
     assert failed - {"greedy words"} == failing  # tiny models may say the same words all the same
+
+
+ROUNDED = {"half.safetensors": "fp16", "brain.bin": "bf16", "half.gguf": "fp16", "q.gguf": "q8_0"}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_weights_are_proved_to_be_the_firsts_rounded(gpt2x, name):
+    done(gpt2x("convert", SHAKESPEARE, name, "--dtype", ROUNDED[name]))
+    plain = gpt2x("verify", SHAKESPEARE, name)
+    assert plain.exit_code == 1
+    assert "--rounded rounds the first's values" in plain.stdout
+    result = done(gpt2x("verify", SHAKESPEARE, name, "--rounded"))
+    assert "52 of 52 tensors bit-identical" in result.stdout
+    assert "DIFFERENT" not in result.stdout
+    model, one = open_checkpoint(SHAKESPEARE), "h.1.mlp.c_fc.weight"
+    scaled = LazyTensor.of(model.tensors[one].read() * np.float32(1.02))
+    save_checkpoint(replace(model, tensors={**model.tensors, one: scaled}), "other.safetensors")
+    assert "51 of 52 tensors bit-identical" in gpt2x("verify", "other.safetensors", name, "--rounded").stdout
+
+
+def test_a_value_that_does_not_fit_into_what_the_second_holds(gpt2x):
+    large = changed("h.0.mlp.c_fc.weight", lambda values: values * np.float32(1e6))
+    save_checkpoint(large, "large.safetensors")
+    save_checkpoint(random_checkpoint().cast(F16), "half.safetensors")
+    assert_refused(gpt2x("verify", "large.safetensors", "half.safetensors", "--rounded"), "does not fit into F16")
+
+
+def test_only_weights_are_compared_as_rounded(gpt2x):
+    done(gpt2x("export", SHAKESPEARE, "--onnx", "onnx", "--precision", "int8", "--no-verify"))
+    assert_refused(gpt2x("verify", SHAKESPEARE, "onnx", "--rounded"), "rounding is compared of weights with weights")
+    assert gpt2x("verify", "a.safetensors", "--rounded").exit_code == 2
 
 
 def switched(**fields):

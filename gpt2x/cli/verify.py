@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),
     help="Which ONNX model of B: fp32, or else the only one.",
 )
+@click.option("--rounded", is_flag=True, help="Compare B's weights with A's rounded as B's file holds each (--dtype).")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside the files says it.")
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
-    html_file: str | None, force: bool, runtime: str | None, precision: str | None, n_head: int | None,
+    html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool, n_head: int | None,
 ) -> None:  # fmt: skip
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same words.
 
@@ -44,6 +45,7 @@ def verify(
       gpt2x verify models/124M gpt2-onnx/ --report report.html
       gpt2x verify models/124M gpt2.safetensors
       gpt2x verify gpt2.safetensors --against openai-124M
+      gpt2x verify gpt2.safetensors half.safetensors --rounded
       gpt2x verify gpt2-hf/
 
     A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. Of a directory with
@@ -59,7 +61,7 @@ def verify(
 
     if b and against:
         raise click.UsageError("give B or --against, not both")
-    for option, given in (("--runtime", runtime), ("--precision", precision)):
+    for option, given in (("--runtime", runtime), ("--precision", precision), ("--rounded", rounded)):
         if given and not b:
             raise click.UsageError(f"{option} is about B, which is not given")
     for file in (json_file, html_file):
@@ -75,7 +77,7 @@ def verify(
     if against:
         report = parity.verify_release(open_checkpoint(a, n_head=n_head))
     elif b:
-        report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head, precision=precision)
+        report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head, precision=precision, rounded=rounded)
     else:
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
             raise click.UsageError(f"{a} is {NAMES[kind]}: say what to compare it with")
