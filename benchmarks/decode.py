@@ -36,6 +36,7 @@ IN_PLACE_128 = (*IN_PLACE, "--block-size", "128")
 VARIANTS = (
     ("gpt2x fp32", IN_PLACE, "fp32"),
     ("gpt2x int8", IN_PLACE, "int8"),
+    ("gpt2x w8a8", IN_PLACE, "w8a8"),
     ("gpt2x int4", IN_PLACE, "int4"),
     ("gpt2x int8, blocks of 128", IN_PLACE_128, "int8"),
     ("gpt2x int4, blocks of 128", IN_PLACE_128, "int4"),
@@ -55,8 +56,15 @@ class Task(NamedTuple):
 
 
 SHORT, LONG, BATCH, FULL = Task(128), Task(900), Task(128, batch=16), Task(128, new=1024 - 128)
-IN_BATCHES = ("gpt2x fp32", "gpt2x int8", "gpt2x int8, blocks of 128", "CTranslate2 fp32", "CTranslate2 int8")
-IN_FULL = ("gpt2x int8", "gpt2x int8, 8-bit cache", "CTranslate2 int8", "llama.cpp Q8_0")
+IN_BATCHES = (
+    "gpt2x fp32",
+    "gpt2x int8",
+    "gpt2x w8a8",
+    "gpt2x int8, blocks of 128",
+    "CTranslate2 fp32",
+    "CTranslate2 int8",
+)
+IN_FULL = ("gpt2x int8", "gpt2x w8a8", "gpt2x int8, 8-bit cache", "CTranslate2 int8", "llama.cpp Q8_0")
 
 # Whose decoding is compared with whose.
 RATIOS = (
@@ -68,6 +76,11 @@ RATIOS = (
     ("int8", LONG, "gpt2x int8", "CTranslate2 int8"),
     ("int4", SHORT, "gpt2x int4", "llama.cpp Q4_0"),
     ("int8", BATCH, "gpt2x int8", "CTranslate2 int8"),
+    ("w8a8", SHORT, "gpt2x w8a8", "llama.cpp Q8_0"),
+    ("w8a8", SHORT, "gpt2x w8a8", "CTranslate2 int8"),
+    ("w8a8", LONG, "gpt2x w8a8", "llama.cpp Q8_0"),
+    ("w8a8", LONG, "gpt2x w8a8", "CTranslate2 int8"),
+    ("w8a8", BATCH, "gpt2x w8a8", "CTranslate2 int8"),
     ("int8, blocks of 128", SHORT, "gpt2x int8, blocks of 128", "llama.cpp Q8_0"),
     ("int8, blocks of 128", SHORT, "gpt2x int8, blocks of 128", "CTranslate2 int8"),
     ("int4, blocks of 128", SHORT, "gpt2x int4, blocks of 128", "llama.cpp Q4_0"),

@@ -33,8 +33,9 @@ IN_PLACE, IN_BYTES, GROWING = ("--cache", "inplace"), ("--cache", "inplace-int8"
 EXPORTS = (
     (("fp32", "fp16"), IN_PLACE, False),
     *((("int8", "int4"), (*IN_PLACE, "--block-size", size), True) for size in ("16", "32", "64", "128")),
+    (("w8a8",), IN_PLACE, True),
     (("fp32", "int8"), IN_BYTES, True),
-    (("fp32", "fp16", "int8", "int4"), GROWING, False),
+    (("fp32", "fp16", "int8", "w8a8", "int4"), GROWING, False),
 )
 
 # Each is run with what it is to write last; ids are (windows, WINDOW), logits (windows, WINDOW, V) in float32.

@@ -21,7 +21,7 @@ CACHES = {
 }
 
 # Precision -> what transformers.js puts behind "model" for it.
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "w8a8": "_int8", "int4": "_q4"}
 WEIGHTS = "model.safetensors"  # of fp32, beside the model; other precisions' are in the file of ``data_file``
 
 # Keys of metadata_props.
@@ -34,7 +34,7 @@ PRECISION = "gpt2x.precision"
 CACHE = "gpt2x.cache"
 LOGITS = "gpt2x.logits"
 BLOCK = "gpt2x.block_size"  # how many weights of int8 and int4 share a scale
-ROUNDING = "gpt2x.rounding"  # of int8 and int4: "nearest", or "calibrated" on a text
+ROUNDING = "gpt2x.rounding"  # of int8, w8a8 and int4: "nearest", or "calibrated" on a text
 
 
 class Slot(NamedTuple):

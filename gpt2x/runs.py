@@ -63,6 +63,7 @@ BOUNDS = {
     "fp32": FP32,
     "fp16": Bounds(1e-2, 2e-3, 2e-2, 5e-3, 1e-4, 1e-3),
     "int8": Bounds(5e-2, 1e-2, 1e-1, 2e-2, 2e-3, 5e-3),
+    "w8a8": Bounds(1e-1, 2e-2, 2e-1, 4e-2, 5e-3, 1e-2),
     "int4": Bounds(4e-1, 1e-1, 6e-1, 1.5e-1, 1e-1, 5e-2),
 }
 

@@ -8,6 +8,7 @@ The cache stays in ONNX Runtime's own buffers from step to step: what one step r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from .inplace import RowCache, give_back
 EMPTY = "the prompt is empty: give at least one token (<|endoftext|> starts a new text)"
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
+SATURATES = (
+    "{path}: this processor has no VNNI, and ONNX Runtime's products of 8-bit numbers may overflow on it. "
+    "gpt2x verify says by how much; an int8 model is right everywhere"
+)
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
 SHRINK = ort.RunOptions()  # for prompts: their work takes room that decoding does not need
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -81,6 +86,8 @@ class OnnxDecoder:
         self.precision = self.metadata.get(contract.PRECISION, "fp32")
         if precision not in (None, self.precision):
             raise FormatError(f"{self.path}: its metadata say it is {self.precision[:50]}, not {precision}")
+        if self.precision == "w8a8" and _may_saturate():
+            warnings.warn(SATURATES.format(path=self.path), stacklevel=2)
         self.cache_kind = self.metadata.get(contract.CACHE, "growing")
         self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
         self.inputs, self.outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
@@ -426,6 +433,15 @@ def _open(path: Path, threads: int | None, optimize: bool, providers: list[str])
         return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime has no base class of its own for these
         raise FormatError(f"{path}: ONNX Runtime cannot load it: {_plain(error)}") from None
+
+
+def _may_saturate() -> bool:
+    """Whether sums of two products stop at 16 bits here, as on x86 before VNNI. Where nothing says so, no."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx2" in facts and "vnni" not in facts
 
 
 def _names(path: Path, name: str) -> bool:

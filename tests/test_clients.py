@@ -42,7 +42,10 @@ EACH, TOGETHER = [[prompt] for prompt in PROMPTS], [PROMPTS]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
 
 # A directory -> the precisions in it, of which the first is run. Where there is but one, no client can run another.
-DIRECTORIES = {**{precision: (precision,) for precision in contract.SUFFIXES}, "all": ("int4", "fp32", "fp16", "int8")}
+DIRECTORIES = {
+    **{precision: (precision,) for precision in contract.SUFFIXES},
+    "all": ("int4", "fp32", "fp16", "int8", "w8a8"),
+}
 
 CLIENTS = {
     "onnxruntime": [sys.executable, PROGRAMS / "onnxruntime_client.py"],

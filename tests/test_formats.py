@@ -484,8 +484,8 @@ def test_verify_reads_each_byte_of_two_files_once(tmp_path, monkeypatch):
 def test_a_quantised_onnx_model_is_refused(tmp_path):
     from gpt2x.export.directory import ExportOptions
 
-    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "q", ExportOptions(precisions=("int8", "int4")))
-    for name in ("model_quantized.onnx", "model_q4.onnx"):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "q", ExportOptions(precisions=("int8", "w8a8", "int4")))
+    for name in ("model_quantized.onnx", "model_int8.onnx", "model_q4.onnx"):
         with pytest.raises(CheckpointError, match="quantised"):
             open_checkpoint(tmp_path / "q/onnx" / name)
 

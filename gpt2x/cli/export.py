@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "--precision",
     "precisions",
     metavar="LIST",
-    help="ONNX: fp32 (the default), fp16, int8, int4, or several: fp32,int8. Each is a model of its own.",
+    help="ONNX: fp32 (the default), fp16, int8, w8a8, int4, or several: fp32,int8. Each is a model of its own.",
 )
 @click.option(
     "--cache",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--calibrate",
     metavar="FILE",
-    help="ONNX: text to round int8, int4 and an 8-bit cache by, like what the model will be given.",
+    help="ONNX: text to round int8, w8a8, int4 and an 8-bit cache by, like what the model will be given.",
 )
 @click.option(
     "--block-size",
@@ -90,9 +90,10 @@ def export(
     if not onnx and (given := next((name for name, value in about.items() if value), None)):
         raise click.UsageError(f"{given} is about --onnx, which is not given")
     kinds = _precisions(precisions)
-    quantised = {"int8", "int4"} & set(kinds)
-    if (block_size and not quantised) or (calibrate and not quantised and cache != "inplace-int8"):
-        raise click.UsageError(f"{'--block-size' if block_size else '--calibrate'} is about int8 and int4")
+    if block_size and not {"int8", "int4"} & set(kinds):
+        raise click.UsageError("--block-size is about int8 and int4")
+    if calibrate and not {"int8", "w8a8", "int4"} & set(kinds) and cache != "inplace-int8":
+        raise click.UsageError("--calibrate is about int8, w8a8 and int4")
     if onnx and Path(onnx).suffix == ".onnx":
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from .source import runnable
+from .source import PRECISION, runnable
 
 
 @click.command()
@@ -33,7 +33,7 @@ from .source import runnable
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    type=PRECISION,
     help="Which ONNX model of MODEL: fp32, or else the only one.",
 )
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside MODEL says it.")

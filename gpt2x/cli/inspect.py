@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .source import runnable
+from .source import PRECISION, runnable
 from .text import printable
 
 
@@ -18,7 +18,7 @@ from .text import printable
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    type=PRECISION,
     help="Which ONNX model to show; of several by default fp32, or else the first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -133,6 +133,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
     return [facts["path"], *(f"  {key:<10} {value}".replace("\n", "\\n") for key, value in rows)]
 
 
+def _blocks(onnx: dict[str, Any]) -> str:
+    sizes = f"of {onnx['block_size']}" if onnx["block_size"] else "whole columns"
+    return f"{sizes}, rounded {'by a text' if onnx['rounding'] == 'calibrated' else 'to nearest'}"
+
+
 def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     config = onnx["config"]
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -140,16 +145,7 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     if onnx["gpt2x_version"]:
         rows += [
             ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
-            *(
-                [
-                    (
-                        "blocks",
-                        f"of {onnx['block_size']}, rounded {'by a text' if onnx['rounding'] == 'calibrated' else 'to nearest'}",
-                    )
-                ]
-                if onnx["block_size"]
-                else []
-            ),
+            *([("blocks", _blocks(onnx))] if onnx["rounding"] else []),
             *([("precisions", ", ".join(onnx["precisions"]))] if len(onnx["precisions"]) > 1 else []),
             ("written by", f"gpt2x {onnx['gpt2x_version']}, from {onnx['source']}"),
             *(("sha256", f"{digest}  {name}") for name, digest in onnx["source_sha256"].items()),

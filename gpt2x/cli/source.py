@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gpt2x.download import Want
 
 
+PRECISION = click.Choice(["fp32", "fp16", "int8", "w8a8", "int4"])  # contract.SUFFIXES, which takes time to import
+
+
 def is_remote(source: str) -> bool:
     """Whether a source is an address, not a path."""
     return "://" in source

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import is_remote, local, runnable
+from .source import PRECISION, is_remote, local, runnable
 from .text import need, printable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a B that has weights and ONNX.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    type=PRECISION,
     help="Which ONNX model of B: fp32, or else the only one.",
 )
 @click.option("--rounded", is_flag=True, help="Compare B's weights with A's rounded as B's file holds each (--dtype).")

@@ -86,11 +86,12 @@ BROWSER = {
     True: 'give the weights as external data: `use_external_data_format` knows no `model.safetensors`, so pass `session_options: { externalData: [{ path: "model.safetensors", data: url }] }`',
     False: "pass `use_external_data_format: true`",
 }
-DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}  # transformers.js's names
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "w8a8": "int8", "int4": "q4"}  # transformers.js's names
 ABOUT = {
     "fp32": "float32, bit for bit the source's",
     "fp16": "weights and cache in float16; norms, softmax and logits in float32. For GPUs: a CPU only loses time with it",
     "int8": "weights in blocks of 8-bit numbers that share a scale",
+    "w8a8": "8-bit weights with a scale a column, multiplied in whole numbers with activations of 8 bits: the fastest prompts and batches, on CPUs with VNNI or ARM's dot product (older ones of x86 may saturate: verify there)",
     "int4": "weights in blocks of 4-bit numbers that share a scale",
 }
 

@@ -27,7 +27,7 @@ from gpt2x.sample import sample_ids
 
 from .card import model_card
 from .onnx import Scales, to_onnx
-from .weights import BITS, BLOCK, write_weights
+from .weights import BITS, BLOCK, BLOCKWISE, write_weights
 
 INDEX = "model.safetensors.index.json"
 GENAI = "genai_config.json"
@@ -37,7 +37,7 @@ Say where one is: --tokenizer DIR. Or go on without: --no-tokenizer"""
 
 
 # What the card's client runs of several.
-FIRST_CHOICE = ("fp32", "int8", "int4", "fp16")
+FIRST_CHOICE = ("fp32", "int8", "w8a8", "int4", "fp16")
 Checksums = Mapping[str, str]
 
 
@@ -58,7 +58,7 @@ class ExportOptions:
         precisions: of ``contract.SUFFIXES``, each a model of its own; onnxruntime-genai runs the first.
         cache: one of ``contract.CACHES``.
         last: compute the logits of the last position only.
-        calibration: tokens by which int8 and int4 are rounded, without them to nearest; and by which the scales of an
+        calibration: tokens by which int8, w8a8 and int4 are rounded, without them to nearest; and by which the scales of an
             8-bit cache are chosen, without them by a scene of Shakespeare's.
         block: how many weights of int8 and int4 share a scale.
     """
@@ -306,7 +306,7 @@ def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, optio
         contract.LOGITS: "last" if options.last else "all",
     }
     if precision in BITS:
-        facts[contract.BLOCK] = str(options.block)
+        facts |= {contract.BLOCK: str(options.block)} if precision in BLOCKWISE else {}
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
     return facts
 

@@ -288,6 +288,8 @@ def _project(g: Graph, x: Value, weight: Any) -> Any:
     stored = g.weights.stored[weight.name]
     if isinstance(stored, Piece):
         return g.op("MatMul", g.cast(x, stored.dtype), g.plain(weight))
+    if g.weights.precision == "w8a8":
+        return _multiply_whole(g, x, g.piece(weight.name, stored.q), g.piece(f"{weight.name}_scale", stored.scale))
     return g.op("MatMul", x, _dequantized(g, weight.name, stored))
 
 
@@ -298,6 +300,25 @@ def _dequantized(g: Graph, name: str, stored: Quantized, transposed: bool = Fals
     if transposed:
         parts = [g.op("Transpose", part, perm=[1, 0]) for part in parts]
     return g.op("DequantizeLinear", *parts, dtype="float32", axis=0, block_size=stored.block)  # type: ignore[no-any-return]
+
+
+def _multiply_whole(g: Graph, x: Value, numbers: Value, scale: Value) -> Value:
+    """``x @ (numbers * scale)``, (B, T, K) by int8 (K, N) with scales (1, N), as a product of whole numbers.
+
+    Each row of x is rounded to 8 bits by its own largest number, so that what else is in the batch or the chunk changes
+    nothing. GELU ends at -0.17, so that after it nearly all of the 8 bits are for what is positive.
+    """
+    if g.maker(x).op_type == "Gelu":
+        zero, levels = 16, 239
+        least = g.constant(levels / 94, "float32")  # so that -0.17 is no more than 16 steps
+        largest = g.op("Max", g.op("ReduceMax", x, g.constant([-1]), keepdims=1), least)
+    else:
+        zero, levels = 128, 127
+        largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
+    factor = g.op("Div", g.constant(levels, "float32"), largest)  # infinite for zeros, whose product it then makes 0
+    steps = g.op("Add", g.op("Mul", x, factor), g.constant(zero + 0.5, "float32"))  # Cast cuts off, which rounds these
+    product = g.op("MatMulInteger", g.cast(steps, "uint8"), numbers, g.constant(zero, "uint8"), dtype="int32")
+    return g.op("Mul", g.op("Div", g.cast(product, "float32"), factor), scale)  # type: ignore[no-any-return]
 
 
 def _embed(g: Graph, ids: Value, table: Weight, **_: Any) -> Any:
@@ -331,6 +352,9 @@ def _unembed(g: Graph, x: Value, table: Weight) -> Any:
     if isinstance(stored, Piece):
         columns = g.op("Transpose", g.cast(g.plain(table), "float32"), perm=[1, 0])
         return g.op("MatMul", x, columns)
+    if g.weights.precision == "w8a8":
+        parts = (g.piece(table.name, stored.q), g.piece(f"{table.name}_scale", stored.scale))
+        return _multiply_whole(g, x, *(g.op("Transpose", part, perm=[1, 0]) for part in parts))
     return g.op("MatMul", x, _dequantized(g, table.name, stored, transposed=True))
 
 

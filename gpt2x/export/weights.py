@@ -19,10 +19,12 @@ from gpt2x.sample import sample_ids
 
 from .quantize import pack4, quantize
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "w8a8": 8, "int4": 4}
+BLOCKWISE = ("int8", "int4")  # in w8a8 a whole column shares a scale, as whole numbers are summed along it
 BLOCK = 32  # weights that share a scale: docs/quantization.md has what others give
 ALIGNMENT = 64  # bytes
 TABLES = ("wte.weight", "lm_head.weight")
+LONGEST = 65536  # products of 8 by 8 bits that a sum of 32 bits holds
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 
 
@@ -62,10 +64,10 @@ def write_weights(
     """Write every weight of a checkpoint in float32 as a precision stores it.
 
     fp32 is a safetensors file. In fp16, all but the norms are float16. In int8 and int4, the projections and the tables
-    of tokens are quantised; positions, biases and norms stay float32.
+    of tokens are quantised in blocks, in w8a8 by column; positions, biases and norms stay float32.
 
     Args:
-        block: how many weights share a scale.
+        block: how many weights of int8 and int4 share a scale.
         calibration: tokens to round by (GPTQ); otherwise to nearest.
 
     Raises:
@@ -82,7 +84,7 @@ def write_weights(
         _check_range(checkpoint)
         return Weights(precision, halves)
     stored = {
-        name: _write_blocks(writer, name, array, BITS[precision], block, hessian)
+        name: _write_blocks(writer, name, array, precision, block, hessian)
         for name, array, hessian in _with_hessians(checkpoint, calibration)
     }
     return Weights(precision, stored)
@@ -134,12 +136,16 @@ def _check_range(checkpoint: Checkpoint) -> None:
 
 
 def _write_blocks(
-    writer: _Writer, name: str, array: NDArray[np.float32], bits: int, block: int, hessian: Any
+    writer: _Writer, name: str, array: NDArray[np.float32], precision: str, block: int, hessian: Any
 ) -> Piece | Quantized:
-    _check_finite(name, array, f"int{bits}")
+    _check_finite(name, array, precision)
     if array.ndim < 2 or name == "wpe.weight":
         return writer.add("float32", array.shape, array)
-    table = name in TABLES
+    table, bits = name in TABLES, BITS[precision]
+    if precision not in BLOCKWISE:
+        block = array.shape[table]
+        if block > LONGEST:
+            raise ConversionError(f"{name} sums {block} products, and w8a8 at most {LONGEST}: export it as int8")
     if table and array.shape[1] % 2:
         bits = 8  # rows of an odd number of 4 bits would share bytes
     if hessian is not None and not np.isfinite(hessian).all():
