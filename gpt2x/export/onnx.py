@@ -316,9 +316,10 @@ def _multiply_whole(g: Graph, x: Value, numbers: Value, scale: Value) -> Value:
         zero, levels = 128, 127
         largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
     factor = g.op("Div", g.constant(levels, "float32"), largest)  # infinite for zeros, whose product it then makes 0
-    steps = g.op("Add", g.op("Mul", x, factor), g.constant(zero + 0.5, "float32"))  # Cast cuts off, which rounds these
-    product = g.op("MatMulInteger", g.cast(steps, "uint8"), numbers, g.constant(zero, "uint8"), dtype="int32")
-    return g.op("Mul", g.op("Div", g.cast(product, "float32"), factor), scale)  # type: ignore[no-any-return]
+    point = g.constant(zero, "uint8")
+    steps = g.op("QuantizeLinear", g.op("Mul", x, factor), g.constant(1.0, "float32"), point, dtype="uint8")
+    product = g.cast(g.op("MatMulInteger", steps, numbers, point, dtype="int32"), "float32")
+    return g.op("Mul", g.op("Div", product, factor), scale)  # type: ignore[no-any-return]
 
 
 def _embed(g: Graph, ids: Value, table: Weight, **_: Any) -> Any:
