@@ -95,6 +95,16 @@ def test_rounding_by_a_hessian_loses_less_of_the_product(bits):
     assert lost[1] < 0.6 * lost[0]
 
 
+def test_errors_made_up_for_later_are_made_up_for_all_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    inputs, w = rng.normal(size=(900, 300)).astype(np.float32), rng.normal(size=(300, 8)).astype(np.float32)
+    lazy = quantize(w, 8, 300, inputs.T @ inputs)
+    monkeypatch.setattr("gpt2x.export.quantize.LAZY", 300)
+    at_once = quantize(w, 8, 300, inputs.T @ inputs)
+    assert (lazy.scale == at_once.scale).all()
+    assert (lazy.q != at_once.q).mean() < 0.01  # sums in another order
+
+
 def test_a_hessian_without_full_rank_is_no_trouble():
     w = np.random.default_rng(0).normal(size=(32, 8)).astype(np.float32)
     for hessian in (np.zeros((32, 32), np.float32), np.ones((32, 32), np.float32)):

@@ -22,6 +22,7 @@ Array = NDArray[Any]
 RANGES = {8: (-127, 127), 4: (-8, 7)}
 TRIED = {8: (1.0, 0.99, 0.98, 0.97), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # shares of the covering scale
 SLICE = 512  # columns at a time: what fits into a processor's cache
+LAZY = 128  # rows whose errors are made up for among themselves at once, and then in all that come later
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 
 
@@ -93,16 +94,18 @@ def _root(hessian: Array) -> Array:
 def _compensated(x: Array, bits: int, block: int, root: Array) -> Blocks:
     K, N = x.shape
     q, scales = np.empty((K, N), np.int8), []
-    for start in range(0, K, block):
-        end = min(start + block, K)
-        scale = best_scale(x[start:end], bits)
+    step = min(block, LAZY)
+    for start in range(0, K, step):
+        end = min(start + step, K)
+        if start % block == 0:
+            scale = best_scale(x[start : start + block], bits)
+            scales.append(scale)
         lost = np.empty((end - start, N), np.float32)
         for k in range(start, end):
             q[k] = np.rint(x[k] / scale).clip(*RANGES[bits])
             lost[k - start] = (x[k] - q[k] * scale) / root[k, k]
             x[k + 1 : end] -= np.outer(root[k, k + 1 : end], lost[k - start])
         x[end:] -= root[start:end, end:].T @ lost
-        scales.append(scale)
     return Blocks(q, np.stack(scales))
 
 
