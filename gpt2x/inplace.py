@@ -29,11 +29,15 @@ class RowCache:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
         self.bound: Any = None  # what a model keeps from step to step of its binding to these buffers
-        self.capacity = 0  # tokens that a row has room for
         self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, padding among them
         self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None while there was none
         self.lengths = np.zeros(rows, np.int64)
         self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a row has room for: the last buffer grows last."""
+        return int(self.buffers[-1].shape[2])
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +61,6 @@ class RowCache:
                 new = np.zeros((new_rows, old.shape[1], new_tokens, old.shape[3]), old.dtype)
                 new[:had_rows, :, :used] = old[:had_rows, :, :used]
                 self.buffers[i] = new
-        self.capacity = new_tokens
         self.lengths = np.concatenate((self.lengths, np.zeros(new_rows - had_rows, np.int64)))
         if had_tokens:
             give_back()  # what smaller buffers took

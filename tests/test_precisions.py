@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -385,6 +387,14 @@ def test_a_processor_without_vnni_is_warned_of(shakespeare, monkeypatch, recwarn
     assert not recwarn.list
     with pytest.warns(UserWarning, match="no VNNI.* gpt2x verify says by how much"):
         OnnxDecoder(shakespeare, precision="w8a8")
+
+
+def test_the_command_line_says_it_in_one_line(shakespeare):
+    program = "import gpt2x.runtime as r; r._may_saturate = lambda: True; from gpt2x.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program, "inspect", shakespeare, "--precision", "w8a8"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert re.fullmatch(r"Warning: .*model_int8.onnx: this processor has no VNNI.*\n", ran.stderr)
 
 
 def test_the_commands_know_every_precision():

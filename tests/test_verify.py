@@ -154,6 +154,11 @@ def test_a_value_that_does_not_fit_into_what_the_second_holds(gpt2x):
     assert_refused(gpt2x("verify", "large.safetensors", "half.safetensors", "--rounded"), "does not fit into F16")
 
 
+def test_models_of_other_sizes_in_one_number_format_are_no_matter_of_rounding(gpt2x):
+    save_checkpoint(smaller(n_layer=1), "b.safetensors")
+    assert "--rounded" not in gpt2x("verify", "a.safetensors", "b.safetensors").stdout
+
+
 def test_only_weights_are_compared_as_rounded(gpt2x):
     done(gpt2x("export", SHAKESPEARE, "--onnx", "onnx", "--precision", "int8", "--no-verify"))
     assert_refused(gpt2x("verify", SHAKESPEARE, "onnx", "--rounded"), "rounding is compared of weights with weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from typing import Any
 
 import click
@@ -73,6 +74,12 @@ def main() -> None:
       gpt2x verify gpt2.safetensors --against openai-124M
     """
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _warn
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line, without the line of code that it came from."""
+    click.echo(printable(f"Warning: {message}"), err=True)
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -305,8 +305,9 @@ def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, optio
         contract.CACHE: options.cache,
         contract.LOGITS: "last" if options.last else "all",
     }
+    if precision in BLOCKWISE:
+        facts[contract.BLOCK] = str(options.block)
     if precision in BITS:
-        facts |= {contract.BLOCK: str(options.block)} if precision in BLOCKWISE else {}
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
     return facts
 

@@ -288,18 +288,19 @@ def _project(g: Graph, x: Value, weight: Any) -> Any:
     stored = g.weights.stored[weight.name]
     if isinstance(stored, Piece):
         return g.op("MatMul", g.cast(x, stored.dtype), g.plain(weight))
-    if g.weights.precision == "w8a8":
-        return _multiply_whole(g, x, g.piece(weight.name, stored.q), g.piece(f"{weight.name}_scale", stored.scale))
-    return g.op("MatMul", x, _dequantized(g, weight.name, stored))
+    return _multiply(g, x, weight.name, stored)
 
 
-def _dequantized(g: Graph, name: str, stored: Quantized, transposed: bool = False) -> Value:
-    # The pair of DequantizeLinear and MatMul is what ONNX Runtime makes one, if nothing else uses the numbers. What it
-    # transposes is a constant, so that this happens once.
+def _multiply(g: Graph, x: Value, name: str, stored: Quantized, transposed: bool = False) -> Value:
+    """``x`` times a quantised matrix, which may have to be transposed: a constant, so that ONNX Runtime does it once."""
     parts = [g.piece(name, stored.q), g.piece(f"{name}_scale", stored.scale)]
     if transposed:
         parts = [g.op("Transpose", part, perm=[1, 0]) for part in parts]
-    return g.op("DequantizeLinear", *parts, dtype="float32", axis=0, block_size=stored.block)  # type: ignore[no-any-return]
+    if g.weights.precision == "w8a8":
+        return _multiply_whole(g, x, *parts)
+    # The pair of DequantizeLinear and MatMul is what ONNX Runtime makes one, if nothing else uses the numbers.
+    matrix = g.op("DequantizeLinear", *parts, dtype="float32", axis=0, block_size=stored.block)
+    return g.op("MatMul", x, matrix)  # type: ignore[no-any-return]
 
 
 def _multiply_whole(g: Graph, x: Value, numbers: Value, scale: Value) -> Value:
@@ -353,10 +354,7 @@ def _unembed(g: Graph, x: Value, table: Weight) -> Any:
     if isinstance(stored, Piece):
         columns = g.op("Transpose", g.cast(g.plain(table), "float32"), perm=[1, 0])
         return g.op("MatMul", x, columns)
-    if g.weights.precision == "w8a8":
-        parts = (g.piece(table.name, stored.q), g.piece(f"{table.name}_scale", stored.scale))
-        return _multiply_whole(g, x, *(g.op("Transpose", part, perm=[1, 0]) for part in parts))
-    return g.op("MatMul", x, _dequantized(g, table.name, stored, transposed=True))
+    return _multiply(g, x, table.name, stored, transposed=True)
 
 
 def _normalize(g: Graph, module: nn.LayerNorm, x: Value) -> Any:
