@@ -75,10 +75,11 @@ $(VENV)-ctranslate2/.ready: constraints.txt
 	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2
 	touch $@
 
-# llama.cpp, which is compiled here: it takes a C++ compiler and some minutes.
+# llama.cpp, which is compiled here: it takes a C++ compiler and some minutes. Where a processor has AMX, GCC drops the
+# stores that llama.cpp configures it with, and the program ends in an illegal instruction; hence the flags.
 $(VENV)-llama/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)-llama
-	$(VENV)-llama/bin/python $(PIP) llama-cpp-python gguf safetensors
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) llama-cpp-python gguf safetensors
 	touch $@
 
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.

@@ -41,6 +41,7 @@ VARIANTS = (
     ("gpt2x int8, blocks of 128", IN_PLACE_128, "int8"),
     ("gpt2x int4, blocks of 128", IN_PLACE_128, "int4"),
     ("gpt2x int8, 8-bit cache", IN_BYTES, "int8"),
+    ("gpt2x w8a8, 8-bit cache", IN_BYTES, "w8a8"),
     ("gpt2x fp32, growing cache", GROWING, "fp32"),
     ("gpt2x int8, growing cache", GROWING, "int8"),
 )
@@ -60,6 +61,7 @@ IN_BATCHES = (
     "gpt2x fp32",
     "gpt2x int8",
     "gpt2x w8a8",
+    "gpt2x w8a8, 8-bit cache",
     "gpt2x int8, blocks of 128",
     "CTranslate2 fp32",
     "CTranslate2 int8",
@@ -81,6 +83,9 @@ RATIOS = (
     ("w8a8", LONG, "gpt2x w8a8", "llama.cpp Q8_0"),
     ("w8a8", LONG, "gpt2x w8a8", "CTranslate2 int8"),
     ("w8a8", BATCH, "gpt2x w8a8", "CTranslate2 int8"),
+    ("w8a8, 8-bit cache", SHORT, "gpt2x w8a8, 8-bit cache", "llama.cpp Q8_0"),
+    ("w8a8, 8-bit cache", SHORT, "gpt2x w8a8, 8-bit cache", "CTranslate2 int8"),
+    ("w8a8, 8-bit cache", BATCH, "gpt2x w8a8, 8-bit cache", "CTranslate2 int8"),
     ("int8, blocks of 128", SHORT, "gpt2x int8, blocks of 128", "llama.cpp Q8_0"),
     ("int8, blocks of 128", SHORT, "gpt2x int8, blocks of 128", "CTranslate2 int8"),
     ("int4, blocks of 128", SHORT, "gpt2x int4, blocks of 128", "llama.cpp Q4_0"),
@@ -286,11 +291,14 @@ class Worker:
         self.out, self.into = self.process.stdout, self.process.stdin
         packages = self.out.readline().split()
         assert packages, f"{peer.arguments}: the process ended before it was ready"
+        self.arguments = peer.arguments
         self.version = ", ".join(f"{name} {version_of(peer.python, name)}" for name in packages)
 
     def __call__(self, task: Task) -> Answer:
         print(json.dumps(task._asdict()), file=self.into, flush=True)
-        answer: Answer = json.loads(self.out.readline())
+        line = self.out.readline()
+        assert line, f"{self.arguments}: the process ended with {self.process.wait()}"
+        answer: Answer = json.loads(line)
         return answer
 
     def close(self) -> None:

@@ -3,11 +3,13 @@ sequences that join and leave a running batch."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import TINY, assert_refused, random_checkpoint
@@ -142,6 +144,24 @@ def test_a_model_that_gives_every_logit_takes_a_prompt_in_smaller_pieces_and_giv
     pieces, _ = decoder.run(ids, None, np.arange(100)[None], None)
     np.testing.assert_allclose(whole, pieces, atol=1e-5)
     assert whole.shape == (1, 100, 2048)
+
+
+@pytest.mark.parametrize(("cache", "said", "seen"), [
+    ("inplace", None, "1"), ("inplace", "0", "0"), ("inplace-int8", None, None), ("growing", None, None),
+])  # fmt: skip
+def test_prompts_in_place_are_read_without_tiles_unless_the_user_says_otherwise(
+    tmp_path, monkeypatch, cache, said, seen
+):
+    name, found = "ORT_GQA_DISABLE_FLASH_ATTENTION", []
+    monkeypatch.delenv(name, raising=False)
+    if said is not None:
+        monkeypatch.setenv(name, said)
+    export_onnx(gentle(), tmp_path / "d", ExportOptions(("fp32",), cache), need_tokenizer=False)
+    session = ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda *a, **k: found.append(os.environ.get(name)) or session(*a, **k))
+    OnnxDecoder(tmp_path / "d")
+    assert found == [seen]
+    assert os.environ.get(name) == said
 
 
 def test_caches_of_two_generations_do_not_touch_one_another(decoder):

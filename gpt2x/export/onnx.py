@@ -316,11 +316,11 @@ def _multiply_whole(g: Graph, x: Value, numbers: Value, scale: Value) -> Value:
     else:
         zero, levels = 128, 127
         largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
-    factor = g.op("Div", g.constant(levels, "float32"), largest)  # infinite for zeros, whose product it then makes 0
-    point = g.constant(zero, "uint8")
-    steps = g.op("QuantizeLinear", g.op("Mul", x, factor), g.constant(1.0, "float32"), point, dtype="uint8")
-    product = g.cast(g.op("MatMulInteger", steps, numbers, point, dtype="int32"), "float32")
-    return g.op("Mul", g.op("Div", product, factor), scale)  # type: ignore[no-any-return]
+    point, step = g.constant(zero, "uint8"), g.constant(1 / levels, "float32")
+    shares = g.op("Div", x, largest)  # NaN in a row of zeros: whatever whole numbers that gives, 0 times them is 0
+    rounded = g.op("QuantizeLinear", shares, step, point, dtype="uint8")
+    product = g.cast(g.op("MatMulInteger", rounded, numbers, point, dtype="int32"), "float32")
+    return g.op("Mul", g.op("Mul", product, largest), g.op("Mul", scale, step))  # type: ignore[no-any-return]
 
 
 def _embed(g: Graph, ids: Value, table: Weight, **_: Any) -> Any:
