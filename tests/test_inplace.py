@@ -67,6 +67,7 @@ def test_the_graph_attends_with_one_operator_that_writes_in_place_and_says_which
     names = [value.name for value in model.graph.input]
     assert names[:3] == ["input_ids", "attention_mask", "position_ids"] and len(names) == 3 + 2 * 4
     card = (shakespeare / "README.md").read_text()
+    assert "ORT_GQA_DISABLE_FLASH_ATTENTION=1" in card
     assert "contract 2" in card and "on the right" in card and "Left padding, or holes, give wrong results" in card
 
 
