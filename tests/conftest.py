@@ -22,10 +22,10 @@ if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
     torch.set_num_threads(1)  # the models are small: more threads only wait for one another
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = Path(__file__).parents[2] / "shared"
+RELEASE = Path(__file__).parents[2] / "shared/data/openai-117M"  # OpenAI's own; others may have a folder shared/, too
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=6, n_ctx=10, n_vocab=13, bos_token_id=12, eos_token_id=12)
 
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder shared/ with OpenAI's own files is not here")
+needs_shared = pytest.mark.skipif(not RELEASE.is_dir(), reason="the folder shared/ with OpenAI's own files is not here")
 
 
 def random_checkpoint(config: GPT2Config = TINY, seed: int = 0) -> Checkpoint:

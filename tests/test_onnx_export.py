@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import SHARED, TINY, assert_refused, assert_same_bytes, done, needs_shared, random_checkpoint
+from conftest import RELEASE, TINY, assert_refused, assert_same_bytes, done, needs_shared, random_checkpoint
 
 from converters import GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
@@ -503,11 +503,10 @@ def test_the_1558m_shape_is_traced_in_seconds_without_its_weights():
 
 @needs_shared
 def test_openais_own_vocabulary_goes_along(tmp_path, gpt2x):
-    real = SHARED / "data" / "openai-117M"
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2)
     save_checkpoint(random_checkpoint(config), tmp_path / "m.safetensors")
-    done(gpt2x("export", tmp_path / "m.safetensors", "--onnx", tmp_path / "d", "--tokenizer", real))
-    assert (tmp_path / "d/vocab.json").read_bytes() == (real / "encoder.json").read_bytes()
+    done(gpt2x("export", tmp_path / "m.safetensors", "--onnx", tmp_path / "d", "--tokenizer", RELEASE))
+    assert (tmp_path / "d/vocab.json").read_bytes() == (RELEASE / "encoder.json").read_bytes()
 
 
 # ------------------------------------------------------------------------------------- found by an adversarial review

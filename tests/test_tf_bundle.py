@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, SHARED, arrays_of, assert_same_bytes, needs_shared, random_checkpoint
+from conftest import FIXTURES, RELEASE, arrays_of, assert_same_bytes, needs_shared, random_checkpoint
 
 from converters import ChecksumError, FormatError, open_checkpoint, save_checkpoint
 from converters.dialects import OPENAI
@@ -97,7 +97,7 @@ def test_an_index_of_several_blocks_reads_back(tmp_path):
 
 @needs_shared
 def test_the_index_of_openais_release_is_read_and_written_to_the_same_bytes(tmp_path):
-    real = SHARED / "data" / "openai-117M" / "model.ckpt.index"
+    real = RELEASE / "model.ckpt.index"
     table = dict(read_table(File(real)))
     entries = {key: Entry.parse(value, str(key)) for key, value in table.items() if key}
     assert len(entries) == 148
@@ -111,7 +111,7 @@ def test_the_index_of_openais_release_is_read_and_written_to_the_same_bytes(tmp_
 def test_the_real_index_lists_gpt2_small_and_its_148_checksums():
     from gpt2x.parity import release_checksums
 
-    real = SHARED / "data" / "openai-117M" / "model.ckpt.index"
+    real = RELEASE / "model.ckpt.index"
     entries = {key: Entry.parse(value, "") for key, value in read_table(File(real)) if key}
     table = release_checksums()
     assert {name: facts["shape"] for name, facts in table.items()} == GPT2Config().shapes()
@@ -124,7 +124,7 @@ def test_the_real_index_lists_gpt2_small_and_its_148_checksums():
 @needs_shared
 def test_the_release_without_its_data_file_is_refused():
     with pytest.raises(FormatError, match="data-00000-of-00001: no such file"):
-        open_checkpoint(SHARED / "data" / "openai-117M")
+        open_checkpoint(RELEASE)
 
 
 def test_the_crc_and_its_mask_are_those_of_the_standard():

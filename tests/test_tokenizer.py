@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import RELEASE, needs_shared
 
 from converters import ConversionError, TokenizerError, find_tokenizer, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer
@@ -35,7 +35,7 @@ def theirs(folder):
 @pytest.fixture(scope="module", params=["shakespeare", pytest.param("openai", marks=needs_shared)])
 def pair(request, tmp_path_factory):
     """Our tokenizer and transformers' over the same files."""
-    source = SHAKESPEARE if request.param == "shakespeare" else SHARED / "data" / "openai-117M"
+    source = SHAKESPEARE if request.param == "shakespeare" else RELEASE
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copy(source / "encoder.json", folder / "vocab.json")
     shutil.copy(source / "vocab.bpe", folder / "merges.txt")
@@ -71,7 +71,7 @@ def test_the_end_of_text_is_the_last_of_the_vocabulary(pair):
 
 @needs_shared
 def test_the_ids_of_openais_examples_are_the_published_ones():
-    ours = Tokenizer.from_pretrained(SHARED / "data" / "openai-117M")
+    ours = Tokenizer.from_pretrained(RELEASE)
     assert ours.encode("Hello, my dog is cute") == [15496, 11, 616, 3290, 318, 13779]
     assert (ours.vocab_size, ours.eos_token_id) == (50257, 50256)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, TINY, assert_refused, done, needs_shared, random_checkpoint
+from conftest import RELEASE, TINY, assert_refused, done, needs_shared, random_checkpoint
 
 from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
@@ -261,7 +261,7 @@ def test_the_table_is_that_of_openais_own_index():
     from converters.files import File
     from converters.tf_bundle import Entry, read_table, unmask
 
-    real = dict(read_table(File(SHARED / "data" / "openai-117M" / "model.ckpt.index")))
+    real = dict(read_table(File(RELEASE / "model.ckpt.index")))
     for name, facts in parity.release_checksums().items():
         assert unmask(Entry.parse(real[OPENAI.layout(name)[0].encode()], name).crc) == facts["crc32c"]
 
