@@ -79,7 +79,7 @@ $(VENV)-ctranslate2/.ready: constraints.txt
 # stores that llama.cpp configures it with, and the program ends in an illegal instruction; hence the flags.
 $(VENV)-llama/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)-llama
-	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) llama-cpp-python gguf safetensors
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir llama-cpp-python gguf safetensors
 	touch $@
 
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.

@@ -92,9 +92,8 @@ def verify(
         return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text)
     if other == "weights":
         weights = open_checkpoint(b, n_head=n_head)
-        if (
-            kind_of(a) == "onnx" and runtime is None and not rounded
-        ):  # what can be wrong is run, on whichever side it is
+        # What can be wrong is run, on whichever side it is.
+        if kind_of(a) == "onnx" and runtime is None and not rounded:
             return verify_export(weights, a, text, precision)
         return verify_checkpoints(first, weights, text, rounded)
     report = verify_export(first, b, text, precision)

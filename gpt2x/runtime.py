@@ -39,6 +39,7 @@ SATURATES = (
     "gpt2x verify says by how much; an int8 model is right everywhere"
 )
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
+ATTENTION = "GroupQueryAttention", "k_quant_type"  # of a cache in place: the operator, and its attribute for 8 bits
 TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # where ONNX Runtime is told so: the environment
 ENVIRONMENT = threading.Lock()
 SHRINK = ort.RunOptions()  # for prompts: their work takes room that decoding does not need
@@ -427,15 +428,15 @@ def find_model(path: str | Path, precision: str | None = None) -> Path:
 
 
 def _open(path: Path, threads: int | None, optimize: bool, providers: list[str]) -> ort.InferenceSession:
-    weights = path.parent / contract.WEIGHTS
-    if weights.is_file() and _names(path, contract.WEIGHTS):
+    weights, names = path.parent / contract.WEIGHTS, _named(path, contract.WEIGHTS, *ATTENTION)
+    if weights.is_file() and contract.WEIGHTS in names:
         open_safetensors(weights)  # a file that is cut short is found here, with a word on where
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    in_place, in_bytes = _names(path, "GroupQueryAttention"), _names(path, "k_quant_type")
+    in_place, in_bytes = (name in names for name in ATTENTION)
     try:
         with _without_tiles() if in_place and not in_bytes else nullcontext():
             return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
@@ -468,10 +469,11 @@ def _may_saturate() -> bool:
     return "avx2" in facts and "vnni" not in facts
 
 
-def _names(path: Path, name: str) -> bool:
-    """Whether a small ONNX file speaks of a file of this name."""
+def _named(path: Path, *names: str) -> list[str]:
+    """Those of the names that a small ONNX file speaks of."""
     file = File(path)
-    return file.size < SMALL and name.encode() in file.read(0, file.size)
+    text = file.read(0, file.size) if file.size < SMALL else b""
+    return [name for name in names if name.encode() in text]
 
 
 def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, str]:
