@@ -150,11 +150,12 @@ def check_name(path: Path) -> None:
         FormatError: if the system has no way to say this name.
     """
     try:
-        bad = b"\0" in os.fsencode(path)
-    except UnicodeEncodeError:
-        bad = True
-    if bad:
-        raise FormatError(f"{str(path)!r}: not a name that a file can have")
+        os.lstat(path)
+    except ValueError:  # a zero byte, or what the system has no encoding for
+        raise FormatError(f"{str(path)[:200]!r}: not a name that a file can have") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FormatError(f"{str(path)[:200]}...: too long for the name of a file") from None
 
 
 def beside(directory: Path, name: str, where: str) -> Path:
@@ -372,14 +373,18 @@ def new_file(path: Path, force: bool = False) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
-def staged_file(path: Path, force: bool = False) -> Iterator[Path]:
-    """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does."""
+def staged_file(path: Path, room: int, force: bool = False) -> Iterator[Path]:
+    """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does.
+
+    So many bytes of ``room`` must be free there: what a library does on a full disk is its own affair.
+    """
     check_free(path, force, directory=False)
     folder = _beside(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
+            _check_room(folder / "room", room)
             yield folder / path.name
             _sync(folder / path.name)
             _publish(folder / path.name, path, force)
@@ -414,6 +419,19 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
                 _publish_directory(stage, path, force)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_room(scratch: Path, size: int) -> None:
+    """Raise what the system says of a file of this size."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(scratch, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:  # some file systems cannot
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    scratch.unlink()
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:

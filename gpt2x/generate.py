@@ -9,9 +9,14 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from converters import CheckpointError
+
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 Finish = Literal["stop", "length", "context"]
+
+NOT_NUMBERS = "the model's logits are not numbers: its weights are damaged, or too large for their number format"
+EMPTY = "the prompt is empty: give at least one token (<|endoftext|> starts a new text)"
 
 
 class InputError(ValueError):
@@ -76,9 +81,16 @@ class Sampling:
         return [np.random.default_rng(seed) for seed in seeds]
 
     def choose(self, logits: Logits, generator: np.random.Generator) -> int:
-        """One token id out of one row of logits (V,)."""
+        """One token id out of one row of logits (V,).
+
+        Raises:
+            CheckpointError: if the logits are not numbers.
+        """
+        best = int(logits.argmax())  # of a NaN, where there is one
+        if not np.isfinite(logits[best]):
+            raise CheckpointError(NOT_NUMBERS)
         if self.temperature == 0:
-            return int(logits.argmax())
+            return best
         p = self.probabilities(logits)
         return int(generator.choice(len(p), p=p))
 
@@ -125,7 +137,7 @@ class Generation:
         self.finish: list[Finish | None] = [None] * len(self.prompts)
         for prompt in self.prompts:
             if not len(prompt):
-                raise PromptError("the prompt is empty: give at least one token (<|endoftext|> starts a new text)")
+                raise PromptError(EMPTY)
             if len(prompt) > self.decoder.n_ctx:
                 raise PromptError(f"the prompt has {len(prompt)} tokens; the model's context is {self.decoder.n_ctx}")
             if wrong := [i for i in prompt if not 0 <= i < self.decoder.n_vocab]:

@@ -125,8 +125,8 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     checks = [_same_configs(a.config, subject.config)]
     if (stored := precision_of(subject)) != "fp32":
         checks += [_compare_stored(a, subject, stored)]
-    elif second := _weights_of(b, None):
-        checks += [compare_weights(a.cast(F32), second.cast(F32)), compare_tokenizers(a, second)]
+    elif kind_of(b) == "onnx":
+        checks += _compare_fp32(a, b, subject)
     if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
         yardstick = gpt2x_model(a) if _installed("torch") else _reference(a)
         checks += _runs(yardstick, subject, a.tokenizer or _tokenizer_of(b), text)
@@ -217,6 +217,19 @@ def bounds_of(*subjects: Subject) -> Bounds:
 
 
 # ------------------------------------------------------------------------------------------------- single checks
+
+
+def _compare_fp32(a: Checkpoint, b: str | Path, subject: Subject) -> list[Check]:
+    """The weights that an ONNX model uses; and those of its directory, which transformers loads, where they are others."""
+    try:
+        used = open_checkpoint(subject.path)  # type: ignore[attr-defined]
+    except ConversionError as error:
+        return [Check("weights", None, f"not compared: {str(error).splitlines()[0]}")]
+    checks = [compare_weights(a.cast(F32), used.cast(F32)), compare_tokenizers(a, used)]
+    home, seen = _weights_of(b, None), {file.resolve() for file in (*a.files, *used.files)}
+    if home and not {file.resolve() for file in home.files} <= seen:
+        checks.append(replace(compare_weights(a.cast(F32), home.cast(F32)), name="weights beside"))
+    return checks
 
 
 def _compare_stored(a: Checkpoint, subject: Subject, precision: str) -> Check:

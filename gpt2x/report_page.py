@@ -57,13 +57,14 @@ COLUMNS = {
 }
 EXPLAINED = {
     "configuration": "everything that decides shapes and arithmetic",
-    "weights": "every tensor, byte for byte",
+    "weights": "every tensor, byte for byte; of ONNX, those that the graph takes",
+    "weights beside": "those in the directory that the ONNX graph does not take",
     "tokenizer": "vocabulary and merges",
     "full context": "as many tokens as the model takes, in one pass",
     "one token": "a prompt of one token, on an empty cache",
-    "token by token": "each token on the cache of those before it",
-    "chunks": "a prompt in pieces of unequal sizes, each on the cache",
-    "batch rows": "three rows at once, each compared with itself alone",
+    "token by token": "each of the first tokens on the cache of those before it",
+    "chunks": "a full context in small and large pieces, then one by one to its last slot, each on the cache",
+    "batch rows": "five rows at once, each compared with itself alone",
     "left padding": "unequal prompts in one batch, padded on the left, then more tokens",
     "right padding": "unequal prompts in one batch, padded on the right, then more tokens",
     "ORT_DISABLE_ALL": "the ONNX graph as it is written; all else is run with ORT_ENABLE_ALL",

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters import CheckpointError
+
 from .generate import Decoder, Generation, Sampling
 from .subjects import Subject
 
 Array = NDArray[Any]
 
 GREEDY_TOKENS = 200
-STEPS = 64  # tokens that are fed in pieces; a full context is fed in one pass
+STEPS = 64  # tokens that are fed one by one from the start
+ROWS = 5  # of a batch
 BLOCK = 64  # positions that are compared at a time, so that memory stays small
 
 
@@ -276,23 +279,39 @@ def _one_token(subject: Subject, text: Text) -> Found:
 
 def _token_by_token(subject: Subject, text: Text) -> Found:
     n = min(STEPS, len(text.ids))
-    found = np.concatenate([logits for logits, _, _ in feed(subject, text.ids, [1] * n)])
-    return Found(text.logits[:n], found, text.ids[1 : n + 1])
+    return _in_pieces(subject, text, [1] * n)
 
 
 def _chunks(subject: Subject, text: Text) -> Found:
-    n = min(STEPS, len(text.ids))
+    return _in_pieces(subject, text, chunk_sizes(len(text.ids)))
+
+
+def chunk_sizes(n: int) -> list[int]:
+    """How a full context of n tokens is cut: a few small pieces, two large ones, and one by one up to the last slot."""
     sizes: list[int] = []
-    while (left := n - sum(sizes)) > 0:
-        sizes.append(min(left, (3, 1, 7, 2, 20)[len(sizes) % 5]))
-    pieces = [(logits, text.logits[end - len(logits) : end]) for logits, _, end in feed(subject, text.ids, sizes)]
-    return Found(np.concatenate([expected for _, expected in pieces]), np.concatenate([found for found, _ in pieces]))
+    for small in (3, 1, 7, 2, 20):
+        sizes += [small] if sum(sizes) + small <= n // 2 else []
+    rest = n - sum(sizes)
+    ones = min(STEPS // 4, rest // 2)
+    second = (rest - ones) // 3
+    return [*sizes, rest - ones - second, *([second] if second else []), *[1] * ones]
+
+
+def _in_pieces(subject: Subject, text: Text, sizes: Sequence[int]) -> Found:
+    """The beginning of the text in pieces, against the yardstick's one pass."""
+    n, last = sum(sizes), getattr(subject, "last_only", False)
+    expected = text.logits[np.cumsum(sizes) - 1] if last else text.logits[:n]
+    found, filled = np.empty_like(expected), 0
+    for logits, _, _ in feed(subject, text.ids, sizes):
+        found[filled : filled + len(logits)] = logits
+        filled += len(logits)
+    return Found(expected, found, None if last else text.ids[1 : n + 1])
 
 
 def _batch(subject: Subject, text: Text) -> Found:
     n = max(1, min(16, len(text.ids) // 3))
-    rows = [text.row(i * n % (len(text.ids) - n + 1), n) for i in range(3)]
-    logits, _ = subject.run(np.array([ids for ids, _ in rows]), None, np.tile(np.arange(n), (3, 1)), None)
+    rows = [text.row(i * n % (len(text.ids) - n + 1), n) for i in range(ROWS)]
+    logits, _ = subject.run(np.array([ids for ids, _ in rows]), None, np.tile(np.arange(n), (ROWS, 1)), None)
     return Found(np.concatenate([e[-logits.shape[1] :] for _, e in rows]), np.concatenate(list(logits)))
 
 
@@ -410,7 +429,10 @@ def compare_words(yardstick: Decoder, subject: Decoder, prompt: Sequence[int], e
     """
     prompt = list(prompt[: max(1, min(32, yardstick.n_ctx // 2))])
     n = min(GREEDY_TOKENS, yardstick.n_ctx - len(prompt))
-    theirs, ours = (greedy(decoder, prompt, n) for decoder in (yardstick, subject))
+    try:
+        theirs, ours = (greedy(decoder, prompt, n) for decoder in (yardstick, subject))
+    except CheckpointError as fault:
+        return Check("greedy words", False, str(fault))
     first = next((i for i, (x, y) in enumerate(zip(ours, theirs, strict=True)) if x != y), None)
     if first is None:
         return Check("greedy words", True, f"{n} of {n} tokens the same", {"tokens": n, "first_difference": None})

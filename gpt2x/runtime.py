@@ -28,16 +28,17 @@ from converters.safetensors_file import open_safetensors
 
 from . import contract
 from .contract import Slot
-from .generate import Ids, InputError, Logits
+from .generate import EMPTY, Ids, InputError, Logits
 from .inplace import RowCache, give_back
+from .inputs import check_mask, check_tokens, whole
 
-EMPTY = "the prompt is empty: give at least one token (<|endoftext|> starts a new text)"
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
 SATURATES = (
     "{path}: this processor has no VNNI, and ONNX Runtime's products of 8-bit numbers may overflow on it. "
     "gpt2x verify says by how much; an int8 model is right everywhere"
 )
+MAX_THREADS = 1024
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
 ATTENTION = "GroupQueryAttention", "k_quant_type"  # of a cache in place: the operator, and its attribute for 8 bits
 TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # where ONNX Runtime is told so: the environment
@@ -71,6 +72,7 @@ class OnnxDecoder:
         FormatError: if there is no model, it is damaged, or its file of weights is not whole.
         CheckpointError: if its inputs and outputs are not the contract's; the message lists every difference.
         ConfigError: if nothing says its context length.
+        ValueError: if there cannot be so many threads, or this ONNX Runtime has no such provider.
     """
 
     def __init__(
@@ -82,6 +84,11 @@ class OnnxDecoder:
         optimize: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
+        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+            raise ValueError(f"threads is {threads!r}; it can be 1 to {MAX_THREADS}")
+        if unknown := [name for name in providers if name not in ort.get_available_providers()]:
+            here = ", ".join(ort.get_available_providers())
+            raise ValueError(f"this ONNX Runtime has no {unknown[0]}; it has {here}")
         self.path = find_model(path, precision)
         self.threads, self.providers = threads, tuple(providers)
         self._session = _open(self.path, threads, optimize, list(providers))
@@ -131,7 +138,7 @@ class OnnxDecoder:
         if self.in_place:
             logits, cache = self._in_place(ids, attention_mask, positions, cache, last=True)
             return logits[:, -1], cache
-        mask = None if attention_mask is None else _whole(attention_mask, "attention_mask")
+        mask = None if attention_mask is None else whole(attention_mask, "attention_mask")
         B, T = ids.shape
         for start, end in _pieces(T, self._chunk(B)):
             seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
@@ -162,9 +169,7 @@ class OnnxDecoder:
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
         P = self._length(past, B)
-        mask = np.ones((B, P + T), np.int64) if attention_mask is None else _whole(attention_mask, "attention_mask")
-        if mask.shape != (B, P + T):
-            raise InputError(f"attention_mask is {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}")
+        mask = check_mask(attention_mask, B, P, T)
         binding = self._session.io_binding()
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         for name, array in feed.items():
@@ -213,7 +218,7 @@ class OnnxDecoder:
         """``run`` for a cache in place: one token of every row at once, or several of one row after another."""
         B, T = ids.shape
         cache = self.row_cache(B) if cache is None else self._known(cache, B)
-        real = None if attention_mask is None else _new_slots(_whole(attention_mask, "attention_mask"), cache, T)
+        real = None if attention_mask is None else _new_slots(whole(attention_mask, "attention_mask"), cache, T)
         rows = (
             [(row, slice(None)) for row in range(B)]
             if real is None
@@ -279,20 +284,8 @@ class OnnxDecoder:
             raise InputError(f"the cache has {len(cache.lengths)} rows, input_ids {B}")
         return cache
 
-    # --------------------------------------------------------------------------------------------------------- inputs
-
     def _tokens(self, input_ids: Any, position_ids: Any) -> tuple[Ids, Ids]:
-        """Both checked: of one shape (B, T), and within the vocabulary and the context."""
-        ids, positions = _whole(input_ids, "input_ids"), _whole(position_ids, "position_ids")
-        if ids.ndim != 2:
-            raise InputError(f"input_ids are {ids.shape}; (batch, tokens) is needed")
-        if 0 in ids.shape:
-            raise InputError(EMPTY)
-        if positions.shape != ids.shape:
-            raise InputError(f"position_ids are {positions.shape}, input_ids {ids.shape}: they must have one shape")
-        _check_range(ids, self.n_vocab, "token id", "the vocabulary")
-        _check_range(positions, self.n_ctx, "position", "the context")
-        return ids, positions
+        return check_tokens(input_ids, position_ids, self.n_vocab, self.n_ctx)
 
 
 class _Step:
@@ -554,17 +547,6 @@ def _words(slot: Slot) -> str:
     return f"{slot.dtype} [{', '.join(map(str, slot.shape))}]"
 
 
-def _whole(array: Any, name: str) -> Ids:
-    """Whole numbers as contiguous int64."""
-    try:
-        found = np.asarray(array)
-    except ValueError:
-        raise InputError(f"{name} have rows of unequal lengths; pad them") from None
-    if found.dtype.kind not in "biu" or (found.dtype == np.uint64 and (found > np.iinfo(np.int64).max).any()):
-        raise InputError(f"{name} are {found.dtype} {found.shape}; whole numbers of 64 bits are needed")
-    return np.ascontiguousarray(found, np.int64)
-
-
 def _new_slots(mask: Ids, cache: RowCache, T: int) -> NDArray[np.bool_] | None:
     """Which of T new slots hold tokens, (B, T); None if all do.
 
@@ -579,12 +561,6 @@ def _new_slots(mask: Ids, cache: RowCache, T: int) -> NDArray[np.bool_] | None:
     if (real[:, : cache.seen] != earlier).any():
         raise InputError("attention_mask has changed for earlier slots, which a cache that stays in place cannot")
     return None if real[:, cache.seen :].all() else real[:, cache.seen :]
-
-
-def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> None:
-    if values.view(np.uint64).max() >= limit:  # negative ones are large there
-        low, high = int(values.min()), int(values.max())
-        raise InputError(f"{what} {low if low < 0 else high} is outside {of} of {limit}")
 
 
 def _pieces(n: int, size: int) -> Iterator[tuple[int, int]]:

@@ -35,7 +35,11 @@ def sample_ids(
                 said = f"{len(ids)} token{'s' if len(ids) > 1 else ''} of {name}, repeated to {n}"
             return (ids * (n // len(ids) + 1))[:n], said
     if text is not None:
-        why = "the text is empty" if tokenizer else "a text needs a tokenizer, and none is beside the models"
+        why = (
+            "the text is empty"
+            if tokenizer
+            else "a text needs a tokenizer, and none is beside the models: put one's files there"
+        )
         raise ConversionError(why)
     arbitrary = [int(i) for i in np.random.default_rng(0).integers(config.n_vocab, size=config.n_ctx)]
     return arbitrary, f"{config.n_ctx} arbitrary tokens: no tokenizer that fits is beside the models"

@@ -74,10 +74,11 @@ def open_subject(
         from .runtime import OnnxDecoder
 
         return OnnxDecoder(path, precision=precision)
-    if precision is not None:
-        raise FormatError(f"{path}: precisions are for ONNX, and this would be run as {NAMES[kind]}")
     if kind == "onnx" and Path(path).suffix == ".onnx":
         raise FormatError(f"{path}: an ONNX model, which torch does not run")
+    if precision is not None:
+        meant = NAMES["weights" if kind == "onnx" else kind]
+        raise FormatError(f"{path}: precisions are for ONNX, and this would be run as {meant}")
     from .torch_runtime import ModuleDecoder
 
     if kind == "torchscript":

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
-from converters import FormatError, GPT2Config
+from converters import ChecksumError, FormatError, GPT2Config
 from converters.config import config_of
 from converters.files import File, parse_json
 
-from .generate import Ids, Logits
+from .generate import Ids, InputError, Logits
+from .inputs import check_mask, check_tokens
 from .model import GPT2
+
+Past = Sequence[tuple[Tensor, Tensor]]  # key and value of each layer, each (B, H, P, D)
 
 
 class TorchDecoder:
@@ -29,7 +33,11 @@ class TorchDecoder:
         self.n_vocab = model.config.n_vocab
 
     def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
-        """As ``Decoder.step``."""
+        """As ``Decoder.step``.
+
+        Raises:
+            InputError: if these do not fit the model or one another.
+        """
         logits, cache = self._run(input_ids, attention_mask, position_ids, cache, last=True)
         return logits[:, -1], cache
 
@@ -39,7 +47,11 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def _run(self, ids: Ids, mask: Ids | None, positions: Ids, cache: Any, last: bool) -> tuple[Logits, Any]:
-        seen = None if mask is None else self._tensor(mask)
+        ids, positions = check_tokens(ids, positions, self.n_vocab, self.n_ctx)
+        weight = self.model.wte.weight
+        kind = torch.float32 if self.config.reorder_and_upcast_attn else weight.dtype
+        P = 0 if cache is None else _length(cache, self.config, len(ids), kind)
+        seen = None if mask is None else self._tensor(check_mask(mask, len(ids), P, ids.shape[1]))
         x, cache = self.model.hidden(self._tensor(ids), seen, self._tensor(positions), cache, last)
         return self.model.logits(x).float().cpu().numpy(), cache
 
@@ -85,11 +97,14 @@ class ModuleDecoder:
         name = str(File(Path(path)).path)
         extra: dict[str, Any] = {"config.json": ""}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), ZipFile(name) as archive:
                 warnings.simplefilter("ignore")
-                module = load(name, extra)
+                damaged = archive.testzip()  # torch itself looks at no checksum
+                module = None if damaged else load(name, extra)
         except Exception as error:  # torch raises RuntimeError, ValueError and others here
-            raise FormatError(f"{path}: torch cannot load it: {_first_line(error)}") from None
+            raise FormatError(f"{path}: torch cannot load it: {_line(error)}") from None
+        if damaged:
+            raise ChecksumError(f"{path}: {damaged[:200]}, in it, does not match its checksum")
         said = extra["config.json"]
         if not said:
             raise FormatError(f"{path}: not exported by gpt2x: no config.json is in it")
@@ -104,17 +119,28 @@ class ModuleDecoder:
 
     @torch.inference_mode()
     def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
-        """As ``step``, but the logits of every new token: (B, T, V)."""
-        past = self._empty(len(input_ids)) if cache is None else cache
-        total = past[0][0].shape[2] + input_ids.shape[1]
-        mask = torch.ones(len(input_ids), total, dtype=torch.int64) if attention_mask is None else attention_mask
+        """As ``step``, but the logits of every new token: (B, T, V).
+
+        Raises:
+            InputError: if these do not fit the model or one another.
+            FormatError: if the program cannot be run with them, or gives something else.
+        """
+        ids, positions = check_tokens(input_ids, position_ids, self.n_vocab, self.n_ctx)
+        B, T = ids.shape
+        past = self._empty(B) if cache is None else cache
+        mask = check_mask(attention_mask, B, _length(past, self.config, B, torch.float32), T)
         try:
-            logits, present = self.module(*map(torch.as_tensor, (input_ids, mask, position_ids)), past)
+            logits, present = self.module(*map(torch.from_numpy, (ids, mask, positions)), past)
             found: Logits = logits.numpy()
+            layers = len(present)
         except Exception as error:  # the program is the file's, and raises what it likes
-            raise FormatError(f"{self.path}: torch cannot run it: {_first_line(error)}") from None
-        if found.shape != (*input_ids.shape, self.n_vocab):
-            raise FormatError(f"{self.path}: gives {found.shape}, not logits {(*input_ids.shape, self.n_vocab)}")
+            raise FormatError(f"{self.path}: torch cannot run it: {_line(error)}") from None
+        if found.shape != (B, T, self.n_vocab):
+            raise FormatError(f"{self.path}: gives {found.shape}, not logits {(B, T, self.n_vocab)}")
+        if layers != self.config.n_layer:
+            raise FormatError(
+                f"{self.path}: gives the cache of {layers} layers; its config.json says {self.config.n_layer}"
+            )
         return found, present
 
     def _empty(self, B: int) -> list[tuple[Tensor, Tensor]]:
@@ -122,5 +148,28 @@ class ModuleDecoder:
         return [(torch.empty(size), torch.empty(size)) for _ in range(self.config.n_layer)]
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _length(past: Past, config: GPT2Config, B: int, dtype: torch.dtype) -> int:
+    """How many tokens a cache holds.
+
+    Raises:
+        InputError: if it is not one of this model's for B rows.
+    """
+    try:
+        tensors = [tensor for key, value in past for tensor in (key, value)]
+        P = int(tensors[0].shape[2])
+        kinds = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
+    except (TypeError, ValueError, AttributeError, IndexError):
+        raise InputError("the cache is not one that an earlier step returned") from None
+    if len(past) != config.n_layer:
+        raise InputError(f"the cache has {len(past)} layers, the model {config.n_layer}")
+    wanted = (B, config.n_head, P, config.head_dim), dtype
+    if kinds != {wanted}:
+        shape, kind = next(found for found in kinds if found != wanted)
+        raise InputError(f"the cache holds {kind} {shape}; {dtype} {wanted[0]} is needed")
+    return P
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line: the interpreter's of TorchScript say it last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:300]

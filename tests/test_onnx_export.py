@@ -596,3 +596,19 @@ def test_two_results_cannot_have_one_name(gpt2x, tmp_path, monkeypatch):
     assert_refused(gpt2x("export", "a.safetensors", "--torchscript", "q.pt", "--pt2", "q.pt2"), "exists already")
     assert not Path("q.pt").exists()
     assert gpt2x("export", "a.safetensors", "--torchscript", "q.pt", "--logits", "last").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precisions": ("int3",)},
+        {"precisions": ()},
+        {"precisions": "int8"},
+        {"cache": "x"},
+        {"block": 0},
+        {"block": 33},
+    ],
+)
+def test_options_that_cannot_be(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ExportOptions(**options)

@@ -10,6 +10,7 @@ from gpt2x.runs import (
     FP32,
     SCENARIOS,
     Text,
+    chunk_sizes,
     compare_logits,
     compare_runs,
     compare_words,
@@ -148,8 +149,8 @@ def test_metrics_do_not_depend_on_how_many_positions_are_compared_at_a_time():
 class Faulty:
     """The tiny model with one fault in how it is run."""
 
-    def __init__(self, fault):
-        self.right, self.fault = gpt2x_model(random_checkpoint()), fault
+    def __init__(self, fault, config=TINY):
+        self.right, self.fault = gpt2x_model(random_checkpoint(config)), fault
         self.config, self.n_ctx, self.n_vocab = self.right.config, self.right.n_ctx, self.right.n_vocab
 
     def run(self, input_ids, attention_mask, position_ids, cache):
@@ -206,6 +207,49 @@ def test_each_fault_is_found_by_the_scenarios_that_can_see_it(fault, failing):
     assert failing <= {name for name, passed in checks.items() if not passed}
 
 
+LONG = replace(TINY, n_ctx=200)
+
+
+def forgets_what_is_far_back(ids, mask, positions, cache):
+    if cache is None or cache[0][0].shape[2] <= 190:
+        return ids, mask, positions, cache
+    return ids, None, positions, [(k[:, :, -9:], v[:, :, -9:]) for k, v in cache]
+
+
+def forgets_the_cache_before_large_pieces(ids, mask, positions, cache):
+    return (ids, None, positions, None) if cache and ids.shape[1] > 32 else (ids, mask, positions, cache)
+
+
+def repeats_the_first_of_many_rows(ids, mask, positions, cache):
+    return ids if len(ids) <= 3 else np.repeat(ids[:1], len(ids), 0), mask, positions, cache
+
+
+@pytest.mark.parametrize(
+    ("fault", "failing"),
+    [
+        (forgets_what_is_far_back, {"chunks"}),
+        (forgets_the_cache_before_large_pieces, {"chunks"}),
+        (repeats_the_first_of_many_rows, {"batch rows"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_faults_that_only_a_long_context_or_a_large_batch_shows_are_found(fault, failing):
+    ids = np.random.default_rng(0).integers(LONG.n_vocab, size=LONG.n_ctx).tolist()
+    text = Text(gpt2x_model(random_checkpoint(LONG)), ids)
+    checks = {name: compare_logits(name, Faulty(fault, LONG), text).passed for name in SCENARIOS}
+    assert failing == {name for name, passed in checks.items() if not passed}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10, 33, 64, 256, 1024])
+def test_the_pieces_make_up_the_context(n):
+    sizes = chunk_sizes(n)
+    assert sum(sizes) == n
+    assert min(sizes) > 0
+    if n >= 256:
+        assert max(sizes) > n // 2
+        assert sizes[-16:] == [1] * 16
+
+
 def test_a_sound_model_passes_every_scenario():
     model = gpt2x_model(random_checkpoint())
     assert {check.name: check.passed for check in compare_runs(model, model, IDS)} == dict.fromkeys(
@@ -232,6 +276,12 @@ def test_a_clear_divergence_of_words_fails_and_a_near_tie_is_said_to_be_one():
     assert tie.passed is True
     assert tie.details["near_tie"] is True
     assert "a near tie" in tie.result
+
+
+def test_logits_that_are_not_numbers_make_no_words():
+    check = compare_words(Fixed(1.0, 2.0), Fixed(1.0, np.nan), [0], error=1e-6)
+    assert check.passed is False
+    assert "not numbers" in check.result
 
 
 def test_words_run_as_far_as_the_context_allows_and_200_at_most():

@@ -528,3 +528,73 @@ def test_verify_without_torch_compares_onnx_with_the_float64_reference(gpt2x, ti
     assert "model.onnx in ONNX Runtime" in out
     assert "against gpt2x's reference in float64" in out
     assert "greedy words    same" in out
+
+
+# ---------------------------------------------------------------------------------- found by another adversarial review
+
+
+def with_weights_elsewhere(folder, name):
+    """The graph takes one weight out of a file of its own, where a number is a thousandth larger."""
+    path = folder / "onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    places = {entry.key: entry for entry in tensor.external_data}
+    begin, size = int(places["offset"].value), int(places["length"].value)
+    numbers = np.frombuffer((folder / "onnx/model.safetensors").read_bytes()[begin : begin + size], "<f4").copy()
+    numbers[7] += 1e-3
+    (folder / "onnx/other.bin").write_bytes(numbers.tobytes())
+    places["location"].value, places["offset"].value = "other.bin", "0"
+    path.write_bytes(model.SerializeToString())
+
+
+def test_verify_compares_the_weights_that_the_graph_takes(gpt2x, shakespeare, tmp_path):
+    shutil.copytree(shakespeare, tmp_path / "m")
+    with_weights_elsewhere(tmp_path / "m", "h.1.attn.c_attn.weight")
+    for given in (tmp_path / "m", tmp_path / "m/onnx/model.onnx"):
+        result = gpt2x("verify", SHAKESPEARE, given)
+        assert result.exit_code == 1
+        assert "51 of 52 tensors bit-identical; h.1.attn.c_attn.weight differs in 1 values (by 0.001" in result.stdout
+
+
+def test_verify_compares_the_weights_that_only_transformers_would_load(gpt2x, shakespeare, tmp_path):
+    shutil.copytree(shakespeare, tmp_path / "m")
+    done(gpt2x("convert", SHAKESPEARE, tmp_path / "whole.safetensors"))
+    data = bytearray((tmp_path / "whole.safetensors").read_bytes())
+    data[-100] ^= 1
+    (tmp_path / "m/model.safetensors").write_bytes(data)
+    result = gpt2x("verify", SHAKESPEARE, tmp_path / "m")
+    assert result.exit_code == 1
+    assert "weights         same       52 of 52 tensors" in result.stdout
+    assert "weights beside  DIFFERENT  51 of 52 tensors" in result.stdout
+
+
+def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp_path):
+    shutil.copytree(shakespeare, tmp_path / "m")
+    path = tmp_path / "m/onnx/model.safetensors"
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:begin] + b"\xff" * (len(data) - begin))
+    for temperature in (0, 1):
+        options = ("--runtime", "onnx", "--temperature", temperature)
+        assert_refused(gpt2x("generate", tmp_path / "m", "ROMEO:", *options), "the model's logits are not numbers")
+    result = gpt2x("verify", tmp_path / "m", tmp_path / "m/onnx/model.onnx")
+    assert result.exit_code == 1
+    assert "greedy words    DIFFERENT  the model's logits are not numbers" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": 10**6}, {"threads": "x"}, {"providers": ["NoProvider"]}]
+)
+def test_options_that_cannot_be(tiny, options):
+    with pytest.raises(ValueError, match="threads is|has no NoProvider; it has"):
+        OnnxDecoder(tiny, **options)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have(gpt2x, name):
+    assert_all_refuse(gpt2x, name, "name")
+
+
+def test_a_precision_for_the_weights_of_a_directory_with_onnx(gpt2x, shakespeare):
+    result = gpt2x("generate", shakespeare, "x", "--precision", "fp32", "--runtime", "torch")
+    assert_refused(result, "precisions are for ONNX, and this would be run as weights")

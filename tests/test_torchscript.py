@@ -1,9 +1,11 @@
 """TorchScript and ``.pt2``: loaded without gpt2x, any batch, any length, cached."""
 
+import json
 import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 import torch
 from conftest import TINY, assert_refused, done, random_checkpoint
 
-from converters import GPT2Config, save_checkpoint
+from converters import ChecksumError, FormatError, GPT2Config, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, generate_text
 from gpt2x.export.torchscript import export_pt2, export_torchscript
+from gpt2x.generate import InputError
 from gpt2x.load import from_pretrained, model_of
-from gpt2x.subjects import open_subject
+from gpt2x.subjects import gpt2x_model, open_subject
 from gpt2x.torch_runtime import ModuleDecoder
 
 ALONE = """
@@ -151,7 +154,7 @@ def test_a_file_that_is_not_gpt2xs_or_is_damaged_is_one_clear_error(gpt2x, tiny_
     at = program.header_offset + 30 + len(program.filename) + 60
     data[at : at + 40] = bytes(40)
     Path("broken.pt").write_bytes(data)
-    assert_refused(gpt2x("generate", "broken.pt", "x", "--tokenizer", SHAKESPEARE), "broken.pt: torch cannot load it")
+    assert_refused(gpt2x("generate", "broken.pt", "x", "--tokenizer", SHAKESPEARE), "does not match its checksum")
     assert_refused(gpt2x("convert", tiny_files / "m.pt", "out.safetensors"))
 
 
@@ -170,8 +173,6 @@ class OtherShape(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(("module", "words"), [(OneArgument, "torch cannot run it"), (OtherShape, "not logits")])
 def test_a_program_that_says_it_is_a_gpt2_and_is_none(gpt2x, tmp_path, module, words):
-    import json
-
     from converters.config import to_hf
 
     path = tmp_path / "other.pt"
@@ -187,3 +188,105 @@ def test_the_cache_does_not_remember_gradients(tiny_files):
     ids, empty = torch.tensor([[1, 2]]), [(torch.zeros(1, 2, 0, 3), torch.zeros(1, 2, 0, 3)) for _ in range(2)]
     _, past = module(ids, torch.ones(1, 2, dtype=torch.int64), torch.tensor([[0, 1]]), empty)
     assert not past[0][0].requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pt2"])
+def test_one_flipped_bit_is_found(tiny_files, tmp_path, name):
+    data = bytearray((tiny_files / name).read_bytes())
+    data[len(data) // 2] ^= 0x40
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ChecksumError, match="does not match its checksum"):
+        open_subject(tmp_path / name)
+
+
+@pytest.fixture(scope="module", params=["m.pt", "m.pt2", "model"])
+def decoder(request, tiny_files):
+    return gpt2x_model(random_checkpoint()) if request.param == "model" else open_subject(tiny_files / request.param)
+
+
+def a(*rows):
+    return np.array(rows)
+
+
+ID, AT = a([1, 2]), a([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "positions", "words"),
+    [
+        (np.zeros((1, 0), int), None, np.zeros((1, 0), int), "the prompt is empty"),
+        (a([1, 13]), None, AT, "token id 13 is outside the vocabulary of 13"),
+        (a([1, -1]), None, AT, "token id -1 is outside"),
+        (ID, None, a([9, 10]), "position 10 is outside the context of 10"),
+        (a(1, 2), None, a(0, 1), "(batch, tokens) is needed"),
+        (a([1.0, 2.0]), None, AT, "whole numbers"),
+        ([[1, 2], [1]], None, AT, "unequal lengths"),
+        (ID, None, a([0]), "position_ids are (1, 1), input_ids (1, 2)"),
+        (ID, a([1]), AT, "attention_mask is (1, 1), but 0 cached and 2 new tokens need (1, 2)"),
+        (a([1, 2], [3, 4]), a([1, 1]), a([0, 1], [0, 1]), "attention_mask is (1, 2)"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(decoder, ids, mask, positions, words):
+    for call in (decoder.run, decoder.step):
+        with pytest.raises(InputError, match=re.escape(words)):
+            call(ids, mask, positions, None)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda past: past[:1], "the cache has 1 layers, the model 2"),
+        (lambda past: [*past, past[0]], "the cache has 3 layers, the model 2"),
+        (lambda past: [(k.half(), v.half()) for k, v in past], "the cache holds torch.float16 (1, 2, 2, 3)"),
+        (lambda past: [(k, v[:, :, :1]) for k, v in past], "the cache holds torch.float32 (1, 2, 1, 3)"),
+        (lambda past: [past[0], tuple(t[:, :, :1] for t in past[1])], "(1, 2, 2, 3) is needed"),
+        (lambda past: [tuple(t.repeat(2, 1, 1, 1) for t in layer) for layer in past], "(2, 2, 2, 3)"),
+        (lambda past: "x", "not one that an earlier step returned"),
+        (lambda past: [], "not one that an earlier step returned"),
+        (lambda past: [None] * 2, "not one that an earlier step returned"),
+        (lambda past: 7, "not one that an earlier step returned"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(decoder, edit, words):
+    _, past = decoder.run(ID, None, AT, None)
+    with pytest.raises(InputError, match=re.escape(words)):
+        decoder.run(a([3]), None, a([2]), edit(past))
+    decoder.run(a([3]), None, a([2]), past)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_configuration_of_other_layers_than_the_program_has(tmp_path):
+    from converters.config import to_hf
+    from gpt2x.export.interface import Interface
+
+    said = json.dumps(to_hf(replace(TINY, n_layer=3)))
+    torch.jit.script(Interface(model_of(random_checkpoint()))).save(
+        str(tmp_path / "m.pt"), _extra_files={"config.json": said}
+    )
+    with pytest.raises(FormatError, match=r"the cache of 2 layers; its config\.json says 3"):
+        open_subject(tmp_path / "m.pt").run(ID, None, AT, None)
+
+
+@pytest.mark.parametrize(("option", "name"), [("--torchscript", "m.pt"), ("--pt2", "m.pt2")])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, option, name):
+    """As ``ulimit -f`` sets it. torch itself would end the process."""
+    code = "import resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (1 << 20, 1 << 20)); from gpt2x.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "export", str(SHAKESPEARE), option, name, "--no-verify"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (1, f"Error: {name}: cannot be written: File too large\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--onnx", "--pt2"])
+def test_a_result_inside_what_will_be_a_file(gpt2x, tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    result = gpt2x("export", SHAKESPEARE, "--torchscript", "m.pt", option, "x/../m.pt/inner.pt2")
+    assert result.exit_code == 2
+    assert "m.pt is to be a file, and inner.pt2 to lie in it" in result.stderr
+    assert (
+        gpt2x("export", SHAKESPEARE, "--torchscript", "m.pt2", "--pt2", "../" + tmp_path.name + "/m.pt2").exit_code == 2
+    )
+    assert list(tmp_path.iterdir()) == []

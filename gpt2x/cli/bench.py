@@ -23,7 +23,7 @@ HEAD = (
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded after it.")
 @click.option("--batch", default="1", show_default=True, metavar="LIST", help="Prompts at once, such as 1,4,16.")
 @click.option("--precision", metavar="LIST", help="Which ONNX models; by default all that are there.")
-@click.option("--threads", type=click.IntRange(min=1), help="By default as many as there are cores.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="By default as many as there are cores.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as JSON; - is the terminal.")
 @click.option("--plot", "plot_file", metavar="FILE.png", help="Write a plot of the decoding speeds.")
 @click.option("--force", is_flag=True, help="Replace the files of --json and --plot.")

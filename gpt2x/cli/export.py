@@ -110,7 +110,7 @@ def export(
             check_before(src, target, force=force, directory=target == onnx)
     checkpoint = open_checkpoint(local(src), n_head=n_head, tie=tie)
     checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
-    _check_apart([Path(target).absolute() for target in (onnx, torchscript, pt2) if target])
+    _check_apart(onnx, torchscript, pt2)
     for target in (torchscript, pt2):
         if target:
             check_free(Path(target), force, directory=False)  # before any of them is written
@@ -146,10 +146,15 @@ def export(
     ctx.exit(0 if all(report.passed for report in reports) else 1)
 
 
-def _check_apart(targets: list[Path]) -> None:
-    for i, one in enumerate(targets):
-        if one in targets[:i]:
-            raise click.UsageError(f"two results cannot have one name, {one.name}")
+def _check_apart(directory: str | None, *files: str | None) -> None:
+    """Refuse results that cannot all be there: two of one name, or one inside what will be a file."""
+    named = [Path(file).resolve() for file in files if file]
+    places = named + ([Path(directory).resolve()] if directory else [])
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise click.UsageError(f"two results cannot have one name, {place.name}")
+        if above := next((file for file in named if file in place.parents), None):
+            raise click.UsageError(f"{above.name} is to be a file, and {place.name} to lie in it")
 
 
 def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:

@@ -27,7 +27,7 @@ from gpt2x.sample import sample_ids
 
 from .card import model_card
 from .onnx import Scales, to_onnx
-from .weights import BITS, BLOCK, BLOCKWISE, write_weights
+from .weights import BITS, BLOCK, BLOCKS, BLOCKWISE, write_weights
 
 INDEX = "model.safetensors.index.json"
 GENAI = "genai_config.json"
@@ -61,6 +61,9 @@ class ExportOptions:
         calibration: tokens by which int8, w8a8 and int4 are rounded, without them to nearest; and by which the scales of an
             8-bit cache are chosen, without them by a scene of Shakespeare's.
         block: how many weights of int8 and int4 share a scale.
+
+    Raises:
+        ValueError: for what none of them can be.
     """
 
     precisions: tuple[str, ...] = ("fp32",)
@@ -68,6 +71,15 @@ class ExportOptions:
     last: bool = False
     calibration: Sequence[int] | None = None
     block: int = BLOCK
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.precisions if name not in contract.SUFFIXES]
+        if unknown or not self.precisions or isinstance(self.precisions, str):
+            raise ValueError(f"precisions are {self.precisions!r}; some of {', '.join(contract.SUFFIXES)} are needed")
+        if self.cache not in contract.CACHES:
+            raise ValueError(f"cache is {self.cache!r}; known are {', '.join(contract.CACHES)}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block is {self.block!r}; it can be {', '.join(map(str, BLOCKS))}")
 
 
 def export_onnx(

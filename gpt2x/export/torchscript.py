@@ -24,6 +24,7 @@ from gpt2x.load import model_of
 from .interface import Interface, dynamic_shapes, example_inputs
 
 CONFIG = "config.json"
+PROGRAM = 100_000  # bytes a layer, more than the program takes beside its weights
 
 
 def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
@@ -42,7 +43,7 @@ def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool 
         warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export, which --pt2 is for
         module = torch.jit.script(_interface(checkpoint))
         extra = _extra(checkpoint.config)
-        return _save(checkpoint, path, force, lambda file: _without_paths(module.save, file, extra))
+        return _save(checkpoint, path, force, lambda file: _without_paths(module.save, file, extra), copies=2)
 
 
 def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
@@ -71,10 +72,12 @@ def _interface(checkpoint: Checkpoint) -> Interface:
     return Interface(model_of(checkpoint)).eval().requires_grad_(False)
 
 
-def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable[[str], Any]) -> int:
+def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable[[str], Any], copies: int = 1) -> int:
     if any(file.exists() and Path(path).exists() and file.samefile(path) for file in checkpoint.files):
         raise DestinationError(f"{path}: is the source itself; write it elsewhere")
-    with staged_file(Path(path), force) as staged:
+    # Where torch cannot write, it ends the process.
+    room = copies * (4 * checkpoint.parameters + PROGRAM * (checkpoint.config.n_layer + 4))
+    with staged_file(Path(path), room, force) as staged:
         write(str(staged))
         return staged.stat().st_size
 

@@ -21,6 +21,7 @@ from .quantize import pack4, quantize
 
 BITS = {"int8": 8, "w8a8": 8, "int4": 4}
 BLOCKWISE = ("int8", "int4")  # in w8a8 a whole column shares a scale, as whole numbers are summed along it
+BLOCKS = (16, 32, 64, 128, 256)  # that ONNX Runtime's fused product takes
 BLOCK = 32  # weights that share a scale: docs/quantization.md has what others give
 ALIGNMENT = 64  # bytes
 TABLES = ("wte.weight", "lm_head.weight")
