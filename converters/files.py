@@ -21,7 +21,7 @@ import stat
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,9 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
         DestinationError: if ``path`` exists and ``force`` is false, or is the wrong kind of thing.
     """
     check_name(path)
+    above = next((above for above in path.absolute().parents if os.path.lexists(above)), path)
+    if above != path and not above.is_dir():
+        raise DestinationError(f"{path}: cannot be written: {above.name} is not a directory")
     if not os.path.lexists(path):
         return
     if not (path.is_dir() or path.is_file() or path.is_symlink()):
@@ -373,10 +376,11 @@ def new_file(path: Path, force: bool = False) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
-def staged_file(path: Path, room: int, force: bool = False) -> Iterator[Path]:
+def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterator[Path]:
     """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does.
 
-    So many bytes of ``room`` must be free there: what a library does on a full disk is its own affair.
+    Files of the sizes of ``room`` must find their place there first, where the system can tell: what a library does on a
+    full disk is its own affair.
     """
     check_free(path, force, directory=False)
     folder = _beside(path)
@@ -384,7 +388,7 @@ def staged_file(path: Path, room: int, force: bool = False) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-            _check_room(folder / "room", room)
+            _check_room(folder, room)
             yield folder / path.name
             _sync(folder / path.name)
             _publish(folder / path.name, path, force)
@@ -421,17 +425,19 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_room(scratch: Path, size: int) -> None:
-    """Raise what the system says of a file of this size."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with open(scratch, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:  # some file systems cannot
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-    scratch.unlink()
+def _check_room(folder: Path, sizes: Sequence[int]) -> None:
+    """Raise what the system says of files of these sizes."""
+    scratch = [folder / f"room{i}" for i in range(len(sizes))]
+    for path, size in zip(scratch, sizes, strict=True):
+        with open(path, "wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:  # some file systems cannot
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+    for path in scratch:
+        path.unlink()
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:

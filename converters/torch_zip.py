@@ -37,6 +37,7 @@ LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
 CONFIG = "extra/config.json"  # torch.load passes it over; with it a lone .bin can be used alone
 MAX_MEMBERS = 100_000
+PROGRAMS = {"/constants.pkl": "TorchScript", "/models/model.json": "a program of torch.export"}
 
 
 def open_torch_zip(path: Path) -> Container:
@@ -83,8 +84,11 @@ def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
         raise FormatError(
             f"{file.path}: a zip archive with {'a comment' if comment else 'too many members'}: not PyTorch's"
         )
-    if any(info.filename.endswith("/constants.pkl") for info in infos):
-        raise CheckpointError(f"{file.path}: a TorchScript archive, not a state dict; convert what it was made from")
+    for member, kind in PROGRAMS.items():
+        if any(info.filename.endswith(member) for info in infos):
+            raise CheckpointError(
+                f"{file.path}: {kind}, of which no weights are read: gpt2x generate and verify run it; else give what it was made from"
+            )
     result: dict[str, tuple[int, zipfile.ZipInfo]] = {}
     spans = []
     for info in infos:

@@ -52,7 +52,7 @@ def whole(array: Any, name: str) -> Ids:
         raise InputError(f"{name} have rows of unequal lengths; pad them") from None
     if found.dtype.kind not in "biu" or (found.dtype == np.uint64 and (found > np.iinfo(np.int64).max).any()):
         raise InputError(f"{name} are {found.dtype} {found.shape}; whole numbers of 64 bits are needed")
-    return np.ascontiguousarray(found, np.int64)
+    return np.asarray(found, np.int64, order="C")
 
 
 def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> None:

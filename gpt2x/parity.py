@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from converters import Checkpoint, ConversionError, GPT2Config, find_tokenizer, open_checkpoint
 from converters.arrays import as_array, cast_array
 from converters.checkpoint import crc_of, zip_chunks
+from converters.formats import WEIGHTS
 from converters.gguf_file import through_q8_0
 from converters.tensors import F32, F64, LazyTensor, whole_items
 from converters.tokenizer_files import TokenizerFiles
@@ -89,7 +91,7 @@ def verify(
         raise ConversionError(f"{b if first else a}: rounding is compared of weights with weights; leave --rounded out")
     if first is None:
         second = open_subject(b, runtime, n_head=n_head, precision=precision)
-        return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text)
+        return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text, n_head)
     if other == "weights":
         weights = open_checkpoint(b, n_head=n_head)
         # What can be wrong is run, on whichever side it is.
@@ -115,18 +117,16 @@ def _weights_of(path: str | Path, n_head: int | None, insist: bool = False) -> C
 
 
 def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precision: str | None = None) -> Report:
-    """A checkpoint against what it was exported to. The weights are compared as well: those of a directory in fp32 byte
-    by byte, other precisions' block by block.
+    """A checkpoint against what it was exported to. The weights of ONNX are compared as well: those of fp32 byte by byte,
+    other precisions' block by block.
 
     Where torch is missing, the yardstick is the float64 reference, which is slow.
     """
     names = str(a.source), str(b)
     subject = open_subject(b, precision=precision)
     checks = [_same_configs(a.config, subject.config)]
-    if (stored := precision_of(subject)) != "fp32":
-        checks += [_compare_stored(a, subject, stored)]
-    elif kind_of(b) == "onnx":
-        checks += _compare_fp32(a, b, subject)
+    if kind_of(b) == "onnx":
+        checks += _compare_onnx(a, Path(b), subject)
     if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
         yardstick = gpt2x_model(a) if _installed("torch") else _reference(a)
         checks += _runs(yardstick, subject, a.tokenizer or _tokenizer_of(b), text)
@@ -139,9 +139,12 @@ def _reference(a: Checkpoint) -> Subject:
     return Uncached(Reference(a), a.config)
 
 
-def _verify_runs(a: str | Path, b: str | Path, first: Subject, second: Subject, text: str | None) -> Report:
+def _verify_runs(
+    a: str | Path, b: str | Path, first: Subject, second: Subject, text: str | None, n_head: int | None
+) -> Report:
     """Two of which the first is no checkpoint. A checkpoint is the better yardstick, on whichever side it is."""
-    checks = [_same_configs(first.config, second.config)]
+    weights = _compare_files(getattr(first, "path", a), getattr(second, "path", b), n_head)
+    checks = [_same_configs(first.config, second.config), weights]
     if not first.config.differences(second.config, ("n_vocab", "n_ctx")):
         yardstick, subject = (second, first) if kind_of(b) == "weights" else (first, second)
         checks += _runs(yardstick, subject, _tokenizer_of(a, b), text)
@@ -219,17 +222,41 @@ def bounds_of(*subjects: Subject) -> Bounds:
 # ------------------------------------------------------------------------------------------------- single checks
 
 
-def _compare_fp32(a: Checkpoint, b: str | Path, subject: Subject) -> list[Check]:
-    """The weights that an ONNX model uses; and those of its directory, which transformers loads, where they are others."""
+def _compare_beside(a: Checkpoint, b: Path, seen: Sequence[Path]) -> list[Check]:
+    """The weights in the directory of an ONNX model, which transformers loads, if they are in files that are not seen yet."""
+    if not any((b / name).is_file() for name in WEIGHTS):
+        return []
     try:
-        used = open_checkpoint(subject.path)  # type: ignore[attr-defined]
+        home = open_checkpoint(b)
+    except ConversionError as error:
+        return [Check("weights beside", False, str(error).splitlines()[0])]
+    if {file.resolve() for file in home.files} <= {file.resolve() for file in seen}:
+        return []
+    return [replace(compare_weights(a.cast(F32), home.cast(F32)), name="weights beside")]
+
+
+def _compare_files(a: str | Path, b: str | Path, n_head: int | None = None) -> Check:
+    """The weights of two files, of which any may be one that weights are not read from."""
+    found = []
+    for path in (a, b):
+        try:
+            found.append(open_checkpoint(path, n_head=n_head).cast(F32))
+        except ConversionError as error:
+            return Check("weights", None, f"not compared: {str(error).splitlines()[0]}")
+    return compare_weights(*found)
+
+
+def _compare_onnx(a: Checkpoint, b: Path, subject: Subject) -> list[Check]:
+    """The weights that an ONNX model has by their names, and any others in its directory."""
+    path: Path = subject.path  # type: ignore[attr-defined]
+    if (stored := precision_of(subject)) != "fp32":
+        return [_compare_stored(a, subject, stored), *_compare_beside(a, b, a.files)]
+    try:
+        used = open_checkpoint(path)
     except ConversionError as error:
         return [Check("weights", None, f"not compared: {str(error).splitlines()[0]}")]
-    checks = [compare_weights(a.cast(F32), used.cast(F32)), compare_tokenizers(a, used)]
-    home, seen = _weights_of(b, None), {file.resolve() for file in (*a.files, *used.files)}
-    if home and not {file.resolve() for file in home.files} <= seen:
-        checks.append(replace(compare_weights(a.cast(F32), home.cast(F32)), name="weights beside"))
-    return checks
+    checks = [compare_weights(a.cast(F32), used.cast(F32)), *_compare_beside(a, b, (*a.files, *used.files))]
+    return [*checks, compare_tokenizers(a, used)]
 
 
 def _compare_stored(a: Checkpoint, subject: Subject, precision: str) -> Check:
@@ -297,7 +324,7 @@ def _difference(a: LazyTensor | None, b: LazyTensor | None) -> str | None:
             apart = (np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)).reshape(-1, size).any(1)
             count += int(apart.sum())
             u, v = (cast_array(as_array(z, a.dtype, (-1,))[apart], a.dtype, F64, "") for z in (x, y))
-            largest = max(largest, float(np.abs(u - v).max()))
+            largest = float(np.maximum(largest, np.abs(u - v).max()))  # NaN, where there is one
     return f"differs in {count} values (by {largest:.3g} at most)" if count else None
 
 

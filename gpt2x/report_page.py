@@ -57,8 +57,8 @@ COLUMNS = {
 }
 EXPLAINED = {
     "configuration": "everything that decides shapes and arithmetic",
-    "weights": "every tensor, byte for byte; of ONNX, those that the graph takes",
-    "weights beside": "those in the directory that the ONNX graph does not take",
+    "weights": "every tensor, byte for byte; of other precisions, block by block",
+    "weights beside": "those in the directory that transformers would load in place of the ONNX model's",
     "tokenizer": "vocabulary and merges",
     "full context": "as many tokens as the model takes, in one pass",
     "one token": "a prompt of one token, on an empty cache",

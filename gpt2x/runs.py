@@ -429,10 +429,14 @@ def compare_words(yardstick: Decoder, subject: Decoder, prompt: Sequence[int], e
     """
     prompt = list(prompt[: max(1, min(32, yardstick.n_ctx // 2))])
     n = min(GREEDY_TOKENS, yardstick.n_ctx - len(prompt))
-    try:
-        theirs, ours = (greedy(decoder, prompt, n) for decoder in (yardstick, subject))
-    except CheckpointError as fault:
-        return Check("greedy words", False, str(fault))
+    words = []
+    for which, decoder in (("first", yardstick), ("second", subject)):
+        try:
+            words.append(greedy(decoder, prompt, n))
+        except CheckpointError:
+            result = f"none: the {which} one's logits are not all numbers"
+            return Check("greedy words", False, result, {"tokens": n, "first_difference": None})
+    theirs, ours = words
     first = next((i for i, (x, y) in enumerate(zip(ours, theirs, strict=True)) if x != y), None)
     if first is None:
         return Check("greedy words", True, f"{n} of {n} tokens the same", {"tokens": n, "first_difference": None})

@@ -45,6 +45,7 @@ TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # where ONNX Runtime is told so: 
 ENVIRONMENT = threading.Lock()
 SHRINK = ort.RunOptions()  # for prompts: their work takes room that decoding does not need
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+Provider = str | tuple[str, dict[str, Any]]
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
 TYPES = {
@@ -66,7 +67,7 @@ class OnnxDecoder:
         precision: which model of a directory; by default fp32, or else the only one there.
         threads: how many work on one operator; by default as many as there are cores.
         optimize: let ONNX Runtime rewrite the graph (``ORT_ENABLE_ALL``, its default).
-        providers: ONNX Runtime's execution providers, the first wanted first.
+        providers: ONNX Runtime's execution providers, the first wanted first; each a name, or a name and its options.
 
     Raises:
         FormatError: if there is no model, it is damaged, or its file of weights is not whole.
@@ -82,16 +83,17 @@ class OnnxDecoder:
         precision: str | None = None,
         threads: int | None = None,
         optimize: bool = True,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[Provider] = ("CPUExecutionProvider",),
     ) -> None:
-        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+        if threads is not None and threads not in range(1, MAX_THREADS + 1):
             raise ValueError(f"threads is {threads!r}; it can be 1 to {MAX_THREADS}")
-        if unknown := [name for name in providers if name not in ort.get_available_providers()]:
+        names = [given if isinstance(given, str) else given[0] for given in providers]
+        if unknown := [name for name in names if name not in ort.get_available_providers()]:
             here = ", ".join(ort.get_available_providers())
             raise ValueError(f"this ONNX Runtime has no {unknown[0]}; it has {here}")
         self.path = find_model(path, precision)
-        self.threads, self.providers = threads, tuple(providers)
-        self._session = _open(self.path, threads, optimize, list(providers))
+        self.threads, self.providers = None if threads is None else int(threads), tuple(providers)
+        self._session = _open(self.path, self.threads, optimize, list(providers))
         give_back()  # what loading took for a while: a third of the memory, where weights are packed anew
         self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
@@ -420,7 +422,7 @@ def find_model(path: str | Path, precision: str | None = None) -> Path:
     return found[precision]
 
 
-def _open(path: Path, threads: int | None, optimize: bool, providers: list[str]) -> ort.InferenceSession:
+def _open(path: Path, threads: int | None, optimize: bool, providers: list[Provider]) -> ort.InferenceSession:
     weights, names = path.parent / contract.WEIGHTS, _named(path, contract.WEIGHTS, *ATTENTION)
     if weights.is_file() and contract.WEIGHTS in names:
         open_safetensors(weights)  # a file that is cut short is found here, with a word on where

@@ -129,6 +129,7 @@ class ModuleDecoder:
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
         mask = check_mask(attention_mask, B, _length(past, self.config, B, torch.float32), T)
+        past = [(key, value) for key, value in past]  # a program takes a list
         try:
             logits, present = self.module(*map(torch.from_numpy, (ids, mask, positions)), past)
             found: Logits = logits.numpy()
@@ -155,17 +156,19 @@ def _length(past: Past, config: GPT2Config, B: int, dtype: torch.dtype) -> int:
         InputError: if it is not one of this model's for B rows.
     """
     try:
+        layers = len(past)
         tensors = [tensor for key, value in past for tensor in (key, value)]
         P = int(tensors[0].shape[2])
-        kinds = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
     except (TypeError, ValueError, AttributeError, IndexError):
         raise InputError("the cache is not one that an earlier step returned") from None
-    if len(past) != config.n_layer:
-        raise InputError(f"the cache has {len(past)} layers, the model {config.n_layer}")
+    if layers != config.n_layer:
+        raise InputError(f"the cache has {layers} layers, the model {config.n_layer}")
     wanted = (B, config.n_head, P, config.head_dim), dtype
-    if kinds != {wanted}:
-        shape, kind = next(found for found in kinds if found != wanted)
-        raise InputError(f"the cache holds {kind} {shape}; {dtype} {wanted[0]} is needed")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"the cache holds {type(tensor).__name__}, not tensors of torch")
+        if (tuple(tensor.shape), tensor.dtype) != wanted:
+            raise InputError(f"the cache holds {tensor.dtype} {tuple(tensor.shape)}; {dtype} {wanted[0]} is needed")
     return P
 
 

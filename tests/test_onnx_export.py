@@ -612,3 +612,14 @@ def test_two_results_cannot_have_one_name(gpt2x, tmp_path, monkeypatch):
 def test_options_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ExportOptions(**options)
+
+
+def test_tokens_to_calibrate_by_that_are_not_the_models(tmp_path):
+    with pytest.raises(ValueError, match="calibration has token id 13; the model's vocabulary is 13"):
+        export_onnx(
+            random_checkpoint(),
+            tmp_path / "m",
+            ExportOptions(("int8",), calibration=np.array([1, 13])),
+            need_tokenizer=False,
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """The ONNX Runtime decoder: the same loop, the same text, no torch; and one clear error for whatever does not fit."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -568,6 +569,36 @@ def test_verify_compares_the_weights_that_only_transformers_would_load(gpt2x, sh
     assert "weights beside  DIFFERENT  51 of 52 tensors" in result.stdout
 
 
+@pytest.mark.parametrize("damage", ["cut", "another"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_weights_beside_an_onnx_model_that_cannot_be_its_own_are_said(gpt2x, tmp_path, damage, precision):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", ExportOptions((precision,)))
+    beside = tmp_path / "m/model.safetensors"
+    if damage == "cut":
+        done(gpt2x("convert", SHAKESPEARE, beside))
+        os.truncate(beside, 5_000_000)
+    else:
+        save_checkpoint(random_checkpoint(), beside)
+    result = gpt2x("verify", SHAKESPEARE, tmp_path / "m")
+    assert result.exit_code == 1
+    assert "weights beside  DIFFERENT" in result.stdout
+    assert result.stdout.endswith("DIFFERENT: weights beside.\n")
+
+
+def test_the_weights_of_two_onnx_files_are_compared(gpt2x, shakespeare, tmp_path):
+    shutil.copytree(shakespeare, tmp_path / "m")
+    path = tmp_path / "m/onnx/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    ours, other = shakespeare / "onnx/model.onnx", tmp_path / "m/onnx/model.onnx"
+    for pair in ((ours, other), (other, ours), (other, SHAKESPEARE), (other, shakespeare)):
+        result = gpt2x("verify", *pair)
+        assert result.exit_code == 1
+        assert "weights         DIFFERENT  51 of 52 tensors bit-identical" in result.stdout
+    assert done(gpt2x("verify", ours, shakespeare)).stdout.endswith("The same.\n")
+
+
 def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp_path):
     shutil.copytree(shakespeare, tmp_path / "m")
     path = tmp_path / "m/onnx/model.safetensors"
@@ -579,7 +610,11 @@ def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp
         assert_refused(gpt2x("generate", tmp_path / "m", "ROMEO:", *options), "the model's logits are not numbers")
     result = gpt2x("verify", tmp_path / "m", tmp_path / "m/onnx/model.onnx")
     assert result.exit_code == 1
-    assert "greedy words    DIFFERENT  the model's logits are not numbers" in result.stdout
+    assert "greedy words    DIFFERENT  none: the first one's logits are not all numbers" in result.stdout
+    assert (
+        "0 of 52 tensors bit-identical; wte.weight differs in 393216 values (by nan"
+        in gpt2x("verify", SHAKESPEARE, tmp_path / "m").stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -588,11 +623,14 @@ def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp
 def test_options_that_cannot_be(tiny, options):
     with pytest.raises(ValueError, match="threads is|has no NoProvider; it has"):
         OnnxDecoder(tiny, **options)
+    OnnxDecoder(tiny, threads=np.int64(1), providers=[("CPUExecutionProvider", {})])
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x/" * 5000, "a\0b"])
 def test_a_name_that_no_file_can_have(gpt2x, name):
-    assert_all_refuse(gpt2x, name, "name")
+    assert_refused(
+        gpt2x("verify", SHAKESPEARE, name), "not a name that a file can have" if "\0" in name else "...: too long"
+    )
 
 
 def test_a_precision_for_the_weights_of_a_directory_with_onnx(gpt2x, shakespeare):

@@ -246,6 +246,8 @@ def test_tokens_that_do_not_fit_are_refused(decoder, ids, mask, positions, words
         (lambda past: [tuple(t.repeat(2, 1, 1, 1) for t in layer) for layer in past], "(2, 2, 2, 3)"),
         (lambda past: "x", "not one that an earlier step returned"),
         (lambda past: [], "not one that an earlier step returned"),
+        (lambda past: (layer for layer in past), "not one that an earlier step returned"),
+        (lambda past: [(k.numpy(), v.numpy()) for k, v in past], "the cache holds ndarray, not tensors of torch"),
         (lambda past: [None] * 2, "not one that an earlier step returned"),
         (lambda past: 7, "not one that an earlier step returned"),
     ],
@@ -254,7 +256,14 @@ def test_a_cache_that_does_not_fit_is_refused(decoder, edit, words):
     _, past = decoder.run(ID, None, AT, None)
     with pytest.raises(InputError, match=re.escape(words)):
         decoder.run(a([3]), None, a([2]), edit(past))
-    decoder.run(a([3]), None, a([2]), past)
+    decoder.run(a([3]), None, a([2]), tuple(past))
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pt2"])
+def test_reading_a_program_as_weights_says_what_it_is(gpt2x, tiny_files, name):
+    assert_refused(
+        gpt2x("inspect", tiny_files / name), "of which no weights are read: gpt2x generate and verify run it"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -280,13 +289,33 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, option, nam
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["--onnx", "--pt2"])
-def test_a_result_inside_what_will_be_a_file(gpt2x, tmp_path, monkeypatch, option):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--torchscript", "m.pt", "--pt2", "x/../m.pt/inner.pt2"), "inner.pt2 in m.pt"),
+        (("--torchscript", "m.pt", "--onnx", "m.pt/onnx"), "onnx in m.pt"),
+        (("--onnx", "d", "--torchscript", "d/config.json", "--force"), "config.json in d"),
+        (("--torchscript", "m.pt2", "--pt2", "./m.pt2"), "two results cannot have one name"),
+    ],
+)
+def test_results_that_would_lie_in_one_another(gpt2x, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
-    result = gpt2x("export", SHAKESPEARE, "--torchscript", "m.pt", option, "x/../m.pt/inner.pt2")
+    result = gpt2x("export", SHAKESPEARE, *options)
     assert result.exit_code == 2
-    assert "m.pt is to be a file, and inner.pt2 to lie in it" in result.stderr
-    assert (
-        gpt2x("export", SHAKESPEARE, "--torchscript", "m.pt2", "--pt2", "../" + tmp_path.name + "/m.pt2").exit_code == 2
-    )
+    assert words in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_destination_below_a_file_or_a_loop_is_found_before_anything_is_written(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    Path("loop").symlink_to("loop")
+    for above in ("file", "loop"):
+        result = gpt2x("export", SHAKESPEARE, "--onnx", "d", "--torchscript", f"{above}/m.pt")
+        assert_refused(result, f"{above}/m.pt: cannot be written: {above} is not a directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_long_name_and_another_name_are_the_same_file(tiny_files, tmp_path):
+    export_torchscript(random_checkpoint(), tmp_path / f"{'x' * 250}.pt")
+    assert (tmp_path / f"{'x' * 250}.pt").read_bytes() == (tiny_files / "m.pt").read_bytes()

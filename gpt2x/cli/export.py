@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,7 +111,7 @@ def export(
             check_before(src, target, force=force, directory=target == onnx)
     checkpoint = open_checkpoint(local(src), n_head=n_head, tie=tie)
     checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
-    _check_apart(onnx, torchscript, pt2)
+    _check_apart([target for target in (onnx, torchscript, pt2) if target])
     for target in (torchscript, pt2):
         if target:
             check_free(Path(target), force, directory=False)  # before any of them is written
@@ -142,19 +143,20 @@ def export(
         for report in reports:
             click.echo(printable(table(report)))
         if reports:
-            click.echo(f"Verified in {seconds:.1f} s.")
+            click.echo(f"Compared in {seconds:.1f} s.")
     ctx.exit(0 if all(report.passed for report in reports) else 1)
 
 
-def _check_apart(directory: str | None, *files: str | None) -> None:
-    """Refuse results that cannot all be there: two of one name, or one inside what will be a file."""
-    named = [Path(file).resolve() for file in files if file]
-    places = named + ([Path(directory).resolve()] if directory else [])
+def _check_apart(targets: list[str]) -> None:
+    """Refuse results of one name, or of which one lies in another."""
+    places = [Path(os.path.realpath(target)) for target in targets]
     for i, place in enumerate(places):
         if place in places[:i]:
             raise click.UsageError(f"two results cannot have one name, {place.name}")
-        if above := next((file for file in named if file in place.parents), None):
-            raise click.UsageError(f"{above.name} is to be a file, and {place.name} to lie in it")
+        if above := next((other for other in places if other in place.parents), None):
+            raise click.UsageError(
+                f"one result cannot lie in another, {place.name} in {above.name}: write it beside it"
+            )
 
 
 def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:

@@ -143,7 +143,9 @@ def table(report: Report) -> str:
         text = _metrics(check.details) if measured else check.result
         lines.append(f"  {check.name:<15} {mark:<10} {text}".rstrip())
         lines += [f"    {failure}" for failure in check.details.get("failures", [])]
-    return "\n".join(lines)
+    failed = ", ".join(check.name for check in report.checks if check.passed is False)
+    verdict = "The same." if report.passed else f"DIFFERENT: {failed}." if failed else "Nothing was compared."
+    return "\n".join([*lines, verdict])
 
 
 def _metrics(details: Mapping[str, Any]) -> str:

@@ -73,13 +73,16 @@ class ExportOptions:
     block: int = BLOCK
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.precisions if name not in contract.SUFFIXES]
-        if unknown or not self.precisions or isinstance(self.precisions, str):
-            raise ValueError(f"precisions are {self.precisions!r}; some of {', '.join(contract.SUFFIXES)} are needed")
-        if self.cache not in contract.CACHES:
+        several = isinstance(self.precisions, tuple | list) and bool(self.precisions)
+        if not several or len(set(self.precisions) & contract.SUFFIXES.keys()) != len(self.precisions):
+            known = ", ".join(contract.SUFFIXES)
+            raise ValueError(f"precisions are {self.precisions!r}; some of {known} are needed, each once")
+        if self.cache not in tuple(contract.CACHES):
             raise ValueError(f"cache is {self.cache!r}; known are {', '.join(contract.CACHES)}")
-        if self.block not in BLOCKS:
+        if self.block not in BLOCKS or not isinstance(self.block, int):
             raise ValueError(f"block is {self.block!r}; it can be {', '.join(map(str, BLOCKS))}")
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", [int(i) for i in self.calibration])
 
 
 def export_onnx(
@@ -107,8 +110,11 @@ def export_onnx(
         TokenizerError: if there is no tokenizer and one is needed.
         DestinationError: if the destination exists or cannot be written.
         ConversionError: if the source turns out to be damaged, or a precision cannot hold it.
+        ValueError: if the tokens to calibrate by are not the model's.
     """
     path = Path(path)
+    if strays := [i for i in options.calibration or () if not 0 <= i < checkpoint.config.n_vocab]:
+        raise ValueError(f"calibration has token id {strays[0]}; the model's vocabulary is {checkpoint.config.n_vocab}")
     if need_tokenizer and checkpoint.tokenizer is None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
     if contract.stays(options.cache) and checkpoint.config.head_dim % 8:

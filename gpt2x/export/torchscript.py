@@ -24,6 +24,7 @@ from gpt2x.load import model_of
 from .interface import Interface, dynamic_shapes, example_inputs
 
 CONFIG = "config.json"
+WHOLE = ".gpt2.whole"  # beside the result for a while; up to its last dot, torch makes it the folder in the archive
 PROGRAM = 100_000  # bytes a layer, more than the program takes beside its weights
 
 
@@ -76,15 +77,15 @@ def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable
     if any(file.exists() and Path(path).exists() and file.samefile(path) for file in checkpoint.files):
         raise DestinationError(f"{path}: is the source itself; write it elsewhere")
     # Where torch cannot write, it ends the process.
-    room = copies * (4 * checkpoint.parameters + PROGRAM * (checkpoint.config.n_layer + 4))
-    with staged_file(Path(path), room, force) as staged:
+    size = 4 * checkpoint.parameters + PROGRAM * (checkpoint.config.n_layer + 4)
+    with staged_file(Path(path), [size] * copies, force) as staged:
         write(str(staged))
         return staged.stat().st_size
 
 
 def _without_paths(save: Callable[..., Any], path: str, extra: dict[str, Any]) -> None:
     """Save TorchScript without its tables of source lines, which hold the paths of this machine."""
-    whole = f"{path}.whole"
+    whole = str(Path(path).with_name(WHOLE))
     save(whole, _extra_files=extra)
     with ZipFile(whole) as source, ZipFile(path, "w", ZIP_STORED) as target:
         for member in source.infolist():
