@@ -32,6 +32,7 @@ _HOMES = {
     "gpt2x.export.directory": ("ExportOptions", "export_onnx"),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
 }  # fmt: skip
+_EXTRAS = {"torch": "torch", "onnx": "export"}  # what is not installed with gpt2x itself -> what installs it
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
@@ -49,7 +50,13 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'gpt2x' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    try:
+        return getattr(import_module(_HOME_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        hint = f"gpt2x.{name} needs {error.name}: pip install 'gpt2x[{_EXTRAS[error.name]}]'"
+        raise ModuleNotFoundError(hint, name=error.name) from error
 
 
 def __dir__() -> list[str]:

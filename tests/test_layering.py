@@ -66,3 +66,16 @@ def test_every_public_name_is_there():
 
 def test_the_names_and_their_homes_agree():
     assert set(gpt2x._HOME_OF) | {"SHAKESPEARE", "__version__"} == set(gpt2x.__all__)
+
+
+@pytest.mark.parametrize(("name", "missing", "extra"), [("GPT2", "torch", "torch"), ("export_onnx", "onnx", "export")])
+def test_what_a_name_needs_is_said_with_the_line_to_type(tmp_path, name, missing, extra):
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+try:
+    from gpt2x import {name}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert run(code, tmp_path) == f"gpt2x.{name} needs {missing}: pip install 'gpt2x[{extra}]'\n"
