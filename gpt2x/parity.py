@@ -79,7 +79,7 @@ def verify(
         text: what to run them on; by default a scene of Shakespeare's.
         runtime: "torch" takes the weights of ``b``, too; "onnx" insists on its ONNX.
         n_head: attention heads, where nothing beside the weights says it.
-        precision: which ONNX model of ``b``; by default fp32, or else the only one.
+        precision: which ONNX model of ``b``, or of ``a`` if only that has some; by default fp32, or else the only one.
         rounded: compare the weights of ``b`` with those of ``a`` rounded as ``b`` stores each.
 
     Raises:
@@ -89,15 +89,13 @@ def verify(
     other = "onnx" if runtime == "onnx" else "weights" if runtime == "torch" and Path(b).is_dir() else kind_of(b)
     if rounded and (first is None or other != "weights"):
         raise ConversionError(f"{b if first else a}: rounding is compared of weights with weights; leave --rounded out")
+    if kind_of(a) == "onnx" and other == "weights" and runtime is None and not rounded:
+        return verify_export(open_checkpoint(b, n_head=n_head), a, text, precision)  # what can be wrong is run
     if first is None:
         second = open_subject(b, runtime, n_head=n_head, precision=precision)
         return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text, n_head)
     if other == "weights":
-        weights = open_checkpoint(b, n_head=n_head)
-        # What can be wrong is run, on whichever side it is.
-        if kind_of(a) == "onnx" and runtime is None and not rounded:
-            return verify_export(weights, a, text, precision)
-        return verify_checkpoints(first, weights, text, rounded)
+        return verify_checkpoints(first, open_checkpoint(b, n_head=n_head), text, rounded)
     report = verify_export(first, b, text, precision)
     if kind_of(a) == "onnx" and Path(a).resolve() != Path(b).resolve():
         report.checks.append(Check("ONNX of the first", None, "not run: its weights were; give it as the second"))
@@ -122,7 +120,7 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
 
     Where torch is missing, the yardstick is the float64 reference, which is slow.
     """
-    names = str(a.source), str(b)
+    names = str(a.source), f"{b} ({precision})" if precision else str(b)
     subject = open_subject(b, precision=precision)
     checks = [_same_configs(a.config, subject.config)]
     if kind_of(b) == "onnx":

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--precision",
     type=PRECISION,
-    help="Which ONNX model of B: fp32, or else the only one.",
+    help="Which ONNX model of B (of A, if B has none): fp32, or else the only one.",
 )
 @click.option("--rounded", is_flag=True, help="Compare B's weights with A's rounded as B's file holds each (--dtype).")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside the files says it.")
