@@ -582,3 +582,4 @@ def test_a_quantised_model_given_first_is_compared_with_the_weights_given_second
     out = done(gpt2x("verify", tmp_path / "d", SHAKESPEARE, "--precision", "int8")).stdout
     assert "weights         same       52 of 52 tensors, the worst block" in out
     assert f"against {tmp_path / 'd'} (int8)\n" in out
+    assert out.endswith("Within the bounds of its number format.\n")

@@ -144,7 +144,9 @@ def table(report: Report) -> str:
         lines.append(f"  {check.name:<15} {mark:<10} {text}".rstrip())
         lines += [f"    {failure}" for failure in check.details.get("failures", [])]
     failed = ", ".join(check.name for check in report.checks if check.passed is False)
-    verdict = "The same." if report.passed else f"DIFFERENT: {failed}." if failed else "Nothing was compared."
+    inexact = any(check.details.get("inexact") for check in report.checks)
+    passed = "Within the bounds of its number format." if inexact else "The same."
+    verdict = passed if report.passed else f"DIFFERENT: {failed}." if failed else "Nothing was compared."
     return "\n".join([*lines, verdict])
 
 
