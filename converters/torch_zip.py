@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
 CONFIG = "extra/config.json"  # torch.load passes it over; with it a lone .bin can be used alone
 MAX_MEMBERS = 100_000
-PROGRAMS = {"/constants.pkl": "TorchScript", "/models/model.json": "a program of torch.export"}
+PROGRAMS = {  # kind -> a member that only such an archive has, and what it is called
+    "pt2": ("/models/model.json", "a program of torch.export"),
+    "torchscript": ("/constants.pkl", "TorchScript"),
+}
 
 
 def open_torch_zip(path: Path) -> Container:
@@ -66,6 +69,11 @@ def open_torch_zip(path: Path) -> Container:
     return Container("bin", path, lazy, config, left_out, config_of=words)
 
 
+def program_in(names: Sequence[str]) -> str | None:
+    """Which of ``PROGRAMS`` an archive with members of these names is; None if it is none."""
+    return next((kind for kind, (end, _) in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
+
+
 def _crc32(value: int, data: bytes) -> int:
     return zlib.crc32(data, value)
 
@@ -84,11 +92,10 @@ def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
         raise FormatError(
             f"{file.path}: a zip archive with {'a comment' if comment else 'too many members'}: not PyTorch's"
         )
-    for member, kind in PROGRAMS.items():
-        if any(info.filename.endswith(member) for info in infos):
-            raise CheckpointError(
-                f"{file.path}: {kind}, of which no weights are read: gpt2x generate and verify run it; else give what it was made from"
-            )
+    if kind := program_in([info.filename for info in infos]):
+        raise CheckpointError(
+            f"{file.path}: {PROGRAMS[kind][1]}, of which no weights are read: gpt2x generate and verify run it; else give what it was made from"
+        )
     result: dict[str, tuple[int, zipfile.ZipInfo]] = {}
     spans = []
     for info in infos:

@@ -32,7 +32,8 @@ _HOMES = {
     "gpt2x.export.directory": ("ExportOptions", "export_onnx"),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
 }  # fmt: skip
-_EXTRAS = {"torch": "torch", "onnx": "export"}  # what is not installed with gpt2x itself -> what installs it
+# What is not installed with gpt2x itself -> the extra that installs it.
+_EXTRAS = {"h5py": "formats", "torch": "torch", "onnx": "export", "transformers": "verify", "huggingface_hub": "hub"}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:

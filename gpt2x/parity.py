@@ -240,17 +240,20 @@ def _compare_files(a: str | Path, b: str | Path, n_head: int | None = None) -> C
         try:
             found.append(open_checkpoint(path, n_head=n_head).cast(F32))
         except ConversionError as error:
-            return Check("weights", None, f"not compared: {str(error).splitlines()[0]}")
+            return _not_compared(error)
     return compare_weights(*found)
+
+
+def _not_compared(error: ConversionError) -> Check:
+    return Check("weights", None, f"not compared: {str(error).splitlines()[0]}")
 
 
 def _compare_onnx(a: Checkpoint, b: Path, subject: Subject) -> list[Check]:
     """The weights that an ONNX model has by their names, and any others in its directory."""
-    path: Path = subject.path  # type: ignore[attr-defined]
     if (stored := precision_of(subject)) != "fp32":
         return [_compare_stored(a, subject, stored), *_compare_beside(a, b, a.files)]
     try:
-        used = open_checkpoint(path)
+        used = open_checkpoint(subject.path)  # type: ignore[attr-defined]
     except ConversionError as error:
         return [Check("weights", None, f"not compared: {str(error).splitlines()[0]}")]
     checks = [compare_weights(a.cast(F32), used.cast(F32)), *_compare_beside(a, b, (*a.files, *used.files))]

@@ -251,18 +251,18 @@ class Found:
 def one_pass(subject: Subject, ids: Sequence[int]) -> Array:
     """The logits after each token of one row, (T, V); fed one by one where the model gives the last only."""
     if getattr(subject, "last_only", False):
-        return np.concatenate([logits for logits, _, _ in feed(subject, ids, [1] * len(ids))])
+        return np.concatenate(list(feed(subject, ids, [1] * len(ids))))
     logits, _ = subject.run(np.array([ids]), None, np.arange(len(ids))[None], None)
     return np.asarray(logits[0])
 
 
-def feed(subject: Subject, ids: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Array, int, int]]:
-    """One row in pieces of these sizes: the logits (t or 1, V) after each piece, and where it began and ended."""
+def feed(subject: Subject, ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Array]:
+    """One row in pieces of these sizes: the logits (t or 1, V) after each piece."""
     cache, start = None, 0
     for size in sizes:
         end = start + size
         logits, cache = subject.run(np.array([ids[start:end]]), None, np.arange(start, end)[None], cache)
-        yield logits[0], start, end
+        yield logits[0]
         start = end
 
 
@@ -302,7 +302,7 @@ def _in_pieces(subject: Subject, text: Text, sizes: Sequence[int]) -> Found:
     n, last = sum(sizes), getattr(subject, "last_only", False)
     expected = text.logits[np.cumsum(sizes) - 1] if last else text.logits[:n]
     found, filled = np.empty_like(expected), 0
-    for logits, _, _ in feed(subject, text.ids, sizes):
+    for logits in feed(subject, text.ids, sizes):
         found[filled : filled + len(logits)] = logits
         filled += len(logits)
     return Found(expected, found, None if last else text.ids[1 : n + 1])
@@ -378,7 +378,7 @@ def compare_prefill(subject: Subject, ids: Sequence[int]) -> Check:
     how a prompt is cut."""
     size = -(-len(ids) // 4)
     pieces = [min(size, len(ids) - start) for start in range(0, len(ids), size)]
-    found = [logits for logits, _, _ in feed(subject, ids, pieces)]
+    found = list(feed(subject, ids, pieces))
     if getattr(subject, "last_only", False):
         whole, _ = subject.run(np.array([ids]), None, np.arange(len(ids))[None], None)
         metrics = measure(whole[0], found[-1])

@@ -5,22 +5,22 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converters import Checkpoint, FormatError, GPT2Config, open_checkpoint
 from converters.files import check_name
+from converters.torch_zip import PROGRAMS, program_in
 
 from .contract import has_onnx
 from .generate import Decoder
 
 Array = NDArray[Any]
-Kind = Literal["weights", "onnx", "torchscript", "pt2"]
 
 
-NAMES = {"weights": "weights", "onnx": "ONNX", "torchscript": "TorchScript", "pt2": "a program of torch.export"}
+NAMES = {"weights": "weights", "onnx": "ONNX", **{kind: name for kind, (_, name) in PROGRAMS.items()}}
 
 
 class Subject(Decoder, Protocol):
@@ -34,18 +34,14 @@ class Subject(Decoder, Protocol):
         ...
 
 
-def kind_of(path: str | Path) -> Kind:
-    """What a path holds. Of a directory that has ONNX, the ONNX is meant."""
+def kind_of(path: str | Path) -> str:
+    """What a path holds, of ``NAMES``. Of a directory that has ONNX, the ONNX is meant."""
     path = Path(path)
     check_name(path)
     if has_onnx(path):
         return "onnx"
     if path.is_file() and zipfile.is_zipfile(path):
-        names = _members(path)
-        if any(name.endswith("/models/model.json") for name in names):
-            return "pt2"
-        if any(name.endswith("/constants.pkl") for name in names):
-            return "torchscript"
+        return program_in(_members(path)) or "weights"
     return "weights"
 
 

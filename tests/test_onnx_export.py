@@ -601,12 +601,9 @@ def test_two_results_cannot_have_one_name(gpt2x, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"precisions": ("int3",)},
-        {"precisions": ()},
-        {"precisions": "int8"},
-        {"cache": "x"},
-        {"block": 0},
-        {"block": 33},
+        *({"precisions": given} for given in (("int3",), (), "int8", None, ("fp32", "fp32"))),
+        *({"cache": given} for given in ("x", [], None)),
+        *({"block": given} for given in (0, 33, 32.0, None)),
     ],
 )
 def test_options_that_cannot_be(options):

@@ -289,7 +289,7 @@ def test_chunks_of_a_prompt_give_the_logits_of_one_pass(shakespeare, precision):
     ids = np.random.default_rng(0).integers(2048, size=256)
     expected = one_pass(decoder, ids)
     for sizes in ([128, 128], [64] * 4, [100, 100, 56]):
-        found = np.concatenate([logits for logits, _, _ in feed(decoder, ids, sizes)])
+        found = np.concatenate(list(feed(decoder, ids, sizes)))
         assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
@@ -348,7 +348,7 @@ def test_w8a8_logits_do_not_hang_on_chunks_batch_or_optimizations(tmp_path, cach
     largest = np.abs(expected := one_pass(decoder, ids)).max()
     for other in (
         one_pass(plain, ids),
-        *(np.concatenate([x for x, _, _ in feed(decoder, ids, n)]) for n in ([32] * 2, [1] * 64)),
+        *(np.concatenate(list(feed(decoder, ids, n))) for n in ([32] * 2, [1] * 64)),
     ):
         apart = np.abs(other - expected).max(1)
         assert np.median(apart) <= 1e-5 * largest  # attention's own sums may turn a rounding here and there

@@ -155,6 +155,10 @@ def test_a_file_that_is_not_gpt2xs_or_is_damaged_is_one_clear_error(gpt2x, tiny_
     data[at : at + 40] = bytes(40)
     Path("broken.pt").write_bytes(data)
     assert_refused(gpt2x("generate", "broken.pt", "x", "--tokenizer", SHAKESPEARE), "does not match its checksum")
+    with zipfile.ZipFile(tiny_files / "m.pt") as source, zipfile.ZipFile("other.pt", "w") as target:
+        for member in source.infolist():  # checksums are right here, but the program is none
+            target.writestr(member, b"?" if member.filename == program.filename else source.read(member))
+    assert_refused(gpt2x("generate", "other.pt", "x", "--tokenizer", SHAKESPEARE), "other.pt: torch cannot load it")
     assert_refused(gpt2x("convert", tiny_files / "m.pt", "out.safetensors"))
 
 

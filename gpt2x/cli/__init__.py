@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gpt2x import __version__
+from gpt2x import _EXTRAS, __version__
 
 from .bench import bench
 from .convert import convert
@@ -20,8 +20,6 @@ from .generate import generate
 from .inspect import inspect
 from .text import printable
 from .verify import verify
-
-EXTRAS = {"h5py": "formats", "torch": "torch", "onnx": "export", "transformers": "verify", "huggingface_hub": "hub"}
 
 
 class Main(click.Group):
@@ -47,8 +45,8 @@ def explain(error: Exception) -> str:
 
     if isinstance(error, ConversionError | InputError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"this needs {error.name}: pip install 'gpt2x[{EXTRAS[error.name]}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return f"this needs {error.name}: pip install 'gpt2x[{_EXTRAS[error.name]}]'"
     if isinstance(error, OSError):
         return f"{error.filename or 'input/output'}: {error.strerror or error}"
     if isinstance(error, MemoryError):
