@@ -65,7 +65,19 @@ def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False)
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # the paths of this machine
+    _drop_constraints_on_sums(program.range_constraints)
     return _save(checkpoint, path, force, lambda file: torch.export.save(program, file, extra_files=_extra(config)))
+
+
+def _drop_constraints_on_sums(constraints: dict[Any, Any]) -> None:
+    """Keep only the constraints on single symbols.
+
+    ``torch.export.load`` reads the key ``s13 + s70`` (cached and new tokens) as the name of a symbol, and then
+    ``run_decompositions`` fails. The sum has no limits of its own, so nothing is lost.
+    """
+    for expression in list(constraints):
+        if not expression.is_Symbol:
+            del constraints[expression]
 
 
 def _interface(checkpoint: Checkpoint) -> Interface:
