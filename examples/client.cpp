@@ -1,21 +1,35 @@
-// A GPT-2 client in C++ with ONNX Runtime's C++ API: token ids in, token ids out as they are made.
+// A GPT-2 client in C++ with ONNX Runtime's C++ API: token ids in, token ids out as they are generated.
 //
 //   g++ -std=c++17 -O2 client.cpp -I include/onnxruntime -l:libonnxruntime.so.1 -o client
-//   ./client gpt2-onnx/onnx/model.onnx 20 0.8 40 1 -- 33322 40 25    # new tokens, temperature, top-k, seed, prompt
+//   ./client gpt2-onnx/ --new 20 --temperature 0.8 --top-k 40 --seed 1 --threads 2 -- 33322 40 25
+//
+// It runs every precision and every kind of cache. The first argument may also be one of several models, such as
+// gpt2-onnx/onnx/model_q4.onnx.
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
+#include <map>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 using Ids = std::vector<int64_t>;
 
-// One token of the likeliest top_k (0: of all); temperature 0 is greedy.
+// The first model that is in the directory, or the path itself if it is no directory.
+std::filesystem::path find_model(const std::filesystem::path& path) {
+    if (!std::filesystem::is_directory(path)) return path;
+    for (auto name : {"model.onnx", "model_quantized.onnx", "model_int8.onnx", "model_q4.onnx", "model_fp16.onnx"})
+        if (auto file = path / "onnx" / name; std::filesystem::exists(file)) return file;
+    throw std::runtime_error(path.string() + ": no model in onnx/; gpt2x export --onnx writes such a directory");
+}
+
+// One token of the top_k most probable (0: of all); temperature 0 is greedy.
 int64_t sample(const float* logits, int64_t size, double temperature, int64_t top_k, std::mt19937_64& random) {
     if (temperature == 0) return std::max_element(logits, logits + size) - logits;
     Ids order(size);
@@ -28,15 +42,25 @@ int64_t sample(const float* logits, int64_t size, double temperature, int64_t to
 }
 
 int main(int argc, char** argv) try {
-    if (argc < 8) return std::cerr << "usage: client MODEL.onnx NEW TEMPERATURE TOP_K SEED -- ID...\n", 2;
-    const int64_t count = std::atoll(argv[2]), top_k = std::atoll(argv[4]);
-    const double temperature = std::atof(argv[3]);
-    std::mt19937_64 random(std::atoll(argv[5]));
+    std::map<std::string, double> options{{"--new", 40}, {"--temperature", 1}, {"--top-k", 0}, {"--seed", 1}, {"--threads", 0}};
+    int next = 2;
+    for (; next + 1 < argc && options.count(argv[next]); next += 2) options[argv[next]] = std::atof(argv[next + 1]);
+    const bool valid = std::all_of(options.begin(), options.end(), [](auto& option) { return option.second >= 0; });
+    if (!valid || next + 1 >= argc || argv[next] != std::string("--")) {
+        std::cerr << "usage: client DIR|MODEL.onnx [--new N] [--temperature T] [--top-k K] [--seed S] [--threads N] -- ID...\n"
+                     "every number is at least 0\n";
+        return 2;
+    }
     Ids ids;
-    for (int i = 7; i < argc; i++) ids.push_back(std::atoll(argv[i]));
+    for (int i = next + 1; i < argc; i++) ids.push_back(std::atoll(argv[i]));
+    const int64_t top_k = options["--top-k"];
+    std::mt19937_64 random(options["--seed"]);
 
-    Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "gpt2");
-    Ort::Session session(env, argv[1], Ort::SessionOptions{});
+    const auto model = find_model(argv[1]);
+    Ort::SessionOptions settings;
+    settings.SetIntraOpNumThreads(options["--threads"]);  // 0: one for each core
+    Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "gpt2");
+    Ort::Session session(env, model.c_str(), settings);
     Ort::AllocatorWithDefaultOptions allocator;
     std::vector<std::string> inputs, outputs;
     for (size_t i = 0; i < session.GetInputCount(); i++) inputs.push_back(session.GetInputNameAllocated(i, allocator).get());
@@ -44,20 +68,23 @@ int main(int argc, char** argv) try {
     std::vector<const char*> in, out;
     for (auto& name : inputs) in.push_back(name.c_str());
     for (auto& name : outputs) out.push_back(name.c_str());
-    auto shape = session.GetInputTypeInfo(3).GetTensorTypeAndShapeInfo().GetShape();  // of past_key_values.0.key
-    shape[0] = 1, shape[2] = 0;                                                       // an empty cache
 
     auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     auto tensor = [&](Ids& values) {
         const int64_t size[] = {1, static_cast<int64_t>(values.size())};
         return Ort::Value::CreateTensor<int64_t>(memory, values.data(), values.size(), size, 2);
     };
-    std::vector<Ort::Value> cache;
-    for (size_t i = 3; i < in.size(); i++)
-        cache.push_back(Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size()));
+    std::vector<Ort::Value> cache;  // of float, float16 or int8, as the model has it; empty at first
+    for (size_t i = 3; i < in.size(); i++) {
+        auto type = session.GetInputTypeInfo(i);
+        auto info = type.GetTensorTypeAndShapeInfo();
+        auto shape = info.GetShape();  // batch, heads, past, width
+        shape[0] = 1, shape[2] = 0;
+        cache.push_back(Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), info.GetElementType()));
+    }
 
     Ids mask;
-    for (int64_t made = 0; made < count; made++) {  // prefill, then one token a run on the cache
+    for (int64_t made = 0; made < options["--new"]; made++) {  // prefill, then one token per run on the cache
         Ids positions(ids.size());
         std::iota(positions.begin(), positions.end(), mask.size());
         mask.resize(mask.size() + ids.size(), 1);
@@ -67,12 +94,12 @@ int main(int argc, char** argv) try {
         auto result = session.Run(Ort::RunOptions{nullptr}, in.data(), feed.data(), in.size(), out.data(), out.size());
         const auto size = result[0].GetTensorTypeAndShapeInfo().GetShape();  // batch, positions, vocabulary
         const float* last = result[0].GetTensorData<float>() + (size[1] - 1) * size[2];
-        ids = {sample(last, size[2], temperature, top_k, random)};
+        ids = {sample(last, size[2], options["--temperature"], top_k, random)};
         std::cout << ids[0] << ' ' << std::flush;
         cache.clear();
         for (size_t i = 1; i < result.size(); i++) cache.push_back(std::move(result[i]));
     }
     std::cout << '\n';
-} catch (const Ort::Exception& error) {
-    return std::cerr << error.what() << '\n', 1;
+} catch (const std::exception& error) {
+    return std::cerr << "client: " << error.what() << '\n', 1;
 }

@@ -1,12 +1,14 @@
 """A GPT-2 service in Python without PyTorch: onnxruntime, numpy and tokenizers, and nothing of gpt2x.
 
     gpt2x export models/124M --onnx gpt2-onnx/
-    python examples/service.py gpt2-onnx/ 8000
+    python examples/service.py gpt2-onnx/ --port 8000 --threads 2
     curl -N localhost:8000 -d '{"prompt": "ROMEO:", "max_new_tokens": 40, "temperature": 0.8, "top_k": 40, "seed": 1}'
 
-The text comes as it is made.
+It runs every precision and every kind of cache. `--model onnx/model_q4.onnx` selects one of several models.
+The text is streamed as it is generated.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -19,44 +21,58 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+MODELS = ("model.onnx", "model_quantized.onnx", "model_int8.onnx", "model_q4.onnx", "model_fp16.onnx")
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
 
 class Model:
     """The ONNX model and its tokenizer."""
 
-    def __init__(self, directory: Path) -> None:
-        self.session = ort.InferenceSession(str(directory / "onnx/model.onnx"))
-        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.config = json.loads((directory / "config.json").read_text())
+    def __init__(self, directory: Path, model: str | None, threads: int) -> None:
+        file = find(directory, *([model] if model else [f"onnx/{name}" for name in MODELS]))
+        self.tokenizer = Tokenizer.from_file(str(find(directory, "tokenizer.json")))
+        self.config = json.loads(find(directory, "config.json").read_text())
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = ort.InferenceSession(str(file), options)
+        self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
 
     def tokens(self, prompt: list[int], count: int, temperature: float, top_k: int, seed: Any) -> Iterator[int]:
-        """Prefill, then one token a run on the cache."""
-        if not 1 <= len(prompt) <= self.config["n_positions"] or temperature < 0 or top_k < 0:
-            raise ValueError(f"a prompt of 1 to {self.config['n_positions']} tokens is needed, nothing below 0")
-        heads, width = self.config["n_head"], self.config["n_embd"]
-        names = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        past = {name: np.zeros((1, heads, 0, width // heads), np.float32) for name in names}
+        """Prefill, then one token per run on the cache."""
+        context = self.config["n_positions"]
+        if not 1 <= len(prompt) <= context:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; it must have 1 to {context}")
+        past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), TYPES[i.type]) for i in self.caches}
         random, ids, seen = np.random.default_rng(seed), np.array([prompt], np.int64), 0
-        for _ in range(min(count, self.config["n_positions"] - len(prompt) + 1)):
+        for _ in range(min(count, context - len(prompt) + 1)):
             positions = np.arange(seen, seen + ids.shape[1])[None]
             seen += ids.shape[1]
             feed = {"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64), "position_ids": positions}
             logits, *present = self.session.run(None, feed | past)
-            past = dict(zip(names, present, strict=True))
+            past = dict(zip(past, present, strict=True))
             token = sample(logits[0, -1], temperature, top_k, random)
             if token == self.config["eos_token_id"]:
                 return
             yield token
             ids = np.array([[token]], np.int64)
 
-    def text(self, prompt: str, count: int, temperature: float, top_k: int, seed: Any) -> Iterator[str]:
+    def text(self, prompt: str, *options: Any) -> Iterator[str]:
         """The continuation in pieces of whole characters."""
         pending: list[int] = []
-        for token in self.tokens(self.tokenizer.encode(prompt).ids, count, temperature, top_k, seed):
+        for token in self.tokens(self.tokenizer.encode(prompt).ids, *options):
             pending.append(token)
             piece = self.tokenizer.decode(pending)
             if not piece.endswith("\ufffd"):  # perhaps the beginning of a character
                 yield piece
                 pending = []
+
+
+def find(directory: Path, *names: str) -> Path:
+    """The first of these files that is in the directory."""
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    raise FileNotFoundError(f"{directory}: no {' or '.join(names)}; gpt2x export --onnx writes such a directory")
 
 
 def sample(logits: Any, temperature: float, top_k: int, random: np.random.Generator) -> int:
@@ -68,32 +84,52 @@ def sample(logits: Any, temperature: float, top_k: int, random: np.random.Genera
     return int(random.choice(best, p=weights / weights.sum()))
 
 
+def read(body: bytes) -> list[Any]:
+    """The prompt and the options of a request."""
+    asked = json.loads(body)
+    if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
+        raise ValueError('the request must be a JSON object with a string "prompt"')
+    numbers = [asked.get("max_new_tokens", 40), asked.get("temperature", 1.0), asked.get("top_k", 0)]
+    if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+        raise ValueError("max_new_tokens, temperature and top_k must be numbers of at least 0")
+    return [asked["prompt"], *numbers, asked.get("seed")]
+
+
 class Handler(BaseHTTPRequestHandler):
     """POST JSON, get text."""
 
     model: Model
+    error_message_format, error_content_type = "%(explain)s\n", "text/plain; charset=utf-8"
 
     def do_POST(self) -> None:
         try:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            options = [
-                asked.get(*o) for o in (("max_new_tokens", 40), ("temperature", 1.0), ("top_k", 0), ("seed", None))
-            ]
-            pieces = self.model.text(asked["prompt"], *options)
-            first = next(pieces, "")  # whatever is wrong comes out here
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            pieces = self.model.text(*read(body))
+            first = next(pieces, "")  # whatever is wrong with the request is raised here
         except Exception as error:
-            return self.send_error(400, str(error).splitlines()[0])
+            self.send_error(400, explain=str(error))
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.end_headers()
         for piece in chain([first], pieces):
             self.wfile.write(piece.encode())
             self.wfile.flush()
-        return None
 
 
 if __name__ == "__main__":
-    Handler.model = Model(Path(sys.argv[1]))
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2]) if len(sys.argv) > 2 else 8000), Handler)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("place", metavar="port", type=int, nargs="?", default=8000)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--model", metavar="FILE", help="relative to the directory")
+    parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
+    arguments = parser.parse_args()
+    port = arguments.place if arguments.port is None else arguments.port
+    try:
+        Handler.model = Model(arguments.directory, arguments.model, arguments.threads)
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except Exception as error:
+        sys.exit(f"service.py: {str(error).splitlines()[0]}")
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnxruntime
@@ -197,34 +197,184 @@ def test_a_client_takes_the_logits_of_the_last_slot_alone(client, expected, tmp_
 # ----------------------------------------------------------------------------------------------------------- examples
 
 
+SERVICES = {
+    "Python": [sys.executable, ROOT / "examples" / "service.py"],
+    "Node": ["node", ROOT / "examples" / "service.mjs"],
+}
+# What an example runs: a kind of cache, and the precision of the weights.
+KINDS = [
+    *(("growing", precision) for precision in contract.SUFFIXES),
+    ("inplace", "fp32"),
+    ("inplace", "int8"),
+    ("inplace-int8", "fp32"),
+    ("inplace-int8", "fp16"),
+]
+GREEDY = {"max_new_tokens": COUNT, "temperature": 0}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="nothing here counts a process's threads")
+
+services = pytest.mark.parametrize("service", ["Python", pytest.param("Node", marks=needs_node)])
+examples = pytest.mark.parametrize(
+    "example", ["Python", pytest.param("Node", marks=needs_node), pytest.param("C++", marks=needs_headers)]
+)
+
+
 @contextmanager
-def running(command, cwd):
-    """A service of the examples, on a free port; gives its address."""
-    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True, cwd=cwd, env=ENVIRONMENT)
+def started(command, cwd, stdout=subprocess.PIPE):
+    """A process that is ended at last."""
+    process = subprocess.Popen([str(c) for c in command], stdout=stdout, text=True, cwd=cwd, env=ENVIRONMENT)
     try:
-        yield process.stdout.readline().strip()
+        yield process
     finally:
         process.terminate()
         process.wait(10)
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
+
+
+@contextmanager
+def running(service, directory, cwd, *options):
+    """A service on a free port; gives its address."""
+    with started([*SERVICES[service], directory, "--port", "0", *options], cwd) as process:
+        yield process.stdout.readline().strip()
+
+
+def post(address, body):
+    return urllib.request.urlopen(urllib.request.Request(address, body), timeout=60)
 
 
 def ask(address, **question):
-    request = urllib.request.Request(address, json.dumps(question).encode())
-    return urllib.request.urlopen(request, timeout=60)
+    return post(address, json.dumps(question).encode())
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param([sys.executable, ROOT / "examples" / "service.py"], id="Python"),
-        pytest.param(["node", ROOT / "examples" / "service.mjs"], id="Node", marks=needs_node),
-    ],
-)
-def test_a_service_of_the_examples_answers_streams_and_samples(command, directory, tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The client in C++."""
+    folder = tmp_path_factory.mktemp("cpp")
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1*"))
+    (folder / "libonnxruntime.so.1").symlink_to(library)
+    build = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", ROOT / "examples/client.cpp", "-isystem", HEADERS, "-L", folder, "-l:libonnxruntime.so.1", f"-Wl,-rpath,{folder}", "-o", folder / "client"]  # fmt: skip
+    subprocess.run([str(part) for part in build], check=True)
+    return folder / "client"
+
+
+def refused(command, cwd):
+    """The one line with which a program ends that refuses what it is given."""
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
+    assert (result.returncode, result.stdout) == (1, ""), result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.fixture
+def continuation(request, tmp_path):
+    """``continuation(example, path, model)``: the text that an example generates after the first prompt."""
+    tokenizer = Tokenizer.from_pretrained(SHAKESPEARE)
+
+    def generate(example, directory, model=None):
+        if example == "C++":
+            path = directory / model if model else directory
+            command = [request.getfixturevalue("compiled"), path, "--new", COUNT, "--temperature", 0, "--threads", 1]
+            command += ["--", *tokenizer.encode(PROMPTS[0])]
+            result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+            return tokenizer.decode([int(i) for i in result.stdout.split()])
+        options = ["--model", model] if model else []
+        with running(example, directory, tmp_path, "--threads", "1", *options) as address:
+            return ask(address, prompt=PROMPTS[0], **GREEDY).read().decode()
+
+    return generate
+
+
+def text_of(tokens):
+    return Tokenizer.from_pretrained(SHAKESPEARE).decode(tokens[PROMPTS[0]])
+
+
+@pytest.mark.parametrize(("cache", "precision"), KINDS)
+@examples
+def test_an_example_runs_every_precision_and_cache(example, cache, precision, exported, wanted, continuation):
+    assert continuation(example, exported(cache, precision)) == text_of(wanted(cache, precision))
+
+
+@examples
+def test_an_example_runs_a_model_that_gives_the_last_logits_only(example, expected, continuation, tmp_path):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "last", ExportOptions(last=True))
+    assert continuation(example, tmp_path / "last") == text_of(expected)
+
+
+@examples
+def test_an_example_runs_the_model_it_is_told_to_of_several_and_fp32_otherwise(example, exported, wanted, continuation):
+    several = exported("growing", "all")
+    assert continuation(example, several) == text_of(wanted("growing", "fp32"))
+    assert continuation(example, several, contract.model_file("int4")) == text_of(wanted("growing", "int4"))
+
+
+@needs_proc
+@services
+def test_a_service_uses_as_many_threads_as_it_is_told_to(service, directory, tmp_path):
+    def threads(count):
+        command = [*SERVICES[service], directory, "--port", "0", "--threads", count]
+        with started(command, tmp_path) as process:
+            assert process.stdout.readline()
+            return len(list(Path(f"/proc/{process.pid}/task").iterdir()))
+
+    assert threads(5) - threads(3) == threads(3) - threads(1) == 2
+
+
+@needs_proc
+@needs_headers
+def test_the_client_in_cpp_uses_as_many_threads_as_it_is_told_to(compiled, directory, tmp_path):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)  # and full: the clients wait with their first token
+
+    def client(count):
+        return started([compiled, directory, "--threads", count, "--", 1], tmp_path, writer)
+
+    def threads(process):
+        return len(list(Path(f"/proc/{process.pid}/task").iterdir()))
+
+    with client(3) as some, client(5) as more:
+        deadline = time.monotonic() + 60
+        while threads(some) < 3 or threads(more) - threads(some) != 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    os.close(reader)
+    os.close(writer)
+
+
+@services
+def test_a_service_refuses_a_directory_without_a_model_or_a_tokenizer(service, directory, tmp_path):
+    def refusal(*options):
+        return refused([*SERVICES[service], *options, "--port", "0"], tmp_path)
+
+    assert "no onnx/model.onnx or onnx/model_quantized.onnx" in refusal(tmp_path / "missing")
+    assert "no onnx/model.onnx or onnx/model_quantized.onnx" in refusal(tmp_path)
+    assert "no onnx/model_q4.onnx" in refusal(directory, "--model", "onnx/model_q4.onnx")
+    bare = tmp_path / "bare"
+    shutil.copytree(directory / "onnx", bare / "onnx")
+    assert f"{bare}: no tokenizer.json" in refusal(bare)
+    shutil.copytree(directory, tmp_path / "damaged")
+    (tmp_path / "damaged" / contract.model_file("fp32")).write_text("not a model")
+    assert "failed:Protobuf parsing failed" in refusal(tmp_path / "damaged")
+
+
+@needs_headers
+def test_the_client_in_cpp_refuses_what_is_wrong(compiled, directory, tmp_path):
+    assert "no model in onnx/" in refused([compiled, tmp_path, "--", 1], tmp_path)
+    assert "File doesn't exist" in refused([compiled, directory / "onnx/model_q4.onnx", "--", 1], tmp_path)
+    assert "idx=99999" in refused([compiled, directory, "--", 99999], tmp_path)
+    for wrong in ([], [directory], [directory, "--"], [directory, "--cores", 2, "--", 1], [directory, "--top-k", -1, "--", 1]):  # fmt: skip
+        result = subprocess.run([str(c) for c in (compiled, *wrong)], capture_output=True, text=True)
+        assert (result.returncode, result.stderr.split()[0]) == (2, "usage:")
+
+
+@services
+def test_a_service_answers_streams_and_samples(service, directory, tmp_path):
     prompt, tokenizer = PROMPTS[0], Tokenizer.from_pretrained(SHAKESPEARE)
     expected = generate_text(from_pretrained(SHAKESPEARE), tokenizer, prompt, COUNT, 0).removeprefix(prompt)
-    with running([*command, directory, "0"], tmp_path) as address:
+    with running(service, directory, tmp_path) as address:
         assert ask(address, prompt=prompt, max_new_tokens=COUNT, temperature=0).read().decode() == expected
         sampled = {ask(address, prompt=prompt, max_new_tokens=12, top_k=40, seed=i).read() for i in range(6)}
         assert len(sampled) > 1
@@ -235,37 +385,59 @@ def test_a_service_of_the_examples_answers_streams_and_samples(command, director
             first = time.perf_counter() - start
             stream.read()
         assert first < 0.7 * (time.perf_counter() - start)  # the text comes as it is made
-        for wrong in ({}, {"prompt": ""}):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                ask(address, **wrong)
-            with refused.value:
-                assert refused.value.code == 400
+
+
+@services
+def test_a_service_says_what_is_wrong_with_a_request(service, directory, tmp_path):
+    def answer(address, body):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            post(address, body)
+        with refusal.value as response:
+            assert response.code == 400
+            (line,) = response.read().decode().splitlines()
+            return line
+
+    with running(service, directory, tmp_path) as address:
+        for body in ({}, {"prompt": None}, {"prompt": 5}, [], ["prompt"], None):
+            assert 'a string "prompt"' in answer(address, json.dumps(body).encode())
+        assert "the prompt has 0 tokens" in answer(address, b'{"prompt": ""}')
+        assert "it must have 1 to 256" in answer(address, json.dumps({"prompt": "lord " * 300}).encode())
+        for wrong in ({"temperature": -1}, {"temperature": "hot"}, {"top_k": -1}, {"max_new_tokens": None}):
+            assert "must be numbers of at least 0" in answer(address, json.dumps({"prompt": "I", **wrong}).encode())
+        assert answer(address, b"prompt")
+        assert ask(address, prompt=PROMPTS[0], max_new_tokens=1).code == 200
+
+
+def test_a_service_takes_the_port_as_its_second_argument_too(directory, tmp_path):
+    with started([*SERVICES["Python"], directory, "0"], tmp_path) as process:
+        assert re.fullmatch(r"http://127.0.0.1:\d+\n", process.stdout.readline())
 
 
 @needs_headers
-def test_the_client_in_cpp_gives_the_torch_models_tokens_and_samples(directory, expected, tmp_path):
-    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1*"))
-    (tmp_path / "libonnxruntime.so.1").symlink_to(library)
-    build = ["g++", "-std=c++17", "-O1", ROOT / "examples/client.cpp", "-I", HEADERS, "-L", tmp_path, "-l:libonnxruntime.so.1", f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "client"]  # fmt: skip
-    subprocess.run([str(part) for part in build], check=True)
-    prompt = Tokenizer.from_pretrained(SHAKESPEARE).encode(PROMPTS[0])
+def test_the_client_in_cpp_samples(compiled, directory):
+    def run(*options):
+        command = [compiled, directory, "--new", 20, *options, "--", *Tokenizer.from_pretrained(SHAKESPEARE).encode(PROMPTS[0])]  # fmt: skip
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
-    def run(*options, ids=prompt):
-        command = [tmp_path / "client", directory / "onnx/model.onnx", *options, "--", *ids]
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True)
-
-    assert [int(i) for i in run(COUNT, 0, 0, 1).stdout.split()] == expected[PROMPTS[0]]
-    assert run(20, 0.9, 40, 1).stdout == run(20, 0.9, 40, 1).stdout != run(20, 0.9, 40, 2).stdout
-    wrong = run(1, 0, 0, 1, ids=[99999])
-    assert wrong.returncode == 1
-    assert wrong.stderr
+    options = "--temperature", 0.9, "--top-k", 40, "--seed"
+    assert run(*options, 1) == run(*options, 1) != run(*options, 2)
+    assert run("--top-k", 1) == run("--temperature", 0)
 
 
 def test_every_example_is_a_page_and_needs_no_torch():
     for name in ("service.py", "service.mjs", "client.cpp"):
         text = (ROOT / "examples" / name).read_text()
-        assert 50 <= len(text.splitlines()) <= 100, name
+        assert 50 <= len(text.splitlines()) <= 140, name
         assert not re.search(r"^\s*(import|from) (torch|gpt2x|converters|transformers)\b", text, re.M), name
+
+
+def test_every_example_knows_the_models_of_all_precisions_and_no_file_of_weights():
+    for name in ("service.py", "service.mjs", "client.cpp"):
+        text = (ROOT / "examples" / name).read_text()
+        order = [Path(contract.model_file(precision)).name for precision in ("fp32", "int8", "w8a8", "int4", "fp16")]
+        assert re.findall(r"\bmodel\w*\.onnx\b", re.search(r"model\.onnx\".*", text)[0]) == order, name
+        assert len(order) == len(contract.SUFFIXES)
+        assert not re.search("safetensors|onnx_data", text), name
 
 
 def test_no_lock_file_and_no_registry_is_committed():
