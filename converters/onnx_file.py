@@ -33,10 +33,12 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of fields
 TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64", 16: "BF16"}  # fmt: skip
 QUANTISED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
 CONFIG = "gpt2x.config"  # of metadata_props: Hugging Face's config.json, in the models that gpt2x exports
+CONSTANT = "constant_"  # what the numbers in gpt2x's own graphs are called, such as shapes
 QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
 MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
 MAX_NAME = 4096
 MAX_METADATA = 1 << 20
+MAX_ENTRIES = 1000  # of metadata
 MAX_INITIALIZERS = 20_000  # of GPT-2's 1558M: less than a thousand, with constants
 MAX_RANK = 8
 MAX_FILES = 64
@@ -79,9 +81,19 @@ def open_onnx(path: Path) -> Container:
         path,
         weights,
         parse_json(metadata[CONFIG].encode(), f"{path}: its metadata") if CONFIG in metadata else None,
-        tuple(name for name in found if name not in weights),  # constants
+        tuple(name for name in found if name not in weights and not name.startswith(CONSTANT)),
         parts=(path, *(other.path for other in files.others.values())),
     )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The ``metadata_props`` of an ONNX model; its graph is passed over.
+
+    Raises:
+        FormatError: if the model is not sound.
+    """
+    entries = (part for number, part in _fields(Cursor(File(path))) if number == METADATA)
+    return dict(_entry(part, str(path), MAX_METADATA) for part in itertools.islice(entries, MAX_ENTRIES))
 
 
 def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:

@@ -22,7 +22,7 @@ CACHES = {
 
 # Precision -> what transformers.js puts behind "model" for it.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "w8a8": "_int8", "int4": "_q4"}
-WEIGHTS = "model.safetensors"  # of fp32, beside the model; other precisions' are in the file of ``data_file``
+OLD_WEIGHTS = "model.safetensors"  # of fp32, beside the model, in directories that gpt2x 0.1.0 wrote
 
 # Keys of metadata_props.
 CONTRACT = "gpt2x.contract"
@@ -35,6 +35,17 @@ CACHE = "gpt2x.cache"
 LOGITS = "gpt2x.logits"
 BLOCK = "gpt2x.block_size"  # how many weights of int8 and int4 share a scale
 ROUNDING = "gpt2x.rounding"  # of int8, w8a8 and int4: "nearest", or "calibrated" on a text
+PAIRS = "gpt2x.pair_sums"  # of w8a8: the largest sum of two neighbouring weights; 128 needs no more than 16 bits
+RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the model
+
+
+# The first version of ONNX Runtime that has an opset; that runs blocks of weights (int8, int4); that has the attention of
+# a kind of cache, and of its fp16; and whose QuantizeLinear (w8a8) knows opset 23. ``make test-versions`` tries them all.
+OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 20), 23: (1, 23)}
+OF_BLOCKS = (1, 19)
+OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 27)}
+OF_FP16_INPLACE_INT8 = (1, 29)
+OF_W8A8_OPSET_23 = (1, 24)
 
 
 class Slot(NamedTuple):
@@ -50,8 +61,8 @@ def model_file(precision: str) -> str:
 
 
 def data_file(precision: str) -> str:
-    """The name of the file of weights beside it; a browser's transformers.js asks for ``.onnx_data``."""
-    return WEIGHTS if precision == "fp32" else f"model{SUFFIXES[precision]}.onnx_data"
+    """The name of the file of weights beside it: the only one that optimum and transformers.js fetch from a Hub."""
+    return f"model{SUFFIXES[precision]}.onnx_data"
 
 
 def inputs(config: GPT2Config, precision: str = "fp32", cache: str = "growing") -> dict[str, Slot]:
@@ -78,9 +89,22 @@ def cache_type(precision: str, cache: str = "growing") -> str:
     return "int8" if cache == "inplace-int8" else "float16" if precision == "fp16" else "float32"
 
 
+def runtime_version(precision: str, cache: str, opset: int) -> str:
+    """The first version of ONNX Runtime that runs a model."""
+    needed = [OF_OPSET[opset], OF_CACHE[cache]]
+    if precision in ("int8", "int4") and opset >= 21:
+        needed.append(OF_BLOCKS)
+    if (precision, cache) == ("fp16", "inplace-int8"):
+        needed.append(OF_FP16_INPLACE_INT8)
+    if precision == "w8a8" and opset >= 23:
+        needed.append(OF_W8A8_OPSET_23)
+    major, minor = max(needed)
+    return f"{major}.{minor}.0"
+
+
 def stays(cache: str) -> bool:
     """Whether a cache of this kind stays in place."""
-    return CACHES[cache] == "2"
+    return CACHES.get(cache) == "2"
 
 
 def past_names(n_layer: int) -> list[str]:

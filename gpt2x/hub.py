@@ -154,7 +154,11 @@ def _either(address: Address, folder: str, here: set[str], names: frozenset[str]
 
 
 def _weights_or_onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    return _weights(address, folder, here, names) or (_onnx(address, folder, here, names) if OURS in here else None)
+    """Weights, or else the float32 model of an export: the others hold rounded weights, which are not converted."""
+    found, model = _weights(address, folder, here, names), contract.model_file("fp32")
+    if found or OURS not in here or model not in here:
+        return found
+    return Choice(folder, _file(folder + model, names).files, folder)
 
 
 def _weights(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
@@ -191,7 +195,9 @@ def _file(name: str, names: frozenset[str]) -> Choice:
     folder = name[: name.rfind("/") + 1]
     if not name.endswith(".onnx"):
         return Choice(folder, (name,), name)
-    data = {f"{name}_data", f"{name}.data"} | ({folder + contract.WEIGHTS} if name == f"{folder}model.onnx" else set())
+    data = {f"{name}_data", f"{name}.data"} | (
+        {folder + contract.OLD_WEIGHTS} if name == f"{folder}model.onnx" else set()
+    )
     return Choice(re.sub(r"(^|/)onnx/$", r"\1", folder), (name, *sorted(data & names)), name)
 
 

@@ -6,8 +6,9 @@ it is run. numpy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,21 +55,42 @@ class Bounds:
     kl_divergence: float = 1e-6  # nats, mean over positions
     perplexity: float = 1e-5  # relative difference
 
+    def or_wider(self, metrics: Metrics) -> Bounds:
+        """These, or where they are wider, the bounds that follow from what right arithmetic gives on a model."""
+        scale = metrics.max_logit or 1.0
+        apart = abs((metrics.perplexity_other or 1.0) / (metrics.perplexity or 1.0) - 1)
+        spread = math.sqrt(2 * metrics.kl_divergence / STEPS)  # of a mean over the fewest tokens that it is taken of
+        found = (
+            metrics.max_abs_error / scale,
+            metrics.mean_abs_error / scale,
+            metrics.max_rel_error,
+            metrics.mean_rel_error,
+            metrics.kl_divergence,
+            max(apart, spread),
+        )
+        return Bounds(*(max(own, TIMES * value) for own, value in zip(astuple(self), found, strict=True)))
+
 
 FP32 = Bounds()
 
 # One pass against chunks of the same model.
 PREFILL = Bounds(1e-3, 2e-4, 5e-3, 5e-4, 1e-5, 1e-4)
 
-# Precision -> how far its logits may be from the source's, the narrowest first. What each stores is also compared with
-# the source, block by block (``gpt2x.stored``).
+# Kind of numbers -> how far its logits may be from the source's, the narrowest first: three times what right arithmetic
+# gives on the model that ships with gpt2x, as ``docs/design.md`` lists it. Real half floats (of ARM and GPUs) round more
+# often than a CPU that computes fp16 in float32, which is what was measured; hence more room. What each precision stores is
+# also compared with the source, block by block (``gpt2x.stored``).
+CACHE8 = "8-bit cache"
 BOUNDS = {
     "fp32": FP32,
-    "fp16": Bounds(1e-2, 2e-3, 2e-2, 5e-3, 1e-4, 1e-3),
-    "int8": Bounds(5e-2, 1e-2, 1e-1, 2e-2, 2e-3, 5e-3),
-    "w8a8": Bounds(1e-1, 2e-2, 2e-1, 4e-2, 5e-3, 1e-2),
-    "int4": Bounds(4e-1, 1e-1, 6e-1, 1.5e-1, 1e-1, 5e-2),
+    "fp16": Bounds(3e-3, 6e-4, 6e-3, 1.5e-3, 1e-5, 5e-4),
+    CACHE8: Bounds(1.2e-2, 2.5e-3, 2e-2, 2.5e-3, 4e-5, 3e-3),
+    "int8": Bounds(3e-2, 7e-3, 5.5e-2, 7e-3, 3e-4, 4e-3),
+    "w8a8": Bounds(5e-2, 8e-3, 8e-2, 8e-3, 6e-4, 6e-3),
+    "int4": Bounds(3e-1, 5e-2, 4.5e-1, 5e-2, 2.5e-2, 1e-1),
 }
+TIMES = 3  # what right arithmetic gives, in a bound
+FEW = 16  # positions, over which a mean is not one yet
 
 
 @dataclass
@@ -104,7 +126,7 @@ class Metrics:
             "mean_abs_error": bounds.mean_abs_error * self.max_logit,
             "max_rel_error": bounds.max_rel_error,
             "mean_rel_error": bounds.mean_rel_error,
-            "kl_divergence": bounds.kl_divergence,
+            "kl_divergence": bounds.kl_divergence * (TIMES if self.positions < FEW else 1),
         }
 
     def failures(self, bounds: Bounds = FP32) -> list[str]:
@@ -365,7 +387,7 @@ def compare_runs(yardstick: Subject, subject: Subject, ids: Sequence[int], bound
     if bounds != FP32:
         checks.append(compare_prefill(subject, text.ids))
     plain = getattr(subject, "unoptimized", None)
-    if plain is not None:
+    if plain is not None and not subject.needs_optimizing:  # type: ignore[attr-defined]
         checks.append(compare_logits("full context", plain(), text, bounds, called="ORT_DISABLE_ALL"))
     seen = [c.details for c in checks if c.details]
     allowed = bounds.max_abs_error * max((d["max_logit"] for d in seen), default=0.0)

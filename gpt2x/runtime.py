@@ -9,10 +9,11 @@ The cache stays in ONNX Runtime's own buffers from step to step: what one step r
 from __future__ import annotations
 
 import os
+import re
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from converters import CheckpointError, ConfigError, FormatError, GPT2Config
 from converters.config import config_of
 from converters.errors import short
 from converters.files import File, check_name, parse_json, read_json
+from converters.onnx_file import read_metadata
 from converters.safetensors_file import open_safetensors
 
 from . import contract
@@ -34,17 +36,21 @@ from .inputs import check_mask, check_tokens, whole
 
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
-SATURATES = (
-    "{path}: this processor has no VNNI, and ONNX Runtime's products of 8-bit numbers may overflow on it. "
-    "gpt2x verify says by how much; an int8 model is right everywhere"
-)
 MAX_THREADS = 1024
+MAX_MESSAGE = 2000  # characters of an error of ONNX Runtime's
 SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
-ATTENTION = "GroupQueryAttention", "k_quant_type"  # of a cache in place: the operator, and its attribute for 8 bits
+VERSION = re.compile(r"\d{1,4}\.\d{1,4}\.\d{1,4}")
+EXACT = "session.x64quantprecision"  # products of uint8 and int8 by an exact kernel, where the usual one saturates
+# An ONNX model: y = MatMulInteger(a, b); a is uint8 (1, 2), b int8 (2, 1), both 127.
+PRODUCT = bytes.fromhex(
+    "08043a560a180a01610a0162120179220d4d61744d756c496e74656765721201672a0d0802080110034201624a027f7f"
+    "5a130a0161120e0a0c080212080a0208010a02080262130a0179120e0a0c080612080a0208010a02080142040a00100a"
+)
 TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # where ONNX Runtime is told so: the environment
 ENVIRONMENT = threading.Lock()
 SHRINK = ort.RunOptions()  # for prompts: their work takes room that decoding does not need
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+NOT_UTF8 = "{path}: ONNX Runtime opens only paths in UTF-8: rename it"
 Provider = str | tuple[str, dict[str, Any]]
 Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
 
@@ -61,6 +67,8 @@ class OnnxDecoder:
 
     A model whose cache stays in place (``--cache inplace``) has a ``RowCache``, which each step changes: what an earlier
     step returned is no longer as it was. Padding on either side is taken out of what it is given.
+
+    It is a context manager, too: ``with OnnxDecoder(path) as decoder`` frees the model at the end, as ``close`` does.
 
     Args:
         path: a directory that ``gpt2x export --onnx`` wrote, or an ``.onnx`` file of the same contract.
@@ -93,16 +101,16 @@ class OnnxDecoder:
             raise ValueError(f"this ONNX Runtime has no {unknown[0]}; it has {here}")
         self.path = find_model(path, precision)
         self.threads, self.providers = None if threads is None else int(threads), tuple(providers)
-        self._session = _open(self.path, self.threads, optimize, list(providers))
+        self.metadata = read_metadata(self.path)
+        check_runtime(self.path, self.metadata)
+        self._session: Any = _open(self.path, self.metadata, self.threads, optimize, list(providers))
         give_back()  # what loading took for a while: a third of the memory, where weights are packed anew
-        self.metadata = _metadata(self.path, self._session)
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
+        self.needs_optimizing = _needs_exact_products(self.metadata)  # the exact kernel comes with them
         self.precision = self.metadata.get(contract.PRECISION, "fp32")
         if precision not in (None, self.precision):
             raise FormatError(f"{self.path}: its metadata say it is {self.precision[:50]}, not {precision}")
-        if self.precision == "w8a8" and _may_saturate():
-            warnings.warn(SATURATES.format(path=self.path), stacklevel=2)
         self.cache_kind = self.metadata.get(contract.CACHE, "growing")
         self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
         self.inputs, self.outputs = _slots(self._session.get_inputs()), _slots(self._session.get_outputs())
@@ -147,6 +155,17 @@ class OnnxDecoder:
             logits, cache = self._checked(ids[:, start:end], seen, positions[:, start:end], cache)
         return logits[:, -1], cache
 
+    def close(self) -> None:
+        """Free the model's memory. The decoder cannot be used after that; closing it twice does nothing."""
+        self._session = None
+        give_back()
+
+    def __enter__(self) -> OnnxDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def unoptimized(self) -> OnnxDecoder:
         """The same model, its graph run as it is written."""
         return OnnxDecoder(self.path, threads=self.threads, optimize=False, providers=self.providers)
@@ -188,7 +207,7 @@ class OnnxDecoder:
         logits: Logits = np.empty((B, 1 if self.last_only else T, self.n_vocab), np.float32)
         _bind_output(binding, "logits", logits)
         try:
-            self._session.run_with_iobinding(binding, SHRINK if T > 1 else None)
+            self._session.run_with_iobinding(binding, SHRINK if T > 1 and self.in_place else None)
         except Exception as error:  # what it says of itself is not what it does
             raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {_plain(error)}") from None
         return logits
@@ -287,6 +306,8 @@ class OnnxDecoder:
         return cache
 
     def _tokens(self, input_ids: Any, position_ids: Any) -> tuple[Ids, Ids]:
+        if self._session is None:
+            raise InputError(f"{self.path}: this decoder is closed")
         return check_tokens(input_ids, position_ids, self.n_vocab, self.n_ctx)
 
 
@@ -320,6 +341,8 @@ class RunningBatch:
         logits = batch.step({a: int(logits.argmax())})[a]      # one step of all that are in
         batch.leave(a)
 
+    It is a context manager, too: at its end, or after ``close``, no sequence is in, and the cache's memory is free.
+
     Raises:
         InputError: if the decoder's cache does not stay in place.
     """
@@ -334,6 +357,18 @@ class RunningBatch:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def close(self) -> None:
+        """Let every sequence leave, and free the cache's memory. The decoder stays open."""
+        self._rows.clear()
+        self.cache = self.decoder.row_cache(0)
+        give_back()
+
+    def __enter__(self) -> RunningBatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def length(self, sequence: int) -> int:
         """How many tokens a sequence has."""
@@ -403,6 +438,10 @@ def find_model(path: str | Path, precision: str | None = None) -> Path:
     """
     path = Path(path)
     check_name(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise FormatError(NOT_UTF8.format(path=path)) from None
     if not path.is_dir():
         return File(path).path
     found = contract.models_in(path)
@@ -422,21 +461,68 @@ def find_model(path: str | Path, precision: str | None = None) -> Path:
     return found[precision]
 
 
-def _open(path: Path, threads: int | None, optimize: bool, providers: list[Provider]) -> ort.InferenceSession:
-    weights, names = path.parent / contract.WEIGHTS, _named(path, contract.WEIGHTS, *ATTENTION)
-    if weights.is_file() and contract.WEIGHTS in names:
-        open_safetensors(weights)  # a file that is cut short is found here, with a word on where
+def check_runtime(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a model that says it needs a newer ONNX Runtime than the one here.
+
+    Raises:
+        FormatError: naming both versions.
+    """
+    needed = metadata.get(contract.RUNTIME, "")
+    if VERSION.fullmatch(needed) and _numbers(ort.__version__) < _numbers(needed):
+        raise FormatError(
+            f"{path}: needs ONNX Runtime {needed} or newer; {ort.__version__} is installed. "
+            f"Upgrade it: pip install 'onnxruntime>={needed}'. Or export the model again for this one: "
+            "gpt2x export --help shows --cache, --precision and --opset"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _open(
+    path: Path, metadata: Mapping[str, str], threads: int | None, optimize: bool, providers: list[Provider]
+) -> ort.InferenceSession:
+    if metadata.get(contract.PRECISION) == "fp32":
+        _check_weights(path)
+    kind = metadata.get(contract.CACHE, "growing")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
+    options.enable_cpu_mem_arena = contract.stays(kind)  # it never gives back what a growing cache took
+    if _needs_exact_products(metadata):
+        options.add_session_config_entry(EXACT, "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    in_place, in_bytes = (name in names for name in ATTENTION)
     try:
-        with _without_tiles() if in_place and not in_bytes else nullcontext():
+        with _without_tiles() if kind == "inplace" else nullcontext():
             return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime has no base class of its own for these
-        raise FormatError(f"{path}: ONNX Runtime cannot load it: {_plain(error)}") from None
+        raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {_plain(error)}") from None
+
+
+def _needs_exact_products(metadata: Mapping[str, str]) -> bool:
+    """Whether products of a w8a8 model that gpt2x 0.1.0 wrote would saturate here. (Since then, none can: ``PAIRS``.)"""
+    return metadata.get(contract.PRECISION) == "w8a8" and contract.PAIRS not in metadata and saturates()
+
+
+@cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 saturate at 16 bits on this processor (x86-64 without VNNI)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
+    (product,) = session.run(None, {"a": np.full((1, 2), 255, np.uint8)})
+    return int(product.item()) != 2 * 255 * 127
+
+
+def _check_weights(path: Path) -> None:
+    """Find a file of float32 weights that is cut short here, with a word on where: it is a safetensors file."""
+    model = File(path)
+    text = model.read(0, model.size) if model.size < SMALL else b""
+    for name in (contract.data_file("fp32"), contract.OLD_WEIGHTS):
+        if name.encode() in text and (weights := path.with_name(name)).is_file():
+            open_safetensors(weights)
 
 
 @contextmanager
@@ -455,32 +541,10 @@ def _without_tiles() -> Iterator[None]:
             del os.environ[TILES_OFF]
 
 
-def _may_saturate() -> bool:
-    """Whether sums of two products stop at 16 bits here, as on x86 before VNNI. Where nothing says so, no."""
-    try:
-        facts = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx2" in facts and "vnni" not in facts
-
-
-def _named(path: Path, *names: str) -> list[str]:
-    """Those of the names that a small ONNX file speaks of."""
-    file = File(path)
-    text = file.read(0, file.size) if file.size < SMALL else b""
-    return [name for name in names if name.encode() in text]
-
-
-def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, str]:
-    try:
-        return dict(session.get_modelmeta().custom_metadata_map)
-    except UnicodeDecodeError:
-        raise FormatError(f"{path}: its metadata are not UTF-8") from None
-
-
 def _plain(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.split(" : ")[-1].split("\t")[-1][:300]
+    """What ONNX Runtime says, in one line, without its own prefix."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(" : ")[-1][:MAX_MESSAGE]
 
 
 def _slots(arguments: Any) -> dict[str, Slot]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from converters import Checkpoint, FormatError
 from converters.files import File
+from converters.onnx_file import read_metadata
 from converters.tensors import F32
 
 from . import contract
@@ -26,8 +28,30 @@ LOSSES = {"int8": 0.1, "w8a8": 0.25, "int4": 0.6}
 Array = NDArray[Any]
 
 
-def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
-    """Every weight of an ONNX model, dequantised, against the checkpoint's: the worst block of each.
+class Stored(NamedTuple):
+    """What a model stores of a weight: numbers, and their scales if it is quantised. Both (K, ...), K being the axis that a
+    product sums over, and ``block`` of which share a scale."""
+
+    numbers: Array
+    scale: Array | None
+    block: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a scale for each block."""
+        blocks = -(-len(self.numbers) // self.block)
+        return self.scale is None or self.scale.shape == (blocks, self.numbers.shape[1])
+
+    def values(self) -> NDArray[np.float32]:
+        """What they stand for."""
+        if self.scale is None:
+            return self.numbers.astype(np.float32)
+        return dequantize(self.numbers, self.scale, self.block)
+
+
+def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Stored | None]]:
+    """Each weight of an ONNX model in turn; None where it has none of this name. The tables of tokens are transposed, if
+    they are quantised.
 
     Raises:
         FormatError: if the file of weights is not whole.
@@ -35,33 +59,47 @@ def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
     model = onnx.load(path, load_external_data=False)
     initializers = {tensor.name.removesuffix("_pairs"): tensor for tensor in model.graph.initializer}
     initializers |= {tensor.name: tensor for tensor in model.graph.initializer}
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    given, calibrated = block_size(facts), facts.get(contract.ROUNDING) == "calibrated"
-    faults, worst = [], 0.0
-    for name, tensor in a.cast(F32).tensors.items():
+    given = block_size({entry.key: entry.value for entry in model.metadata_props})
+    for name, shape in shapes.items():
         if name not in initializers:
-            faults.append(f"{name} is missing")
+            yield name, None
             continue
-        found, scale = _array(path, initializers[name], tensor.shape), None
+        numbers, scale = _array(path, initializers[name], shape), None
         if f"{name}_scale" in initializers:
             scale = _array(path, initializers[f"{name}_scale"])
-        expected = tensor.read()
         if name in TABLES and scale is not None:
-            found, scale, expected = found.T, scale.T, expected.T
-        if found.shape != expected.shape:
-            faults.append(f"{name} is {list(found.shape)}, not {list(expected.shape)}")
+            numbers, scale = numbers.T, scale.T
+        yield name, Stored(numbers, scale, given or len(numbers))  # or a whole column
+
+
+def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
+    """Every weight of an ONNX model, dequantised, against the checkpoint's: the worst block of each.
+
+    Raises:
+        FormatError: if the file of weights is not whole.
+    """
+    calibrated = read_metadata(path).get(contract.ROUNDING) == "calibrated"
+    tensors = a.cast(F32).tensors
+    faults, worst, bound = [], 0.0, LOSSES.get(precision, 0)
+    for name, found in read_stored(path, a.config.shapes()):
+        expected = tensors[name].read()
+        if found is None:
+            faults.append(f"{name} is missing")
             continue
-        block = given or len(found)  # or a whole column
-        if scale is not None and scale.shape != (-(-len(found) // block), found.shape[1]):
-            faults.append(f"{name} has scales {list(scale.shape)}, which are not of blocks of {block}")
-        elif scale is None:
-            same = (found == expected.astype(found.dtype)).all()
+        if name in TABLES and found.scale is not None:
+            expected = expected.T
+        if found.numbers.shape != expected.shape:
+            faults.append(f"{name} is {list(found.numbers.shape)}, not {list(expected.shape)}")
+        elif found.scale is None:
+            same = (found.numbers == expected.astype(found.numbers.dtype)).all()
             faults += [] if same else [f"{name} is not the source's"]
+        elif not found.fits:
+            faults.append(f"{name} has scales {list(found.scale.shape)}, which are not of blocks of {found.block}")
         else:
-            lost = _loss(expected, dequantize(found, scale, block), block, calibrated)
+            lost = _loss(expected, found.values(), found.block, calibrated)
             worst = max(worst, lost)
-            if not lost <= LOSSES.get(precision, 0):
-                faults.append(f"{name} has a block that is {lost:.0%} off (bound {LOSSES.get(precision, 0):.0%})")
+            if not lost <= bound:
+                faults.append(f"{name} has a block that is {lost:.0%} off (bound {bound:.0%})")
     n = len(a.tensors)
     result = (
         f"{n} of {n} tensors, the worst block {worst:.1%} off" if precision in BITS else f"{n} of {n} tensors rounded"
@@ -72,6 +110,8 @@ def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
 def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Array:
     """An initializer in an external file; one of pairs of 4-bit numbers as those numbers, in their own shape."""
     facts = {entry.key: entry.value for entry in tensor.external_data}
+    if not facts:
+        return _numbers(tensor, tensor.raw_data, shape)
     file = File(path.parent / Path(facts.get("location", path.name)).name)
     try:
         return _numbers(tensor, file.read(int(facts["offset"]), int(facts["length"])), shape)

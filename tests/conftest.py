@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
     import torch
 
     torch.set_num_threads(1)  # the models are small: more threads only wait for one another
+
+# A shell that runs the tests in the background has Ctrl-C ignored, by them and by what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RELEASE = Path(__file__).parents[2] / "shared/data/openai-117M"  # OpenAI's own; others may have a folder shared/, too

@@ -3,13 +3,16 @@
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -347,41 +350,69 @@ def test_a_read_only_destination_is_refused(gpt2x, monkeypatch):
 
 os_open = os.open
 
-SLOW = """
-import sys, time, os, converters.files as f
-real = os.pwrite
-def write(fd, data, offset):
-    if len(data) > 100:
-        time.sleep(0.005)
-    return real(fd, data, offset)
-f.os.pwrite = write
+# Imports once, and then forks a process for every line: the number of a signal, a count, a file for stderr and the command's
+# words, with tabs between. The process sends itself the signal as it writes for so many times. Answers with the exit code.
+SIGNALLED = """
+import os, signal, sys
+import converters.files as files
+from converters import arrays, safetensors_file, saving, tf_bundle, torch_zip
 from gpt2x.cli import main
-main(sys.argv[1:])
+
+print("ready", flush=True)
+for line in sys.stdin:
+    number, count, errors, *words = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        left, real = [int(count)], os.pwrite
+        def write(fd, data, offset):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), int(number))
+            return real(fd, data, offset)
+        files.os.pwrite = write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main(words)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def signalled():
+    """``signalled(number, count, *words)``: a ``gpt2x`` that is sent a signal at its so manieth writing."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        assert server.stdout.readline() == "ready\n"
+
+        def run(number, count, *words):
+            errors = Path("stderr").absolute()
+            server.stdin.write("\t".join(map(str, (int(number), count, errors, *words))) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), errors.read_text()
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("target", "options"), [("out.safetensors", []), ("out.bin", []), ("out", []), ("tf", ["--to", "tf"])]
 )
-def test_an_interrupted_convert_leaves_the_old_or_the_new(number, target, options):
+def test_an_interrupted_convert_leaves_the_old_or_the_new(signalled, here, number, target, options):
     old, new = random_checkpoint(), open_checkpoint("models/124M")
-    for delay in (0.0, 0.1, 0.25):
+    for count in (1, 10, 40):
         shutil.rmtree(target, ignore_errors=True)
         Path(target).unlink(missing_ok=True)
         save_checkpoint(old, target, "tf" if options else None)
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, "convert", "models/124M", target, "--force", *options], stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 20
-        while not list(Path().glob(f".{target}.*.tmp")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(delay)
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        words = (here / "models/124M", here / target, "--force", *options)
+        code, stderr = signalled(number, count, "convert", *words)
+        assert code == -signal.SIGKILL if number == signal.SIGKILL else code in (0, 1, 128 + number)
+        assert code or count > 1
         left = list(Path().glob(".*.tmp"))
-        assert_same_bytes(new if process.returncode == 0 else old, open_checkpoint(target))
-        assert b"Traceback" not in stderr
+        assert_same_bytes(new if code == 0 else old, open_checkpoint(target))
+        assert "Traceback" not in stderr
         assert number == signal.SIGKILL or left == []  # even a kill leaves only a hidden temporary beside it
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -464,13 +495,23 @@ def test_memory_is_a_buffer_not_a_model(tmp_path):
         assert peak("large.safetensors", target) < small + 20_000
 
 
-def test_the_help_is_pasteable_and_every_command_has_one(gpt2x):
+def test_every_command_has_a_help_whose_examples_can_be_pasted(gpt2x):
+    """As far as click can tell: a command, options and arguments that there are."""
     from gpt2x.cli import main
 
-    for name in main.commands:
+    def parse(words):
+        assert words[0] == "gpt2x"
+        command = main.commands[words[1]]
+        return command.make_context(words[1], words[2:])
+
+    for name, command in main.commands.items():
+        assert command.help
         text = done(gpt2x(name, "--help")).stdout
-        assert "gpt2x " in text
-        assert main.commands[name].help
+        examples = re.findall(r"^ {4}(gpt2x .+)$", text, re.M)
+        assert name == "demo" or examples
+        assert all(parse(shlex.split(example)).info_name == name for example in examples)
+    with pytest.raises(click.UsageError):
+        parse(["gpt2x", "convert", "a", "b", "--from", "tf"])
 
 
 def test_the_tiny_model_has_no_two_dimensions_alike():
@@ -480,14 +521,22 @@ def test_the_tiny_model_has_no_two_dimensions_alike():
 
 def test_a_signal_waits_until_the_renames_are_done_whatever_other_threads_there_are():
     """The system hands a signal to any thread that does not block it, so a mask of one thread holds nothing back."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    done = []
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(time.sleep, 0.3)
+    done, reader, writer = [], *os.pipe()
+    end = threading.Event()
+    other = threading.Thread(target=end.wait)
+    os.set_blocking(writer, False)
+    fd = signal.set_wakeup_fd(writer)
+    other.start()
+    try:
         with pytest.raises(KeyboardInterrupt), converters.files._uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            assert os.read(reader, 1) == bytes([signal.SIGINT])  # it has come to the other thread
             done.append("renamed")
-    assert done == ["renamed"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert done == ["renamed"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.set_wakeup_fd(fd)
+        end.set()
+        other.join()
+        os.close(reader)
+        os.close(writer)

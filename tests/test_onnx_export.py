@@ -31,9 +31,8 @@ FILES = [
     "genai_config.json",
     "generation_config.json",
     "merges.txt",
-    "model.safetensors.index.json",
     "onnx/model.onnx",
-    "onnx/model.safetensors",
+    "onnx/model.onnx_data",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -85,9 +84,8 @@ def pieces_of(config):
 def test_the_directory_is_as_documented(shakespeare):
     assert files_of(shakespeare) == sorted(FILES)
     assert json.loads((shakespeare / "tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
-    index = json.loads((shakespeare / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(index) == 52
-    assert set(index.values()) == {"onnx/model.safetensors"}
+    config = json.loads((shakespeare / "config.json").read_text())
+    assert config["transformers.js_config"] == {"use_external_data_format": True}
 
 
 def test_the_graph_has_the_contracts_inputs_and_outputs_to_the_letter(shakespeare):
@@ -120,10 +118,11 @@ def test_the_model_is_clean_standard_and_small(shakespeare):
     path = shakespeare / "onnx/model.onnx"
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert model.ir_version == 9
     assert {node.domain for node in model.graph.node} == {""}
     assert path.stat().st_size < 40_000
-    assert {node.op_type for node in model.graph.node} >= {"Attention", "Gelu", "LayerNormalization", "MatMul"}
+    assert {node.op_type for node in model.graph.node} >= {"Softmax", "Gelu", "LayerNormalization", "MatMul"}
 
 
 def test_nodes_are_named_after_the_modules_they_come_from(shakespeare):
@@ -134,7 +133,7 @@ def test_nodes_are_named_after_the_modules_they_come_from(shakespeare):
         "wte/Gather",
         "h.0.attn.c_attn/MatMul",
         "h.3.mlp.act/Gelu",
-        "h.2.attn/Attention",
+        "h.2.attn/Softmax",
         "ln_f/LayerNormalization",
     } <= set(names)
 
@@ -144,10 +143,10 @@ def test_weights_are_there_once_and_the_graph_points_into_them(shakespeare):
     model = onnx.load(shakespeare / "onnx/model.onnx", load_external_data=False)
     external = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
     assert set(external) == set(checkpoint.tensors)
-    data = (shakespeare / "onnx/model.safetensors").read_bytes()
+    data = (shakespeare / "onnx/model.onnx_data").read_bytes()
     for name, tensor in checkpoint.tensors.items():
         where = external[name]
-        assert where["location"] == "model.safetensors"
+        assert where["location"] == "model.onnx_data"
         begin, size = int(where["offset"]), int(where["length"])
         assert begin % 4 == 0
         assert data[begin : begin + size] == tensor.read().tobytes(), name
@@ -171,6 +170,7 @@ def test_the_metadata_say_what_it_is_and_what_it_came_from(shakespeare):
         "gpt2x.precision": "fp32",
         "gpt2x.cache": "growing",
         "gpt2x.logits": "all",
+        "gpt2x.onnxruntime": "1.17.0",
     }
 
 
@@ -291,7 +291,7 @@ def test_every_source_gives_the_same_model(tmp_path):
     for kind, name in (("hf", "hf"), ("safetensors", "m.safetensors"), ("bin", "m.bin")):
         save_checkpoint(open_checkpoint(SHAKESPEARE), tmp_path / name, kind)
         export_onnx(open_checkpoint(tmp_path / name), tmp_path / f"{kind}-onnx", need_tokenizer=False)
-        first, second = (tmp_path / f"{k}-onnx/onnx/model.safetensors" for k in ("tf", kind))
+        first, second = (tmp_path / f"{k}-onnx/onnx/model.onnx_data" for k in ("tf", kind))
         assert first.read_bytes() == second.read_bytes()
 
 
@@ -331,7 +331,7 @@ def test_an_existing_destination_is_never_touched_without_force(gpt2x, tmp_path,
     assert_same_bytes(random_checkpoint(seed=1), open_checkpoint("d"))
     assert files_of(Path("d")) == sorted(before)
     assert Path("d/notes.txt").read_text() == "mine"
-    assert os.stat("d/onnx/model.safetensors").st_nlink == 1  # onnx refuses files with several names
+    assert os.stat("d/onnx/model.onnx_data").st_nlink == 1  # onnx refuses files with several names
 
 
 def test_files_that_would_be_read_together_with_the_new_ones_stop_it(gpt2x, tmp_path, monkeypatch):
@@ -349,22 +349,25 @@ def test_files_that_would_be_read_together_with_the_new_ones_stop_it(gpt2x, tmp_
 
 
 @pytest.mark.parametrize("kind", ["hf", "tf"])
-def test_an_export_into_the_source_itself_adds_the_onnx_folder_and_touches_nothing(gpt2x, tmp_path, monkeypatch, kind):
+def test_an_export_into_the_source_itself_adds_the_onnx_folder_and_one_key(gpt2x, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(open_checkpoint(SHAKESPEARE), "m", kind)
     Path("m/README.md").write_text("mine")
     before = {name: Path("m", name).read_bytes() for name in files_of(Path("m"))}
     done(gpt2x("export", "m", "--onnx", "m"))
     after = files_of(Path("m"))
+    config = json.loads(before.pop("config.json", b"{}"))
+    now = json.loads(Path("m/config.json").read_text())
+    assert now.pop("transformers.js_config") == {"use_external_data_format": True}
+    assert kind == "tf" or (now, list(now)) == (config, list(config))
     assert {name: Path("m", name).read_bytes() for name in before} == before
     assert {
         "onnx/model.onnx",
-        "onnx/model.safetensors",
+        "onnx/model.onnx_data",
         "onnx/README.md",
         "genai_config.json",
         "tokenizer.json",
     } <= set(after)
-    assert "model.safetensors.index.json" not in after
     assert_same_bytes(open_checkpoint(SHAKESPEARE), open_checkpoint("m"))
     assert_refused(gpt2x("export", "m", "--onnx", "m/"), "m/onnx/model.onnx: exists already; --force replaces it")
     monkeypatch.chdir("m")
@@ -522,14 +525,15 @@ def test_the_source_itself_is_never_written_over(gpt2x, tmp_path, monkeypatch):
             Path(name).symlink_to("model.safetensors")
         assert_refused(gpt2x("export", "half", option, name, "--force", "--no-verify"), "is the source itself")
     assert Path("half/model.safetensors").read_bytes() == before
-    Path("d/onnx").mkdir(parents=True)
-    shutil.copy("half/model.safetensors", "d/onnx")
-    shutil.copy("half/config.json", "d/onnx")
-    Path("d/model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(random_checkpoint().tensors, "onnx/model.safetensors")})
-    )
-    assert_refused(gpt2x("export", "d", "--onnx", "d", "--force", "--no-tokenizer"), "is the source itself")
-    assert Path("d/onnx/model.safetensors").read_bytes() == before
+    for name in ("model.safetensors", "model.onnx_data"):  # as gpt2x 0.1.0 named it, and as it is named now
+        folder = Path(f"of-{name}")
+        (folder / "onnx").mkdir(parents=True)
+        shutil.copy("half/model.safetensors", folder / "onnx" / name)
+        shutil.copy("half/config.json", folder / "onnx")
+        places = dict.fromkeys(random_checkpoint().tensors, f"onnx/{name}")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        assert_refused(gpt2x("export", folder, "--onnx", folder, "--force", "--no-tokenizer"), "is the source itself")
+        assert (folder / "onnx" / name).read_bytes() == before
 
 
 def test_a_link_on_the_way_is_not_written_through_nor_replaced(gpt2x, tmp_path, monkeypatch):

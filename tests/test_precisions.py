@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +133,7 @@ def test_the_files_have_transformers_js_names_and_each_model_passes_the_checker(
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}, "standard operators only"
-        assert path.stat().st_size < 40_000
+        assert path.stat().st_size < 45_000
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
@@ -150,6 +148,12 @@ def test_a_tied_table_is_stored_once(shakespeare, precision):
     assert data.stat().st_size < {"int8": 2.7e6, "w8a8": 2.5e6, "int4": 1.6e6}[precision]
 
 
+def plain_products(graph):
+    """Products with a weight that are computed in floats."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and weights.intersection(node.input)]
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_onnx_runtime_makes_one_operator_of_every_quantised_product(shakespeare, tmp_path, precision):
     import onnxruntime as ort
@@ -157,9 +161,9 @@ def test_onnx_runtime_makes_one_operator_of_every_quantised_product(shakespeare,
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "o.onnx"), 4
     ort.InferenceSession(shakespeare / contract.model_file(precision), options)
-    kinds = [node.op_type for node in onnx.load(tmp_path / "o.onnx", load_external_data=False).graph.node]
-    assert kinds.count("MatMulNBits") == 4 * 4 + 1
-    assert kinds.count("MatMul") == 0
+    graph = onnx.load(tmp_path / "o.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("MatMulNBits") == 4 * 4 + 1
+    assert plain_products(graph) == []
 
 
 def test_the_metadata_say_the_precision_and_how_it_was_rounded(shakespeare):
@@ -178,8 +182,10 @@ def test_fp16_has_its_cache_in_float16_and_norms_and_logits_in_float32(shakespea
     types = {t.name: t.data_type for t in model.graph.initializer}
     assert types["h.0.attn.c_attn.weight"] == onnx.TensorProto.FLOAT16
     assert types["h.0.ln_1.weight"] == onnx.TensorProto.FLOAT
-    precisions = {a.i for n in model.graph.node for a in n.attribute if a.name == "softmax_precision"}
-    assert precisions == {onnx.TensorProto.FLOAT}
+    shapes = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in shapes.value_info}
+    softmax = [node.output[0] for node in model.graph.node if node.op_type == "Softmax"]
+    assert [kinds[name] for name in softmax] == [onnx.TensorProto.FLOAT] * 4
 
 
 def test_fp32_weights_are_there_only_where_fp32_is_asked_for(tmp_path):
@@ -336,7 +342,7 @@ def test_every_product_of_w8a8_is_one_of_whole_numbers(shakespeare):
     model = onnx.load(shakespeare / contract.model_file("w8a8"), load_external_data=False)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMulInteger") == 4 * 4 + 1
-    assert kinds.count("MatMul") == 0
+    assert plain_products(model.graph) == []
 
 
 @pytest.mark.parametrize("cache", ["growing", "inplace"])
@@ -379,22 +385,6 @@ def test_more_products_than_a_sum_of_32_bits_holds_are_refused(tmp_path, monkeyp
     monkeypatch.setattr("gpt2x.export.weights.LONGEST", 255)
     with pytest.raises(ConversionError, match="h.0.mlp.c_proj.weight sums 256 products, and w8a8 at most 255"):
         export_onnx(gentle(), tmp_path / "d", ExportOptions(("w8a8",)), need_tokenizer=False)
-
-
-def test_a_processor_without_vnni_is_warned_of(shakespeare, monkeypatch, recwarn):
-    monkeypatch.setattr("gpt2x.runtime._may_saturate", lambda: True)
-    OnnxDecoder(shakespeare, precision="int8")
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match="no VNNI.* gpt2x verify says by how much"):
-        OnnxDecoder(shakespeare, precision="w8a8")
-
-
-def test_the_command_line_says_it_in_one_line(shakespeare):
-    program = "import gpt2x.runtime as r; r._may_saturate = lambda: True; from gpt2x.cli import main; main()"
-    command = [sys.executable, "-P", "-c", program, "inspect", shakespeare, "--precision", "w8a8"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0
-    assert re.fullmatch(r"Warning: .*model_int8.onnx: this processor has no VNNI.*\n", ran.stderr)
 
 
 def test_the_commands_know_every_precision():

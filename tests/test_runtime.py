@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import TINY, assert_refused, done, random_checkpoint
 from onnx import TensorProto, helper
@@ -137,7 +138,7 @@ def test_an_onnx_file_alone_needs_no_gpt2x_metadata_where_config_json_is_near(ti
 def test_inspect_shows_the_contract_and_where_it_came_from(gpt2x, shakespeare):
     out = done(gpt2x("inspect", shakespeare)).stdout
     for words in (
-        "safetensors shards, names of hf",
+        "onnx, names of hf",
         "1: fp32, growing cache, logits of all",
         "from model.ckpt",
         "model.ckpt.data-00000-of-00001",
@@ -171,23 +172,25 @@ def test_a_directory_without_a_model(gpt2x, tmp_path):
 
 @pytest.mark.parametrize("left", [0, 8, 100, 1000, -1, -4000])
 def test_a_truncated_file_of_weights(gpt2x, tiny, left):
-    weights = tiny / "onnx/model.safetensors"
+    weights = tiny / "onnx/model.onnx_data"
     weights.write_bytes(weights.read_bytes()[:left])
-    assert_all_refuse(gpt2x, tiny, "model.safetensors")
+    assert_all_refuse(gpt2x, tiny, "model.onnx_data")
 
 
 def test_a_missing_file_of_weights(gpt2x, tiny):
-    (tiny / "onnx/model.safetensors").unlink()
-    assert_all_refuse(gpt2x, tiny, "model.onnx: ONNX Runtime cannot load it", "model.safetensors")
+    (tiny / "onnx/model.onnx_data").unlink()
+    assert_all_refuse(gpt2x, tiny, "model.onnx_data")
 
 
 def test_truncated_external_data_of_another_name(gpt2x, tiny):
     path = tiny / "onnx/model.onnx"
-    path.write_bytes(path.read_bytes().replace(b"model.safetensors", b"weights.datadata_"))
-    data = (tiny / "onnx/model.safetensors").read_bytes()
-    (tiny / "onnx/model.safetensors").unlink()
-    (tiny / "onnx/weights.datadata_").write_bytes(data[: len(data) // 2])
-    assert_all_refuse(gpt2x, tiny, "model.onnx: ONNX Runtime cannot load it")
+    path.write_bytes(path.read_bytes().replace(b"model.onnx_data", b"weights.another"))
+    data = (tiny / "onnx/model.onnx_data").read_bytes()
+    (tiny / "onnx/model.onnx_data").unlink()
+    (tiny / "onnx/weights.another").write_bytes(data[: len(data) // 2])
+    with pytest.raises(FormatError, match=f"model.onnx: ONNX Runtime {onnxruntime.__version__} cannot load it"):
+        OnnxDecoder(tiny)
+    assert_all_refuse(gpt2x, tiny, "model.onnx: ")
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\x08\x0b\x12\x05gpt2x", bytes(1000), b"<html>"])
@@ -406,7 +409,7 @@ def test_verify_sees_another_models_onnx(gpt2x, tmp_path, monkeypatch):
     page = Path("r.html").read_text()
     assert page.count("<svg") == 3
     assert 'class="different">different' in page
-    assert "a/model.safetensors.index.json against" in done(gpt2x("verify", "a", "a", "--runtime", "torch")).stdout
+    assert "a/onnx/model.onnx against" in done(gpt2x("verify", "a", "a", "--runtime", "torch")).stdout
 
 
 # ------------------------------------------------------------------------------------- found by an adversarial review
@@ -430,7 +433,7 @@ def test_metadata_that_are_no_text(gpt2x, tiny):
     path = tiny / "onnx/model.onnx"
     data = with_metadata(tiny, source="SOURCE").joinpath("onnx/model.onnx").read_bytes()
     path.write_bytes(data.replace(b"SOURCE", b"\xff\xfeURCE"))
-    assert_refused(gpt2x("inspect", tiny), "its metadata are not UTF-8")
+    assert_refused(gpt2x("inspect", tiny), "is not UTF-8")
 
 
 def test_metadata_cannot_forge_a_line(gpt2x, tiny):
@@ -541,7 +544,7 @@ def with_weights_elsewhere(folder, name):
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     places = {entry.key: entry for entry in tensor.external_data}
     begin, size = int(places["offset"].value), int(places["length"].value)
-    numbers = np.frombuffer((folder / "onnx/model.safetensors").read_bytes()[begin : begin + size], "<f4").copy()
+    numbers = np.frombuffer((folder / "onnx/model.onnx_data").read_bytes()[begin : begin + size], "<f4").copy()
     numbers[7] += 1e-3
     (folder / "onnx/other.bin").write_bytes(numbers.tobytes())
     places["location"].value, places["offset"].value = "other.bin", "0"
@@ -587,7 +590,7 @@ def test_weights_beside_an_onnx_model_that_cannot_be_its_own_are_said(gpt2x, tmp
 
 def test_the_weights_of_two_onnx_files_are_compared(gpt2x, shakespeare, tmp_path):
     shutil.copytree(shakespeare, tmp_path / "m")
-    path = tmp_path / "m/onnx/model.safetensors"
+    path = tmp_path / "m/onnx/model.onnx_data"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
@@ -601,7 +604,7 @@ def test_the_weights_of_two_onnx_files_are_compared(gpt2x, shakespeare, tmp_path
 
 def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp_path):
     shutil.copytree(shakespeare, tmp_path / "m")
-    path = tmp_path / "m/onnx/model.safetensors"
+    path = tmp_path / "m/onnx/model.onnx_data"
     data = path.read_bytes()
     begin = 8 + int.from_bytes(data[:8], "little")
     path.write_bytes(data[:begin] + b"\xff" * (len(data) - begin))

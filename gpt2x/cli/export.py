@@ -20,6 +20,7 @@ from .verify import read_text, table
 if TYPE_CHECKING:
     from converters import Checkpoint
     from gpt2x.export.directory import ExportOptions
+    from gpt2x.parity import Report
 
 
 @click.command()
@@ -56,6 +57,17 @@ if TYPE_CHECKING:
     help="ONNX: how many weights of int8 and int4 share a scale (32).",
 )
 @click.option(
+    "--opset",
+    type=click.IntRange(17, 23),
+    metavar="N",
+    help="ONNX: version of the operators, 17 to 23 (default: the lowest that the model needs; older runtimes load it).",
+)
+@click.option("--single-file", is_flag=True, help="ONNX: weights inside each .onnx file, which has 2 GB at most.")
+@click.option("--safetensors", is_flag=True, help="ONNX: add model.safetensors, for transformers.")
+@click.option(
+    "--push", metavar="OWNER/NAME", help="ONNX: upload DIR to the Hugging Face Hub, as a new repository of this name."
+)
+@click.option(
     "--tokenizer",
     "tokenizer_dir",
     metavar="DIR",
@@ -70,24 +82,27 @@ if TYPE_CHECKING:
 @click.pass_context
 def export(
     ctx: click.Context, src: str, onnx: str | None, torchscript: str | None, pt2: str | None, logits: str,
-    precisions: str | None, cache: str | None, calibrate: str | None, block_size: str | None, tokenizer_dir: str | None, no_tokenizer: bool, no_verify: bool, n_head: int | None, tie: bool, force: bool,
-    as_json: bool,
+    precisions: str | None, cache: str | None, calibrate: str | None, block_size: str | None, opset: int | None,
+    single_file: bool, safetensors: bool, push: str | None, tokenizer_dir: str | None, no_tokenizer: bool,
+    no_verify: bool, n_head: int | None, tie: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export the GPT-2 in SRC for other programs: ONNX with a KV cache, TorchScript, torch.export.
 
     \b
       gpt2x export models/124M --onnx gpt2-onnx/
       gpt2x export models/124M --onnx gpt2-onnx/ --precision fp32,int8,int4
+      gpt2x export models/124M --onnx gpt2-onnx/ --push me/my-gpt2
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
 
-    SRC is anything that convert reads. DIR is loaded as it is by ONNX Runtime, onnxruntime-genai, optimum,
-    transformers.js and transformers; its README.md has the contract. What was written is compared with SRC: exit code
-    1 when anything differs.
+    SRC is anything that convert reads. DIR is loaded as it is by ONNX Runtime, onnxruntime-genai, optimum and
+    transformers.js, from the disk and from the Hub; its README.md has the contract. What was written is compared with
+    SRC: exit code 1 when anything differs. Only what passed is uploaded.
     """
     if not (onnx or torchscript or pt2):
         raise click.UsageError("say what to write: --onnx DIR, --torchscript FILE or --pt2 FILE")
     about = {"--logits": logits == "last", "--precision": precisions, "--cache": cache, "--calibrate": calibrate,
-             "--block-size": block_size}  # fmt: skip
+             "--block-size": block_size, "--opset": opset, "--single-file": single_file,
+             "--safetensors": safetensors, "--push": push}  # fmt: skip
     if not onnx and (given := next((name for name, value in about.items() if value), None)):
         raise click.UsageError(f"{given} is about --onnx, which is not given")
     kinds = _precisions(precisions)
@@ -99,6 +114,8 @@ def export(
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
         )
+    if push and no_verify:
+        raise click.UsageError("--push uploads what was compared with SRC: leave --no-verify out")
     if pt2 and Path(pt2).suffix != ".pt2":
         raise click.UsageError("torch wants a name that ends in .pt2")
     need("torch", *(["onnx"] if onnx else []), extra="export")
@@ -109,6 +126,11 @@ def export(
     for target in (onnx, torchscript, pt2):
         if target:
             check_before(src, target, force=force, directory=target == onnx)
+            _check_utf8(target)
+    if push:
+        from gpt2x.push import check_push
+
+        check_push(push)
     checkpoint = open_checkpoint(local(src), n_head=n_head, tie=tie)
     checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
     _check_apart([target for target in (onnx, torchscript, pt2) if target])
@@ -121,7 +143,9 @@ def export(
         from gpt2x.export.weights import BLOCK
 
         ids = _calibration(checkpoint, calibrate) if calibrate else None
-        options = ExportOptions(kinds, cache or "growing", logits == "last", ids, int(block_size or BLOCK))
+        options = ExportOptions(
+            kinds, cache or "growing", logits == "last", ids, int(block_size or BLOCK), opset, single_file, safetensors
+        )
         results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options, force, no_tokenizer)))
     if torchscript or pt2:
         from gpt2x.export.torchscript import export_pt2, export_torchscript
@@ -134,17 +158,44 @@ def export(
     written = [(r["destination"], p) for r in results for p in (kinds if r["format"] == "onnx" else (None,))]
     reports = [] if no_verify else [verify_export(checkpoint, path, precision=p) for path, p in written]
     seconds = round(time.perf_counter() - start, 3)
+    passed = all(report.passed for report in reports)
     facts = {"source": src, "exports": results, "notes": list(checkpoint.notes)}
+    if not as_json:
+        _show(facts, reports, seconds)
+    if onnx and push and passed:
+        facts["pushed"] = _push(onnx, push)
     if as_json:
         verified = [json.loads(report.to_json()) for report in reports]
         click.echo(json.dumps({**facts, "verify": verified}, indent=2))
-    else:
-        click.echo(printable(summary(facts)))
-        for report in reports:
-            click.echo(printable(table(report)))
-        if reports:
-            click.echo(f"Compared in {seconds:.1f} s.")
-    ctx.exit(0 if all(report.passed for report in reports) else 1)
+    ctx.exit(0 if passed else 1)
+
+
+def _show(facts: dict[str, Any], reports: list[Report], seconds: float) -> None:
+    click.echo(printable(summary(facts)))
+    for report in reports:
+        click.echo(printable(table(report)))
+    if reports:
+        click.echo(f"Compared in {seconds:.1f} s.")
+
+
+def _push(directory: str, name: str) -> str:
+    """Upload a directory, and return where it is."""
+    from gpt2x.push import push
+
+    click.echo(printable(f"Uploading {directory} to {name}"), err=True)
+    url = push(Path(directory), name)
+    click.echo(printable(f"Uploaded: {url}"), err=True)
+    return url
+
+
+def _check_utf8(target: str) -> None:
+    """Refuse a destination that ONNX Runtime and torch cannot open, before anything is written."""
+    from converters import DestinationError
+
+    try:
+        target.encode()
+    except UnicodeEncodeError:
+        raise DestinationError(f"{target}: ONNX Runtime and torch open only paths in UTF-8: choose another") from None
 
 
 def _check_apart(targets: list[str]) -> None:

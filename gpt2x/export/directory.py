@@ -1,5 +1,5 @@
-"""The directory around an ONNX model: one that ONNX Runtime, onnxruntime-genai, optimum, transformers.js and
-transformers all load as it is, with one copy of the weights."""
+"""The directory around an ONNX model: one that ONNX Runtime, onnxruntime-genai, optimum and transformers.js load as it
+is, from a disk and from the Hub, with one copy of the weights."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ import onnx
 from converters import Checkpoint, ConfigError, DestinationError, TokenizerError, find_tokenizer
 from converters.config import to_hf
 from converters.dialects import HF
-from converters.files import File, check_free, check_tree, new_directory, new_file
+from converters.files import File, check_free, check_tree, new_directory, new_file, read_json
+from converters.safetensors_file import write_safetensors
 from converters.saving import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
 from converters.spec import GPT2Config
-from converters.tensors import F32, LazyTensor
+from converters.tensors import F32
 from gpt2x import __version__, contract
 from gpt2x.contract import models_in
 from gpt2x.sample import sample_ids
 
 from .card import model_card
-from .onnx import Scales, to_onnx
+from .onnx import OPSETS, Scales, to_onnx
+from .quantize import PAIR
+from .single_file import MAX_SINGLE_FILE, too_large, write_single_file
 from .weights import BITS, BLOCK, BLOCKS, BLOCKWISE, write_weights
 
-INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 GENAI = "genai_config.json"
+SAFETENSORS = "model.safetensors"
+TRANSFORMERS_JS = "transformers.js_config"  # a key of config.json
+LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "w8a8": 1, "int4": 0.5}  # that a weight takes in a file
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
 and every other client must bring its own.
 Say where one is: --tokenizer DIR. Or go on without: --no-tokenizer"""
@@ -61,6 +67,9 @@ class ExportOptions:
         calibration: tokens by which int8, w8a8 and int4 are rounded, without them to nearest; and by which the scales of an
             8-bit cache are chosen, without them by a scene of Shakespeare's.
         block: how many weights of int8 and int4 share a scale.
+        opset: the version of ONNX's operators; by default the one that loads most widely.
+        single_file: put the weights into each ``.onnx`` file, instead of into a file beside it.
+        safetensors: add ``model.safetensors``, a second copy of the weights, for ``transformers``.
 
     Raises:
         ValueError: for what none of them can be.
@@ -71,6 +80,9 @@ class ExportOptions:
     last: bool = False
     calibration: Sequence[int] | None = None
     block: int = BLOCK
+    opset: int | None = None
+    single_file: bool = False
+    safetensors: bool = False
 
     def __post_init__(self) -> None:
         several = isinstance(self.precisions, tuple | list) and bool(self.precisions)
@@ -81,6 +93,8 @@ class ExportOptions:
             raise ValueError(f"cache is {self.cache!r}; known are {', '.join(contract.CACHES)}")
         if self.block not in BLOCKS or not isinstance(self.block, int):
             raise ValueError(f"block is {self.block!r}; it can be {', '.join(map(str, BLOCKS))}")
+        if self.opset is not None and self.opset not in OPSETS:
+            raise ValueError(f"opset is {self.opset!r}; it can be {OPSETS[0]} to {OPSETS[-1]}")
         if self.calibration is not None:
             object.__setattr__(self, "calibration", [int(i) for i in self.calibration])
 
@@ -126,6 +140,7 @@ def export_onnx(
         raise DestinationError(
             f"{path}: holds models itself; the directory to export to is the one above, {path.parent}"
         )
+    _check_size(checkpoint, options)
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
         at_home = _is_source(path, checkpoint)
@@ -139,35 +154,53 @@ def export_onnx(
         elif not kept:
             check_free(path, force, directory=True)
         small = _small_files(checkpoint, path, options, others, at_home)
-        names = [*small, *_model_files(options)]
+        large = _large_files(path, options, at_home)
         if kept:
-            missing = {n: data for n, data in small.items() if not os.path.lexists(path / n)}
-            renewed = {
-                _card_place(path),
-                *((INDEX,) if not at_home else ()),
-                *(() if others else (GENAI,)),
-            } & small.keys()
-            small = {n: data for n, data in small.items() if n in missing or n in renewed}
-            in_the_way = (path / name for name in _model_files(options) if os.path.lexists(path / name))
+            small = {name: data for name, data in small.items() if _is_renewed(path, name, data, others)}
+            in_the_way = (path / name for name in large if os.path.lexists(path / name))
             if not force and (file := next(in_the_way, None)):
                 raise DestinationError(f"{file}: exists already; --force replaces it")
-        check_tree(path, [Path(name) for name in names if name in small or name.startswith("onnx/")])
+        check_tree(path, [Path(name) for name in (*small, *large)])
         with new_directory(path, force or kept, None if kept else _rivals) as stage:
             (stage / "onnx").mkdir()
             write_small(stage, small)
+            source = watched(checkpoint.cast(F32), progress, warn)
             scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
             for precision in options.precisions:
-                _write_model(
-                    stage, watched(checkpoint.cast(F32), progress, warn), precision, options, checksums, scales
-                )
+                _write_model(stage, source, precision, options, checksums, scales)
+            if SAFETENSORS in large:
+                with new_file(stage / SAFETENSORS) as out:
+                    write_safetensors(out, HF.write(source.tensors, source.config), to_hf(source.config))
             written = [file for file in stage.rglob("*") if file.is_file()]
             total = sum(file.stat().st_size for file in written)
             files = tuple(sorted(str(file.relative_to(stage)) for file in written))
     return Exported(path, total, files)
 
 
-def _model_files(options: ExportOptions) -> list[str]:
-    return [name for p in options.precisions for name in (contract.model_file(p), f"onnx/{contract.data_file(p)}")]
+def _large_files(path: Path, options: ExportOptions, at_home: bool) -> list[str]:
+    """The names of the models, and of the weights for ``transformers``, which the source's own directory may have."""
+    names = [contract.model_file(p) for p in options.precisions]
+    if not options.single_file:
+        names += [f"onnx/{contract.data_file(p)}" for p in options.precisions]
+    has_weights = at_home and os.path.lexists(path / SAFETENSORS)
+    return [*names, SAFETENSORS] if options.safetensors and not has_weights else names
+
+
+def _is_renewed(path: Path, name: str, data: bytes, others: Sequence[str]) -> bool:
+    """Whether a small file is written into a directory that is kept: what is missing, and what describes its models."""
+    if not os.path.lexists(path / name) or name == _card_place(path):
+        return True
+    return (name == CONFIG and (path / name).read_bytes() != data) or (name == GENAI and not others)
+
+
+def _check_size(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Refuse single files that would be too large before anything is written."""
+    if not options.single_file:
+        return
+    for precision in options.precisions:
+        least = checkpoint.parameters * LEAST_BYTES[precision]
+        if least > MAX_SINGLE_FILE:
+            raise too_large(contract.model_file(precision), int(least))
 
 
 def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, checksums: Checksums) -> None:
@@ -175,7 +208,9 @@ def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, ch
     found, ours = _metadata_of(file), metadata(checkpoint, checksums, "fp32", options)
     if contract.CONFIG not in found:
         raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
-    own = file.parent / contract.WEIGHTS  # an export can be the source of its own further precisions
+    here = {
+        file.resolve() for file in file.parent.iterdir()
+    }  # an export can be the source of its own further precisions
     faults = [
         f"its {what} {found.get(key)}, this export's {ours[key]}"
         for key, what in ((contract.CACHE, "cache is"), (contract.LOGITS, "logits are"))
@@ -183,7 +218,7 @@ def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, ch
     ]
     if found[contract.CONFIG] != ours[contract.CONFIG]:
         faults.append("its configuration is another")
-    if not any(own.is_file() and own.samefile(source) for source in checkpoint.files):
+    if not here.intersection(source.resolve() for source in checkpoint.files):
         digests = (sorted(_digests(facts.get(contract.CHECKSUMS, ""))) for facts in (found, ours))
         faults += ["its source is another"] if next(digests) != next(digests) else []
     if faults:
@@ -214,12 +249,13 @@ def _is_source(path: Path, checkpoint: Checkpoint) -> bool:
 
 def _check_home(path: Path, checkpoint: Checkpoint) -> None:
     """Refuse to change what the source is: its weights, which may lie where the model's go, and its tokenizer."""
-    weights = path / "onnx" / contract.WEIGHTS
-    own = any(file.exists() and weights.exists() and file.samefile(weights) for file in checkpoint.files)
-    if own and (checkpoint.left_out or any(tensor.dtype != F32 for tensor in checkpoint.tensors.values())):
-        raise DestinationError(
-            f"{weights}: is the source itself, and would become another; export to another directory"
-        )
+    names = contract.data_file("fp32"), contract.OLD_WEIGHTS
+    for weights in (path / "onnx" / name for name in names):
+        own = any(file.exists() and weights.exists() and file.samefile(weights) for file in checkpoint.files)
+        if own and (checkpoint.left_out or any(tensor.dtype != F32 for tensor in checkpoint.tensors.values())):
+            raise DestinationError(
+                f"{weights}: is the source itself, and would become another; export to another directory"
+            )
     here, wanted = find_tokenizer(path), checkpoint.tokenizer
     if here and wanted and here.vocabulary() != wanted.vocabulary():
         raise DestinationError(f"{path}: has a tokenizer of its own, which is another; export to another directory")
@@ -247,11 +283,34 @@ def _small_files(
         at_home=at_home,
     )
     files = hf_companions(fp32)
+    files[CONFIG] = _with_transformers_js(files[CONFIG], path, options, others)
     files[GENAI] = to_json(genai_config(config, options.precisions[0], options.cache))
     files[_card_place(path) if at_home else "README.md"] = card.encode()
-    if "fp32" in options.precisions and not at_home:
-        files[INDEX] = to_json(_index(HF.write(fp32.tensors, config)))
     return files
+
+
+def _with_transformers_js(config: bytes, path: Path, options: ExportOptions, others: Sequence[str]) -> bytes:
+    """``config.json`` with what transformers.js has to know of the models: whose weights lie in a file beside them, and
+    whose cache is not float32. One that is in a kept directory keeps all else.
+    """
+    there = path / CONFIG
+    kept = bool(others) or (there.is_file() and not (path / "onnx").exists())
+    facts = read_json(there, 1 << 20) if kept and there.is_file() else json.loads(config)
+    precisions = (*options.precisions, *others)
+    beside = [p for p in options.precisions if not options.single_file]
+    beside += [p for p in others if (path / "onnx" / contract.data_file(p)).is_file()]
+    settings = dict(facts.get(TRANSFORMERS_JS) or {})
+    for key in ("use_external_data_format", "kv_cache_dtype"):
+        settings.pop(key, None)
+    if beside:
+        names = {contract.model_file(p).removeprefix("onnx/"): True for p in beside}
+        settings["use_external_data_format"] = len(beside) == len(precisions) or names
+    if "fp16" in precisions and options.cache != "inplace-int8":
+        settings["kv_cache_dtype"] = {"fp16": "float16"}  # before version 4, it does not ask the model
+    if settings == (facts.get(TRANSFORMERS_JS) or {}):
+        return there.read_bytes() if kept and there.is_file() else config
+    facts.pop(TRANSFORMERS_JS, None)
+    return to_json({**facts, TRANSFORMERS_JS: settings} if settings else facts)
 
 
 def _card_place(home: Path) -> str:
@@ -261,14 +320,6 @@ def _card_place(home: Path) -> str:
         return "README.md"
     ours = readme.is_file() and b"Written by gpt2x" in readme.read_bytes()[: 1 << 16]
     return "README.md" if ours else "onnx/README.md"
-
-
-def _index(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    where = f"onnx/{contract.WEIGHTS}"
-    return {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": dict.fromkeys(sorted(tensors), where),
-    }
 
 
 def _name(checkpoint: Checkpoint) -> str:
@@ -296,12 +347,20 @@ def _write_model(
     checksums: Future[dict[str, str]],
     scales: Sequence[Scales],
 ) -> None:
-    with new_file(stage / "onnx" / contract.data_file(precision)) as out:
+    data = stage / "onnx" / contract.data_file(precision)
+    with new_file(data) as out:
         weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
     facts = metadata(checkpoint, checksums.result(), precision, options)
-    model = to_onnx(checkpoint.config, weights, facts, last=options.last, cache=options.cache, scales=scales)
+    model = to_onnx(
+        checkpoint.config, weights, facts, last=options.last, cache=options.cache, scales=scales, opset=options.opset
+    )
     with new_file(stage / contract.model_file(precision)) as out:
-        out.write(model.SerializeToString(deterministic=True))
+        if options.single_file:
+            write_single_file(out, model, data, contract.model_file(precision))
+        else:
+            out.write(model.SerializeToString(deterministic=True))
+    if options.single_file:
+        data.unlink()
 
 
 def _cache_scales(checkpoint: Checkpoint, options: ExportOptions) -> Sequence[Scales]:
@@ -325,6 +384,8 @@ def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, optio
     }
     if precision in BLOCKWISE:
         facts[contract.BLOCK] = str(options.block)
+    if precision == "w8a8":
+        facts[contract.PAIRS] = str(PAIR)
     if precision in BITS:
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
     return facts

@@ -1,7 +1,7 @@
 """GPT2 -> ONNX: the model is traced by ``torch.fx``, and one table translates its operators.
 
-No weight is touched: the model lives on the meta device, and an initializer says where in a safetensors file its bytes
-lie. Sources: ONNX's operator specifications (opset 23) and its external data format (``docs/ExternalData.md`` of onnx).
+No weight is touched: the model lives on the meta device, and an initializer says where in a file its bytes lie.
+Sources: ONNX's operator specifications (opset 17 to 23) and its external data format (``docs/ExternalData.md`` of onnx).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 from torch.nn import functional as F
 
-from converters.spec import GPT2Config
+from converters import ConfigError, GPT2Config
 from gpt2x import __version__, contract
 from gpt2x import model as definition
 from gpt2x.contract import Slot
@@ -28,8 +28,10 @@ from gpt2x.contract import Slot
 from .interface import Interface
 from .weights import Piece, Quantized, Weights
 
-OPSET = 23  # the first with Attention
-IR_VERSION = 11  # the first that knows opset 23
+ATTENTION_OPSET = 23  # the first with Attention
+OPSETS = range(17, 24)  # LayerNormalization comes with 17
+BLOCKS_OPSET = 21  # the first whose DequantizeLinear has blocks
+INT4_OPSET = 21  # the first whose operators take int4
 ELEMENTS = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -51,39 +53,71 @@ def to_onnx(
     last: bool = False,
     cache: str = "growing",
     scales: Sequence[Scales] = (),
+    opset: int | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a configuration.
 
     Args:
         weights: where each weight lies in the file beside the ONNX file, and as what.
-        metadata: goes into ``metadata_props``.
+        metadata: goes into ``metadata_props``, with the first version of ONNX Runtime that runs the model.
         last: compute the logits of the last position only.
         cache: one of ``contract.CACHES``.
         scales: of keys and values in each layer, (H, 1, D) each, for a cache of 8-bit numbers.
+        opset: the version of ONNX's operators; by default the lowest that has them all. From 23 on, a growing cache is
+            attended to with ONNX's ``Attention``, below with ``MatMul`` and ``Softmax``.
 
     Returns:
         A model of a few kilobytes, equal for equal arguments, that ``onnx.checker`` passes.
+
+    Raises:
+        ConfigError: if this opset lacks an operator of the model.
     """
     kind = weights.precision, cache
     takes, gives = contract.inputs(config, *kind), contract.outputs(config, last, *kind)
-    g = translate(trace(config, last), Graph(weights, cache, scales), takes, list(gives))
+    g = translate(trace(config, last), Graph(weights, cache, scales, opset), takes, list(gives))
+    lowest = lowest_opset(g)
+    if opset is not None and opset not in range(lowest, OPSETS.stop):
+        said = f"{weights.precision} with a {cache} cache takes opset {lowest} to {OPSETS[-1]}, not {opset}"
+        raise ConfigError(f"{said}: leave --opset out for the one that loads most widely")
+    opset = opset or lowest
     graph = helper.make_graph(
         g.nodes,
         "gpt2",
         [_info(name, slot) for name, slot in takes.items()],
         [_info(name, slot) for name, slot in gives.items()],
         list(g.initializers.values()),
+        value_info=[_info(name, slot) for name, slot in g.shapes.items()],
     )
-    domains = [("", OPSET)] if cache == "growing" else [("", OPSET), (MICROSOFT, 1)]
+    imports = [helper.make_opsetid("", opset)]
+    if contract.stays(cache):
+        imports.append(helper.make_opsetid(MICROSOFT, 1))
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid(*domain) for domain in domains],
-        ir_version=IR_VERSION,
+        opset_imports=imports,
+        ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
         producer_name="gpt2x",
         producer_version=__version__,
     )
-    helper.set_model_props(model, dict(metadata))
+    helper.set_model_props(model, {**metadata, contract.RUNTIME: contract.runtime_version(*kind, opset)})
     return model
+
+
+def lowest_opset(g: Graph) -> int:
+    """The lowest of ``OPSETS`` that has every operator of a graph as it is used there."""
+    standard = [node for node in g.nodes if not node.domain]
+    kinds = {(node.op_type, len(node.input), tuple(a.name for a in node.attribute)) for node in standard}
+    lowest = next(opset for opset in OPSETS if all(_knows(opset, *kind) for kind in kinds))
+    has_int4 = any(tensor.data_type == TensorProto.INT4 for tensor in g.initializers.values())
+    return max(lowest, INT4_OPSET) if has_int4 else lowest
+
+
+def _knows(opset: int, operator: str, inputs: int, attributes: tuple[str, ...]) -> bool:
+    """Whether a version of ONNX has an operator with so many inputs and these attributes."""
+    try:
+        schema = onnx.defs.get_schema(operator, opset)
+    except onnx.defs.SchemaError:
+        return False
+    return inputs <= schema.max_input and all(name in schema.attributes for name in attributes)
 
 
 def _info(name: str, slot: Slot) -> onnx.ValueInfoProto:
@@ -148,10 +182,16 @@ class Weight(NamedTuple):
 class Graph:
     """An ONNX graph in the making."""
 
-    def __init__(self, weights: Weights, cache: str = "growing", scales: Sequence[Scales] = ()) -> None:
+    def __init__(
+        self, weights: Weights, cache: str = "growing", scales: Sequence[Scales] = (), opset: int | None = None
+    ) -> None:
         self.weights, self.cache, self.scales = weights, cache, iter(scales)
+        self.has_attention = opset is not None and opset >= ATTENTION_OPSET
+        self.has_blocks = opset is None or opset >= BLOCKS_OPSET
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.shapes: dict[str, Slot] = {}  # of values that shape inference cannot see
+        self.n_embd = weights.stored["wpe.weight"].shape[1]  # type: ignore[union-attr]
         self.scope = ""  # the module that is being translated
         self._names: Counter[str] = Counter()
         self._made: dict[str, Any] = {}
@@ -177,7 +217,7 @@ class Graph:
         self.initializers.setdefault(name, numpy_helper.from_array(array, name))
         return Value(name, dtype)
 
-    def inline(self, name: str, array: NDArray[np.float32]) -> Value:
+    def inline(self, name: str, array: NDArray[Any]) -> Value:
         """A small tensor of numbers that the ONNX file itself holds."""
         self.initializers[name] = numpy_helper.from_array(array, name)
         return Value(name, str(array.dtype))
@@ -253,10 +293,28 @@ def _attend(g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Value, val
     # One conversion of the mask for all layers, where a runtime would make one for each.
     allowed, not_allowed = (g.constant(number, q.dtype) for number in (0.0, float(np.finfo(q.dtype).min)))
     bias = g.once(f"additive {mask.name}", lambda: g.op("Where", mask, allowed, not_allowed, dtype=q.dtype))
+    if not g.has_attention:
+        return _attend_in_steps(g, q, k, v, bias, key, value, n, scale)
     options: dict[str, Any] = {"q_num_heads": n, "kv_num_heads": n, "scale": scale}
     if q.dtype == "float16":
         options["softmax_precision"] = TensorProto.FLOAT
     return g.op("Attention", q, k, v, bias, key, value, n=3, **options)
+
+
+def _attend_in_steps(
+    g: Graph, q: Value, k: Value, v: Value, bias: Value, key: Value, value: Value, n: int, scale: float
+) -> Any:
+    """The same in operators that runtimes before ONNX Runtime 1.23 have, too; the softmax in float32."""
+    heads = g.constant([0, 0, n, -1])
+    q = g.op("Mul", q, g.constant(scale, q.dtype))
+    q, k, v = (g.op("Transpose", g.op("Reshape", x, heads), perm=[0, 2, 1, 3]) for x in (q, k, v))  # (B, H, T, D)
+    keys = g.op("Concat", key, k, axis=2)  # (B, H, P + T, D)
+    values = g.op("Concat", value, v, axis=2)
+    scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))  # (B, H, T, P + T)
+    scores = g.op("Add", scores, bias)
+    shares = g.cast(g.op("Softmax", g.cast(scores, "float32"), axis=-1), q.dtype)
+    y = g.op("Transpose", g.op("MatMul", shares, values), perm=[0, 2, 1, 3])
+    return [g.op("Reshape", y, g.constant([0, 0, -1])), keys, values]
 
 
 def _attend_in_place(g: Graph, q: Value, k: Value, key: Value, value: Value, n: int, scale: float) -> Any:
@@ -277,6 +335,7 @@ def _attend_in_place(g: Graph, q: Value, k: Value, key: Value, value: Value, n: 
         arguments += [nothing] * 5 + scales  # no rotation, positions, bias or sink
         heads |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     y, *present = g.op("GroupQueryAttention", *arguments, n=3, domain=MICROSOFT, **heads)
+    g.shapes[y.name] = Slot(y.dtype, (contract.BATCH, contract.NEW, g.n_embd))
     narrowed = g.maker(q).op_type == "Slice"  # the last token alone is asked for
     return [_narrow(g, y, 1, -1, 1) if narrowed else y, *present]
 
@@ -299,7 +358,8 @@ def _multiply(g: Graph, x: Value, name: str, stored: Quantized, transposed: bool
     if g.weights.precision == "w8a8":
         return _multiply_whole(g, x, *parts)
     # The pair of DequantizeLinear and MatMul is what ONNX Runtime makes one, if nothing else uses the numbers.
-    matrix = g.op("DequantizeLinear", *parts, dtype="float32", axis=0, block_size=stored.block)
+    numbers, scale = parts
+    matrix = _dequantize(g, numbers, scale, 0, stored.q.shape[int(transposed)], stored.block)
     return g.op("MatMul", x, matrix)  # type: ignore[no-any-return]
 
 
@@ -333,7 +393,17 @@ def _embed(g: Graph, ids: Value, table: Weight, **_: Any) -> Any:
     else:
         rows = g.op("Gather", g.piece(table.name, stored.q), ids, axis=0)
     scales = g.op("Gather", g.piece(f"{table.name}_scale", stored.scale), ids, axis=0)
-    return g.op("DequantizeLinear", rows, scales, dtype="float32", axis=2, block_size=stored.block)
+    if g.weights.precision == "w8a8":  # a row has one scale
+        return g.op("Mul", g.cast(rows, "float32"), scales)
+    return _dequantize(g, rows, scales, 2, stored.q.shape[1], stored.block)
+
+
+def _dequantize(g: Graph, numbers: Value, scales: Value, axis: int, length: int, block: int) -> Value:
+    """Numbers times the scales of their blocks along an axis of this length, in float32."""
+    if g.has_blocks:
+        return g.op("DequantizeLinear", numbers, scales, dtype="float32", axis=axis, block_size=block)  # type: ignore[no-any-return]
+    places = g.inline(f"blocks_of_{length}_by_{block}", np.arange(length) // block)
+    return g.op("Mul", g.cast(numbers, "float32"), g.op("Gather", scales, places, axis=axis))  # type: ignore[no-any-return]
 
 
 def _gather4(g: Graph, ids: Value, name: str, q: Piece) -> Value:

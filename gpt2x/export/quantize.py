@@ -21,6 +21,7 @@ Array = NDArray[Any]
 
 RANGES = {8: (-127, 127), 4: (-8, 7)}
 TRIED = {8: (1.0, 0.99, 0.98, 0.97), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # shares of the covering scale
+PAIR = 128  # the largest sum of two neighbours: 255 times it fits into 16 bits
 SLICE = 512  # columns at a time: what fits into a processor's cache
 LAZY = 128  # rows whose errors are made up for among themselves at once, and then in all that come later
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
@@ -33,14 +34,21 @@ class Blocks(NamedTuple):
     scale: NDArray[np.float32]
 
 
-def quantize(matrix: Array, bits: int, block: int, hessian: Array | None = None) -> Blocks:
+def quantize(matrix: Array, bits: int, block: int, hessian: Array | None = None, paired: bool = False) -> Blocks:
     """Cut a matrix (K, N) of finite numbers into blocks of ``block`` rows.
 
     Args:
         bits: 8 or 4.
         hessian: (K, K), the sum of ``x x^T`` over what the matrix is multiplied with, to round by; otherwise to nearest.
+        paired: keep the sum of rows 2i and 2i + 1 of each column within -128 to 128 (8 bits, blocks of an even number of
+            rows). x86 processors without VNNI add two such products with uint8 activations in 16 bits (``vpmaddubsw``),
+            and saturate otherwise.
     """
-    work = _nearest if hessian is None else partial(_compensated, root=_root(hessian))
+    work = (
+        partial(_nearest, paired=paired)
+        if hessian is None
+        else partial(_compensated, root=_root(hessian), paired=paired)
+    )
     starts = range(0, matrix.shape[1], SLICE)
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(lambda i: work(matrix[:, i : i + SLICE].astype(np.float32), bits, block), starts))
@@ -53,28 +61,44 @@ def dequantize(q: Array, scale: Array, block: int) -> NDArray[np.float32]:
     return result
 
 
-def _nearest(x: Array, bits: int, block: int) -> Blocks:
+def _nearest(x: Array, bits: int, block: int, paired: bool) -> Blocks:
     K, N = x.shape
     groups = -(-K // block)
     cut = np.zeros((groups * block, N), np.float32)
     cut[:K] = x
     cut = cut.reshape(groups, block, N)
-    scale = np.stack([best_scale(part, bits) for part in cut])  # (G, N)
-    q = np.rint(cut / scale[:, None]).clip(*RANGES[bits])
+    scale = np.stack([best_scale(part, bits, paired) for part in cut])  # (G, N)
+    q = np.stack([_round(part, s, bits, paired) for part, s in zip(cut, scale, strict=True)])
     return Blocks(q.reshape(-1, N)[:K].astype(np.int8), scale)
 
 
-def best_scale(x: Array, bits: int) -> NDArray[np.float32]:
+def _round(x: Array, scale: Array, bits: int, paired: bool) -> Array:
+    """The whole numbers of one block (B, N), as floats."""
+    q: Array = np.rint(x / scale).clip(*RANGES[bits])
+    if paired:
+        first, second = q[: len(q) // 2 * 2 : 2], q[1::2]
+        beyond = first + second
+        beyond -= beyond.clip(-PAIR, PAIR)
+        half = np.rint(beyond / 2)
+        first -= half
+        second -= beyond - half
+    return q
+
+
+def best_scale(x: Array, bits: int, paired: bool = False) -> NDArray[np.float32]:
     """The scale of each column of one block (B, N) that makes the smallest squared error. A block of zeros has 1."""
     low, high = RANGES[bits]
     largest = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
     covering = np.abs(largest) / high if bits == 8 else largest / low  # of 4 bits, -8 reaches farther than 7
+    if paired:
+        sums = x[: len(x) // 2 * 2 : 2] + x[1::2]
+        covering = np.maximum(covering, np.abs(sums).max(0, initial=0) / PAIR)
     covering = np.minimum(covering, np.finfo(np.float32).max / 128)  # so that the largest number stays finite
     covering = np.where(np.abs(covering) < np.finfo(np.float32).tiny, 1, covering).astype(np.float32)
     best, least = covering, np.full(x.shape[1], np.inf, np.float32)
     for share in TRIED[bits]:
         scale = covering * np.float32(share)
-        lost = np.rint(x / scale).clip(low, high)
+        lost = _round(x, scale, bits, paired)
         lost *= scale
         lost -= x
         error = np.einsum("kn,kn->n", lost, lost)
@@ -91,18 +115,20 @@ def _root(hessian: Array) -> Array:
     return root
 
 
-def _compensated(x: Array, bits: int, block: int, root: Array) -> Blocks:
+def _compensated(x: Array, bits: int, block: int, root: Array, paired: bool) -> Blocks:
     K, N = x.shape
     q, scales = np.empty((K, N), np.int8), []
+    low, high = RANGES[bits]
     step = min(block, LAZY)
     for start in range(0, K, step):
         end = min(start + step, K)
         if start % block == 0:
-            scale = best_scale(x[start : start + block], bits)
+            scale = best_scale(x[start : start + block], bits, paired)
             scales.append(scale)
         lost = np.empty((end - start, N), np.float32)
         for k in range(start, end):
-            q[k] = np.rint(x[k] / scale).clip(*RANGES[bits])
+            beside = q[k - 1].astype(np.float32) if paired and k % 2 else 0  # what is lost is made up for later
+            q[k] = np.rint(x[k] / scale).clip(np.maximum(low, -PAIR - beside), np.minimum(high, PAIR - beside))
             lost[k - start] = (x[k] - q[k] * scale) / root[k, k]
             x[k + 1 : end] -= np.outer(root[k, k + 1 : end], lost[k - start])
         x[end:] -= root[start:end, end:].T @ lost

@@ -151,7 +151,7 @@ def _write_blocks(
         bits = 8  # rows of an odd number of 4 bits would share bytes
     if hessian is not None and not np.isfinite(hessian).all():
         raise ConversionError(f"{name}: what it is multiplied with on the text overflows; export without --calibrate")
-    blocks = quantize(array.T if table else array, bits, block, hessian)
+    blocks = quantize(array.T if table else array, bits, block, hessian, paired=precision == "w8a8")
     q, scale = (np.ascontiguousarray(part.T) for part in blocks) if table else blocks
     numbers = writer.add(f"int{bits}", q.shape, pack4(q) if bits == 4 else q)
     return Quantized(numbers, writer.add("float32", scale.shape, scale), block)

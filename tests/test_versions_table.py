@@ -1,0 +1,45 @@
+"""The committed table of minimum versions, which ``make test-versions`` measures, and what gpt2x says of its models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import random_checkpoint
+
+from converters import GPT2Config
+from gpt2x import contract
+from gpt2x.export.directory import ExportOptions, export_onnx
+
+ROWS = json.loads((Path(__file__).parent / "versions" / "versions.json").read_text())
+DEFAULT = {(row["cache"], row["precision"]): row for row in ROWS if row["default"]}
+CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=64, n_ctx=16, n_vocab=50, bos_token_id=0, eos_token_id=0)
+
+
+def test_the_table_has_every_precision_with_every_cache():
+    assert DEFAULT.keys() == {(cache, precision) for cache in contract.CACHES for precision in contract.SUFFIXES}
+
+
+def test_every_minimum_of_the_table_was_found():
+    assert not [row for row in ROWS if None in row.values()]
+
+
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: f"{row['cache']}-{row['precision']}-{row['opset']}-{row['default']}"
+)
+def test_a_model_asks_for_the_version_of_onnx_runtime_that_was_measured(row):
+    asked = contract.runtime_version(row["precision"], row["cache"], row["opset"])
+    assert asked.split(".")[:2] == row["onnxruntime"].split(".")[:2]
+
+
+@pytest.mark.parametrize("cache", contract.CACHES)
+def test_an_export_has_the_opset_and_the_version_of_the_table(cache, tmp_path):
+    precisions = tuple(contract.SUFFIXES)
+    export_onnx(random_checkpoint(CONFIG), tmp_path / "out", ExportOptions(precisions, cache), need_tokenizer=False)
+    for precision in precisions:
+        model = onnx.load(tmp_path / "out" / contract.model_file(precision), load_external_data=False)
+        facts, row = {entry.key: entry.value for entry in model.metadata_props}, DEFAULT[cache, precision]
+        assert model.opset_import[0].version == row["opset"]
+        assert facts[contract.RUNTIME].split(".")[:2] == row["onnxruntime"].split(".")[:2]
