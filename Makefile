@@ -1,15 +1,31 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# An environment is of one Python: it is made anew where PYTHON is another one than made it.
+MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check test-tensorflow test-clients test-llama test-all bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-clients test-llama test-all fuzz bench clean
 
-demo: $(VENV)/.ready ## set up, then walk the main road on the model that ships with gpt2x
+demo: $(VENV)/.demo ## set up what it needs, then walk the main road on the model that ships with gpt2x
 	$(BIN)/gpt2x demo
 
-test: $(VENV)/.ready check ## set up, then lint, type-check and test
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.ready check ## set up, then lint, type-check and test: what a change needs, in minutes
+	$(PYTEST)
+
+test-slow: $(VENV)/.ready ## the tests that prove more than a change needs
+	$(PYTEST) -m slow --ignore=tests/test_clients.py --ignore=tests/test_hub_clients.py
+
+test-processors: $(VENV)/.ready $(VENV)-processors/.ready ## gpt2x on emulated processors: x86-64 without VNNI, and two of ARM
+	$(BIN)/python -m pytest -rs tests/processors
+
+test-versions: $(VENV)/.ready ## old and new versions of the runtimes, and tools of others, installed for real: 3 GB
+	$(BIN)/python tests/versions/measure.py
+	$(BIN)/python -m pytest -rs tests/versions
+
+test-executorch: $(VENV)-executorch/.ready ## ExecuTorch lowers and runs the .pt2 that export wrote, in its own environment
+	$(VENV)-executorch/bin/python -m pytest -rs tests/test_torch_programs.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -21,13 +37,14 @@ test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a li
 
 test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
 	test -d $(VENV)-headers || sh tests/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
-	$(BIN)/python -m pytest -rs tests/test_clients.py
+	-@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+	$(BIN)/python -m pytest -rs -m 'not huge' tests/test_clients.py tests/test_hub_clients.py
 
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/test_llama.py
 
-test-all: test test-tensorflow test-clients test-llama ## everything, and what is slow
-	$(BIN)/python -m pytest -m slow
+test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-clients test-llama ## everything, and what takes gigabytes
+	$(BIN)/python -m pytest -m huge
 
 fuzz: $(VENV)/.ready ## damaged files for every reader, others each time: make fuzz MINUTES=60
 	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
@@ -41,19 +58,26 @@ bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius
 		--optimum $(abspath $(VENV)-optimum/bin/python) --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) \
 		--llama $(abspath $(VENV)-llama/bin/python)
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --editable '.[dev]'
+%/$(MADE):
+	rm -rf $*
+	$(PYTHON) -m venv $*
 	touch $@
 
-$(VENV)-tensorflow/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-tensorflow
+# make test adds to what make demo has installed.
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/$(MADE)
+	$(BIN)/python $(PIP) --editable '.[export]'
+	touch $@
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/$(MADE)
+	$(BIN)/python $(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(MADE)
 	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu
 	touch $@
 
 # optimum needs transformers < 5; torch first, so that nothing brings another one.
-$(VENV)-optimum/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-optimum
+$(VENV)-optimum/.ready: pyproject.toml constraints.txt $(VENV)-optimum/$(MADE)
 	$(VENV)-optimum/bin/python $(PIP) torch
 	$(VENV)-optimum/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'optimum-onnx[onnxruntime]==0.1.0' 'transformers<5'
 	touch $@
@@ -62,23 +86,32 @@ examples/node_modules/.ready: examples/package.json
 	cd examples && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-package-lock --no-audit --no-fund --silent
 	touch $@
 
+# Debian's and pip's packages, in a folder. Where there is no apt, the tests say what they skip.
+$(VENV)-processors/.ready: constraints.txt tests/processors/environment.sh
+	rm -rf $(VENV)-processors
+	sh tests/processors/environment.sh $(VENV)-processors $(BIN)/python && touch $@ || rm -rf $(VENV)-processors
+
+# torch first, so that nothing brings another one.
+$(VENV)-executorch/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-executorch
+	$(VENV)-executorch/bin/python $(PIP) torch
+	$(VENV)-executorch/bin/python $(PIP) --editable . pytest executorch==1.5.1
+	touch $@
+
 # A peer of make bench alone.
-$(VENV)-mobius/.ready: constraints.txt
-	$(PYTHON) -m venv $(VENV)-mobius
+$(VENV)-mobius/.ready: constraints.txt $(VENV)-mobius/$(MADE)
 	$(VENV)-mobius/bin/python $(PIP) torch transformers mobius-onnx
 	touch $@
 
 # And another, which needs transformers < 5 to read a model.
-$(VENV)-ctranslate2/.ready: constraints.txt
-	$(PYTHON) -m venv $(VENV)-ctranslate2
+$(VENV)-ctranslate2/.ready: constraints.txt $(VENV)-ctranslate2/$(MADE)
 	$(VENV)-ctranslate2/bin/python $(PIP) torch
 	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2
 	touch $@
 
 # llama.cpp, which is compiled here: it takes a C++ compiler and some minutes. Where a processor has AMX, GCC drops the
 # stores that llama.cpp configures it with, and the program ends in an illegal instruction; hence the flags.
-$(VENV)-llama/.ready: constraints.txt
-	$(PYTHON) -m venv $(VENV)-llama
+$(VENV)-llama/.ready: constraints.txt $(VENV)-llama/$(MADE)
 	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir llama-cpp-python gguf safetensors
 	touch $@
 
@@ -90,4 +123,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,11 +41,18 @@ RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the
 
 # The first version of ONNX Runtime that has an opset; that runs blocks of weights (int8, int4); that has the attention of
 # a kind of cache, and of its fp16; and whose QuantizeLinear (w8a8) knows opset 23. ``make test-versions`` tries them all.
-OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 20), 23: (1, 23)}
+OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 21), 23: (1, 23)}
 OF_BLOCKS = (1, 19)
-OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 27)}
+OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 28)}  # 1.27 gives wrong rows in a batch
 OF_FP16_INPLACE_INT8 = (1, 29)
 OF_W8A8_OPSET_23 = (1, 24)
+
+# The first version of each client that loads a model with a cache of each kind, whatever its precision.
+CLIENTS = {
+    "onnxruntime-genai": {"growing": "0.6.0", "inplace": "0.6.0", "inplace-int8": "0.6.0"},
+    "optimum": {"growing": "1.25.0", "inplace": "2.0.0", "inplace-int8": "2.0.0"},
+    "transformers.js": {"growing": "3.4.2", "inplace": "3.4.2", "inplace-int8": "4.3.0"},
+}
 
 
 class Slot(NamedTuple):

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from converters import CheckpointError
 
+from .memory import give_back
+
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 Finish = Literal["stop", "length", "context"]
@@ -146,6 +148,12 @@ class Generation:
                 )
 
     def __iter__(self) -> Iterator[list[int | None]]:
+        try:
+            yield from self._steps()
+        finally:
+            give_back()  # the cache, whose sizes are of this batch alone: memory would grow with each new one
+
+    def _steps(self) -> Iterator[list[int | None]]:
         lengths = np.array([len(prompt) for prompt in self.prompts])  # (B,)
         ids, mask = _left_pad(self.prompts)  # (B, T) each
         positions = np.maximum(mask.cumsum(1) - 1, 0)

@@ -6,8 +6,6 @@ behind is forgotten. numpy only.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .generate import InputError
+from .memory import give_back
 
 LEAST = 64  # tokens that room is made for at first
 
@@ -92,12 +91,6 @@ class RowCache:
                 f"row {row} holds {self.lengths[row]} tokens, and its new positions {_few(positions)} do not follow: "
                 "in a cache that stays in place, a token's slot is its position"
             )
-
-
-def give_back() -> None:
-    """Return to the system the memory that is free, which a process keeps otherwise."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _few(numbers: Sequence[int] | NDArray[Any]) -> str:

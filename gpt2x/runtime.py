@@ -31,8 +31,9 @@ from converters.safetensors_file import open_safetensors
 from . import contract
 from .contract import Slot
 from .generate import EMPTY, Ids, InputError, Logits
-from .inplace import RowCache, give_back
+from .inplace import RowCache
 from .inputs import check_mask, check_tokens, whole
+from .memory import give_back
 
 CHUNK = 256  # tokens; attention over a whole prompt costs the square of its length, half of it for nothing
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
@@ -147,13 +148,18 @@ class OnnxDecoder:
         ids, positions = self._tokens(input_ids, position_ids)
         if self.in_place:
             logits, cache = self._in_place(ids, attention_mask, positions, cache, last=True)
-            return logits[:, -1], cache
+        else:
+            logits, cache = self._growing(ids, attention_mask, positions, cache)
+        return logits[:, -1], cache
+
+    def _growing(self, ids: Ids, attention_mask: Ids | None, positions: Ids, cache: Any) -> tuple[Logits, Cache]:
+        """The logits after the last piece of a prompt, which goes in pieces."""
         mask = None if attention_mask is None else whole(attention_mask, "attention_mask")
         B, T = ids.shape
         for start, end in _pieces(T, self._chunk(B)):
             seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
             logits, cache = self._checked(ids[:, start:end], seen, positions[:, start:end], cache)
-        return logits[:, -1], cache
+        return logits, cache
 
     def close(self) -> None:
         """Free the model's memory. The decoder cannot be used after that; closing it twice does nothing."""

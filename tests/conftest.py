@@ -16,11 +16,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from converters import Checkpoint, GPT2Config, LazyTensor
+from gpt2x.runtime import OnnxDecoder
 
 if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
     import torch
 
     torch.set_num_threads(1)  # the models are small: more threads only wait for one another
+
+# And ONNX Runtime's as well, where a test does not ask for more: nothing depends on how many cores there are.
+OnnxDecoder.__init__.__kwdefaults__["threads"] = 1
 
 # A shell that runs the tests in the background has Ctrl-C ignored, by them and by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 
 import pytest
 from conftest import assert_refused, done
@@ -63,5 +64,16 @@ def test_a_process_that_fails_is_one_error(exported, tmp_path, monkeypatch):
         bench.bench(exported, ["int8"], 4, 2, [1], 1)
 
 
-def test_twice_the_bytes_take_longer():
-    assert 0 < bench.streaming(1 << 22, 1) < bench.streaming(1 << 26, 1)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sixteen_times_the_bytes_take_sixteen_times_as_long(monkeypatch, threads):
+    """On a machine that reads a byte a second, and has a clock of its own."""
+    clock, lock = [0], threading.Lock()
+
+    def read(part):
+        with lock:
+            clock[0] += part.nbytes
+
+    monkeypatch.setattr(bench.np, "max", read)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    assert bench.streaming(1 << 12, threads) == 1 << 12
+    assert bench.streaming(1 << 16, threads) == 1 << 16

@@ -158,7 +158,7 @@ def test_an_unknown_tensor_is_refused(tmp_path):
         opened(tmp_path, lambda arrays: arrays.update({"h.0.attn.rotary": np.zeros(3, np.float32)}))
 
 
-def test_a_gap_in_the_layers_is_refused(tmp_path):
+def test_a_missing_layer_between_others_is_refused(tmp_path):
     def change(arrays):
         for name in [n for n in arrays if n.startswith("h.1.")]:
             arrays[name.replace("h.1.", "h.7.")] = arrays.pop(name)
@@ -435,7 +435,7 @@ def test_two_configurations_that_disagree_are_refused(tmp_path, tiny):
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_what_people_take_for_weights_is_named(tmp_path, content, match, name):
+def test_a_file_in_the_place_of_weights_is_named_from_its_directory_too(tmp_path, content, match, name):
     if name == "model.safetensors" and content[:5] == b"hello":
         match = "header"
     (tmp_path / name).write_bytes(content)
@@ -531,7 +531,7 @@ def test_a_cast_that_overflows_is_refused_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
-def test_what_is_not_finite_is_warned_of_by_name(tmp_path, value, dtype):
+def test_what_is_not_finite_in_any_number_format_is_warned_of_by_name(tmp_path, value, dtype):
     tensors = dict(random_checkpoint().tensors)
     tensors["h.1.ln_1.bias"] = LazyTensor.of(np.array([1, 2, value, 4, 5, 6], np.float32))
     warnings = []

@@ -204,7 +204,7 @@ def test_a_missing_source_is_refused(gpt2x):
 
 
 @pytest.mark.parametrize("target", ["out.safetensors", "out.bin", "out", "out-tf"])
-def test_an_existing_destination_is_never_touched_without_force(gpt2x, target):
+def test_convert_never_touches_an_existing_destination_without_force(gpt2x, target):
     options = ["--to", "tf"] if target == "out-tf" else []
     if "." in target:
         Path(target).write_text("precious")
@@ -279,7 +279,7 @@ def test_another_head_count_than_stated_is_refused(gpt2x):
         ["nonsense"],
     ],
 )
-def test_wrong_usage_is_exit_code_2(gpt2x, args):
+def test_wrong_usage_of_convert_is_exit_code_2(gpt2x, args):
     assert gpt2x(*args).exit_code == 2
 
 
@@ -299,7 +299,7 @@ def test_a_fault_of_our_own_is_one_line_too(gpt2x, monkeypatch):
 
 @pytest.mark.parametrize("target", ["out.safetensors", "out.bin", "out", "tf"])
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk_leaves_what_was_there(gpt2x, monkeypatch, target, existing):
+def test_a_disk_that_fills_up_in_the_midst_leaves_what_was_there(gpt2x, monkeypatch, target, existing):
     to = ["--to", "tf"] if target == "tf" else []
     if existing:
         save_checkpoint(random_checkpoint(), target, "tf" if to else None)

@@ -19,6 +19,7 @@ def blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SHAKESPEARE, "models/124M")
@@ -47,7 +48,7 @@ def test_every_program_of_the_readme_runs(program, tmp_path, monkeypatch, capsys
 def test_the_programs_on_running_exports_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     programs = blocks(ROOT / "docs" / "export.md", "python")
-    assert len(programs) == 6
+    assert len(programs) == 7
     for program in programs:
         exec(compile(program, "export.md", "exec"), {})
     ids = [int(i) for i in capsys.readouterr().out.splitlines()[-1].split()]

@@ -835,7 +835,7 @@ def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_open
         every.remove(name)
 
 
-def test_a_missing_library_says_what_to_install(tmp_path):
+def test_a_download_without_its_library_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['huggingface_hub'] = None; from gpt2x.cli import main; main(['inspect', 'hf://a/b'])"
     )

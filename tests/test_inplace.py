@@ -82,7 +82,7 @@ def test_the_cards_client_runs_with_a_cache_that_is_given_and_taken(shakespeare,
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: ", ".join(f"{k}={v}" for k, v in s.items()) or "plain")
 @pytest.mark.parametrize("last", [False, True])
-def test_every_kind_of_model_gives_the_models_logits_however_it_is_run(tmp_path, switches, last):
+def test_every_kind_of_model_gives_the_models_logits_with_a_cache_in_place(tmp_path, switches, last):
     config = GPT2Config(**{**vars(TINY), "n_embd": 48, "n_inner": None, **switches})
     checkpoint = random_checkpoint(config)
     export_onnx(checkpoint, tmp_path / "m", ExportOptions(cache="inplace", last=last), need_tokenizer=False)

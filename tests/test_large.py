@@ -1,4 +1,4 @@
-"""Models over 2 GB, which protobuf alone could not hold. Slow: ``make test-all`` runs these, and 13 GB of disk are used."""
+"""Models over 2 GB, which protobuf alone could not hold. ``make test-all`` runs these, and 13 GB of disk are used."""
 
 import math
 
@@ -31,7 +31,7 @@ def random_tensor(name, shape):
     return LazyTensor(F32, shape, stream)
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_the_1558m_shape_is_exported_runs_and_is_right(tmp_path, gpt2x):
     tensors = {name: random_tensor(name, shape) for name, shape in XL.shapes().items()}
     export_onnx(Checkpoint(config=XL, tensors=tensors), tmp_path / "xl", need_tokenizer=False)

@@ -19,7 +19,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["fp16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bf16", "fp32"))])
 def test_a_file_of_any_number_format_is_verified_alone(gpt2x, dtype):
     done(gpt2x("convert", SHAKESPEARE, "half", "--dtype", dtype))
     assert "against transformers" in done(gpt2x("verify", "half")).stdout

@@ -317,7 +317,7 @@ def test_without_a_tokenizer_it_says_what_will_not_load_and_what_to_type(gpt2x, 
     assert files_of(Path("e")) == sorted(FILES)
 
 
-def test_an_existing_destination_is_never_touched_without_force(gpt2x, tmp_path, monkeypatch):
+def test_export_never_touches_an_existing_destination_without_force(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "a.safetensors")
     save_checkpoint(random_checkpoint(seed=1), "b.safetensors")
@@ -428,7 +428,7 @@ def test_a_forgotten_transpose_of_the_square_projection_is_seen(tmp_path, transp
     assert {"weights", "full context", "one token", "token by token", "left padding"} <= failed
 
 
-def test_wrong_usage_is_exit_code_2(gpt2x):
+def test_wrong_usage_of_export_is_exit_code_2(gpt2x):
     assert gpt2x("export", SHAKESPEARE).exit_code == 2
     refused = gpt2x("export", SHAKESPEARE, "--onnx", "model.onnx")
     assert refused.exit_code == 2
@@ -505,10 +505,11 @@ def test_the_1558m_shape_is_traced_in_seconds_without_its_weights():
 
 
 @needs_shared
-def test_openais_own_vocabulary_goes_along(tmp_path, gpt2x):
+@pytest.mark.parametrize("options", [["--no-verify"], pytest.param([], marks=pytest.mark.slow)])
+def test_openais_own_vocabulary_goes_along(tmp_path, gpt2x, options):
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2)
     save_checkpoint(random_checkpoint(config), tmp_path / "m.safetensors")
-    done(gpt2x("export", tmp_path / "m.safetensors", "--onnx", tmp_path / "d", "--tokenizer", RELEASE))
+    done(gpt2x("export", tmp_path / "m.safetensors", "--onnx", tmp_path / "d", "--tokenizer", RELEASE, *options))
     assert (tmp_path / "d/vocab.json").read_bytes() == (RELEASE / "encoder.json").read_bytes()
 
 

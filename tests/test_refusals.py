@@ -906,7 +906,7 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path, kind):
 
 
 @every_kind
-def test_a_gap_in_the_layers_is_refused(tmp_path, kind):
+def test_a_gap_in_the_layers_of_any_format_is_refused(tmp_path, kind):
     def change(arrays):
         for canonical in [n for n in TINY.shapes() if n.startswith("h.1.")]:
             arrays[name_in(kind, canonical.replace("h.1.", "h.7."))] = arrays.pop(name_in(kind, canonical))
@@ -943,7 +943,7 @@ def test_one_matrix_the_other_way_round_is_refused(tmp_path, kind, matrix):
 
 @every_kind
 @pytest.mark.parametrize("prefix", ["transformer.", "x"])
-def test_mixed_prefixes_are_refused(tmp_path, kind, prefix):
+def test_mixed_prefixes_in_any_format_are_refused(tmp_path, kind, prefix):
     mine = KINDS[kind][0].prefixes[0]
     name = name_in(kind, "ln_f.weight")
     other = name.removeprefix(mine) if mine == prefix else prefix + name
@@ -1009,7 +1009,7 @@ def test_what_does_not_fit_into_float16_is_refused_by_name(tmp_path, kind):
 
 @every_kind
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_what_is_not_finite_is_warned_of_by_name(tmp_path, kind, value):
+def test_what_is_not_finite_in_any_file_format_is_warned_of_by_name(tmp_path, kind, value):
     name = name_in(kind, "h.1.mlp.c_fc.weight")
     checkpoint = open_checkpoint(
         any_file(tmp_path, kind, lambda arrays: arrays[name].flat.__setitem__(3, value)), n_head=2
@@ -1032,7 +1032,7 @@ NO_WEIGHTS = {
 
 @pytest.mark.parametrize(("content", "word"), table(NO_WEIGHTS))
 @pytest.mark.parametrize("name", [*(kind for kind in KINDS if kind != "model.ckpt.index"), "m.bin", "m.pth"])
-def test_what_people_take_for_weights_is_named(tmp_path, name, content, word):
+def test_what_people_take_for_weights_is_named_under_any_name(tmp_path, name, content, word):
     if name in KINDS:
         any_file(tmp_path, name)
     (tmp_path / name).write_bytes(content)

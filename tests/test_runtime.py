@@ -573,7 +573,7 @@ def test_verify_compares_the_weights_that_only_transformers_would_load(gpt2x, sh
 
 
 @pytest.mark.parametrize("damage", ["cut", "another"])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_weights_beside_an_onnx_model_that_cannot_be_its_own_are_said(gpt2x, tmp_path, damage, precision):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", ExportOptions((precision,)))
     beside = tmp_path / "m/model.safetensors"
@@ -623,7 +623,7 @@ def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp
 @pytest.mark.parametrize(
     "options", [{"threads": 0}, {"threads": 10**6}, {"threads": "x"}, {"providers": ["NoProvider"]}]
 )
-def test_options_that_cannot_be(tiny, options):
+def test_a_decoder_with_options_that_cannot_be(tiny, options):
     with pytest.raises(ValueError, match="threads is|has no NoProvider; it has"):
         OnnxDecoder(tiny, **options)
     OnnxDecoder(tiny, threads=np.int64(1), providers=[("CPUExecutionProvider", {})])

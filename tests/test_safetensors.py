@@ -67,7 +67,7 @@ def entry(dtype="F32", shape=(6,), offsets=(0, 24), **extra):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **extra}
 
 
-def test_the_test_bench_itself_writes_sound_files(tmp_path):
+def test_the_headers_that_the_tests_write_are_sound(tmp_path):
     container = open_safetensors(header_file(tmp_path / "f", {"a": entry()}))
     assert container.tensors["a"].read().tolist() == [0] * 6
 
@@ -138,7 +138,7 @@ def test_a_file_too_short_for_a_header_is_refused(tmp_path, size):
 
 
 @pytest.mark.parametrize("cut", [1, 100, 3000])
-def test_a_truncated_file_is_refused(tmp_path, tiny, cut):
+def test_a_truncated_safetensors_file_is_refused(tmp_path, tiny, cut):
     path = tmp_path / "m.safetensors"
     save_checkpoint(tiny, path)
     path.write_bytes(path.read_bytes()[:-cut])
@@ -146,7 +146,7 @@ def test_a_truncated_file_is_refused(tmp_path, tiny, cut):
         open_checkpoint(path)
 
 
-def test_bytes_behind_the_end_are_refused(tmp_path, tiny):
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path, tiny):
     path = tmp_path / "m.safetensors"
     save_checkpoint(tiny, path)
     path.write_bytes(path.read_bytes() + b"x")

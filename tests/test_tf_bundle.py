@@ -174,7 +174,7 @@ def refused(bundle, match, error=FormatError):
         bundle.open()
 
 
-def test_the_test_bench_itself_writes_sound_files(bundle):
+def test_the_bundles_that_the_tests_write_are_sound(bundle):
     bundle.write()
     bundle.open()
 

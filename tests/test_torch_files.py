@@ -240,7 +240,7 @@ def test_quantised_and_sparse_tensors_are_refused(tmp_path, zipped):
 
 @both_ages
 @pytest.mark.parametrize("cut", [1, 100, 3000])
-def test_a_truncated_file_is_refused(tmp_path, zipped, cut):
+def test_a_truncated_file_of_torch_is_refused(tmp_path, zipped, cut):
     path = save(tensors(), tmp_path / "m.bin", zipped)
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(FormatError):
@@ -248,7 +248,7 @@ def test_a_truncated_file_is_refused(tmp_path, zipped, cut):
 
 
 @both_ages
-def test_bytes_behind_the_end_are_refused(tmp_path, zipped):
+def test_bytes_behind_the_end_of_a_file_of_torch_are_refused(tmp_path, zipped):
     path = save(tensors(), tmp_path / "m.bin", zipped)
     path.write_bytes(path.read_bytes() + b"junk")
     with pytest.raises(FormatError, match="behind"):

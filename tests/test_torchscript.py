@@ -283,7 +283,9 @@ def test_a_configuration_of_other_layers_than_the_program_has(tmp_path):
         open_subject(tmp_path / "m.pt").run(ID, None, AT, None)
 
 
-@pytest.mark.parametrize(("option", "name"), [("--torchscript", "m.pt"), ("--pt2", "m.pt2")])
+@pytest.mark.parametrize(
+    ("option", "name"), [("--torchscript", "m.pt"), pytest.param("--pt2", "m.pt2", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, option, name):
     """As ``ulimit -f`` sets it. torch itself would end the process."""
     code = "import resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (1 << 20, 1 << 20)); from gpt2x.cli import main; main(sys.argv[1:])"

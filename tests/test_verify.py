@@ -132,7 +132,7 @@ def test_a_difference_is_found_named_and_exit_code_1(gpt2x, other, failing, word
 ROUNDED = {"half.safetensors": "fp16", "brain.bin": "bf16", "half.gguf": "fp16", "q.gguf": "q8_0"}
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "q.gguf" else pytest.mark.slow) for n in ROUNDED])
 def test_rounded_weights_are_proved_to_be_the_firsts_rounded(gpt2x, name):
     done(gpt2x("convert", SHAKESPEARE, name, "--dtype", ROUNDED[name]))
     plain = gpt2x("verify", SHAKESPEARE, name)

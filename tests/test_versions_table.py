@@ -43,3 +43,25 @@ def test_an_export_has_the_opset_and_the_version_of_the_table(cache, tmp_path):
         facts, row = {entry.key: entry.value for entry in model.metadata_props}, DEFAULT[cache, precision]
         assert model.opset_import[0].version == row["opset"]
         assert facts[contract.RUNTIME].split(".")[:2] == row["onnxruntime"].split(".")[:2]
+
+
+@pytest.mark.parametrize("client", contract.CLIENTS)
+def test_the_minimum_of_a_client_is_the_measured_one(client):
+    assert all(row[client] == contract.CLIENTS[client][cache] for (cache, _), row in DEFAULT.items())
+
+
+def test_the_readme_has_the_measured_versions():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in text.splitlines()
+        if "inplace" in line or "growing" in line
+    ]
+    table = [line for line in lines if len(line) == 6]
+    said = {(cells[0].split()[0], p.strip()): cells[2:] for cells in table for p in cells[1].split(",")}
+    clients = ("onnxruntime-genai", "optimum", "transformers.js")
+    measured = {
+        key: [".".join(row["onnxruntime"].split(".")[:2]), *(row[client] for client in clients)]
+        for key, row in DEFAULT.items()
+    }
+    assert said == measured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from converters.spec import GPT2Config
 from gpt2x import __version__, contract
@@ -19,9 +19,10 @@ tags: [gpt2, onnx]
 # GPT-2{size} for ONNX Runtime
 
 A GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, {n_embd} wide, {n_vocab:,} tokens, a context of {n_ctx:,}.
-ONNX opset 23{operators}. ONNX Runtime 1.23 or newer loads it; PyTorch is not needed.
+{operators}. PyTorch is not needed.
 
 {precisions}
+The last column is the first version of ONNX Runtime that runs it; `gpt2x.onnxruntime` in the metadata of the ONNX file says it, too.
 
 ## Contract
 
@@ -46,16 +47,24 @@ To be run in the directory that holds `onnx/`.
 {files}
 | client | how |
 | --- | --- |
-| onnxruntime | `InferenceSession("{model}")` |
-| onnxruntime-genai | `og.Model(directory)` (`genai_config.json` names the model){needs} |
-| optimum | `ORTModelForCausalLM.from_pretrained(directory{file_name})`{single} |
-| transformers.js | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs}; in a browser, also {browser} |
+| onnxruntime | `InferenceSession("{model}")`{from_bytes} |
+| onnxruntime-genai {genai} | `og.Model(directory)` (`genai_config.json` names the model){needs} |
+| optimum {optimum} | `ORTModelForCausalLM.from_pretrained(directory{file_name})`{single} |
+| transformers.js {transformers_js} | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs} |
 {transformers}
+The versions are the first that load it. On the Hugging Face Hub, optimum and transformers.js take the repository's name
+instead of `directory`.
+
 Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold the SHA-256 of its source.
 `gpt2x inspect` shows the contract, and `gpt2x verify SRC DIR` proves that nothing changed.
 """
 
-TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors.index.json`) |\n"
+TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors`) |\n"
+FROM_BYTES = {
+    True: "; or of its bytes",
+    False: """; from bytes: `options.add_external_initializers_from_files_in_memory(["{data}"], [data], [len(data)])`, then \
+`InferenceSession(model, options)`""",
+}
 
 GROWING = """\
 - At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, `present.{{i}}.*`, which is
@@ -90,16 +99,12 @@ LAST_IN_PLACE = """\
   all prompts of one run must have one length. Prompts of other lengths go one at a time.
 """
 
-BROWSER = {
-    True: 'give the weights as external data: `use_external_data_format` knows no `model.safetensors`, so pass `session_options: { externalData: [{ path: "model.safetensors", data: url }] }`',
-    False: "pass `use_external_data_format: true`",
-}
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "w8a8": "int8", "int4": "q4"}  # transformers.js's names
 ABOUT = {
     "fp32": "float32, bit for bit the source's",
     "fp16": "weights and cache in float16; norms, softmax and logits in float32. For GPUs: a CPU only loses time with it",
     "int8": "weights in blocks of 8-bit numbers that share a scale",
-    "w8a8": "8-bit weights with a scale a column, multiplied in whole numbers with activations of 8 bits: the fastest prompts and batches, on CPUs with VNNI or ARM's dot product (older ones of x86 may saturate: verify there)",
+    "w8a8": "8-bit weights with a scale a column, multiplied as integers with activations of 8 bits: the fastest prompts and batches. Exact on every processor",
     "int4": "weights in blocks of 4-bit numbers that share a scale",
 }
 
@@ -163,51 +168,66 @@ def model_card(
     last: bool,
     tokenizer: bool,
     source: str,
-    at_home: bool = False,
+    runtimes: Mapping[str, str],
+    single_files: Collection[str] = (),
+    safetensors: bool = False,
 ) -> str:
     """The README.md of an exported directory.
 
     Args:
         precisions: what the directory holds; the client runs the first.
         source: what it was made from; any text.
-        at_home: whether the directory is the source's own, whose weights other programs find without an index.
+        runtimes: precision -> the first version of ONNX Runtime that runs it.
+        single_files: precisions whose weights are in the ONNX file.
+        safetensors: whether ``model.safetensors`` lies beside, which ``transformers`` loads.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
     first, growing = precisions[0], not contract.stays(cache)
     return CARD.format(
         **sizes,
         size=f" {config.size_name}" if config.size_name else "",
-        operators=", standard operators only" if growing else " and GroupQueryAttention of com.microsoft",
-        precisions=_precisions(precisions),
+        operators="Standard ONNX operators only"
+        if growing
+        else "ONNX operators, and GroupQueryAttention of com.microsoft",
+        precisions=_precisions(precisions, runtimes),
         table=contract_table(config, last, precisions, cache),
         cache=(GROWING if growing else IN_PLACE).format(**sizes, past=contract.PAST) + OF_CACHE[cache],
         padding=(LAST_ONLY if growing else LAST_IN_PLACE) if last else ANY_PADDING if growing else RIGHT_PADDING,
         chunks="" if growing else " of a batch of one row",
         tokens=_special_tokens(config),
         client=client(config, tokenizer, first, cache),
-        files="".join(map(_file_line, precisions)),
+        files="".join(_file_line(precision, precision in single_files) for precision in precisions),
+        from_bytes=FROM_BYTES[first in single_files].format(data=contract.data_file(first)),
+        genai=_since("onnxruntime-genai", cache),
+        optimum=_since("optimum", cache),
+        transformers_js=_since("transformers.js", cache),
         model=contract.model_file(first),
         file_name=""
         if precisions == ("fp32",)
         else f', file_name="{contract.model_file(first).removeprefix("onnx/")}"',
         dtype=DTYPES[first],
-        browser=BROWSER[first == "fp32"],
         single="" if growing else ", one prompt at a time (batches are padded on the left)",
         needs="" if tokenizer else ", once a tokenizer is added",
-        transformers=TRANSFORMERS if "fp32" in precisions and not at_home else "",
+        transformers=TRANSFORMERS if safetensors else "",
         version=__version__,
         source=as_markdown(source),
     )
 
 
-def _precisions(precisions: Sequence[str]) -> str:
-    rows = "".join(f"| {p} | `{contract.model_file(p)}` | {DTYPES[p]} | {ABOUT[p]} |\n" for p in precisions)
-    return f"| precision | model | transformers.js's dtype | |\n| --- | --- | --- | --- |\n{rows}"
+def _precisions(precisions: Sequence[str], runtimes: Mapping[str, str]) -> str:
+    rows = [f"| {p} | `{contract.model_file(p)}` | {DTYPES[p]} | {ABOUT[p]} | {runtimes[p]} |\n" for p in precisions]
+    return "| precision | model | transformers.js's dtype | | ONNX Runtime |\n" + "| --- " * 5 + "|\n" + "".join(rows)
 
 
-def _file_line(precision: str) -> str:
-    data = f"onnx/{contract.data_file(precision)}"
-    return f"`{contract.model_file(precision)}` is a graph; its weights lie in `{data}` (by offset), which must stay beside it.\n"
+def _since(client: str, cache: str) -> str:
+    return f">= {contract.CLIENTS[client][cache]}"
+
+
+def _file_line(precision: str, single: bool) -> str:
+    model, data = contract.model_file(precision), f"onnx/{contract.data_file(precision)}"
+    if single:
+        return f"`{model}` holds its weights itself.\n"
+    return f"`{model}` is a graph; its weights lie in `{data}` (by offset), which must stay beside it.\n"
 
 
 def _special_tokens(config: GPT2Config) -> str:

@@ -18,6 +18,7 @@ from converters import Checkpoint, ConfigError, DestinationError, TokenizerError
 from converters.config import to_hf
 from converters.dialects import HF
 from converters.files import File, check_free, check_tree, new_directory, new_file, read_json
+from converters.onnx_file import read_metadata
 from converters.safetensors_file import write_safetensors
 from converters.saving import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
 from converters.spec import GPT2Config
@@ -32,9 +33,11 @@ from .quantize import PAIR
 from .single_file import MAX_SINGLE_FILE, too_large, write_single_file
 from .weights import BITS, BLOCK, BLOCKS, BLOCKWISE, write_weights
 
+README = "README.md"
 CONFIG = "config.json"
 GENAI = "genai_config.json"
 SAFETENSORS = "model.safetensors"
+OF_0_1_0 = "1.23.0"  # the version of ONNX Runtime that the models of gpt2x 0.1.0 need
 TRANSFORMERS_JS = "transformers.js_config"  # a key of config.json
 LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "w8a8": 1, "int4": 0.5}  # that a weight takes in a file
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
@@ -153,14 +156,16 @@ def export_onnx(
             _check_home(path, checkpoint)
         elif not kept:
             check_free(path, force, directory=True)
-        small = _small_files(checkpoint, path, options, others, at_home)
+        small = _small_files(checkpoint, path, options, others)
         large = _large_files(path, options, at_home)
+        card = _card_place(path) if at_home else README
+        has_card = not (kept and os.path.lexists(path / card)) or card == _card_place(path)  # another's README stays
         if kept:
             small = {name: data for name, data in small.items() if _is_renewed(path, name, data, others)}
             in_the_way = (path / name for name in large if os.path.lexists(path / name))
             if not force and (file := next(in_the_way, None)):
                 raise DestinationError(f"{file}: exists already; --force replaces it")
-        check_tree(path, [Path(name) for name in (*small, *large)])
+        check_tree(path, [Path(name) for name in (*small, *large, *([card] if has_card else []))])
         with new_directory(path, force or kept, None if kept else _rivals) as stage:
             (stage / "onnx").mkdir()
             write_small(stage, small)
@@ -168,6 +173,8 @@ def export_onnx(
             scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
             for precision in options.precisions:
                 _write_model(stage, source, precision, options, checksums, scales)
+            if has_card:
+                write_small(stage, {card: _card(checkpoint, path, stage, options, others, at_home)})
             if SAFETENSORS in large:
                 with new_file(stage / SAFETENSORS) as out:
                     write_safetensors(out, HF.write(source.tensors, source.config), to_hf(source.config))
@@ -188,7 +195,7 @@ def _large_files(path: Path, options: ExportOptions, at_home: bool) -> list[str]
 
 def _is_renewed(path: Path, name: str, data: bytes, others: Sequence[str]) -> bool:
     """Whether a small file is written into a directory that is kept: what is missing, and what describes its models."""
-    if not os.path.lexists(path / name) or name == _card_place(path):
+    if not os.path.lexists(path / name):
         return True
     return (name == CONFIG and (path / name).read_bytes() != data) or (name == GENAI and not others)
 
@@ -267,26 +274,41 @@ def _rivals(path: Path) -> list[str]:
     return [*rivals(path), *sorted(f"onnx/{file.name}" for file in models)]
 
 
-def _small_files(
-    checkpoint: Checkpoint, path: Path, options: ExportOptions, others: Sequence[str], at_home: bool
-) -> dict[str, bytes]:
+def _small_files(checkpoint: Checkpoint, path: Path, options: ExportOptions, others: Sequence[str]) -> dict[str, bytes]:
     config = checkpoint.config
     fp32 = checkpoint.cast(F32)
-    all_of_them = [p for p in FIRST_CHOICE if p in options.precisions or p in others]
-    card = model_card(
-        config,
-        precisions=tuple(all_of_them),
+    files = hf_companions(fp32)
+    files[CONFIG] = _with_transformers_js(files[CONFIG], path, options, others)
+    files[GENAI] = to_json(genai_config(config, options.precisions[0], options.cache))
+    return files
+
+
+def _card(
+    checkpoint: Checkpoint, path: Path, stage: Path, options: ExportOptions, others: Sequence[str], at_home: bool
+) -> bytes:
+    """The model card of the models that are there already and of those that were written."""
+    precisions = [p for p in FIRST_CHOICE if p in options.precisions or p in others]
+    files = {p: (stage if p in options.precisions else path) / contract.model_file(p) for p in precisions}
+    files |= {p: file for p, file in models_in(path).items() if p in others}
+    return model_card(
+        checkpoint.config,
+        precisions=precisions,
         cache=options.cache,
         last=options.last,
         tokenizer=checkpoint.tokenizer is not None,
         source=_name(checkpoint),
-        at_home=at_home,
-    )
-    files = hf_companions(fp32)
-    files[CONFIG] = _with_transformers_js(files[CONFIG], path, options, others)
-    files[GENAI] = to_json(genai_config(config, options.precisions[0], options.cache))
-    files[_card_place(path) if at_home else "README.md"] = card.encode()
-    return files
+        runtimes={p: read_metadata(file).get(contract.RUNTIME, OF_0_1_0) for p, file in files.items()},
+        single_files=_single_files(path, options, others),
+        safetensors=options.safetensors or (at_home and (path / SAFETENSORS).is_file()),
+    ).encode()
+
+
+def _single_files(path: Path, options: ExportOptions, others: Sequence[str]) -> set[str]:
+    """The precisions whose weights are in the ONNX file."""
+    folder = path / "onnx"
+    names = {p: [contract.data_file(p)] + [contract.OLD_WEIGHTS] * (p == "fp32") for p in others}
+    single = {p for p in others if not any((folder / name).is_file() for name in names[p])}
+    return single.union(options.precisions if options.single_file else ())
 
 
 def _with_transformers_js(config: bytes, path: Path, options: ExportOptions, others: Sequence[str]) -> bytes:
@@ -297,8 +319,8 @@ def _with_transformers_js(config: bytes, path: Path, options: ExportOptions, oth
     kept = bool(others) or (there.is_file() and not (path / "onnx").exists())
     facts = read_json(there, 1 << 20) if kept and there.is_file() else json.loads(config)
     precisions = (*options.precisions, *others)
-    beside = [p for p in options.precisions if not options.single_file]
-    beside += [p for p in others if (path / "onnx" / contract.data_file(p)).is_file()]
+    single = _single_files(path, options, others)
+    beside = [p for p in precisions if p not in single]
     settings = dict(facts.get(TRANSFORMERS_JS) or {})
     for key in ("use_external_data_format", "kv_cache_dtype"):
         settings.pop(key, None)
@@ -315,11 +337,11 @@ def _with_transformers_js(config: bytes, path: Path, options: ExportOptions, oth
 
 def _card_place(home: Path) -> str:
     """Where the card goes in the source's own directory: not over a README that is somebody else's."""
-    readme = home / "README.md"
+    readme = home / README
     if not os.path.lexists(readme):
-        return "README.md"
+        return README
     ours = readme.is_file() and b"Written by gpt2x" in readme.read_bytes()[: 1 << 16]
-    return "README.md" if ours else "onnx/README.md"
+    return README if ours else f"onnx/{README}"
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -1,0 +1,101 @@
+"""A growing cache's two forms of attention: ONNX's ``Attention`` (opset 23) and ``MatMul`` with ``Softmax`` (the lowest
+opset, which older runtimes load). Prefill and decoding of GPT-2 small's shape with random weights.
+
+    python benchmarks/attention.py [--threads 2] [--rounds 7]
+
+One process runs both forms in turn, round after round; what is printed are the medians, and the median of each round's
+ratio of the lowest opset to opset 23: of speed, so that above 1 the lowest opset is the faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+
+from converters import Checkpoint, GPT2Config, LazyTensor
+from gpt2x import ExportOptions, OnnxDecoder, export_onnx
+
+PRECISIONS = ("fp32", "int8")
+PROMPTS = (128, 900)
+NEW = 24
+FORMS = {"lowest opset": None, "opset 23": 23}
+
+
+class Times(NamedTuple):
+    """Of one run."""
+
+    prefill: float  # seconds
+    decode: float  # tokens a second
+
+
+def random_model() -> Checkpoint:
+    """GPT-2 small's shape, with random weights."""
+    config, rng = GPT2Config(), np.random.default_rng(0)
+    shapes = config.shapes().items()
+    arrays = {name: (rng.standard_normal(shape, np.float32) * np.float32(0.02)) for name, shape in shapes}
+    return Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
+
+
+def measure(decoder: OnnxDecoder, prompt: int) -> Times:
+    """A prompt, then single tokens."""
+    ids = np.random.default_rng(1).integers(0, decoder.n_vocab, (1, prompt + NEW))
+    places = np.arange(prompt + NEW)[None]
+    start = time.perf_counter()
+    _, cache = decoder.step(ids[:, :prompt], None, places[:, :prompt], None)
+    middle = time.perf_counter()
+    for i in range(prompt, prompt + NEW):
+        _, cache = decoder.step(ids[:, i : i + 1], None, places[:, i : i + 1], cache)
+    return Times(middle - start, NEW / (time.perf_counter() - middle))
+
+
+def rows(folder: Path, precision: str, threads: int | None, rounds: int) -> Iterator[str]:
+    """The table's rows of one precision."""
+    decoders = {
+        form: OnnxDecoder(folder / form.replace(" ", "-"), precision=precision, threads=threads) for form in FORMS
+    }
+    for prompt in PROMPTS:
+        found: dict[str, list[Times]] = {form: [] for form in FORMS}
+        for turn in range(rounds + 1):
+            order = list(FORMS) if turn % 2 else list(FORMS)[::-1]
+            for form in order:
+                times = measure(decoders[form], prompt)
+                if turn:  # the first round warms up
+                    found[form].append(times)
+        lowest, newest = found.values()
+        prefill = statistics.median(b.prefill / a.prefill for a, b in zip(lowest, newest, strict=True))
+        decode = statistics.median(a.decode / b.decode for a, b in zip(lowest, newest, strict=True))
+        cells = [
+            f"{statistics.median(t.prefill for t in times) * 1000:.0f} ms, "
+            f"{statistics.median(t.decode for t in times):.1f} tokens/s"
+            for times in (lowest, newest)
+        ]
+        yield f"| {precision}, {prompt} | {' | '.join(cells)} | {prefill:.2f}, {decode:.2f} |"
+
+
+@click.command()
+@click.option("--threads", type=int, help="Threads (default: one for each core).")
+@click.option("--rounds", default=7, show_default=True)
+def main(threads: int | None, rounds: int) -> None:
+    """Compare the two forms of attention."""
+    with tempfile.TemporaryDirectory(prefix="gpt2x-attention-") as name:
+        folder, model = Path(name), random_model()
+        for form, opset in FORMS.items():
+            options = ExportOptions(PRECISIONS, opset=opset)
+            export_onnx(model, folder / form.replace(" ", "-"), options, need_tokenizer=False)
+        print(
+            "| precision, prompt | lowest opset | opset 23 | lowest / 23: prefill, decoding |\n| --- | --- | --- | --- |"
+        )
+        for precision in PRECISIONS:
+            for row in rows(folder, precision, threads, rounds):
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
