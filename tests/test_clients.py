@@ -425,6 +425,8 @@ def test_a_service_gives_the_text_as_it_is_made(service, tmp_path):
                 text += stream.read()
             except http.client.IncompleteRead as error:
                 text += error.partial
+            except ConnectionError:
+                pass
     assert 0 < len(text.split()) < config.n_ctx // 2
 
 

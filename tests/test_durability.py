@@ -543,7 +543,7 @@ def once(fd):
 signal.signal(signal.SIGALRM, stop)
 chance = random.Random(0)
 with open(sys.argv[1], "wb") as file:
-    for _ in range(1000):
+    for _ in range(300):
         try:
             once(file.fileno())
         except Stop:

@@ -438,7 +438,7 @@ def test_broken_scales_are_seen_in_the_logits_too(shakespeare, tmp_path):
     assert {"weights", "full context", "ORT_DISABLE_ALL"} <= failed
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["h.0.ln_1.weight", "h.3.attn.c_attn.bias", "wpe.weight"])
 def test_a_changed_weight_that_is_not_quantised_is_seen(shakespeare, tmp_path, precision, name):
     path = broken(shakespeare, tmp_path, precision, name, lambda d: d[:1] + bytes([d[1] ^ 1]) + d[2:])

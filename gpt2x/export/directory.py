@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from converters import Checkpoint, ConfigError, DestinationError, TokenizerError, find_tokenizer
+from converters import Checkpoint, ConfigError, ConversionError, DestinationError, TokenizerError, find_tokenizer
 from converters.config import to_hf
 from converters.dialects import HF
 from converters.files import File, check_free, check_tree, new_directory, new_file, read_json
@@ -146,42 +144,60 @@ def export_onnx(
     _check_size(checkpoint, options)
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
-        at_home = _is_source(path, checkpoint)
-        there = models_in(path)
-        others = [precision for precision in there if precision not in options.precisions]
-        for precision in others:
-            _check_fellow(there[precision], checkpoint, options, checksums.result())
-        kept = at_home or bool(others)  # what is in the directory stays
-        if at_home:
-            _check_home(path, checkpoint)
-        elif not kept:
-            check_free(path, force, directory=True)
-        small = _small_files(checkpoint, path, options, others)
-        large = _large_files(path, options, at_home)
-        card = _card_place(path) if at_home else README
-        has_card = not (kept and os.path.lexists(path / card)) or card == _card_place(path)  # another's README stays
-        if kept:
-            small = {name: data for name, data in small.items() if _is_renewed(path, name, data, others)}
-            in_the_way = (path / name for name in large if os.path.lexists(path / name))
-            if not force and (file := next(in_the_way, None)):
-                raise DestinationError(f"{file}: exists already; --force replaces it")
-        check_tree(path, [Path(name) for name in (*small, *large, *([card] if has_card else []))])
-        with new_directory(path, force or kept, None if kept else _rivals) as stage:
+        plan = _plan(checkpoint, path, options, force, checksums)
+        with new_directory(path, force or plan.kept, None if plan.kept else _rivals) as stage:
             (stage / "onnx").mkdir()
-            write_small(stage, small)
+            write_small(stage, plan.small)
             source = watched(checkpoint.cast(F32), progress, warn)
             scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
             for precision in options.precisions:
                 _write_model(stage, source, precision, options, checksums, scales)
-            if has_card:
-                write_small(stage, {card: _card(checkpoint, path, stage, options, others, at_home)})
-            if SAFETENSORS in large:
+            if plan.card:
+                write_small(stage, {plan.card: _card(checkpoint, path, stage, options, plan)})
+            if SAFETENSORS in plan.large:
                 with new_file(stage / SAFETENSORS) as out:
                     write_safetensors(out, HF.write(source.tensors, source.config), to_hf(source.config))
             written = [file for file in stage.rglob("*") if file.is_file()]
             total = sum(file.stat().st_size for file in written)
             files = tuple(sorted(str(file.relative_to(stage)) for file in written))
     return Exported(path, total, files)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written into a directory, found out before the work begins."""
+
+    at_home: bool  # it is the source's own
+    others: list[str]  # precisions that are there already, and stay
+    kept: bool  # what else is there stays
+    small: dict[str, bytes]
+    large: list[str]
+    card: str | None  # the name of the model card, unless a README is somebody else's
+
+
+def _plan(
+    checkpoint: Checkpoint, path: Path, options: ExportOptions, force: bool, checksums: Future[dict[str, str]]
+) -> _Plan:
+    at_home, there = _is_source(path, checkpoint), models_in(path)
+    others = [precision for precision in there if precision not in options.precisions]
+    for precision in others:
+        _check_fellow(there[precision], checkpoint, options, checksums.result())
+    kept = at_home or bool(others)
+    if at_home:
+        _check_home(path, checkpoint)
+    elif not kept:
+        check_free(path, force, directory=True)
+    small = _small_files(checkpoint, path, options, others)
+    large = _large_files(path, options, at_home)
+    card = _card_place(path) if at_home else README
+    if kept:
+        small = {name: data for name, data in small.items() if _is_renewed(path, name, data, others)}
+        in_the_way = (path / name for name in large if os.path.lexists(path / name))
+        if not force and (file := next(in_the_way, None)):
+            raise DestinationError(f"{file}: exists already; --force replaces it")
+    has_card = not (kept and os.path.lexists(path / card)) or card == _card_place(path)
+    check_tree(path, [Path(name) for name in (*small, *large, *([card] if has_card else []))])
+    return _Plan(at_home, others, kept, small, large, card if has_card else None)
 
 
 def _large_files(path: Path, options: ExportOptions, at_home: bool) -> list[str]:
@@ -215,9 +231,8 @@ def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, ch
     found, ours = _metadata_of(file), metadata(checkpoint, checksums, "fp32", options)
     if contract.CONFIG not in found:
         raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
-    here = {
-        file.resolve() for file in file.parent.iterdir()
-    }  # an export can be the source of its own further precisions
+    # An export can be the source of its own further precisions.
+    here = {beside.resolve() for beside in file.parent.iterdir()}
     faults = [
         f"its {what} {found.get(key)}, this export's {ours[key]}"
         for key, what in ((contract.CACHE, "cache is"), (contract.LOGITS, "logits are"))
@@ -244,10 +259,9 @@ def _digests(checksums: str) -> list[str]:
 
 def _metadata_of(file: Path) -> dict[str, str]:
     try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception:  # it is somebody else's, and may be anything
+        return read_metadata(file)
+    except ConversionError:  # it is somebody else's, and may be anything
         return {}
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _is_source(path: Path, checkpoint: Checkpoint) -> bool:
@@ -283,10 +297,9 @@ def _small_files(checkpoint: Checkpoint, path: Path, options: ExportOptions, oth
     return files
 
 
-def _card(
-    checkpoint: Checkpoint, path: Path, stage: Path, options: ExportOptions, others: Sequence[str], at_home: bool
-) -> bytes:
+def _card(checkpoint: Checkpoint, path: Path, stage: Path, options: ExportOptions, plan: _Plan) -> bytes:
     """The model card of the models that are there already and of those that were written."""
+    others = plan.others
     precisions = [p for p in FIRST_CHOICE if p in options.precisions or p in others]
     files = {p: (stage if p in options.precisions else path) / contract.model_file(p) for p in precisions}
     files |= {p: file for p, file in models_in(path).items() if p in others}
@@ -299,7 +312,7 @@ def _card(
         source=_name(checkpoint),
         runtimes={p: read_metadata(file).get(contract.RUNTIME, OF_0_1_0) for p, file in files.items()},
         single_files=_single_files(path, options, others),
-        safetensors=options.safetensors or (at_home and (path / SAFETENSORS).is_file()),
+        safetensors=options.safetensors or (plan.at_home and (path / SAFETENSORS).is_file()),
     ).encode()
 
 
