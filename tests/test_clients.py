@@ -141,11 +141,11 @@ def wanted(exported, expected):
     return want
 
 
-def run(client, models, batches, folder):
+def run(client, models, batches, folder, **said):
     """A client's process, over models (directory, precision). It changes nothing in the directories."""
     named = [{"directory": str(d), "file": contract.model_file(p), "dtype": DTYPES[p]} for d, p in models]
     task = folder / "task.json"
-    task.write_text(json.dumps({"models": named, "batches": batches, "count": COUNT}))
+    task.write_text(json.dumps({"models": named, "batches": batches, "count": COUNT, **said}))
     before = {path: path.read_bytes() for d, _ in models for path in d.rglob("*") if path.is_file()}
     command = [str(part) for part in (*CLIENTS[client], task, PACKAGES)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, timeout=HANGS)
@@ -192,6 +192,16 @@ def test_a_client_gives_the_models_tokens_with_every_precision_and_cache(client,
     rows = dict(zip(DIRECTORIES, rows_of(given(client, cache)), strict=True))[name]
     tokens = wanted(cache, DIRECTORIES[name][0])
     assert rows == [[tokens[text] for text in texts] for texts in batches_of(client, cache)]
+
+
+@clients("onnxruntime-node")
+def test_a_single_file_is_loaded_from_its_bytes_in_node(client, exported, wanted, tmp_path):
+    precisions = ("fp32", "int8", "int4")
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "one", ExportOptions(precisions, single_file=True))
+    rows = rows_of(run(client, [(tmp_path / "one", p) for p in precisions], EACH, tmp_path, bytes=True))
+    for precision, found in zip(precisions, rows, strict=True):
+        tokens = wanted("growing", precision)
+        assert found == [[tokens[text] for text in texts] for texts in EACH]
 
 
 @pytest.mark.parametrize("cache", contract.CACHES)

@@ -44,7 +44,8 @@ async function generate(session, tokenizer, config, texts) {
 const results = [];
 for (const { directory, file } of task.models) {
   const [config, vocabulary, settings] = ["config", "tokenizer", "tokenizer_config"].map((n) => json(join(directory, `${n}.json`)));
-  const session = await InferenceSession.create(join(directory, file));
+  const path = join(directory, file);
+  const session = await InferenceSession.create(task.bytes ? new Uint8Array(readFileSync(path)) : path);
   const rows = [];
   for (const texts of task.batches) rows.push(await generate(session, new Tokenizer(vocabulary, settings), config, texts));
   results.push(rows);
