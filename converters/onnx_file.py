@@ -96,6 +96,25 @@ def read_metadata(path: Path) -> dict[str, str]:
     return dict(_entry(part, str(path), MAX_METADATA) for part in itertools.islice(entries, MAX_ENTRIES))
 
 
+def external_files(path: Path) -> frozenset[str]:
+    """The names of the files beside an ONNX model that its initializers lie in.
+
+    Raises:
+        FormatError: if the model is not sound.
+    """
+    graphs = (part for number, part in _fields(Cursor(File(path))) if number == GRAPH and isinstance(part, Cursor))
+    tensors = (part for graph in graphs for number, part in _fields(graph) if number == INITIALIZER)
+    entries = (
+        part
+        for tensor in tensors
+        if isinstance(tensor, Cursor)
+        for number, part in _fields(tensor)
+        if number == EXTERNAL
+    )
+    pairs = (_entry(entry, str(path)) for entry in entries)
+    return frozenset(value for key, value in pairs if key == "location")
+
+
 def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:
     """Number and value of each field: an int, bytes of a fixed width, or a Cursor over a stretch of the file."""
     while cursor.position < cursor.end:

@@ -5,6 +5,7 @@ These are the names that optimum, onnxruntime-genai and transformers.js expect o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,9 @@ CLIENTS = {
     "optimum": {"growing": "1.25.0", "inplace": "2.0.0", "inplace-int8": "2.0.0"},
     "transformers.js": {"growing": "3.4.2", "inplace": "3.4.2", "inplace-int8": "4.3.0"},
 }
+
+
+VERSION = re.compile(r"\d{1,4}\.\d{1,4}\.\d{1,4}")
 
 
 class Slot(NamedTuple):

@@ -20,13 +20,19 @@ from typing import TYPE_CHECKING, Any
 from converters import ConversionError, DestinationError
 
 from . import __version__
-from .hub import STATUS, Address, _explained, _UnreachableError
+from .hub import COMPANIONS, STATUS, Address, _explained, _UnreachableError
 
 if TYPE_CHECKING:
     import huggingface_hub
 
 SEGMENT = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 NAME = re.compile(rf"{SEGMENT}/{SEGMENT}")
+
+# What is uploaded besides ``onnx/``: the card, configuration and tokenizer, and weights in files of Hugging Face's names.
+FILES = ("README.md", "LICENSE", "genai_config.json", *(name for _, names in COMPANIONS for name in names))
+KNOWN = re.compile(
+    "|".join(map(re.escape, FILES)) + r"|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+)
 
 BAD_NAME = (
     "not the name of a repository on the Hub, which is OWNER/NAME, each of at most 96 letters, digits, '-', '_' and '.', "
@@ -64,7 +70,8 @@ def check_push(name: str) -> None:
 def push(directory: Path, name: str) -> str:
     """Create a repository, upload what is in a directory as one commit, and return the repository's URL.
 
-    Hidden files are left out. Links are followed within the directory only.
+    Only what belongs to a model is uploaded: ``onnx/``, the card, configuration, tokenizer and weights. Links are followed
+    within the directory only.
 
     Raises:
         DestinationError: as ``check_push``, or if the upload fails; the message says whether the repository exists now,
@@ -119,12 +126,12 @@ def _check_rights(name: str, user: Mapping[str, Any]) -> None:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Name in the repository -> path of every file in a directory that is not hidden."""
+    """Name in the repository -> path of what belongs to a model in a directory. Whatever else is there stays private."""
     home = directory.resolve()
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
-        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+        if not (len(name.parts) == 1 and KNOWN.fullmatch(name.name)) and not _in_onnx(name):
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(home)):
             raise DestinationError(f"{path}: a link to a folder, or to outside of {directory}: not uploaded; replace it by what it points to")  # fmt: skip
@@ -135,6 +142,10 @@ def _files(directory: Path) -> dict[str, Path]:
     if not found:
         raise DestinationError(f"{directory}: no files to upload")
     return found
+
+
+def _in_onnx(name: Path) -> bool:
+    return name.parts[0] == "onnx" and not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
 
 
 @contextmanager

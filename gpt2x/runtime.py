@@ -25,7 +25,7 @@ from converters import CheckpointError, ConfigError, FormatError, GPT2Config
 from converters.config import config_of
 from converters.errors import short
 from converters.files import File, check_name, parse_json, read_json
-from converters.onnx_file import read_metadata
+from converters.onnx_file import external_files, read_metadata
 from converters.safetensors_file import open_safetensors
 
 from . import contract
@@ -39,8 +39,6 @@ CHUNK = 256  # tokens; attention over a whole prompt costs the square of its len
 LOGITS = 32 << 20  # bytes of logits that a run may give, where only the last are wanted
 MAX_THREADS = 1024
 MAX_MESSAGE = 2000  # characters of an error of ONNX Runtime's
-SMALL = 64 << 20  # bytes; a larger ONNX file holds its weights itself
-VERSION = re.compile(r"\d{1,4}\.\d{1,4}\.\d{1,4}")
 EXACT = "session.x64quantprecision"  # products of uint8 and int8 by an exact kernel, where the usual one saturates
 # An ONNX model: y = MatMulInteger(a, b); a is uint8 (1, 2), b int8 (2, 1), both 127.
 PRODUCT = bytes.fromhex(
@@ -347,7 +345,8 @@ class RunningBatch:
         logits = batch.step({a: int(logits.argmax())})[a]      # one step of all that are in
         batch.leave(a)
 
-    It is a context manager, too: at its end, or after ``close``, no sequence is in, and the cache's memory is free.
+    It is a context manager, too: at its end, or after ``close``, no sequence is in, and the cache's memory is free. It can
+    be used again then.
 
     Raises:
         InputError: if the decoder's cache does not stay in place.
@@ -474,7 +473,7 @@ def check_runtime(path: Path, metadata: Mapping[str, str]) -> None:
         FormatError: naming both versions.
     """
     needed = metadata.get(contract.RUNTIME, "")
-    if VERSION.fullmatch(needed) and _numbers(ort.__version__) < _numbers(needed):
+    if contract.VERSION.fullmatch(needed) and _numbers(ort.__version__) < _numbers(needed):
         raise FormatError(
             f"{path}: needs ONNX Runtime {needed} or newer; {ort.__version__} is installed. "
             f"Upgrade it: pip install 'onnxruntime>={needed}'. Or export the model again for this one: "
@@ -523,11 +522,9 @@ def saturates() -> bool:
 
 
 def _check_weights(path: Path) -> None:
-    """Find a file of float32 weights that is cut short here, with a word on where: it is a safetensors file."""
-    model = File(path)
-    text = model.read(0, model.size) if model.size < SMALL else b""
-    for name in (contract.data_file("fp32"), contract.OLD_WEIGHTS):
-        if name.encode() in text and (weights := path.with_name(name)).is_file():
+    """Find a file of float32 weights that is truncated here, with a word on where: it is a safetensors file."""
+    for name in external_files(path) & {contract.data_file("fp32"), contract.OLD_WEIGHTS}:
+        if (weights := path.with_name(name)).is_file():
             open_safetensors(weights)
 
 

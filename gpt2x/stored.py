@@ -110,10 +110,10 @@ def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
 def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Array:
     """An initializer in an external file; one of pairs of 4-bit numbers as those numbers, in their own shape."""
     facts = {entry.key: entry.value for entry in tensor.external_data}
-    if not facts:
-        return _numbers(tensor, tensor.raw_data, shape)
-    file = File(path.parent / Path(facts.get("location", path.name)).name)
     try:
+        if not facts:
+            return _numbers(tensor, tensor.raw_data, shape)
+        file = File(path.parent / Path(facts.get("location", path.name)).name)
         return _numbers(tensor, file.read(int(facts["offset"]), int(facts["length"])), shape)
     except (KeyError, ValueError):
         raise FormatError(f"{path}: {tensor.name[:100]} is not stored as gpt2x stores it") from None

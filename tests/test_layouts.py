@@ -152,8 +152,83 @@ def test_safetensors_for_transformers_are_added_when_asked_for(tmp_path, gpt2x):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d")
     assert sum(parameter.numel() for parameter in model.parameters()) == open_checkpoint(SHAKESPEARE).parameters
-    refused = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--safetensors", "--precision", "fp32")
-    assert_refused(refused, "model.safetensors: exists already")
+    for source, precision in ((tmp_path / "d", "w8a8"), (SHAKESPEARE, "fp32")):  # which are there already, and stay
+        options = ("--safetensors", "--precision", precision, "--no-verify")
+        done(gpt2x("export", source, "--onnx", tmp_path / "d", *options))
+    assert "AutoModelForCausalLM" in (tmp_path / "d/README.md").read_text()
+
+
+# -------------------------------------------------------------------------------------- found by an adversarial review
+
+
+def test_another_models_config_json_is_replaced_and_a_broken_one_too(tmp_path, gpt2x):
+    for i, text in enumerate(('{"model_type": "gpt2", "n_layer": 99}', "not JSON")):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+        done(gpt2x("export", SHAKESPEARE, "--onnx", folder, "--force", "--no-verify"))
+        assert json.loads((folder / "config.json").read_text())["n_layer"] == 4
+
+
+def test_a_second_export_into_the_source_keeps_its_config_json(tmp_path, gpt2x):
+    done(gpt2x("convert", SHAKESPEARE, tmp_path / "m"))
+    config = {**json.loads((tmp_path / "m/config.json").read_text()), "task_specific_params": {"x": 1}}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    for options in ((), ("--force",), ("--force", "--single-file")):
+        done(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m", "--no-verify", *options))
+        assert json.loads((tmp_path / "m/config.json").read_text())["task_specific_params"] == {"x": 1}
+
+
+def test_a_transformers_js_config_that_is_no_object_is_refused(tmp_path, gpt2x):
+    done(gpt2x("convert", SHAKESPEARE, tmp_path / "m"))
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "transformers.js_config": "x"}))
+    assert_refused(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m"), "transformers.js_config is no object")
+
+
+def test_weights_that_no_model_takes_any_more_go_with_force(tmp_path, gpt2x):
+    done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--no-verify"))
+    done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--single-file", "--force", "--no-verify"))
+    assert not (tmp_path / "d/onnx/model.onnx_data").exists()
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "old")
+    as_0_1_0(tmp_path / "old")
+    done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "old", "--precision", "int8", "--no-verify"))
+    assert transformers_js(tmp_path / "old") == {"use_external_data_format": {"model_quantized.onnx": True}}
+    assert "its weights lie in `onnx/model.safetensors`" in (tmp_path / "old/README.md").read_text()
+    done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "old", "--force", "--no-verify"))
+    assert not (tmp_path / "old/onnx/model.safetensors").exists()
+    assert not (tmp_path / "old/model.safetensors.index.json").exists()
+    assert greedy(OnnxDecoder(tmp_path / "old"), 3) == greedy(OnnxDecoder(tmp_path / "d"), 3)
+
+
+def test_a_stale_file_beside_a_single_file_is_not_read(tmp_path):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "a")
+    export_onnx(open_checkpoint(tmp_path / "a"), tmp_path / "b", ExportOptions(single_file=True))
+    (tmp_path / "b/onnx/model.onnx_data").write_text("junk")
+    assert greedy(OnnxDecoder(tmp_path / "b"), 3) == greedy(OnnxDecoder(tmp_path / "a"), 3)
+
+
+def test_models_that_lie_in_the_directory_itself_are_not_added_to(tmp_path, gpt2x):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "a")
+    shutil.copytree(tmp_path / "a/onnx", tmp_path / "flat")
+    result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "flat", "--precision", "int8")
+    assert_refused(result, "its models lie in it, not in its folder onnx/")
+
+
+def test_hostile_metadata_do_not_reach_the_card(tmp_path):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d")
+    path = tmp_path / "d/onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for prop in model.metadata_props:
+        prop.value = "1.17 |\n\n# forged\n" if prop.key == contract.RUNTIME else prop.value
+    path.write_bytes(model.SerializeToString())
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("int8",)))
+    assert "forged" not in (tmp_path / "d/README.md").read_text()
+
+
+def test_an_empty_name_to_push_to_is_refused(tmp_path, gpt2x):
+    assert_refused(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--push", ""), "not the name of a repository")
+    assert not (tmp_path / "d").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- opsets
@@ -192,9 +267,9 @@ def test_every_opset_gives_the_same_logits(tmp_path, opset):
 
 def test_an_opset_that_a_precision_cannot_have_is_refused(tmp_path, gpt2x):
     result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--precision", "fp32,int4", "--opset", 20)
-    assert_refused(result, "int4 with a growing cache takes opset 21 to 23, not 20: leave --opset out")
+    assert_refused(result, "opset 20 is too low for int4 with --cache growing: 21 to 23 are supported")
     result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--opset", 19)
-    assert_refused(result, "fp32 with a growing cache takes opset 20 to 23, not 19")
+    assert_refused(result, "opset 19 is too low for fp32 with --cache growing: 20 to 23 are supported")
     assert not (tmp_path / "d").exists()
     with pytest.raises(ValueError, match="opset is 24; it can be 17 to 23"):
         ExportOptions(opset=24)

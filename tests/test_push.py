@@ -40,7 +40,7 @@ def exported(tmp_path_factory):
     export_onnx(random_checkpoint(), directory, need_tokenizer=False)
     (directory / "onnx" / "model_q4.onnx_data").write_bytes(BIG)
     (directory / "vocab.json").write_text('{"Ġé": 0}', encoding="utf-8")
-    (directory / "empty.txt").touch()
+    (directory / "onnx" / "empty.txt").touch()
     return directory
 
 
@@ -111,7 +111,8 @@ def paths(hub, part):
 def test_a_directory_arrives_as_it_is_and_is_downloaded_again(hub, run, environment, exported, tmp_path):
     directory = tmp_path / "export"
     shutil.copytree(exported, directory)
-    for hidden in (".env", ".cache/huggingface/x.lock", "onnx/.part", "__pycache__/a.pyc"):
+    unrelated = ("notes.txt", "checkpoint-500/optimizer.pt", "training_args.bin")
+    for hidden in (".env", ".cache/huggingface/x.lock", "onnx/.part", "onnx/__pycache__/a.pyc", *unrelated):
         (directory / hidden).parent.mkdir(parents=True, exist_ok=True)
         (directory / hidden).write_text("secret")
     name = "me/a.b_c-2"
@@ -224,19 +225,19 @@ def test_importing_it_loads_no_client():
 
 
 def outside(directory):
-    (directory / "x.bin").symlink_to("/etc/hostname")
+    (directory / "onnx/x.bin").symlink_to("/etc/hostname")
 
 
 def a_folder(directory):
-    (directory / "x").symlink_to("onnx")
+    (directory / "onnx/x").symlink_to(".")
 
 
 def nothing(directory):
-    (directory / "x.bin").symlink_to("no-such-file")
+    (directory / "onnx/x.bin").symlink_to("no-such-file")
 
 
 def above(directory):
-    (directory / "x.bin").symlink_to("../other")
+    (directory / "onnx/x.bin").symlink_to("../../other")
     directory.with_name("other").write_text("")
 
 
@@ -253,7 +254,8 @@ def test_a_link_that_leaves_the_directory_is_not_followed(link, tmp_path):
 def test_a_directory_of_nothing_or_of_odd_names_is_refused(tmp_path):
     with pytest.raises(DestinationError, match="no files to upload"):
         push(tmp_path / "none", "me/x")
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")).touch()
+    (tmp_path / "onnx").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/onnx/odd\xff")).touch()
     with pytest.raises(DestinationError, match="not printable text"):
         push(tmp_path, "me/x")
 

@@ -1115,6 +1115,9 @@ def test_a_report_of_a_name_that_is_no_text_is_written():
     assert b"\\udcff" in report_page("\udcff").encode()
 
 
+CARD = {"last": False, "tokenizer": False, "runtimes": {"fp32": "1.18"}, "locations": {"fp32": "model.onnx_data"}}
+
+
 @pytest.mark.parametrize("name", [n.replace("/", "") for n in HOSTILE])
 def test_a_hostile_file_name_reaches_neither_terminal_nor_page_nor_card(gpt2x, tmp_path, name):
     from gpt2x.export.card import model_card
@@ -1124,8 +1127,8 @@ def test_a_hostile_file_name_reaches_neither_terminal_nor_page_nor_card(gpt2x, t
     for result in (gpt2x("inspect", path), gpt2x("convert", path, tmp_path / "out.bin", "--force")):
         assert "\x1b" not in done(result).output
     assert json.loads(done(gpt2x("inspect", path, "--json")).stdout)["path"] == str(path)
-    card = model_card(TINY, last=False, tokenizer=False, source=path.name)
-    plain = model_card(TINY, last=False, tokenizer=False, source="plain")
+    card = model_card(TINY, **CARD, source=path.name)
+    plain = model_card(TINY, **CARD, source="plain")
     assert card.count("\n") == plain.count("\n")
     assert card.count("|") == plain.count("|")
     assert card.count("`") == plain.count("`")
@@ -1138,9 +1141,9 @@ def test_a_hostile_file_name_reaches_neither_terminal_nor_page_nor_card(gpt2x, t
 def test_a_file_name_of_nothing_but_marks_still_leaves_a_card_in_shape():
     from gpt2x.export.card import model_card
 
-    plain = model_card(TINY, last=False, tokenizer=False, source="plain")
+    plain = model_card(TINY, **CARD, source="plain")
     for source in ("", "```", "|||", "\n\n", "\x1b"):
-        card = model_card(TINY, last=False, tokenizer=False, source=source)
+        card = model_card(TINY, **CARD, source=source)
         assert card.count("`") == plain.count("`")
         assert "``." not in card
 

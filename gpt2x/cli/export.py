@@ -60,12 +60,14 @@ if TYPE_CHECKING:
     "--opset",
     type=click.IntRange(17, 23),
     metavar="N",
-    help="ONNX: version of the operators, 17 to 23 (default: the lowest that the model needs; older runtimes load it).",
+    help="ONNX opset, up to 23 (default: the lowest that the model needs, 20 or 21, so that older runtimes load it).",
 )
 @click.option("--single-file", is_flag=True, help="ONNX: weights inside each .onnx file, which has 2 GB at most.")
 @click.option("--safetensors", is_flag=True, help="ONNX: add model.safetensors, for transformers.")
 @click.option(
-    "--push", metavar="OWNER/NAME", help="ONNX: upload DIR to the Hugging Face Hub, as a new repository of this name."
+    "--push",
+    metavar="OWNER/NAME",
+    help="ONNX: upload the models, tokenizer, configuration and weights in DIR to the Hugging Face Hub, as a new repository.",
 )
 @click.option(
     "--tokenizer",
@@ -102,7 +104,7 @@ def export(
         raise click.UsageError("say what to write: --onnx DIR, --torchscript FILE or --pt2 FILE")
     about = {"--logits": logits == "last", "--precision": precisions, "--cache": cache, "--calibrate": calibrate,
              "--block-size": block_size, "--opset": opset, "--single-file": single_file,
-             "--safetensors": safetensors, "--push": push}  # fmt: skip
+             "--safetensors": safetensors, "--push": push is not None}  # fmt: skip
     if not onnx and (given := next((name for name, value in about.items() if value), None)):
         raise click.UsageError(f"{given} is about --onnx, which is not given")
     kinds = _precisions(precisions)
@@ -114,20 +116,21 @@ def export(
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
         )
-    if push and no_verify:
+    if push is not None and no_verify:
         raise click.UsageError("--push uploads what was compared with SRC: leave --no-verify out")
     if pt2 and Path(pt2).suffix != ".pt2":
         raise click.UsageError("torch wants a name that ends in .pt2")
     need("torch", *(["onnx"] if onnx else []), extra="export")
     from converters import open_checkpoint
     from converters.files import check_free
+    from gpt2x.contract import models_in
     from gpt2x.parity import verify_export
 
     for target in (onnx, torchscript, pt2):
         if target:
             check_before(src, target, force=force, directory=target == onnx)
             _check_utf8(target)
-    if push:
+    if push is not None:
         from gpt2x.push import check_push
 
         check_push(push)
@@ -155,6 +158,8 @@ def export(
     if pt2:
         results.append(_write("pt2", pt2, partial(export_pt2, checkpoint, pt2, force=force)))
     start = time.perf_counter()
+    if onnx and push:  # what was there already is uploaded, too
+        kinds = tuple(models_in(Path(onnx)))
     written = [(r["destination"], p) for r in results for p in (kinds if r["format"] == "onnx" else (None,))]
     reports = [] if no_verify else [verify_export(checkpoint, path, precision=p) for path, p in written]
     seconds = round(time.perf_counter() - start, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from converters.spec import GPT2Config
 from gpt2x import __version__, contract
@@ -169,7 +169,7 @@ def model_card(
     tokenizer: bool,
     source: str,
     runtimes: Mapping[str, str],
-    single_files: Collection[str] = (),
+    locations: Mapping[str, str | None],
     safetensors: bool = False,
 ) -> str:
     """The README.md of an exported directory.
@@ -178,7 +178,7 @@ def model_card(
         precisions: what the directory holds; the client runs the first.
         source: what it was made from; any text.
         runtimes: precision -> the first version of ONNX Runtime that runs it.
-        single_files: precisions whose weights are in the ONNX file.
+        locations: precision -> the file in ``onnx/`` that its weights are in; None where they are in the model.
         safetensors: whether ``model.safetensors`` lies beside, which ``transformers`` loads.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
@@ -196,14 +196,14 @@ def model_card(
         chunks="" if growing else " of a batch of one row",
         tokens=_special_tokens(config),
         client=client(config, tokenizer, first, cache),
-        files="".join(_file_line(precision, precision in single_files) for precision in precisions),
-        from_bytes=FROM_BYTES[first in single_files].format(data=contract.data_file(first)),
+        files="".join(_file_line(precision, locations[precision]) for precision in precisions),
+        from_bytes=FROM_BYTES[locations[first] is None].format(data=locations[first]),
         genai=_since("onnxruntime-genai", cache),
         optimum=_since("optimum", cache),
         transformers_js=_since("transformers.js", cache),
         model=contract.model_file(first),
         file_name=""
-        if precisions == ("fp32",)
+        if tuple(precisions) == ("fp32",)
         else f', file_name="{contract.model_file(first).removeprefix("onnx/")}"',
         dtype=DTYPES[first],
         single="" if growing else ", one prompt at a time (batches are padded on the left)",
@@ -223,9 +223,9 @@ def _since(client: str, cache: str) -> str:
     return f">= {contract.CLIENTS[client][cache]}"
 
 
-def _file_line(precision: str, single: bool) -> str:
-    model, data = contract.model_file(precision), f"onnx/{contract.data_file(precision)}"
-    if single:
+def _file_line(precision: str, location: str | None) -> str:
+    model, data = contract.model_file(precision), f"onnx/{location}"
+    if location is None:
         return f"`{model}` holds its weights itself.\n"
     return f"`{model}` is a graph; its weights lie in `{data}` (by offset), which must stay beside it.\n"
 

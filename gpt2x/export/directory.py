@@ -15,8 +15,9 @@ from typing import Any
 from converters import Checkpoint, ConfigError, ConversionError, DestinationError, TokenizerError, find_tokenizer
 from converters.config import to_hf
 from converters.dialects import HF
-from converters.files import File, check_free, check_tree, new_directory, new_file, read_json
-from converters.onnx_file import read_metadata
+from converters.files import File, check_free, check_tree, new_directory, new_file, parse_json, read_json
+from converters.formats import WEIGHTS
+from converters.onnx_file import external_files, read_metadata
 from converters.safetensors_file import write_safetensors
 from converters.saving import Progress, Warn, hf_companions, rivals, to_json, watched, write_small
 from converters.spec import GPT2Config
@@ -26,7 +27,7 @@ from gpt2x.contract import models_in
 from gpt2x.sample import sample_ids
 
 from .card import model_card
-from .onnx import OPSETS, Scales, to_onnx
+from .onnx import INT4_OPSET, OPSETS, Scales, to_onnx, unknown_opset
 from .quantize import PAIR
 from .single_file import MAX_SINGLE_FILE, too_large, write_single_file
 from .weights import BITS, BLOCK, BLOCKS, BLOCKWISE, write_weights
@@ -35,6 +36,7 @@ README = "README.md"
 CONFIG = "config.json"
 GENAI = "genai_config.json"
 SAFETENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 OF_0_1_0 = "1.23.0"  # the version of ONNX Runtime that the models of gpt2x 0.1.0 need
 TRANSFORMERS_JS = "transformers.js_config"  # a key of config.json
 LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "w8a8": 1, "int4": 0.5}  # that a weight takes in a file
@@ -142,24 +144,33 @@ def export_onnx(
             f"{path}: holds models itself; the directory to export to is the one above, {path.parent}"
         )
     _check_size(checkpoint, options)
+    if "int4" in options.precisions and options.opset and options.opset < INT4_OPSET:
+        raise unknown_opset("int4", options.cache, INT4_OPSET, options.opset)
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
         plan = _plan(checkpoint, path, options, force, checksums)
-        with new_directory(path, force or plan.kept, None if plan.kept else _rivals) as stage:
+        rivals = (
+            (lambda path: [name for name in _rivals(path) if name not in plan.superseded]) if not plan.kept else None
+        )
+        with new_directory(path, force or plan.kept, rivals) as stage:
             (stage / "onnx").mkdir()
             write_small(stage, plan.small)
             source = watched(checkpoint.cast(F32), progress, warn)
-            scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
-            for precision in options.precisions:
-                _write_model(stage, source, precision, options, checksums, scales)
-            if plan.card:
-                write_small(stage, {plan.card: _card(checkpoint, path, stage, options, plan)})
+            known = dict(checksums.result())
             if SAFETENSORS in plan.large:
                 with new_file(stage / SAFETENSORS) as out:
                     write_safetensors(out, HF.write(source.tensors, source.config), to_hf(source.config))
+                known[SAFETENSORS] = _sha256(stage / SAFETENSORS)  # what further precisions may be made from
+            scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
+            for precision in options.precisions:
+                _write_model(stage, source, precision, options, known, scales)
+            if plan.card:
+                write_small(stage, {plan.card: _card(checkpoint, path, stage, options, plan)})
             written = [file for file in stage.rglob("*") if file.is_file()]
             total = sum(file.stat().st_size for file in written)
             files = tuple(sorted(str(file.relative_to(stage)) for file in written))
+        for name in plan.superseded:
+            (path / name).unlink(missing_ok=True)
     return Exported(path, total, files)
 
 
@@ -173,6 +184,7 @@ class _Plan:
     small: dict[str, bytes]
     large: list[str]
     card: str | None  # the name of the model card, unless a README is somebody else's
+    superseded: list[str]  # files of the models that are replaced, which go
 
 
 def _plan(
@@ -180,15 +192,19 @@ def _plan(
 ) -> _Plan:
     at_home, there = _is_source(path, checkpoint), models_in(path)
     others = [precision for precision in there if precision not in options.precisions]
-    for precision in others:
-        _check_fellow(there[precision], checkpoint, options, checksums.result())
+    fellows = {there[precision]: _metadata_of(there[precision]) for precision in others}
+    known = {digest for facts in fellows.values() for digest in _digests(facts.get(contract.CHECKSUMS, ""))}
+    for fellow, facts in fellows.items():
+        _check_fellow(fellow, facts, known, checkpoint, metadata(checkpoint, checksums.result(), "fp32", options))
     kept = at_home or bool(others)
     if at_home:
         _check_home(path, checkpoint)
     elif not kept:
         check_free(path, force, directory=True)
-    small = _small_files(checkpoint, path, options, others)
-    large = _large_files(path, options, at_home)
+    if any(there[precision].parent != path / "onnx" for precision in others):
+        raise DestinationError(f"{path}: its models lie in it, not in its folder onnx/; export to another directory")
+    small = _small_files(checkpoint, path, options, others, kept)
+    large = _large_files(path, options, kept)
     card = _card_place(path) if at_home else README
     if kept:
         small = {name: data for name, data in small.items() if _is_renewed(path, name, data, others)}
@@ -197,16 +213,31 @@ def _plan(
             raise DestinationError(f"{file}: exists already; --force replaces it")
     has_card = not (kept and os.path.lexists(path / card)) or card == _card_place(path)
     check_tree(path, [Path(name) for name in (*small, *large, *([card] if has_card else []))])
-    return _Plan(at_home, others, kept, small, large, card if has_card else None)
+    superseded = _superseded(checkpoint, path, options)
+    return _Plan(at_home, others, kept, small, large, card if has_card else None, superseded)
 
 
-def _large_files(path: Path, options: ExportOptions, at_home: bool) -> list[str]:
-    """The names of the models, and of the weights for ``transformers``, which the source's own directory may have."""
+def _large_files(path: Path, options: ExportOptions, kept: bool) -> list[str]:
+    """The names of the models, and of the weights for ``transformers``, unless a directory that is kept has some."""
     names = [contract.model_file(p) for p in options.precisions]
     if not options.single_file:
         names += [f"onnx/{contract.data_file(p)}" for p in options.precisions]
-    has_weights = at_home and os.path.lexists(path / SAFETENSORS)
+    has_weights = kept and any(os.path.lexists(path / name) for name in WEIGHTS)
     return [*names, SAFETENSORS] if options.safetensors and not has_weights else names
+
+
+def _superseded(checkpoint: Checkpoint, path: Path, options: ExportOptions) -> list[str]:
+    """Weights of models that are replaced, which no model takes any more; never the source's."""
+    names = [f"onnx/{contract.data_file(p)}" for p in options.precisions if options.single_file]
+    if "fp32" in options.precisions:
+        old, index = f"onnx/{contract.OLD_WEIGHTS}", path / INDEX
+        names += [old] if (path / old).is_file() else []
+        if index.is_file() and set(read_json(index).get("weight_map", {}).values()) == {old}:
+            names.append(INDEX)
+    sources = {file.resolve() for file in (*checkpoint.files, checkpoint.source) if file}
+    if any((path / name).resolve() in sources for name in names):
+        return []
+    return [name for name in names if (path / name).is_file()]
 
 
 def _is_renewed(path: Path, name: str, data: bytes, others: Sequence[str]) -> bool:
@@ -226,9 +257,16 @@ def _check_size(checkpoint: Checkpoint, options: ExportOptions) -> None:
             raise too_large(contract.model_file(precision), int(least))
 
 
-def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, checksums: Checksums) -> None:
-    """Refuse to put precisions of another model, or with another cache, beside one that is there."""
-    found, ours = _metadata_of(file), metadata(checkpoint, checksums, "fp32", options)
+def _check_fellow(
+    file: Path, found: Mapping[str, str], known: set[str], checkpoint: Checkpoint, ours: Mapping[str, str]
+) -> None:
+    """Refuse to put precisions of another model, or with another cache, beside one that is there.
+
+    Args:
+        found: its metadata.
+        known: SHA-256 of all files that the models there were made from.
+        ours: the new models' metadata.
+    """
     if contract.CONFIG not in found:
         raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
     # An export can be the source of its own further precisions.
@@ -241,8 +279,8 @@ def _check_fellow(file: Path, checkpoint: Checkpoint, options: ExportOptions, ch
     if found[contract.CONFIG] != ours[contract.CONFIG]:
         faults.append("its configuration is another")
     if not here.intersection(source.resolve() for source in checkpoint.files):
-        digests = (sorted(_digests(facts.get(contract.CHECKSUMS, ""))) for facts in (found, ours))
-        faults += ["its source is another"] if next(digests) != next(digests) else []
+        digests = set(_digests(ours[contract.CHECKSUMS]))
+        faults += [] if digests <= known and bool(digests) == bool(known) else ["its source is another"]
     if faults:
         raise DestinationError(
             f"{file}: cannot lie beside this export: {'; '.join(faults)}. Models in one directory agree in these: "
@@ -288,21 +326,21 @@ def _rivals(path: Path) -> list[str]:
     return [*rivals(path), *sorted(f"onnx/{file.name}" for file in models)]
 
 
-def _small_files(checkpoint: Checkpoint, path: Path, options: ExportOptions, others: Sequence[str]) -> dict[str, bytes]:
+def _small_files(
+    checkpoint: Checkpoint, path: Path, options: ExportOptions, others: Sequence[str], kept: bool
+) -> dict[str, bytes]:
     config = checkpoint.config
     fp32 = checkpoint.cast(F32)
     files = hf_companions(fp32)
-    files[CONFIG] = _with_transformers_js(files[CONFIG], path, options, others)
+    files[CONFIG] = _with_transformers_js(files[CONFIG], path, options, others, kept)
     files[GENAI] = to_json(genai_config(config, options.precisions[0], options.cache))
     return files
 
 
 def _card(checkpoint: Checkpoint, path: Path, stage: Path, options: ExportOptions, plan: _Plan) -> bytes:
     """The model card of the models that are there already and of those that were written."""
-    others = plan.others
-    precisions = [p for p in FIRST_CHOICE if p in options.precisions or p in others]
+    precisions = [p for p in FIRST_CHOICE if p in options.precisions or p in plan.others]
     files = {p: (stage if p in options.precisions else path) / contract.model_file(p) for p in precisions}
-    files |= {p: file for p, file in models_in(path).items() if p in others}
     return model_card(
         checkpoint.config,
         precisions=precisions,
@@ -310,40 +348,49 @@ def _card(checkpoint: Checkpoint, path: Path, stage: Path, options: ExportOption
         last=options.last,
         tokenizer=checkpoint.tokenizer is not None,
         source=_name(checkpoint),
-        runtimes={p: read_metadata(file).get(contract.RUNTIME, OF_0_1_0) for p, file in files.items()},
-        single_files=_single_files(path, options, others),
-        safetensors=options.safetensors or (plan.at_home and (path / SAFETENSORS).is_file()),
+        runtimes={p: _runtime_of(file) for p, file in files.items()},
+        locations=_locations(path, options, plan.others),
+        safetensors=options.safetensors or (plan.kept and (path / SAFETENSORS).is_file()),
     ).encode()
 
 
-def _single_files(path: Path, options: ExportOptions, others: Sequence[str]) -> set[str]:
-    """The precisions whose weights are in the ONNX file."""
-    folder = path / "onnx"
-    names = {p: [contract.data_file(p)] + [contract.OLD_WEIGHTS] * (p == "fp32") for p in others}
-    single = {p for p in others if not any((folder / name).is_file() for name in names[p])}
-    return single.union(options.precisions if options.single_file else ())
+def _runtime_of(file: Path) -> str:
+    """The first version of ONNX Runtime that runs a model, by its metadata."""
+    said = read_metadata(file).get(contract.RUNTIME, "")
+    return said if contract.VERSION.fullmatch(said) else OF_0_1_0
 
 
-def _with_transformers_js(config: bytes, path: Path, options: ExportOptions, others: Sequence[str]) -> bytes:
+def _locations(path: Path, options: ExportOptions, others: Sequence[str]) -> dict[str, str | None]:
+    """Precision -> the file beside its model that the weights are in; None where they are in the model."""
+    ours = {p: None if options.single_file else contract.data_file(p) for p in options.precisions}
+    theirs = {p: external_files(path / contract.model_file(p)) for p in others}
+    return {**ours, **{p: min(names, default=None) for p, names in theirs.items()}}
+
+
+def _with_transformers_js(
+    config: bytes, path: Path, options: ExportOptions, others: Sequence[str], kept: bool
+) -> bytes:
     """``config.json`` with what transformers.js has to know of the models: whose weights lie in a file beside them, and
-    whose cache is not float32. One that is in a kept directory keeps all else.
+    whose cache is not float32. One in a directory that is kept keeps all else.
     """
     there = path / CONFIG
-    kept = bool(others) or (there.is_file() and not (path / "onnx").exists())
-    facts = read_json(there, 1 << 20) if kept and there.is_file() else json.loads(config)
-    precisions = (*options.precisions, *others)
-    single = _single_files(path, options, others)
-    beside = [p for p in precisions if p not in single]
-    settings = dict(facts.get(TRANSFORMERS_JS) or {})
-    for key in ("use_external_data_format", "kv_cache_dtype"):
-        settings.pop(key, None)
-    if beside:
-        names = {contract.model_file(p).removeprefix("onnx/"): True for p in beside}
-        settings["use_external_data_format"] = len(beside) == len(precisions) or names
-    if "fp16" in precisions and options.cache != "inplace-int8":
+    before = there.read_bytes() if kept and there.is_file() else config
+    facts = parse_json(before, str(there))
+    found = facts.get(TRANSFORMERS_JS, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{there}: {TRANSFORMERS_JS} is no object: correct it, or leave it out")
+    settings = {key: value for key, value in found.items() if key not in ("use_external_data_format", "kv_cache_dtype")}
+    locations = _locations(path, options, others)
+    beside = [precision for precision, name in locations.items() if name == contract.data_file(precision)]
+    if len(beside) == len(locations):
+        settings["use_external_data_format"] = True
+    elif beside:
+        names = [contract.model_file(precision).removeprefix("onnx/") for precision in beside]
+        settings["use_external_data_format"] = dict.fromkeys(names, True)
+    if "fp16" in locations and options.cache != "inplace-int8":
         settings["kv_cache_dtype"] = {"fp16": "float16"}  # before version 4, it does not ask the model
-    if settings == (facts.get(TRANSFORMERS_JS) or {}):
-        return there.read_bytes() if kept and there.is_file() else config
+    if settings == found:
+        return before
     facts.pop(TRANSFORMERS_JS, None)
     return to_json({**facts, TRANSFORMERS_JS: settings} if settings else facts)
 
@@ -379,13 +426,13 @@ def _write_model(
     checkpoint: Checkpoint,
     precision: str,
     options: ExportOptions,
-    checksums: Future[dict[str, str]],
+    checksums: Checksums,
     scales: Sequence[Scales],
 ) -> None:
     data = stage / "onnx" / contract.data_file(precision)
     with new_file(data) as out:
         weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
-    facts = metadata(checkpoint, checksums.result(), precision, options)
+    facts = metadata(checkpoint, checksums, precision, options)
     model = to_onnx(
         checkpoint.config, weights, facts, last=options.last, cache=options.cache, scales=scales, opset=options.opset
     )

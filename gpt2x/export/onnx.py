@@ -77,8 +77,7 @@ def to_onnx(
     g = translate(trace(config, last), Graph(weights, cache, scales, opset), takes, list(gives))
     lowest = lowest_opset(g)
     if opset is not None and opset not in range(lowest, OPSETS.stop):
-        said = f"{weights.precision} with a {cache} cache takes opset {lowest} to {OPSETS[-1]}, not {opset}"
-        raise ConfigError(f"{said}: leave --opset out for the one that loads most widely")
+        raise unknown_opset(weights.precision, cache, lowest, opset)
     opset = opset or lowest
     graph = helper.make_graph(
         g.nodes,
@@ -100,6 +99,14 @@ def to_onnx(
     )
     helper.set_model_props(model, {**metadata, contract.RUNTIME: contract.runtime_version(*kind, opset)})
     return model
+
+
+def unknown_opset(precision: str, cache: str, lowest: int, opset: int) -> ConfigError:
+    """The error for an opset that lacks an operator of a model."""
+    return ConfigError(
+        f"opset {opset} is too low for {precision} with --cache {cache}: {lowest} to {OPSETS[-1]} are supported. Leave --opset "
+        f"out for {lowest}, which loads most widely"
+    )
 
 
 def lowest_opset(g: Graph) -> int:
