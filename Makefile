@@ -25,7 +25,7 @@ test-versions: $(VENV)/.ready ## old and new versions of the runtimes, and tools
 	$(BIN)/python -m pytest -rs tests/versions
 
 test-executorch: $(VENV)-executorch/.ready ## ExecuTorch lowers and runs the .pt2 that export wrote, in its own environment
-	$(VENV)-executorch/bin/python -m pytest -rs tests/test_torch_programs.py
+	$(VENV)-executorch/bin/python -m pytest -rs -m 'not huge' tests/test_torch_programs.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

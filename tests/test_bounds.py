@@ -60,6 +60,7 @@ def test_the_bounds_are_about_three_times_what_is_measured(shakespeare, text, pr
     assert 2 < BOUNDS[precision].kl_divergence / found.kl_divergence < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w8a8", "int8"])
 def test_a_model_that_is_hard_to_round_is_judged_by_what_right_arithmetic_gives_on_it(tmp_path, precision):
     checkpoint = with_outliers(open_checkpoint(SHAKESPEARE))

@@ -58,6 +58,8 @@ needs_browser = pytest.mark.skipif(
     reason="chromium or the packages for Node are not installed (make test-clients)",
 )
 
+pytestmark = pytest.mark.slow  # make test-clients and CI run these
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

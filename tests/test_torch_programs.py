@@ -70,6 +70,7 @@ def assert_same_as_the_model(run, sizes):
             torch.testing.assert_close(tuple(layer), expected_layer, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loaded_program_can_be_decomposed_for_any_batch_and_any_lengths(tiny_pt2):
     names = names_after(DECOMPOSE)
     assert_same_as_the_model(names["program"].module(), SIZES)

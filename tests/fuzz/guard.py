@@ -19,6 +19,7 @@ MEMORY = 256 << 20
 # Events of Python's audit table that may occur: about objects, not about the world outside.
 HARMLESS = ("object.", "builtins.id", "sys._getframe", "sys._current_frames", "sys.unraisablehook", "gc.", "cpython.", "array.", "time.sleep", "_thread.start")  # fmt: skip
 ON_FILES = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk", "shutil.rmtree")  # fmt: skip
+STARTS = ("subprocess.Popen", "os.posix_spawn")  # the second comes after the first since Python 3.13
 
 
 class Violation(BaseException):
@@ -82,7 +83,7 @@ class Guard:
         if event in ON_FILES:
             if outside := [a for a in arguments if isinstance(a, str | bytes | os.PathLike) and not self._inside(a)]:
                 self._stop(f"{event} of {outside[0]!r}, outside its folder")
-        elif not (event == "subprocess.Popen" and self._is_ours(arguments[1])):
+        elif not (event in STARTS and self._is_ours(arguments[1])):
             self._stop(f"{event} {str(arguments)[:200]}")
 
     def _inside(self, path: str | bytes | os.PathLike[Any]) -> bool:
