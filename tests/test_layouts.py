@@ -201,6 +201,25 @@ def test_weights_that_no_model_takes_any_more_go_with_force(tmp_path, gpt2x):
     assert greedy(OnnxDecoder(tmp_path / "old"), 3) == greedy(OnnxDecoder(tmp_path / "d"), 3)
 
 
+def test_files_that_no_replaced_model_takes_are_never_removed(tmp_path, gpt2x):
+    """A file of the old name that is somebody's own, and an external file that a hostile model names outside its folder."""
+    done(gpt2x("convert", SHAKESPEARE, tmp_path / "m"))
+    (tmp_path / "m/onnx").mkdir()
+    (tmp_path / "m/onnx/model.safetensors").write_text("mine")
+    done(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m", "--no-verify"))
+    assert (tmp_path / "m/onnx/model.safetensors").read_text() == "mine"
+    (tmp_path / "mine.txt").write_text("mine")
+    path = tmp_path / "m/onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../../mine.txt" if entry.key == "location" else entry.value
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "m/model.safetensors.index.json").write_text('{"weight_map": [{}]}')
+    done(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m", "--no-verify", "--force"))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_a_stale_file_beside_a_single_file_is_not_read(tmp_path):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "a")
     export_onnx(open_checkpoint(tmp_path / "a"), tmp_path / "b", ExportOptions(single_file=True))

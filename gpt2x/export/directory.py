@@ -227,17 +227,29 @@ def _large_files(path: Path, options: ExportOptions, kept: bool) -> list[str]:
 
 
 def _superseded(checkpoint: Checkpoint, path: Path, options: ExportOptions) -> list[str]:
-    """Weights of models that are replaced, which no model takes any more; never the source's."""
-    names = [f"onnx/{contract.data_file(p)}" for p in options.precisions if options.single_file]
-    if "fp32" in options.precisions:
-        old, index = f"onnx/{contract.OLD_WEIGHTS}", path / INDEX
-        names += [old] if (path / old).is_file() else []
-        if index.is_file() and set(read_json(index).get("weight_map", {}).values()) == {old}:
+    """Weights that only models that are replaced take; never the source's."""
+    there = models_in(path)
+    replaced = {p: _weights_of(there[p], p) for p in options.precisions if p in there}
+    new = {p: None if options.single_file else contract.data_file(p) for p in replaced}
+    names = [f"onnx/{old}" for p, old in replaced.items() if old and old != new[p]]
+    index = path / INDEX
+    if f"onnx/{contract.OLD_WEIGHTS}" in names and index.is_file():
+        places = read_json(index).get("weight_map")
+        if isinstance(places, dict) and set(map(str, places.values())) <= set(names):
             names.append(INDEX)
     sources = {file.resolve() for file in (*checkpoint.files, checkpoint.source) if file}
     if any((path / name).resolve() in sources for name in names):
         return []
     return [name for name in names if (path / name).is_file()]
+
+
+def _weights_of(file: Path, precision: str) -> str | None:
+    """The name of the file of weights beside a model, if it is one that gpt2x gives."""
+    try:
+        names = external_files(file)
+    except ConversionError:  # it is somebody else's, and may be anything
+        return None
+    return next((name for name in (contract.data_file(precision), contract.OLD_WEIGHTS) if name in names), None)
 
 
 def _is_renewed(path: Path, name: str, data: bytes, others: Sequence[str]) -> bool:
@@ -363,8 +375,7 @@ def _runtime_of(file: Path) -> str:
 def _locations(path: Path, options: ExportOptions, others: Sequence[str]) -> dict[str, str | None]:
     """Precision -> the file beside its model that the weights are in; None where they are in the model."""
     ours = {p: None if options.single_file else contract.data_file(p) for p in options.precisions}
-    theirs = {p: external_files(path / contract.model_file(p)) for p in others}
-    return {**ours, **{p: min(names, default=None) for p, names in theirs.items()}}
+    return {**ours, **{p: _weights_of(path / contract.model_file(p), p) for p in others}}
 
 
 def _with_transformers_js(
