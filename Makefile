@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # An environment is of one Python: it is made anew where PYTHON is another one than made it.
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -65,11 +65,11 @@ bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius
 
 # make test adds to what make demo has installed.
 $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/$(MADE)
-	$(BIN)/python $(PIP) --editable '.[export]'
+	$(BIN)/python $(PIP) --no-compile --editable '.[export]'
 	touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/$(MADE)
-	$(BIN)/python $(PIP) --editable '.[dev]'
+	$(BIN)/python $(PIP) --no-compile --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(MADE)
@@ -91,9 +91,9 @@ $(VENV)-processors/.ready: constraints.txt tests/processors/environment.sh
 	rm -rf $(VENV)-processors
 	sh tests/processors/environment.sh $(VENV)-processors $(BIN)/python && touch $@ || rm -rf $(VENV)-processors
 
-# torch first, so that nothing brings another one.
-$(VENV)-executorch/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-executorch
+# torch first, so that nothing brings another one. Compiled as it is installed: in torchao, that warns, which would be an error
+# in the tests.
+$(VENV)-executorch/.ready: pyproject.toml constraints.txt $(VENV)-executorch/$(MADE)
 	$(VENV)-executorch/bin/python $(PIP) torch
 	$(VENV)-executorch/bin/python $(PIP) --editable . pytest executorch==1.5.1
 	touch $@
