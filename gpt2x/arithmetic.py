@@ -1,5 +1,5 @@
 """What a precision's arithmetic gives where it is computed exactly: the weights that an ONNX model stores, and activations
-and cache rounded as ONNX Runtime rounds them, in torch and float32."""
+and cache rounded as ONNX Runtime rounds them, in torch, with sums in float32."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def rounded_model(a: Checkpoint, subject: Any) -> Subject:
         tensors[name] = LazyTensor.of(values.T.copy() if name in TABLES and stored.scale is not None else values)
         block = stored.block if stored.scale is not None else block
     model = model_of(replace(a, tensors=tensors))
-    if subject.precision == "w8a8":
+    if subject.precision == "fp16":
+        model = model.half()
+    elif subject.precision == "w8a8":
         _round_inputs(model, _by_row)
     elif subject.precision in BLOCKWISE:
         _round_inputs(model, lambda x, positive: _by_block(x, block))
@@ -100,4 +102,5 @@ def _is_cache_scale(name: str) -> bool:
 
 def _round_keys(scale: Tensor, _module: Any, _inputs: Any, qkv: Tensor) -> Tensor:
     q, kv = qkv.tensor_split([qkv.shape[-1] // 3], -1)
-    return torch.cat((q, (kv / scale).round().clamp(-128, 127) * scale), -1)
+    rounded = (kv / scale).round().clamp(-128, 127) * scale
+    return torch.cat((q, rounded.to(qkv.dtype)), -1)

@@ -25,7 +25,7 @@ from converters.gguf_file import through_q8_0
 from converters.tensors import F32, F64, LazyTensor, whole_items
 from converters.tokenizer_files import TokenizerFiles
 
-from .runs import BOUNDS, CACHE8, FP32, TIMES, Bounds, Check, compare_runs, measure, one_pass
+from .runs import BOUNDS, CACHE8, FP32, TIMES, TIMES_EXACT, Bounds, Check, compare_runs, measure, one_pass
 from .sample import sample_ids
 from .subjects import Subject, Transformers, Uncached, gpt2x_model, kind_of, open_subject
 
@@ -143,7 +143,7 @@ def _failed(checks: Sequence[Check]) -> bool:
 def _run_again(
     a: Checkpoint, yardstick: Subject, subject: Subject, tokenizer: TokenizerFiles | None, text: str | None
 ) -> list[Check]:
-    """Judge a model that is out of its precision's bounds by what right arithmetic gives on this very model: some lose more
+    """Judge a model that is out of its precision's bounds by what exact arithmetic gives on this very model: some lose more
     in few bits than others. Nothing where that cannot be computed."""
     if not (_installed("torch") and _installed("onnx")):
         return []
@@ -151,11 +151,12 @@ def _run_again(
 
     ids, _ = sample_ids(yardstick.config, tokenizer, text)
     found = measure(one_pass(yardstick, ids), one_pass(rounded_model(a, subject), ids), ids[1:])
+    precision, times = precision_of(subject), times_exact(subject)
     said = (
-        f"this model loses more in {precision_of(subject)} than most: right arithmetic gives a KL of "
-        f"{found.kl_divergence:.1e}; the bounds are {TIMES} times what it gives"
+        f"{precision} loses more on this model than on most: computed exactly, its KL divergence is "
+        f"{found.kl_divergence:.1e}; the bounds are {times} times the exact result"
     )
-    bounds = bounds_of(subject).or_wider(found)
+    bounds = bounds_of(subject).or_wider(found, times)
     return [Check("bounds", None, said), *_runs(yardstick, subject, tokenizer, text, bounds)]
 
 
@@ -249,6 +250,11 @@ def bounds_of(*subjects: Subject) -> Bounds:
     kinds = [precision_of(subject) for subject in subjects]
     kinds += [CACHE8 for subject in subjects if getattr(subject, "cache_kind", "").endswith("int8")]
     return BOUNDS[max(kinds, key=list(BOUNDS).index)]
+
+
+def times_exact(subject: Subject) -> int:
+    """A bound, as a multiple of what exact arithmetic gives in this precision."""
+    return TIMES_EXACT.get(precision_of(subject), TIMES)
 
 
 # ------------------------------------------------------------------------------------------------- single checks

@@ -1,4 +1,4 @@
-"""How far few bits may be from the source: bounds that right arithmetic passes on every model, and saturation does not."""
+"""How far few bits may be from the source: bounds that exact arithmetic passes on every model, and saturation does not."""
 
 from dataclasses import replace
 
@@ -45,13 +45,13 @@ def with_outliers(checkpoint, times=300.0):
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_right_arithmetic_is_what_onnx_runtime_gives(shakespeare, text, precision):
+def test_exact_arithmetic_is_what_onnx_runtime_gives(shakespeare, text, precision):
     checkpoint, decoder = open_checkpoint(SHAKESPEARE), OnnxDecoder(shakespeare, precision=precision)
-    right = one_pass(rounded_model(checkpoint, decoder), text.ids)
+    exact = one_pass(rounded_model(checkpoint, decoder), text.ids)
     found = one_pass(decoder, text.ids)
     from_source = measure(text.logits, found).kl_divergence
-    assert measure(text.logits, right).kl_divergence == pytest.approx(from_source, rel=0.1)
-    assert measure(right, found).kl_divergence < from_source / 2
+    assert measure(text.logits, exact).kl_divergence == pytest.approx(from_source, rel=0.1)
+    assert measure(exact, found).kl_divergence < from_source / 2
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
@@ -62,13 +62,13 @@ def test_the_bounds_are_about_three_times_what_is_measured(shakespeare, text, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w8a8", "int8"])
-def test_a_model_that_is_hard_to_round_is_judged_by_what_right_arithmetic_gives_on_it(tmp_path, precision):
+def test_a_model_that_is_hard_to_round_is_judged_by_what_exact_arithmetic_gives_on_it(tmp_path, precision):
     checkpoint = with_outliers(open_checkpoint(SHAKESPEARE))
     export_onnx(checkpoint, tmp_path / "d", ExportOptions((precision,)))
     report = verify_export(checkpoint, tmp_path / "d")
     assert report.passed, [check.result for check in report.checks if check.passed is False]
     said = next(check.result for check in report.checks if check.name == "bounds")
-    assert f"this model loses more in {precision} than most: right arithmetic gives a KL of" in said
+    assert f"{precision} loses more on this model than on most: computed exactly, its KL divergence is" in said
 
 
 def test_no_product_of_a_new_export_can_saturate(shakespeare):

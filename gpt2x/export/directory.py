@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,8 @@ def export_onnx(
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
         plan = _plan(checkpoint, path, options, force, checksums)
-        rivals = (
-            (lambda path: [name for name in _rivals(path) if name not in plan.superseded]) if not plan.kept else None
-        )
-        with new_directory(path, force or plan.kept, rivals) as stage:
+        in_the_way = None if plan.kept else partial(_rivals, superseded=plan.superseded)
+        with new_directory(path, force or plan.kept, in_the_way) as stage:
             (stage / "onnx").mkdir()
             write_small(stage, plan.small)
             source = watched(checkpoint.cast(F32), progress, warn)
@@ -332,10 +331,11 @@ def _check_home(path: Path, checkpoint: Checkpoint) -> None:
         raise DestinationError(f"{path}: has a tokenizer of its own, which is another; export to another directory")
 
 
-def _rivals(path: Path) -> list[str]:
+def _rivals(path: Path, superseded: Sequence[str]) -> list[str]:
     """What would be read together with the new files; other precisions of another model among them."""
     models = (path / "onnx").glob("*.onnx*") if (path / "onnx").is_dir() else []
-    return [*rivals(path), *sorted(f"onnx/{file.name}" for file in models)]
+    found = [*rivals(path), *sorted(f"onnx/{file.name}" for file in models)]
+    return [name for name in found if name not in superseded]
 
 
 def _small_files(

@@ -22,9 +22,12 @@ from conftest import random_checkpoint
 
 from converters import Checkpoint, GPT2Config, LazyTensor
 from gpt2x import contract
+from gpt2x.arithmetic import rounded_model
 from gpt2x.export.directory import ExportOptions, export_onnx
 from gpt2x.load import model_of
-from gpt2x.runs import BOUNDS, measure
+from gpt2x.parity import bounds_of, times_exact
+from gpt2x.runs import Bounds, measure
+from gpt2x.runtime import OnnxDecoder
 from gpt2x.torch_runtime import TorchDecoder
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +208,7 @@ class Models:
     folder: Path
     products: dict[str, np.ndarray]
     logits: dict[int, np.ndarray]  # rows -> (rows * 10, V), of the source in torch
+    bounds: dict[str, Bounds]  # "cache precision rows" -> how far the logits may be from these
     alone: dict[str, np.ndarray]  # name -> (16, V), of exact products
 
 
@@ -220,18 +224,33 @@ def models(tmp_path_factory) -> Models:
         saturate(path)
     export_onnx(of_large_weights(), exports / "large-growing", ExportOptions(("w8a8",)), need_tokenizer=False)
     (folder / "products").mkdir()
+    logits = {rows: torch_logits(TorchDecoder(model_of(checkpoint)), rows) for rows in inside.BATCHES}
     return Models(
         folder,
         write_products(folder / "products"),
-        {rows: torch_logits(checkpoint, rows) for rows in inside.BATCHES},
+        logits,
+        bounds_of_exports(checkpoint, exports, logits),
         {name: inside.one_pass(exports / name / contract.model_file("w8a8"), exact=True) for name in inside.ALONE},
     )
 
 
-def torch_logits(checkpoint: Checkpoint, rows: int) -> np.ndarray:
+def bounds_of_exports(checkpoint: Checkpoint, exports: Path, logits: dict[int, np.ndarray]) -> dict[str, Bounds]:
+    """As verify judges a model: by its precision, and by what exact arithmetic gives on this very model."""
+    found = {}
+    for cache in CACHES:
+        for precision in PRECISIONS:
+            exported = OnnxDecoder(exports / cache, precision=precision)
+            exact = rounded_model(checkpoint, exported)
+            for rows in inside.BATCHES:
+                lost = measure(logits[rows], torch_logits(exact, rows))
+                found[f"{cache} {precision} {rows}"] = bounds_of(exported).or_wider(lost, times_exact(exported))
+    return found
+
+
+def torch_logits(decoder: TorchDecoder, rows: int) -> np.ndarray:
     ids = inside.token_ids(rows)
     positions = np.tile(np.arange(ids.shape[1]), (rows, 1))
-    logits, _ = TorchDecoder(model_of(checkpoint)).run(ids, None, positions, None)
+    logits, _ = decoder.run(ids, None, positions, None)
     return flat(logits[:, inside.PROMPT - 1 :])
 
 
@@ -308,10 +327,8 @@ def test_products_are_exact_without_the_option_where_each_pair_of_weights_sums_t
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cache", CACHES)
 def test_every_precision_with_every_cache_is_within_its_bounds(results, models, cache, precision, rows):
-    kinds = [precision, "int8"] if cache == "inplace-int8" else [precision]
-    bounds = BOUNDS[max(kinds, key=list(BOUNDS).index)]
-    found = flat(results.logits[f"{cache} {precision} {rows}"])
-    assert not measure(models.logits[rows], found).failures(bounds)
+    name = f"{cache} {precision} {rows}"
+    assert not measure(models.logits[rows], flat(results.logits[name])).failures(models.bounds[name])
 
 
 @pytest.mark.parametrize("name", inside.ALONE)
