@@ -116,7 +116,7 @@ $(VENV)-llama/.ready: constraints.txt $(VENV)-llama/$(MADE)
 	touch $@
 
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
-$(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py gpt2x/*.py gpt2x/*/*.py)
+$(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py converters/*/*.py gpt2x/*.py gpt2x/*/*.py)
 	$(PYTHON) -m venv --clear $(VENV)-bench
 	$(VENV)-bench/bin/python $(PIP) '.[export,formats]'
 	rm -rf build

@@ -135,7 +135,7 @@ for line in sys.stdin:
 
 # In what follows, step() takes ids (B, T) and how many tokens are in the cache, and gives the last logits (B, V).
 GPT2X = """
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 PACKAGES = ["gpt2x", "onnxruntime"]
 
 class Peer:

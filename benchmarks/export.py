@@ -47,7 +47,7 @@ def onnx_loop(path):
     return step
 
 def gpt2x_runtime(path):
-    from gpt2x.runtime import OnnxDecoder
+    from gpt2x.runtimes.onnxruntime import OnnxDecoder
     decoder = OnnxDecoder(path, threads=THREADS)
     return lambda ids, seen, cache: decoder.step(ids, None, np.arange(seen, seen + ids.shape[1])[None], cache)
 
@@ -58,11 +58,11 @@ def torch_loop(decoder):
 
 def eager(path):
     from gpt2x.load import from_pretrained
-    from gpt2x.torch_runtime import TorchDecoder
+    from gpt2x.runtimes.torch import TorchDecoder
     return torch_loop(TorchDecoder(from_pretrained(path)))
 
 def torchscript(path):
-    from gpt2x.torch_runtime import ModuleDecoder
+    from gpt2x.runtimes.torch import ModuleDecoder
     return torch_loop(ModuleDecoder.from_torchscript(path))
 
 step = {"onnx": onnx_loop, "runtime": gpt2x_runtime, "eager": eager, "torchscript": torchscript}[kind](path)

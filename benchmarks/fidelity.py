@@ -44,7 +44,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from converters import open_checkpoint
-from gpt2x.subjects import gpt2x_model
+from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.tokenizer import Tokenizer
 model, text, skip, characters, window, ids_file, target = sys.argv[1:]
 text = Path(text).read_text(encoding="utf-8")[int(skip):][:int(characters)]
@@ -60,7 +60,7 @@ np.save(target, np.concatenate([subject.run(row[None], None, np.arange(window)[N
 GPT2X = """
 import sys
 import numpy as np
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 path, precision, ids, target = sys.argv[1:]
 decoder = OnnxDecoder(path, precision=precision)
 ids = np.load(ids)

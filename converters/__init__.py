@@ -25,7 +25,7 @@ from .formats import FORMATS, Format, open_checkpoint
 from .saving import WRITERS, save_checkpoint
 from .spec import GPT2Config
 from .tensors import LazyTensor
-from .tokenizer_files import find_tokenizer
+from .tokenizer import find_tokenizer
 
 __all__ = [
     "FORMATS",

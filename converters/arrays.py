@@ -6,14 +6,14 @@ bfloat16, which numpy lacks, travels as uint16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import BF16, DType
+from .dtypes import BF16, DType, whole_items
 from .errors import ConversionError
-from .tensors import LazyTensor, whole_items
 
 Array = NDArray[Any]
 
@@ -43,13 +43,13 @@ def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
     return result
 
 
-def columns_of(matrix: LazyTensor, begin: int, end: int) -> Array:
+def columns_of(chunks: Iterator[bytes], dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> Array:
     """These columns of a matrix [a, b]: an array [a, end - begin], gathered while all of it streams by."""
-    rows, columns = matrix.shape
-    result = np.empty((rows, end - begin), matrix.dtype.numpy)
+    rows, columns = shape
+    result = np.empty((rows, end - begin), dtype.numpy)
     row = 0
-    for chunk in whole_items(matrix.chunks(), columns * matrix.dtype.itemsize):
-        values = as_array(chunk, matrix.dtype, (-1, columns))
+    for chunk in whole_items(chunks, columns * dtype.itemsize):
+        values = as_array(chunk, dtype, (-1, columns))
         result[row : row + len(values)] = values[:, begin:end]
         row += len(values)
     return result

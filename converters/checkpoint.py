@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .config import resolve
-from .container import Container
+from .containers.container import Container
 from .dialects import Dialect, expected_names, recognise
 from .errors import CheckpointError, ConversionError, short
 from .spec import LM_HEAD, GPT2Config
 from .tensors import DType, LazyTensor, crc32c
-from .tokenizer_files import TokenizerFiles
+from .tokenizer import TokenizerFiles
 
 MAX_NAME = 256
 # What MLX, GPTQ, AWQ and bitsandbytes put beside, or in the place of, weights that they round.

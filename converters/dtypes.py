@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -38,3 +39,14 @@ EXPONENTS = {
     "BF16": (b"\x7f", b"\xff"),
     "F16": tuple(bytes([b]) for b in (*range(0x7C, 0x80), *range(0xFC, 0x100))),
 }
+
+
+def whole_items(chunks: Iterator[bytes], itemsize: int) -> Iterator[bytes]:
+    """The same bytes in chunks that never split a value."""
+    rest = b""
+    for chunk in chunks:
+        data = rest + chunk if rest else chunk
+        cut = len(data) - len(data) % itemsize
+        rest = data[cut:]
+        if cut:
+            yield data[:cut]

@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint, assemble
 from .config import PARSERS, from_hf, from_hparams
-from .container import Container
+from .containers import safetensors, tf_bundle
+from .containers.container import Container
+from .containers.shard_index import open_shards
 from .dialects import OPENAI
 from .errors import CheckpointError, ConversionError, FormatError, TokenizerError
-from .files import File, check_name, read_json, reading
-from .shard_index import open_shards
+from .io import sstable
+from .io.json import read_json
+from .io.reading import File, check_name, reading
 from .spec import GPT2Config
-from .tokenizer_files import END_OF_TEXT, TokenizerFiles, find_tokenizer
+from .tokenizer import END_OF_TEXT, TokenizerFiles, find_tokenizer
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -89,15 +91,15 @@ FORMATS = (
     ),
     Format(
         "safetensors", "Hugging Face, and MLX (mlx-lm)", "`.safetensors`", ("hf", "mlx"), FLOATS, FLOATS,
-        ask="`NAME.safetensors`", configuration="in its metadata", opener="safetensors_file:open_safetensors", begins=safetensors_file.looks_like,
+        ask="`NAME.safetensors`", configuration="in its metadata", opener="containers.safetensors:open_safetensors", begins=safetensors.looks_like,
     ),
     Format(
         "bin", "PyTorch, since 1.6 (zip) and before (legacy)", "`.bin`, `.pt`, `.pth`", ("hf",), FLOATS, FLOATS,
         ask="`NAME.bin`", configuration="in a member that torch passes over", checksums="CRC-32 of every member (zip)",
-        opener="torch_zip:open_torch_zip", begins=_magic(b"PK\x03\x04", b"PK\x05\x06"),
+        opener="containers.torch_zip:open_torch_zip", begins=_magic(b"PK\x03\x04", b"PK\x05\x06"),
     ),
     Format(
-        "bin", "", "", (), (), opener="torch_legacy:open_torch_legacy", begins=_magic(b"\x80\x02\x8a\x0a"),
+        "bin", "", "", (), (), opener="containers.torch_legacy:open_torch_legacy", begins=_magic(b"\x80\x02\x8a\x0a"),
     ),
     Format(
         "nanogpt", "nanoGPT's train.py", "`ckpt.pt`", ("nanogpt",), FLOATS, FLOATS,
@@ -106,23 +108,23 @@ FORMATS = (
     Format(
         "llmc", "llm.c, versions 3 and 5", "`.bin`", ("llmc",), ("F32", "BF16"), ("F32", "BF16"),
         ask="`--to llmc`", configuration="in its header", untied=False,
-        opener="llmc_file:open_llmc", begins=_magic((20240326).to_bytes(4, "little")),
+        opener="containers.llmc:open_llmc", begins=_magic((20240326).to_bytes(4, "little")),
     ),
     Format(
         "gguf", "llama.cpp", "`.gguf`", ("gguf",), (*FLOATS, "Q8_0"), ("F32", "F16", "BF16", "Q8_0"),
-        ask="`NAME.gguf`", configuration="in its metadata", tokenizer="in its metadata", opener="gguf_file:open_gguf", begins=_magic(b"GGUF"),
+        ask="`NAME.gguf`", configuration="in its metadata", tokenizer="in its metadata", opener="containers.gguf:open_gguf", begins=_magic(b"GGUF"),
     ),
     Format(
         "hdf5", "Keras, through transformers 4", "`tf_model.h5`", ("keras",), ("F64", "F32", "F16"),
-        untied=False, opener="hdf5_file:open_hdf5", begins=_magic(b"\x89HDF\r\n\x1a\n"),
+        untied=False, opener="containers.hdf5:open_hdf5", begins=_magic(b"\x89HDF\r\n\x1a\n"),
     ),
     Format(
         "onnx", "optimum, torch.onnx and gpt2x", "`.onnx`, with its data beside it", ("hf",), FLOATS,
-        configuration="in its metadata (gpt2x's)", opener="onnx_file:open_onnx", begins=_small_protobuf,
+        configuration="in its metadata (gpt2x's)", opener="containers.onnx:open_onnx", begins=_small_protobuf,
     ),
     Format(
         "msgpack", "Flax, through transformers 4", "`flax_model.msgpack`", ("flax",), FLOATS,
-        opener="msgpack_file:open_msgpack", begins=_map_of_names,
+        opener="containers.msgpack:open_msgpack", begins=_map_of_names,
     ),
 )  # fmt: skip
 
@@ -247,7 +249,7 @@ def _open_path(path: Path) -> Container:
     if (found is None or found.name in GUESSED) and (fault := _not_weights(file, head)):
         raise FormatError(f"{path}: {fault}")
     if (found is None or found.name in GUESSED) and path.suffix == ".safetensors":
-        return safetensors_file.open_safetensors(path)
+        return safetensors.open_safetensors(path)
     if found is None:
         raise FormatError(f"{path}: not a format that gpt2x knows; 'gpt2x formats' lists them")
     module, function = found.opener.split(":")
@@ -287,7 +289,7 @@ def _not_weights(file: File, head: bytes) -> str | None:
         return "a TensorFlow Lite model, which is a program and not weights; convert what it was made from"
     if head[:4] in LLMC_STATES:
         return "the state of a run of llm.c, not its weights; those begin with another number (20240326)"
-    if file.size >= tf_bundle.FOOTER and file.read(file.size - 8, 8) == tf_bundle.MAGIC.to_bytes(8, "little"):
+    if file.size >= sstable.FOOTER and file.read(file.size - 8, 8) == sstable.MAGIC.to_bytes(8, "little"):
         return tf_bundle.V1
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
         return "a pickle, but not one of torch.save: refused"

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import safetensors_file, tf_bundle
 from .checkpoint import Checkpoint
 from .config import to_gguf, to_hf, to_hparams, to_llmc, to_model_args
+from .containers import safetensors, tf_bundle
 from .dialects import GGUF, HF, LLMC, NANOGPT, OPENAI
+from .dtypes import whole_items
 from .errors import CheckpointError, DestinationError
-from .files import new_directory, new_file, read_json
 from .formats import FORMATS, MODELS, OTHERS, WEIGHTS
-from .tensors import BF16, DTYPES, F32, LazyTensor, all_finite, whole_items
-from .tokenizer_files import END_OF_TEXT, EXTRA, PAIRS, hf_files, openai_files
+from .io.json import read_json
+from .io.publishing import new_directory, new_file
+from .tensors import BF16, DTYPES, F32, LazyTensor, all_finite
+from .tokenizer import END_OF_TEXT, EXTRA, PAIRS, hf_files, openai_files
 
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
@@ -189,12 +191,12 @@ def watched(checkpoint: Checkpoint, progress: Progress | None, warn: Warn | None
 def _save_safetensors(job: _Job) -> tuple[list[Path], list[str]]:
     tensors = HF.write(job.checkpoint.tensors, job.checkpoint.config)
     with new_file(job.path, job.force) as out:
-        safetensors_file.write_safetensors(out, tensors, to_hf(job.checkpoint.config))
+        safetensors.write_safetensors(out, tensors, to_hf(job.checkpoint.config))
     return [job.path], []
 
 
 def _save_bin(job: _Job) -> tuple[list[Path], list[str]]:
-    from . import torch_zip
+    from .containers import torch_zip
 
     tensors = HF.write(job.checkpoint.tensors, job.checkpoint.config)
     with new_file(job.path, job.force) as out:
@@ -203,7 +205,7 @@ def _save_bin(job: _Job) -> tuple[list[Path], list[str]]:
 
 
 def _save_nanogpt(job: _Job) -> tuple[list[Path], list[str]]:
-    from . import torch_zip
+    from .containers import torch_zip
 
     config = job.checkpoint.config
     tensors = NANOGPT.write(job.checkpoint.tensors, config)
@@ -215,7 +217,7 @@ def _save_nanogpt(job: _Job) -> tuple[list[Path], list[str]]:
 
 
 def _save_llmc(job: _Job) -> tuple[list[Path], list[str]]:
-    from . import llmc_file
+    from .containers import llmc
 
     config = job.checkpoint.config
     kinds = {tensor.dtype.name for tensor in job.checkpoint.tensors.values()}
@@ -223,12 +225,12 @@ def _save_llmc(job: _Job) -> tuple[list[Path], list[str]]:
     _check_widening(kinds, "llmc")
     tensors = LLMC.write(job.checkpoint.cast(dtype).tensors, config)
     with new_file(job.path, job.force) as out:
-        llmc_file.write_llmc(out, tensors, to_llmc(config), dtype)
+        llmc.write_llmc(out, tensors, to_llmc(config), dtype)
     return [job.path], []
 
 
 def _save_gguf(job: _Job) -> tuple[list[Path], list[str]]:
-    from . import gguf_file
+    from .containers import gguf
 
     checkpoint = job.checkpoint
     dtype = DTYPES.get(job.dtype) if job.dtype else None
@@ -242,21 +244,19 @@ def _save_gguf(job: _Job) -> tuple[list[Path], list[str]]:
         tensors[name] = tensor.cast(wanted, name)
         matrices += [GGUF.layout(name)[0]] if matrix else []
     written = GGUF.write(tensors, checkpoint.config)
-    quantised = [n for n in matrices if job.dtype == "Q8_0" and written[n].shape[-1] % gguf_file.BLOCK == 0]
+    quantised = [n for n in matrices if job.dtype == "Q8_0" and written[n].shape[-1] % gguf.BLOCK == 0]
     kind = "Q8_0" if quantised else tensors["wte.weight"].dtype.name
     vocabulary = checkpoint.tokenizer.vocabulary() if checkpoint.tokenizer else None
-    tokenizer = (
-        gguf_file.tokenizer_metadata(vocabulary, checkpoint.config.n_vocab) if vocabulary else gguf_file.NO_TOKENIZER
-    )
+    tokenizer = gguf.tokenizer_metadata(vocabulary, checkpoint.config.n_vocab) if vocabulary else gguf.NO_TOKENIZER
     metadata = {
-        "general.architecture": gguf_file.ARCHITECTURE,
-        "general.file_type": gguf_file.FILE_TYPES[kind],
+        "general.architecture": gguf.ARCHITECTURE,
+        "general.file_type": gguf.FILE_TYPES[kind],
         **({"general.quantization_version": 2} if quantised else {}),
         **to_gguf(checkpoint.config),
         **tokenizer,
     }
     with new_file(job.path, job.force) as out:
-        gguf_file.write_gguf(out, written, metadata, quantised)
+        gguf.write_gguf(out, written, metadata, quantised)
     notes = [f"{NO_TOKENIZER}. Without one, llama.cpp takes token ids only"] if not vocabulary else []
     notes += _tokenizer_notes(checkpoint, prefix=False) if vocabulary else []
     if job.dtype == "Q8_0":
@@ -337,7 +337,7 @@ def _write_shards(stage: Path, shards: list[dict[str, LazyTensor]], config: dict
     names = names if len(shards) > 1 else ["model.safetensors"]
     for name, tensors in zip(names, shards, strict=True):
         with new_file(stage / name) as out:
-            safetensors_file.write_safetensors(out, tensors, config)
+            safetensors.write_safetensors(out, tensors, config)
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
         places = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}

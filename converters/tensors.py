@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
-from .dtypes import BF16, DTYPES, EXPONENTS, F16, F32, F64, DType
+from .dtypes import BF16, DTYPES, EXPONENTS, F16, F32, F64, DType, whole_items
 from .errors import ChecksumError
-from .files import CHUNK, File
+from .io.reading import CHUNK, File
 
 if TYPE_CHECKING:
     from .arrays import Array
@@ -139,7 +139,9 @@ class LazyTensor:
             from .arrays import columns_of
 
             for begin in range(0, columns, width):
-                block = columns_of(self, begin, min(begin + width, columns)).T  # (some columns, rows)
+                block = columns_of(
+                    self.chunks(), self.dtype, self.shape, begin, min(begin + width, columns)
+                ).T  # (some columns, rows)
                 step = max(1, CHUNK // max(1, rows * self.dtype.itemsize))
                 yield from (block[i : i + step].tobytes() for i in range(0, len(block), step))
                 del block  # before the next is made
@@ -213,17 +215,6 @@ class Checksum:
 def crc32c(value: int, data: bytes) -> int:
     """CRC-32C (Castagnoli), extended."""
     return int(google_crc32c.extend(value, data))
-
-
-def whole_items(chunks: Iterator[bytes], itemsize: int) -> Iterator[bytes]:
-    """The same bytes in chunks that never split a value."""
-    rest = b""
-    for chunk in chunks:
-        data = rest + chunk if rest else chunk
-        cut = len(data) - len(data) % itemsize
-        rest = data[cut:]
-        if cut:
-            yield data[:cut]
 
 
 def all_finite(chunk: bytes, dtype: DType) -> bool:

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 SHAKESPEARE = Path(__file__).parent / "shakespeare"
 """A small GPT-2 that ships with gpt2x, in OpenAI's layout: 2 million parameters, trained on Shakespeare's plays."""
@@ -24,12 +24,16 @@ _HOMES = {
     "gpt2x.model": (
         "GPT2", "VOCAB_SIZE", "EMBED_DIM", "NUM_LAYERS", "NUM_HEADS", "FFN_DIM", "MAX_LEN", "DROP_RATE",
     ),
-    "gpt2x.download": ("fetch",),
+    "gpt2x.download.fetch": ("fetch",),
     "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
     "gpt2x.tokenizer": ("Tokenizer",),
-    "gpt2x.generate": ("generate_text", "Generation", "Sampling", "TextStream", "InputError", "PromptError"),
-    "gpt2x.runtime": ("OnnxDecoder", "RunningBatch"),
-    "gpt2x.export.directory": ("ExportOptions", "export_onnx"),
+    "gpt2x.generation.loop": ("generate_text", "Generation"),
+    "gpt2x.generation.sampling": ("Sampling",),
+    "gpt2x.generation.text": ("TextStream",),
+    "gpt2x.runtimes.base": ("InputError", "PromptError"),
+    "gpt2x.runtimes.onnxruntime": ("OnnxDecoder",),
+    "gpt2x.runtimes.batching": ("RunningBatch",),
+    "gpt2x.export.onnx_directory": ("ExportOptions", "export_onnx"),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
 }  # fmt: skip
 # What is not installed with gpt2x itself -> the extra that installs it.
@@ -39,12 +43,16 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from converters import Checkpoint, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 
-    from .download import fetch
-    from .export.directory import ExportOptions, export_onnx
-    from .generate import Generation, InputError, PromptError, Sampling, TextStream, generate_text
+    from .download.fetch import fetch
+    from .export.onnx_directory import ExportOptions, export_onnx
+    from .generation.loop import Generation, generate_text
+    from .generation.sampling import Sampling
+    from .generation.text import TextStream
     from .load import checkpoint_of, from_pretrained, load_model
     from .model import DROP_RATE, EMBED_DIM, FFN_DIM, GPT2, MAX_LEN, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE
-    from .runtime import OnnxDecoder, RunningBatch
+    from .runtimes.base import InputError, PromptError
+    from .runtimes.batching import RunningBatch
+    from .runtimes.onnxruntime import OnnxDecoder
     from .tokenizer import Tokenizer
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from converters import ConversionError
 
 from . import contract
-from .runtime import OnnxDecoder, find_model
+from .runtimes.onnxruntime import OnnxDecoder, find_model
 
 ROUNDS = 5  # prefills, and readings of memory
 

@@ -7,13 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters import (
-    Checkpoint,
-    CheckpointError,
-    LazyTensor,
-    UnknownHeadsError,
-    open_checkpoint,
-)
+from converters import Checkpoint, CheckpointError, LazyTensor, UnknownHeadsError, open_checkpoint
 from converters.formats import tokenizer_in
 from converters.spec import SIZES
 from converters.tensors import BF16, DTYPES

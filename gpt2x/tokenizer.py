@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converters.formats import tokenizer_in
-from converters.tokenizer_files import END_OF_TEXT, TokenizerFiles, Vocabulary, build
+from converters.tokenizer import END_OF_TEXT, TokenizerFiles, Vocabulary, build
 
 
 class Tokenizer:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from converters import Checkpoint, GPT2Config, LazyTensor
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
     import torch

@@ -12,7 +12,7 @@ from test_onnx_export import SHAKESPEARE
 
 from converters import open_checkpoint
 from gpt2x import bench
-from gpt2x.export.directory import ExportOptions, export_onnx
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 
 
 @pytest.fixture(scope="module")

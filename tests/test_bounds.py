@@ -6,15 +6,16 @@ import pytest
 
 from converters import LazyTensor, open_checkpoint
 from gpt2x import SHAKESPEARE, contract
-from gpt2x.arithmetic import rounded_model
-from gpt2x.export import weights as writing
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.parity import bounds_of, verify_export
-from gpt2x.runs import BOUNDS, compare_logits, measure, one_pass
-from gpt2x.runs import Text as RunText
-from gpt2x.runtime import OnnxDecoder, saturates
-from gpt2x.sample import sample_ids
-from gpt2x.subjects import gpt2x_model
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.precisions import weights as writing
+from gpt2x.runtimes.onnxruntime import OnnxDecoder, saturates
+from gpt2x.runtimes.opening import gpt2x_model
+from gpt2x.verify.exact_arithmetic import rounded_model
+from gpt2x.verify.metrics import BOUNDS, measure
+from gpt2x.verify.report import bounds_of, verify_export
+from gpt2x.verify.sample_text import sample_ids
+from gpt2x.verify.scenarios import Text as RunText
+from gpt2x.verify.scenarios import compare_logits, one_pass
 
 QUANTISED = ("int8", "w8a8", "int4")
 
@@ -79,7 +80,7 @@ def test_no_product_of_a_new_export_can_saturate(shakespeare):
 
 
 def stored_numbers(path):
-    from gpt2x.stored import read_stored
+    from gpt2x.verify.quantized_weights import read_stored
 
     found = read_stored(path, open_checkpoint(SHAKESPEARE).config.shapes())
     return [(name, stored.numbers) for name, stored in found if stored.scale is not None]
@@ -92,7 +93,7 @@ def old(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     quantize = writing.quantize
     patch.setattr(writing, "quantize", lambda *arguments, paired: quantize(*arguments))
-    patch.setattr("gpt2x.export.directory.contract.PAIRS", "gpt2x.unknown")
+    patch.setattr("gpt2x.export.onnx_directory.contract.PAIRS", "gpt2x.unknown")
     export_onnx(open_checkpoint(SHAKESPEARE), folder, ExportOptions(("w8a8",)))
     patch.undo()
     return folder
@@ -106,7 +107,7 @@ def test_an_old_w8a8_model_is_right_on_every_processor(old):
     not saturates(), reason="products do not saturate on this processor; make test-processors emulates one"
 )
 def test_verify_refuses_a_saturated_model(old, text, monkeypatch):
-    monkeypatch.setattr("gpt2x.runtime.EXACT", "session.not_asked_for")
+    monkeypatch.setattr("gpt2x.runtimes.onnxruntime.EXACT", "session.not_asked_for")
     decoder = OnnxDecoder(old)
     check = compare_logits("full context", decoder, text, bounds_of(decoder))
     assert check.passed is False

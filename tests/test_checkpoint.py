@@ -255,7 +255,7 @@ def test_heads_are_asked_for_where_nothing_states_them(tmp_path):
 def lazy(config):
     """A checkpoint of a published size without its gigabytes."""
     import converters.checkpoint as module
-    from converters.container import Container
+    from converters.containers.container import Container
 
     def never():
         raise AssertionError("nothing is read")

@@ -25,11 +25,12 @@ from conftest import random_checkpoint
 
 from converters import GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained, generate_text
-from gpt2x.export.card import DTYPES
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.generate import Generation, Sampling
-from gpt2x.runtime import OnnxDecoder
-from gpt2x.torch_runtime import TorchDecoder
+from gpt2x.export.model_card import DTYPES
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.generation.loop import Generation
+from gpt2x.generation.sampling import Sampling
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.runtimes.torch import TorchDecoder
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "clients"

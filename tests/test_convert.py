@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 from conftest import FIXTURES, TINY, assert_refused, assert_same_bytes, done, random_checkpoint
 
-import converters.files
+import converters.io.publishing
 from converters import DestinationError, GPT2Config, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE
 
@@ -315,7 +315,7 @@ def test_a_disk_that_fills_up_in_the_midst_leaves_what_was_there(gpt2x, monkeypa
         return real(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(converters.files.os, "pwrite", write)
+        patch.setattr(converters.io.publishing.os, "pwrite", write)
         result = gpt2x("convert", "models/124M", target, *to, "--force")
     assert_refused(result, "No space left on device")
     assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
@@ -343,7 +343,9 @@ def test_a_read_only_destination_is_refused(gpt2x, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(
-        converters.files.os, "open", lambda p, flags, *a: refuse() if flags & os.O_CREAT else os_open(p, flags, *a)
+        converters.io.publishing.os,
+        "open",
+        lambda p, flags, *a: refuse() if flags & os.O_CREAT else os_open(p, flags, *a),
     )
     assert_refused(gpt2x("convert", "models/124M", "out.safetensors"), "cannot be written: Permission denied")
 
@@ -354,8 +356,9 @@ os_open = os.open
 # words, with tabs between. The process sends itself the signal as it writes for so many times. Answers with the exit code.
 SIGNALLED = """
 import os, signal, sys
-import converters.files as files
-from converters import arrays, safetensors_file, saving, tf_bundle, torch_zip
+import converters.io.publishing as files
+from converters import arrays, saving
+from converters.containers import safetensors, tf_bundle, torch_zip
 from gpt2x.cli import main
 
 print("ready", flush=True)
@@ -421,7 +424,7 @@ def test_an_interrupted_convert_leaves_the_old_or_the_new(signalled, here, numbe
 def test_a_destination_that_appears_meanwhile_is_not_overwritten(tmp_path):
     with (
         pytest.raises(DestinationError, match="has appeared meanwhile"),
-        converters.files.new_file(tmp_path / "f") as out,
+        converters.io.publishing.new_file(tmp_path / "f") as out,
     ):
         out.write(b"ours")
         (tmp_path / "f").write_bytes(b"theirs")
@@ -436,7 +439,7 @@ def test_a_forced_directory_takes_its_place_in_one_step(tmp_path, monkeypatch):
     (tmp_path / "d" / "more" / "empty").mkdir(parents=True)
     (tmp_path / "d" / "more" / "notes.txt").write_text("mine, too")
     (tmp_path / "d").chmod(0o750)
-    monkeypatch.setattr(converters.files.os, "replace", None)  # not file by file
+    monkeypatch.setattr(converters.io.publishing.os, "replace", None)  # not file by file
     save_checkpoint(random_checkpoint(seed=1), tmp_path / "d", force=True)
     assert_same_bytes(random_checkpoint(seed=1), open_checkpoint(tmp_path / "d"))
     assert (tmp_path / "d" / "notes.txt").read_text() == "mine"
@@ -528,7 +531,7 @@ def test_a_signal_waits_until_the_renames_are_done_whatever_other_threads_there_
     fd = signal.set_wakeup_fd(writer)
     other.start()
     try:
-        with pytest.raises(KeyboardInterrupt), converters.files._uninterrupted():
+        with pytest.raises(KeyboardInterrupt), converters.io.publishing._uninterrupted():
             signal.pthread_kill(other.ident, signal.SIGINT)
             assert os.read(reader, 1) == bytes([signal.SIGINT])  # it has come to the other thread
             done.append("renamed")

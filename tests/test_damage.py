@@ -13,9 +13,10 @@ import torch
 from conftest import FIXTURES, assert_refused, random_checkpoint
 
 from converters import ChecksumError, ConversionError, LazyTensor, save_checkpoint
-from converters.files import new_file
-from converters.tf_bundle import FOOTER, open_bundle
-from converters.torch_zip import open_torch_zip, write_torch_zip
+from converters.containers.tf_bundle import open_bundle
+from converters.containers.torch_zip import open_torch_zip, write_torch_zip
+from converters.io.publishing import new_file
+from converters.io.sstable import FOOTER
 
 FLIPS = (0x01, 0xFF)  # one bit, and all
 

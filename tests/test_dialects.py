@@ -5,7 +5,7 @@ from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import Checkpoint, CheckpointError, GPT2Config
 from converters.checkpoint import assemble
-from converters.container import Container
+from converters.containers.container import Container
 from converters.dialects import DIALECTS, HF, OPENAI, places_of
 from converters.spec import SPEC, rows
 

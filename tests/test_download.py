@@ -21,8 +21,9 @@ import safetensors.numpy
 from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
 
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
-from gpt2x import SHAKESPEARE, bucket, fetch
-from gpt2x.hub import parse
+from gpt2x import SHAKESPEARE, fetch
+from gpt2x.download import openai as bucket
+from gpt2x.download.hub import parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATA, INDEX = bucket.DATA, bucket.INDEX
@@ -267,7 +268,7 @@ def test_a_plain_conversion_opens_no_socket_and_loads_no_client(tmp_path):
         from gpt2x.cli import main
         main(["convert", {str(SHAKESPEARE)!r}, "out"], standalone_mode=False)
         main(["inspect", "out"], standalone_mode=False)
-        assert not {{"huggingface_hub", "urllib.request", "http.client", "gpt2x.download"}} & set(sys.modules)
+        assert not {{"huggingface_hub", "urllib.request", "http.client", "gpt2x.download.fetch"}} & set(sys.modules)
         if "--provoke" in sys.argv:
             import socket
             socket.socket()
@@ -548,7 +549,7 @@ def test_several_at_once_fetch_it_once(mirror, tmp_path):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    from gpt2x.download import cache_home
+    from gpt2x.download.common import cache_home
 
     assert cache_home() == tmp_path / "cache"
     monkeypatch.delenv("GPT2X_CACHE")
@@ -813,7 +814,7 @@ def test_without_a_network_and_without_a_copy(hub):
 
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "a/../../b.bin", "", "x\\y.bin", "config.json", "a b.bin"])
 def test_an_index_that_points_elsewhere_is_refused(name, tmp_path):
-    from gpt2x.hub import Choice, Snapshot, _shards
+    from gpt2x.download.hub import Choice, Snapshot, _shards
 
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"wte.weight": name}}))
@@ -824,7 +825,7 @@ def test_an_index_that_points_elsewhere_is_refused(name, tmp_path):
 
 def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_opened():
     from converters import formats
-    from gpt2x import hub as module
+    from gpt2x.download import hub as module
 
     assert tuple(module.WEIGHTS) == tuple(name for name in formats.WEIGHTS if name in module.WEIGHTS)
     names = [*module.WEIGHTS, "model.ckpt.index", "x.gguf", *formats.OTHERS]

@@ -24,7 +24,7 @@ from converters import (
     open_checkpoint,
     save_checkpoint,
 )
-from converters.files import File
+from converters.io.reading import File
 from gpt2x import SHAKESPEARE
 
 # Format -> the destination's name, and what else is asked for.
@@ -81,7 +81,8 @@ def remove(path):
 # the exit code and the number of changes.
 SERVER = """
 import itertools, mmap, os, signal, struct, sys
-from converters import arrays, gguf_file, llmc_file, safetensors_file, saving, torch_zip
+from converters import arrays, saving
+from converters.containers import gguf, llmc, safetensors, torch_zip
 from gpt2x.cli import main
 
 CHANGES = ("fsync", "link", "mkdir", "pwrite", "rename", "replace", "rmdir", "unlink", "write")
@@ -324,7 +325,7 @@ def striking(monkeypatch):
                     strike(self.path)
 
         monkeypatch.setattr(File, "chunks", chunks)
-        monkeypatch.setattr("converters.files.CHUNK", 64)
+        monkeypatch.setattr("converters.io.reading.CHUNK", 64)
         return struck
 
     return begin
@@ -519,7 +520,7 @@ def test_a_model_in_memory_has_no_source_to_lose(tmp_path):
 
 INTERRUPTED = """
 import os, random, signal, sys
-from converters.files import Output
+from converters.io.publishing import Output
 
 class Stop(BaseException):
     pass

@@ -15,10 +15,10 @@ from conftest import FIXTURES, TINY, arrays_of, assert_refused, assert_same_byte
 import converters.dialects as dialects
 from converters import FORMATS, WRITERS, CheckpointError, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 from converters.checkpoint import assemble
-from converters.container import Container
+from converters.containers.container import Container
+from converters.containers.safetensors import write_safetensors
 from converters.dialects import DIALECTS, FLAX, KERAS, MLX, NANOGPT, Transposed
-from converters.files import new_file
-from converters.safetensors_file import write_safetensors
+from converters.io.publishing import new_file
 from converters.spec import ARITHMETIC
 from converters.tensors import BF16, F16, F32, F64
 from gpt2x import SHAKESPEARE, Tokenizer, export_onnx
@@ -462,8 +462,8 @@ def test_the_names_of_a_merged_decoder_are_those_of_its_parts(tmp_path):
 
 def test_verify_reads_each_byte_of_two_files_once(tmp_path, monkeypatch):
     """Also where one of them has to be transposed."""
-    from converters.files import File
-    from gpt2x.parity import compare_weights
+    from converters.io.reading import File
+    from gpt2x.verify.weights import compare_weights
 
     checkpoint = open_checkpoint(SHAKESPEARE)
     save_checkpoint(checkpoint, tmp_path / "m.gguf")
@@ -482,7 +482,7 @@ def test_verify_reads_each_byte_of_two_files_once(tmp_path, monkeypatch):
 
 
 def test_a_quantised_onnx_model_is_refused(tmp_path):
-    from gpt2x.export.directory import ExportOptions
+    from gpt2x.export.onnx_directory import ExportOptions
 
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "q", ExportOptions(precisions=("int8", "w8a8", "int4")))
     for name in ("model_quantized.onnx", "model_int8.onnx", "model_q4.onnx"):
@@ -649,13 +649,13 @@ def test_a_tokenizer_that_does_not_fit_or_cannot_be_said_is_noted(tmp_path):
 
 @pytest.mark.parametrize("line", [("tokenizer.ggml.pre", "llama-bpe"), ("tokenizer.ggml.add_bos_token", True)])
 def test_a_gguf_that_cuts_text_otherwise_does_not_pass_its_tokenizer_on(tmp_path, line):
-    from converters import gguf_file
+    from converters.containers import gguf
 
     checkpoint = open_checkpoint(SHAKESPEARE)
-    tokens = gguf_file.tokenizer_metadata(checkpoint.tokenizer.vocabulary(), 2048) | dict([line])
+    tokens = gguf.tokenizer_metadata(checkpoint.tokenizer.vocabulary(), 2048) | dict([line])
     metadata = {"general.architecture": "gpt2", "gpt2.attention.head_count": 6, **tokens}
     with new_file(tmp_path / "m.gguf") as out:
-        gguf_file.write_gguf(out, dialects.GGUF.write(checkpoint.tensors, checkpoint.config), metadata)
+        gguf.write_gguf(out, dialects.GGUF.write(checkpoint.tensors, checkpoint.config), metadata)
     read = open_checkpoint(tmp_path / "m.gguf")
     assert read.tokenizer is None
     assert any("not taken over" in note for note in read.notes)

@@ -8,9 +8,11 @@ import torch
 from conftest import random_checkpoint
 
 from gpt2x import SHAKESPEARE, PromptError, Tokenizer, from_pretrained, generate_text
-from gpt2x.generate import Generation, Sampling, TextStream
+from gpt2x.generation.loop import Generation
+from gpt2x.generation.sampling import Sampling
+from gpt2x.generation.text import TextStream
 from gpt2x.load import model_of
-from gpt2x.torch_runtime import TorchDecoder
+from gpt2x.runtimes.torch import TorchDecoder
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_an_option_that_means_nothing_is_wrong_usage(gpt2x, option):
 def test_without_torch_the_line_to_type_is_named(gpt2x, monkeypatch):
     import sys
 
-    for name in [n for n in sys.modules if n.startswith("gpt2x.load") or n.startswith("gpt2x.torch_runtime")]:
+    for name in [n for n in sys.modules if n.startswith("gpt2x.load") or n.startswith("gpt2x.runtimes.torch")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert_refused(gpt2x("generate", SHAKESPEARE, "ROMEO:"), "this needs torch: pip install 'gpt2x[torch]'")

@@ -28,9 +28,9 @@ from converters import (
     save_checkpoint,
 )
 from converters.config import to_hf
-from converters.files import parse_json
-from converters.tf_bundle import varint
-from converters.torch_pickle import load_pickle
+from converters.containers.torch_pickle import load_pickle
+from converters.io.json import parse_json
+from converters.io.protobuf import varint
 from gpt2x import SHAKESPEARE, Tokenizer
 
 

@@ -27,11 +27,12 @@ from test_download import SEVERAL, Done
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained
-from gpt2x.export.card import DTYPES
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.generate import Generation, Sampling
-from gpt2x.runtime import OnnxDecoder
-from gpt2x.torch_runtime import TorchDecoder
+from gpt2x.export.model_card import DTYPES
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.generation.loop import Generation
+from gpt2x.generation.sampling import Sampling
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.runtimes.torch import TorchDecoder
 
 # No token is nearer a tie than 0.014. After the second prompt int8 has other tokens than fp32, and has the same ones
 # whether activations are rounded to 8 bits (Python, Node) or not (ONNX Runtime in a browser).

@@ -17,13 +17,16 @@ from test_onnx_export import SHAKESPEARE, SWITCHES
 from test_precisions import SMALL, gentle
 
 from converters import GPT2Config, open_checkpoint, save_checkpoint
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.generate import Generation, InputError, Sampling, generate_text
-from gpt2x.inplace import RowCache
-from gpt2x.parity import verify_export
-from gpt2x.runtime import OnnxDecoder, RunningBatch
-from gpt2x.subjects import gpt2x_model
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.generation.loop import Generation, generate_text
+from gpt2x.generation.sampling import Sampling
+from gpt2x.runtimes.base import InputError
+from gpt2x.runtimes.batching import RunningBatch
+from gpt2x.runtimes.kv_cache import RowCache
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.tokenizer import Tokenizer
+from gpt2x.verify.report import verify_export
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_a_row_may_go_on_from_anywhere_it_has_been(decoder):
 
 
 def test_a_model_that_gives_every_logit_takes_a_prompt_in_smaller_pieces_and_gives_the_same(decoder, monkeypatch):
-    from gpt2x import runtime
+    from gpt2x.runtimes import onnxruntime as runtime
 
     ids = np.array([prompt(100)])
     whole, _ = decoder.run(ids, None, np.arange(100)[None], None)
@@ -212,7 +215,7 @@ def test_a_mask_that_changes_for_earlier_slots_is_refused(decoder):
 
 
 def test_memory_that_ends_while_room_is_made_leaves_a_good_cache(decoder, monkeypatch):
-    import gpt2x.inplace
+    import gpt2x.runtimes.kv_cache
 
     batch = RunningBatch(decoder)
     number, _ = batch.join(prompt(64))
@@ -225,7 +228,7 @@ def test_memory_that_ends_while_room_is_made_leaves_a_good_cache(decoder, monkey
         return zeros(shape, dtype)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2x.inplace.np, "zeros", scarce)
+        patch.setattr(gpt2x.runtimes.kv_cache.np, "zeros", scarce)
         with pytest.raises(MemoryError):
             batch.step({number: 5})
     found = batch.step({number: 5})[number]
@@ -354,7 +357,7 @@ def test_a_cache_of_8_bits_takes_a_quarter_and_is_nearer_than_8_bit_weights(tmp_
 
 
 def test_scales_of_an_8_bit_cache_cover_what_a_text_shows_and_more():
-    from gpt2x.export.calibrate import cache_scales
+    from gpt2x.precisions.calibrate import cache_scales
 
     source = open_checkpoint(SHAKESPEARE)
     ids = prompt(300)

@@ -9,11 +9,12 @@ from conftest import done
 
 from converters import Checkpoint, GPT2Config, LazyTensor
 from converters.tensors import F32
-from gpt2x.export.directory import export_onnx
+from gpt2x.export.onnx_directory import export_onnx
 from gpt2x.load import from_pretrained
-from gpt2x.runs import feed, measure, one_pass
-from gpt2x.runtime import OnnxDecoder
-from gpt2x.torch_runtime import TorchDecoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.runtimes.torch import TorchDecoder
+from gpt2x.verify.metrics import measure
+from gpt2x.verify.scenarios import feed, one_pass
 
 XL = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
 

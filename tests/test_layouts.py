@@ -16,10 +16,11 @@ from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
 
 from converters import ConversionError, FormatError, GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Generation, Sampling, contract
-from gpt2x.export.directory import ExportOptions, export_onnx
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.export.single_file import MAX_SINGLE_FILE
-from gpt2x.parity import verify_export
-from gpt2x.runtime import OnnxDecoder, RunningBatch, check_runtime
+from gpt2x.runtimes.batching import RunningBatch
+from gpt2x.runtimes.onnxruntime import OnnxDecoder, check_runtime
+from gpt2x.verify.report import verify_export
 
 ALL = tuple(contract.SUFFIXES)
 PROMPT = [813, 25, 198]
@@ -93,19 +94,19 @@ def test_external_weights_can_be_given_as_bytes_too(shakespeare):
 
 
 def test_a_single_file_above_2_gb_is_refused_before_anything_is_written(tmp_path, monkeypatch, gpt2x):
-    monkeypatch.setattr("gpt2x.export.directory.MAX_SINGLE_FILE", 1_000_000)
+    monkeypatch.setattr("gpt2x.export.onnx_directory.MAX_SINGLE_FILE", 1_000_000)
     monkeypatch.chdir(tmp_path)
     refused = gpt2x("export", SHAKESPEARE, "--onnx", "d", "--single-file", "--precision", "fp32,int8")
     assert_refused(refused, "onnx/model.onnx: would be 0.0 GB, and one ONNX file holds 2 GB: leave --single-file out")
     assert list(Path().iterdir()) == []
-    monkeypatch.setattr("gpt2x.export.directory.MAX_SINGLE_FILE", MAX_SINGLE_FILE)
+    monkeypatch.setattr("gpt2x.export.onnx_directory.MAX_SINGLE_FILE", MAX_SINGLE_FILE)
     monkeypatch.setattr("gpt2x.export.single_file.MAX_SINGLE_FILE", 1_000_000)  # found out when it is written
     assert_refused(gpt2x("export", SHAKESPEARE, "--onnx", "d", "--single-file"), "one ONNX file holds 2 GB")
     assert list(Path().iterdir()) == []
 
 
 def test_the_largest_gpt2_is_refused_as_one_file_by_its_number_of_parameters():
-    from gpt2x.export.directory import _check_size
+    from gpt2x.export.onnx_directory import _check_size
 
     large = SimpleNamespace(parameters=1_557_611_200)
     with pytest.raises(ConversionError, match=r"would be 6.2 GB, and one ONNX file holds 2 GB"):

@@ -9,8 +9,8 @@ from conftest import random_checkpoint
 
 from converters import GPT2Config
 from gpt2x import Generation, Sampling
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
@@ -39,7 +39,7 @@ def test_a_generation_gives_its_memory_back_at_its_end_even_if_it_is_abandoned(t
     config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=32, n_vocab=50, bos_token_id=0, eos_token_id=0)
     export_onnx(random_checkpoint(config), tmp_path / "m", ExportOptions(cache=cache), need_tokenizer=False)
     decoder, given = OnnxDecoder(tmp_path / "m"), []
-    monkeypatch.setattr("gpt2x.generate.give_back", lambda: given.append(1))
+    monkeypatch.setattr("gpt2x.generation.loop.give_back", lambda: given.append(1))
     assert len(list(Generation(decoder, [[1, 2], [3]], 4, Sampling(temperature=0)))) == 4
     assert given == [1]
     steps = iter(Generation(decoder, [[1, 2]], 4, Sampling(temperature=0)))

@@ -16,9 +16,9 @@ from converters import CheckpointError, ConfigError, GPT2Config, open_checkpoint
 from converters.spec import ACTIVATIONS
 from gpt2x.load import checkpoint_of, fill, from_pretrained, load_model, model_of
 from gpt2x.model import GPT2
-from gpt2x.reference import Reference
-from gpt2x.runs import one_pass
-from gpt2x.subjects import Transformers
+from gpt2x.runtimes.reference import Reference
+from gpt2x.runtimes.transformers import Transformers
+from gpt2x.verify.scenarios import one_pass
 
 BOUND = 1e-5  # of the largest logit
 

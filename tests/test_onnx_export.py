@@ -18,12 +18,13 @@ from conftest import RELEASE, TINY, assert_refused, assert_same_bytes, done, nee
 
 from converters import GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
-from gpt2x import SHAKESPEARE, __version__, contract
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.export.onnx import to_onnx, trace
-from gpt2x.export.weights import Piece, Weights
+from gpt2x import SHAKESPEARE, contract
+from gpt2x._version import __version__
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.export.onnx_graph import to_onnx, trace
 from gpt2x.load import model_of
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.precisions.weights import Piece, Weights
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 FILES = [
     "README.md",
@@ -180,7 +181,7 @@ def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, 
     shutil.copytree(SHAKESPEARE, away)
     first, second = tmp_path / "a", tmp_path / "b"
     export_onnx(open_checkpoint(SHAKESPEARE), first, ExportOptions(**options))
-    code = f"from converters import open_checkpoint; from gpt2x.export.directory import ExportOptions, export_onnx; export_onnx(open_checkpoint('elsewhere/model'), 'b', ExportOptions(**{options}))"
+    code = f"from converters import open_checkpoint; from gpt2x.export.onnx_directory import ExportOptions, export_onnx; export_onnx(open_checkpoint('elsewhere/model'), 'b', ExportOptions(**{options}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert files_of(first) == files_of(second) == sorted(FILES)
     for name in FILES:
@@ -195,9 +196,9 @@ def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: ", ".join(f"{k}={v}" for k, v in s.items()) or "plain")
 def test_every_kind_of_model_gives_the_models_logits_however_it_is_run(tmp_path, switches):
-    from gpt2x.parity import sample_ids
-    from gpt2x.runs import compare_runs
-    from gpt2x.subjects import gpt2x_model
+    from gpt2x.runtimes.opening import gpt2x_model
+    from gpt2x.verify.report import sample_ids
+    from gpt2x.verify.scenarios import compare_runs
 
     config = GPT2Config(**{**vars(TINY), "n_inner": None, **switches})
     checkpoint = tiny_onnx(tmp_path / "m", config)
@@ -406,7 +407,7 @@ def test_not_a_number_is_warned_of_and_fails_to_verify(gpt2x, tmp_path, monkeypa
 
 
 def test_an_export_that_is_out_of_bounds_is_exit_code_1_and_names_the_metric(gpt2x, tmp_path, monkeypatch):
-    from gpt2x.export import onnx as exporter
+    from gpt2x.export import onnx_graph as exporter
 
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "a.safetensors")
@@ -419,7 +420,7 @@ def test_an_export_that_is_out_of_bounds_is_exit_code_1_and_names_the_metric(gpt
 
 @pytest.mark.parametrize("transpose", ["h.0.attn.c_proj.weight", "h.1.attn.c_proj.weight"])
 def test_a_forgotten_transpose_of_the_square_projection_is_seen(tmp_path, transpose):
-    from gpt2x.parity import verify_export
+    from gpt2x.verify.report import verify_export
 
     tiny = random_checkpoint()
     turned = LazyTensor.of(np.ascontiguousarray(tiny.tensors[transpose].read().T))
@@ -553,7 +554,7 @@ def test_what_is_in_the_way_is_found_before_the_work(gpt2x, tmp_path, monkeypatc
     save_checkpoint(random_checkpoint(), "a.safetensors")
     Path("d").mkdir()
     Path("d", inside).mkdir(parents=True) if inside.endswith("/") else Path("d", inside).write_text("mine")
-    monkeypatch.setattr("gpt2x.export.directory._write_model", None)
+    monkeypatch.setattr("gpt2x.export.onnx_directory._write_model", None)
     assert_refused(gpt2x("export", "a.safetensors", "--onnx", "d", "--force", "--no-tokenizer"), "not replace by a")
 
 

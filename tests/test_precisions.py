@@ -17,11 +17,12 @@ from test_onnx_export import SHAKESPEARE, files_of
 from converters import Checkpoint, ConversionError, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.errors import DestinationError, FormatError
 from gpt2x import contract
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.export.quantize import RANGES, dequantize, pack4, quantize, unpack4
-from gpt2x.parity import verify_export
-from gpt2x.runs import BOUNDS, feed, one_pass
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.precisions.quantize import RANGES, dequantize, pack4, quantize, unpack4
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.verify.metrics import BOUNDS
+from gpt2x.verify.report import verify_export
+from gpt2x.verify.scenarios import feed, one_pass
 
 ALL = ("fp32", "fp16", "int8", "w8a8", "int4")
 QUANTISED = ("int8", "w8a8", "int4")
@@ -99,7 +100,7 @@ def test_errors_made_up_for_later_are_made_up_for_all_the_same(monkeypatch):
     rng = np.random.default_rng(0)
     inputs, w = rng.normal(size=(900, 300)).astype(np.float32), rng.normal(size=(300, 8)).astype(np.float32)
     lazy = quantize(w, 8, 300, inputs.T @ inputs)
-    monkeypatch.setattr("gpt2x.export.quantize.LAZY", 300)
+    monkeypatch.setattr("gpt2x.precisions.quantize.LAZY", 300)
     at_once = quantize(w, 8, 300, inputs.T @ inputs)
     assert (lazy.scale == at_once.scale).all()
     assert (lazy.q != at_once.q).mean() < 0.01  # sums in another order
@@ -307,7 +308,7 @@ def test_chunks_of_a_prompt_give_the_logits_of_one_pass(shakespeare, precision):
 
 @pytest.mark.slow
 def test_rounding_by_a_text_is_nearer_and_says_so(gpt2x, tmp_path, monkeypatch, shakespeare):
-    from gpt2x.sample import default_text
+    from gpt2x.verify.sample_text import default_text
 
     monkeypatch.chdir(tmp_path)
     Path("text").write_text(default_text())
@@ -389,7 +390,7 @@ def test_w8a8_is_within_its_bounds_with_every_activation(tmp_path, activation):
 
 
 def test_more_products_than_a_sum_of_32_bits_holds_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2x.export.weights.LONGEST", 255)
+    monkeypatch.setattr("gpt2x.precisions.weights.LONGEST", 255)
     with pytest.raises(ConversionError, match="h.0.mlp.c_proj.weight sums 256 products, and w8a8 at most 255"):
         export_onnx(gentle(), tmp_path / "d", ExportOptions(("w8a8",)), need_tokenizer=False)
 

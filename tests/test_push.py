@@ -1,4 +1,4 @@
-"""``gpt2x.push``: a directory goes to the Hub whole, or not at all, and never without a login. The Hub is hub_server's."""
+"""``gpt2x.export.push``: a directory goes to the Hub whole, or not at all, and never without a login. The Hub is hub_server's."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ from hub_server import SIGNATURE, running
 from converters import DestinationError
 from gpt2x import export_onnx
 from gpt2x.cli import explain
-from gpt2x.push import check_push, push
+from gpt2x.export.push import check_push, push
 
 BIG = bytes(range(256)) * 45_000  # more than the Hub takes without LFS, under a name that does not say so
 
@@ -54,7 +54,7 @@ SEVERAL = """if True:
     import json, os, sys, time
     from pathlib import Path
     from converters import ConversionError
-    from gpt2x.push import check_push, push
+    from gpt2x.export.push import check_push, push
     time.sleep = lambda seconds: None  # between the attempts of huggingface_hub
     def fetch(name):
         import huggingface_hub
@@ -220,7 +220,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch, exported):
 
 
 def test_importing_it_loads_no_client():
-    code = "import gpt2x.push, sys; assert not {'huggingface_hub', 'http.client', 'urllib.request'} & set(sys.modules)"
+    code = "import gpt2x.export.push, sys; assert not {'huggingface_hub', 'http.client', 'urllib.request'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

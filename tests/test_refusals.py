@@ -33,10 +33,10 @@ from converters import (
     save_checkpoint,
 )
 from converters.config import to_hf
+from converters.containers.tf_bundle import write_bundle
 from converters.dialects import FLAX, GGUF, HF, KERAS, MLX, NANOGPT, OPENAI
 from converters.spec import LM_HEAD
 from converters.tensors import F16
-from converters.tf_bundle import write_bundle
 from gpt2x.cli.text import printable
 
 
@@ -1092,9 +1092,10 @@ class Page(HTMLParser):
 
 def report_page(name):
     """The page of a report that brings a name wherever it can."""
-    from gpt2x.parity import Report
-    from gpt2x.report_page import page
-    from gpt2x.runs import FP32, Check, measure
+    from gpt2x.verify.checks import Check
+    from gpt2x.verify.metrics import FP32, measure
+    from gpt2x.verify.report import Report
+    from gpt2x.verify.report_page import page
 
     logits = np.random.default_rng(0).normal(size=(9, 13)).astype(np.float32)
     metrics = measure(logits, logits + 1e-7)
@@ -1104,7 +1105,9 @@ def report_page(name):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_report_shows_whatever_names_as_text_and_nothing_else(monkeypatch, name):
-    monkeypatch.setattr("gpt2x.report_page._svg", lambda plot: "")  # the plots take their time, and bring no names
+    monkeypatch.setattr(
+        "gpt2x.verify.report_page._svg", lambda plot: ""
+    )  # the plots take their time, and bring no names
     plain, found = (Page(report_page(n)) for n in ("plain", name))
     assert (found.tags, found.attributes) == (plain.tags, plain.attributes)
     assert plain.seen.count("plain") == found.seen.count(printable(name).replace("\n", "\\n")) == 5
@@ -1120,7 +1123,7 @@ CARD = {"last": False, "tokenizer": False, "runtimes": {"fp32": "1.18"}, "locati
 
 @pytest.mark.parametrize("name", [n.replace("/", "") for n in HOSTILE])
 def test_a_hostile_file_name_reaches_neither_terminal_nor_page_nor_card(gpt2x, tmp_path, name):
-    from gpt2x.export.card import model_card
+    from gpt2x.export.model_card import model_card
 
     path = tmp_path / f"{name}.safetensors"
     save_checkpoint(random_checkpoint(), path)
@@ -1139,7 +1142,7 @@ def test_a_hostile_file_name_reaches_neither_terminal_nor_page_nor_card(gpt2x, t
 
 
 def test_a_file_name_of_nothing_but_marks_still_leaves_a_card_in_shape():
-    from gpt2x.export.card import model_card
+    from gpt2x.export.model_card import model_card
 
     plain = model_card(TINY, **CARD, source="plain")
     for source in ("", "```", "|||", "\n\n", "\x1b"):

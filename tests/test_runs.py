@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 from conftest import TINY, random_checkpoint
 
-from gpt2x.runs import (
-    FP32,
-    SCENARIOS,
-    Text,
-    chunk_sizes,
-    compare_logits,
-    compare_runs,
-    compare_words,
-    measure,
-    perplexity,
-    verdict,
-)
-from gpt2x.subjects import gpt2x_model
+from gpt2x.runtimes.opening import gpt2x_model
+from gpt2x.verify.metrics import FP32, measure, perplexity
+from gpt2x.verify.scenarios import SCENARIOS, Text, chunk_sizes, compare_logits, compare_runs, compare_words, verdict
 
 IDS = [3, 1, 12, 0, 7, 7, 2, 11, 5, 9]
 

@@ -17,9 +17,11 @@ from onnx import TensorProto, helper
 
 from converters import CheckpointError, ConfigError, ConversionError, FormatError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
-from gpt2x.export.directory import ExportOptions, export_onnx
-from gpt2x.generate import Generation, InputError, PromptError, Sampling
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.generation.loop import Generation
+from gpt2x.generation.sampling import Sampling
+from gpt2x.runtimes.base import InputError, PromptError
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_a_long_prompt_goes_in_pieces_and_gives_the_same_logits(shakespeare, tmp
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     expected, cache = decoder.step(ids, mask, positions, None)
     sizes, checked = [], OnnxDecoder._checked
-    monkeypatch.setattr("gpt2x.runtime.CHUNK", 16)
+    monkeypatch.setattr("gpt2x.runtimes.onnxruntime.CHUNK", 16)
     monkeypatch.setattr(
         OnnxDecoder, "_checked", lambda self, ids, *a: (sizes.append(ids.shape[1]), checked(self, ids, *a))[1]
     )
@@ -526,8 +528,8 @@ def test_verify_of_what_has_no_peer_asks_for_one(gpt2x, tiny):
 
 
 def test_verify_without_torch_compares_onnx_with_the_float64_reference(gpt2x, tiny, monkeypatch):
-    monkeypatch.setattr("gpt2x.parity._installed", lambda module: False)
-    monkeypatch.setattr("gpt2x.parity.gpt2x_model", None)
+    monkeypatch.setattr("gpt2x.verify.report._installed", lambda module: False)
+    monkeypatch.setattr("gpt2x.verify.report.gpt2x_model", None)
     out = done(gpt2x("verify", tiny, tiny)).stdout
     assert "model.onnx in ONNX Runtime" in out
     assert "against gpt2x's reference in float64" in out

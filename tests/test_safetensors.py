@@ -10,7 +10,7 @@ from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import FormatError, open_checkpoint, save_checkpoint
 from converters.config import to_hf
-from converters.safetensors_file import open_safetensors
+from converters.containers.safetensors import open_safetensors
 
 
 def test_a_written_file_reads_back_to_the_same_bytes_and_configuration(tmp_path, tiny):

@@ -8,23 +8,14 @@ import pytest
 from conftest import FIXTURES, RELEASE, arrays_of, assert_same_bytes, needs_shared, random_checkpoint
 
 from converters import ChecksumError, FormatError, open_checkpoint, save_checkpoint
+from converters.containers.tf_bundle import Entry, open_bundle, slice_key
 from converters.dialects import OPENAI
-from converters.files import File, new_file
+from converters.io.protobuf import varint
+from converters.io.publishing import new_file
+from converters.io.reading import File
+from converters.io.sstable import FOOTER, HEADER, MAGIC, mask, read_table, unmask, write_index
 from converters.spec import GPT2Config
 from converters.tensors import crc32c
-from converters.tf_bundle import (
-    FOOTER,
-    HEADER,
-    MAGIC,
-    Entry,
-    mask,
-    open_bundle,
-    read_table,
-    slice_key,
-    unmask,
-    varint,
-    write_index,
-)
 
 VALUES = np.load(FIXTURES / "tiny.npz")
 
@@ -109,7 +100,7 @@ def test_the_index_of_openais_release_is_read_and_written_to_the_same_bytes(tmp_
 
 @needs_shared
 def test_the_real_index_lists_gpt2_small_and_its_148_checksums():
-    from gpt2x.parity import release_checksums
+    from gpt2x.verify.weights import release_checksums
 
     real = RELEASE / "model.ckpt.index"
     entries = {key: Entry.parse(value, "") for key, value in read_table(File(real)) if key}

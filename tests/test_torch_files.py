@@ -16,7 +16,7 @@ from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import CheckpointError, ChecksumError, FormatError, UnsafeError, open_checkpoint, save_checkpoint
 from converters.config import to_hf
-from converters.torch_pickle import load_pickle
+from converters.containers.torch_pickle import load_pickle
 
 both_ages = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

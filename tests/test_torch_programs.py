@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import random_checkpoint
 
-from gpt2x.export.torchscript import export_pt2
+from gpt2x.export.torch_program import export_pt2
 from gpt2x.load import model_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"

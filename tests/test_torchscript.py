@@ -15,11 +15,11 @@ from conftest import TINY, assert_refused, done, random_checkpoint
 
 from converters import ChecksumError, FormatError, GPT2Config, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, generate_text
-from gpt2x.export.torchscript import export_pt2, export_torchscript
-from gpt2x.generate import InputError
+from gpt2x.export.torch_program import export_pt2, export_torchscript
 from gpt2x.load import from_pretrained, model_of
-from gpt2x.subjects import gpt2x_model, open_subject
-from gpt2x.torch_runtime import ModuleDecoder
+from gpt2x.runtimes.base import InputError
+from gpt2x.runtimes.opening import gpt2x_model, open_subject
+from gpt2x.runtimes.torch import ModuleDecoder
 
 ALONE = """
 import sys, torch

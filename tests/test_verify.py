@@ -11,9 +11,11 @@ from conftest import RELEASE, TINY, assert_refused, done, needs_shared, random_c
 
 from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
-from gpt2x import SHAKESPEARE, parity
-from gpt2x.parity import verify_checkpoints
-from gpt2x.runs import SCENARIOS
+from gpt2x import SHAKESPEARE
+from gpt2x.verify import report as parity
+from gpt2x.verify import weights
+from gpt2x.verify.report import verify_checkpoints
+from gpt2x.verify.scenarios import SCENARIOS
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +222,7 @@ def with_own_table(monkeypatch, checkpoint):
     from converters.checkpoint import crc_of
 
     table = {name: {"shape": t.shape, "crc32c": crc_of(t)} for name, t in checkpoint.tensors.items()}
-    monkeypatch.setattr(parity, "release_checksums", lambda: table)
+    monkeypatch.setattr(weights, "release_checksums", lambda: table)
 
 
 @pytest.mark.parametrize("kind", ["tf", "safetensors", "bin", "hf"])
@@ -250,19 +252,20 @@ def test_another_model_is_not_the_release(gpt2x):
 
 
 def test_the_table_has_gpt2_smalls_148_tensors():
-    table = parity.release_checksums()
+    table = weights.release_checksums()
     assert {name: facts["shape"] for name, facts in table.items()} == GPT2Config().shapes()
     assert len(table) == 148
 
 
 @needs_shared
 def test_the_table_is_that_of_openais_own_index():
+    from converters.containers.tf_bundle import Entry
     from converters.dialects import OPENAI
-    from converters.files import File
-    from converters.tf_bundle import Entry, read_table, unmask
+    from converters.io.reading import File
+    from converters.io.sstable import read_table, unmask
 
     real = dict(read_table(File(RELEASE / "model.ckpt.index")))
-    for name, facts in parity.release_checksums().items():
+    for name, facts in weights.release_checksums().items():
         assert unmask(Entry.parse(real[OPENAI.layout(name)[0].encode()], name).crc) == facts["crc32c"]
 
 

@@ -11,7 +11,7 @@ from conftest import random_checkpoint
 
 from converters import GPT2Config
 from gpt2x import contract
-from gpt2x.export.directory import ExportOptions, export_onnx
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 
 ROWS = json.loads((Path(__file__).parent / "versions" / "versions.json").read_text())
 DEFAULT = {(row["cache"], row["precision"]): row for row in ROWS if row["default"]}

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from gpt2x import _EXTRAS, __version__
-
+from .. import _EXTRAS
+from .._version import __version__
 from .bench import bench
 from .convert import convert
 from .demo import demo
@@ -41,7 +41,8 @@ class Main(click.Group):
 def explain(error: Exception) -> str:
     """What to say of an exception."""
     from converters import ConversionError
-    from gpt2x.generate import InputError
+
+    from ..runtimes.base import InputError
 
     if isinstance(error, ConversionError | InputError):
         return str(error)

@@ -41,10 +41,11 @@ def bench(
     how fast as many bytes can be read, measured in the same run.
     """
     from converters import ConversionError
-    from converters.files import check_free, new_file
-    from gpt2x import bench as measuring
-    from gpt2x import contract
-    from gpt2x.runtime import OnnxDecoder
+    from converters.io.publishing import check_free, new_file
+
+    from .. import bench as measuring
+    from .. import contract
+    from ..runtimes.onnxruntime import OnnxDecoder
 
     batches = _numbers(batch)
     for file in (json_file, plot_file):

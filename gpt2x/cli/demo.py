@@ -32,7 +32,7 @@ def demo(ctx: click.Context) -> None:
     import shutil
     import tempfile
 
-    from gpt2x import SHAKESPEARE
+    from .. import SHAKESPEARE
 
     need("torch", "onnx", extra="export")
     group = ctx.find_root().command

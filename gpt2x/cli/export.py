@@ -19,8 +19,9 @@ from .verify import read_text, table
 
 if TYPE_CHECKING:
     from converters import Checkpoint
-    from gpt2x.export.directory import ExportOptions
-    from gpt2x.parity import Report
+
+    from ..export.onnx_directory import ExportOptions
+    from ..verify.report import Report
 
 
 @click.command()
@@ -122,16 +123,17 @@ def export(
         raise click.UsageError("torch wants a name that ends in .pt2")
     need("torch", *(["onnx"] if onnx else []), extra="export")
     from converters import open_checkpoint
-    from converters.files import check_free
-    from gpt2x.contract import models_in
-    from gpt2x.parity import verify_export
+    from converters.io.publishing import check_free
+
+    from ..contract import models_in
+    from ..verify.report import verify_export
 
     for target in (onnx, torchscript, pt2):
         if target:
             check_before(src, target, force=force, directory=target == onnx)
             _check_utf8(target)
     if push is not None:
-        from gpt2x.push import check_push
+        from ..export.push import check_push
 
         check_push(push)
     checkpoint = open_checkpoint(local(src), n_head=n_head, tie=tie)
@@ -142,8 +144,8 @@ def export(
             check_free(Path(target), force, directory=False)  # before any of them is written
     results = []
     if onnx:
-        from gpt2x.export.directory import ExportOptions
-        from gpt2x.export.weights import BLOCK
+        from ..export.onnx_directory import ExportOptions
+        from ..precisions.weights import BLOCK
 
         ids = _calibration(checkpoint, calibrate) if calibrate else None
         options = ExportOptions(
@@ -151,7 +153,7 @@ def export(
         )
         results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options, force, no_tokenizer)))
     if torchscript or pt2:
-        from gpt2x.export.torchscript import export_pt2, export_torchscript
+        from ..export.torch_program import export_pt2, export_torchscript
     if torchscript:
         write = partial(export_torchscript, checkpoint, torchscript, force=force)
         results.append(_write("torchscript", torchscript, write))
@@ -185,7 +187,7 @@ def _show(facts: dict[str, Any], reports: list[Report], seconds: float) -> None:
 
 def _push(directory: str, name: str) -> str:
     """Upload a directory, and return where it is."""
-    from gpt2x.push import push
+    from ..export.push import push
 
     click.echo(printable(f"Uploading {directory} to {name}"), err=True)
     url = push(Path(directory), name)
@@ -231,7 +233,7 @@ def _write(kind: str, destination: str, write: Callable[[], int]) -> dict[str, A
 
 def _precisions(text: str | None) -> tuple[str, ...]:
     """The precisions of a list, each once."""
-    from gpt2x.contract import SUFFIXES
+    from ..contract import SUFFIXES
 
     names = tuple(dict.fromkeys(part.strip() for part in (text or "fp32").split(",")))
     if unknown := [name for name in names if name not in SUFFIXES]:
@@ -243,7 +245,8 @@ def _precisions(text: str | None) -> tuple[str, ...]:
 
 def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
     from converters import ConversionError
-    from gpt2x.tokenizer import Tokenizer
+
+    from ..tokenizer import Tokenizer
 
     if checkpoint.tokenizer is None:
         raise ConversionError("--calibrate needs a tokenizer to read the text with; say where one is: --tokenizer DIR")
@@ -258,7 +261,7 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
 def _export_onnx(
     checkpoint: Checkpoint, destination: str, options: ExportOptions, force: bool, without_tokenizer: bool
 ) -> int:
-    from gpt2x.export.directory import export_onnx
+    from ..export.onnx_directory import export_onnx
 
     def warn(sentence: str) -> None:
         click.echo(printable(f"Warning: {sentence}"), err=True)

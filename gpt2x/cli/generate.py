@@ -50,9 +50,12 @@ def generate(
     A directory with an ONNX model is run by ONNX Runtime, without torch.
     """
     from converters import TokenizerError
-    from gpt2x.generate import Generation, Sampling, encode, stream_text
-    from gpt2x.subjects import open_subject
-    from gpt2x.tokenizer import Tokenizer
+
+    from ..generation.loop import Generation, stream_text
+    from ..generation.sampling import Sampling
+    from ..generation.text import encode
+    from ..runtimes.opening import open_subject
+    from ..tokenizer import Tokenizer
 
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)

@@ -40,7 +40,7 @@ def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool)
 
 def everything(path: str, precision: str | None = None) -> dict[str, Any]:
     """What is to be said of weights, of an ONNX model, or of a directory with both."""
-    from gpt2x.contract import has_onnx
+    from ..contract import has_onnx
 
     if not has_onnx(path):
         return describe(path)
@@ -56,8 +56,9 @@ def everything(path: str, precision: str | None = None) -> dict[str, Any]:
 def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     """An ONNX model's contract and provenance."""
     from converters.config import to_hf
-    from gpt2x import contract
-    from gpt2x.runtime import OnnxDecoder
+
+    from .. import contract
+    from ..runtimes.onnxruntime import OnnxDecoder
 
     here = contract.models_in(Path(path)) if Path(path).is_dir() else {}
     if precision is None and len(here) > 1 and "fp32" not in here:
@@ -119,7 +120,7 @@ def describe(path: str) -> dict[str, Any]:
 def _checksums(text: str) -> dict[str, str]:
     """What a model says of its source, if that is of the right kind."""
     from converters import FormatError
-    from converters.files import parse_json
+    from converters.io.json import parse_json
 
     try:
         return {str(name): str(digest) for name, digest in parse_json(text.encode(), "").items()}

@@ -9,7 +9,7 @@ import click
 from .text import printable, progress_bar
 
 if TYPE_CHECKING:
-    from gpt2x.download import Want
+    from ..download.common import Want
 
 
 PRECISION = click.Choice(["fp32", "fp16", "int8", "w8a8", "int4"])  # contract.SUFFIXES, which takes time to import
@@ -29,7 +29,7 @@ def local(source: str, want: Want = "weights") -> str:
     if not is_remote(source):
         _check_meant(source)
         return source
-    from gpt2x.download import fetch
+    from ..download.fetch import fetch
 
     return str(fetch(source, want=want, progress=progress_bar, warn=_warn))
 
@@ -69,7 +69,7 @@ def check_before(source: str, target: str, *, force: bool, directory: bool) -> N
     """
     from pathlib import Path
 
-    from converters.files import check_free
+    from converters.io.publishing import check_free
 
     if is_remote(source):
         check_free(Path(target), force, directory)

@@ -13,7 +13,7 @@ from .source import PRECISION, is_remote, local, runnable
 from .text import need, printable
 
 if TYPE_CHECKING:
-    from gpt2x.parity import Report
+    from ..verify.report import Report
 
 
 @click.command()
@@ -55,9 +55,10 @@ def verify(
     transformers, or with a float64 reference where that is missing. Exit code 1 when anything differs.
     """
     from converters import open_checkpoint
-    from converters.files import check_free
-    from gpt2x import parity
-    from gpt2x.subjects import NAMES, kind_of
+    from converters.io.publishing import check_free
+
+    from ..runtimes.opening import NAMES, kind_of
+    from ..verify import report as parity
 
     if b and against:
         raise click.UsageError("give B or --against, not both")
@@ -90,7 +91,7 @@ def verify(
 def read_text(path: str) -> str:
     """The first megabyte of a text."""
     from converters import FormatError
-    from converters.files import File
+    from converters.io.reading import File
 
     file = File(Path(path))
     data = b"".join(file.chunks(0, min(file.size, 1 << 20)))
@@ -102,14 +103,14 @@ def read_text(path: str) -> str:
 
 def show(report: Report, json_file: str | None, html_file: str | None, force: bool) -> None:
     """The table on the terminal, and the files that are wanted."""
-    from converters.files import new_file
+    from converters.io.publishing import new_file
 
     click.echo(report.to_json() if json_file == "-" else printable(table(report)))
     if json_file not in (None, "-"):
         with new_file(Path(str(json_file)), force) as out:
             out.write((report.to_json() + "\n").encode())
     if html_file:
-        from gpt2x.report_page import page
+        from ..verify.report_page import page
 
         with new_file(Path(html_file), force) as out:
             out.write(page(report).encode())

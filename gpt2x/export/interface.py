@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from converters.spec import GPT2Config
-from gpt2x.model import GPT2
+
+from ..model import GPT2
 
 
 class Interface(nn.Module):

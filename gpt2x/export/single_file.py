@@ -13,8 +13,9 @@ import onnx
 from onnx import TensorProto
 
 from converters import ConversionError
-from converters.files import File, Output
-from converters.tf_bundle import varint
+from converters.io.protobuf import varint
+from converters.io.publishing import Output
+from converters.io.reading import File
 
 MAX_SINGLE_FILE = (1 << 31) - 1  # bytes of a protobuf message
 GRAPH, INITIALIZER, RAW_DATA = (bytes([number << 3 | 2]) for number in (7, 5, 9))  # tags of fields

@@ -237,7 +237,7 @@ def _config(folder: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> None:
-    from converters.tokenizer_files import Vocabulary, build
+    from converters.tokenizer import Vocabulary, build
 
     ids = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "<|endoftext|>": 5, "é": 6}
     pair = {

@@ -32,7 +32,7 @@ def seeds(tmp_path_factory):
 
 
 def test_every_reader_is_fuzzed():
-    openers = {f.opener.split(":")[0].removesuffix("_file") for f in FORMATS if f.opener}
+    openers = {f.opener.split(":")[0].removeprefix("containers.") for f in FORMATS if f.opener}
     assert {name.removeprefix("torch_") for name in openers} <= set(MAKERS) == set(CASES)
 
 

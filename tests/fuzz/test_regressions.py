@@ -22,13 +22,15 @@ from converters import (
 )
 from converters.checkpoint import assemble
 from converters.config import to_hf
-from converters.container import Container
+from converters.containers.container import Container
+from converters.containers.gguf import _vocabulary
+from converters.containers.onnx import open_onnx
+from converters.containers.tf_bundle import crc32c, open_bundle
+from converters.containers.torch_pickle import load_pickle
 from converters.dtypes import F32
-from converters.files import parse_json
-from converters.gguf_file import _vocabulary
-from converters.onnx_file import open_onnx
-from converters.tf_bundle import MAGIC, crc32c, mask, open_bundle, varint
-from converters.torch_pickle import load_pickle
+from converters.io.json import parse_json
+from converters.io.protobuf import varint
+from converters.io.sstable import MAGIC, mask
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,12 @@ from mutate import mutated
 from seeds import Seed, load_seeds
 
 from converters import Checkpoint, ConversionError, FormatError, open_checkpoint, save_checkpoint
-from converters.tokenizer_files import build
+from converters.tokenizer import build
 
 CHECKSUMMED = ("tf", "zip")
 # Loaded before anything is watched, so that an import during a case can only be the file's doing.
-NEEDED = ["onnx_file", "gguf_file", "hdf5_file", "msgpack_file", "llmc_file", "torch_zip", "torch_legacy", "arrays"]
+CONTAINERS = ("onnx", "gguf", "hdf5", "msgpack", "llmc", "torch_zip", "torch_legacy")
+NEEDED = [*(f"converters.containers.{name}" for name in CONTAINERS), "converters.arrays"]
 CODECS = ["encodings.cp437", "encodings.raw_unicode_escape", "encodings.unicode_escape", "encodings.ascii", "encodings.utf_16", "tokenizers", "stringprep"]  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 def warm_up(seeds: list[Seed], top: Path) -> list[dict[str, bytes]]:
     """Read every seed as it is, which loads what reading takes; gives the weights of those that are sound."""
-    for name in [f"converters.{name}" for name in NEEDED] + CODECS:
+    for name in NEEDED + CODECS:
         importlib.import_module(name)
     known = []
     for seed in seeds:

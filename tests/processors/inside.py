@@ -13,7 +13,7 @@ import onnxruntime
 
 from converters import open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, contract
-from gpt2x.runtime import OnnxDecoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SOURCES = (

@@ -22,13 +22,13 @@ from conftest import random_checkpoint
 
 from converters import Checkpoint, GPT2Config, LazyTensor
 from gpt2x import contract
-from gpt2x.arithmetic import rounded_model
-from gpt2x.export.directory import ExportOptions, export_onnx
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.load import model_of
-from gpt2x.parity import bounds_of, times_exact
-from gpt2x.runs import Bounds, measure
-from gpt2x.runtime import OnnxDecoder
-from gpt2x.torch_runtime import TorchDecoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.runtimes.torch import TorchDecoder
+from gpt2x.verify.exact_arithmetic import rounded_model
+from gpt2x.verify.metrics import Bounds, measure
+from gpt2x.verify.report import bounds_of, times_exact
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-processors"

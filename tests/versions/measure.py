@@ -15,8 +15,8 @@ import onnx
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract
-from gpt2x.export.card import DTYPES
-from gpt2x.export.directory import ExportOptions, export_onnx
+from gpt2x.export.model_card import DTYPES
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 
 TABLE = Path(__file__).with_name("versions.json")
 TEXTS = ["My lord, I", "O, my good lord, not"]  # never nearer a tie than 0.015

@@ -95,8 +95,10 @@ def one_buffer(session, rows):
 
 def run_gpt2x(path, prompts, count):
     """gpt2x's decoder: each prompt alone, all as one padded batch, and all as a running batch."""
-    from gpt2x.generate import Generation, Sampling
-    from gpt2x.runtime import OnnxDecoder, RunningBatch
+    from gpt2x.generation.loop import Generation
+    from gpt2x.generation.sampling import Sampling
+    from gpt2x.runtimes.batching import RunningBatch
+    from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
     greedy = Sampling(temperature=0)
     with OnnxDecoder(path, threads=1) as decoder:

@@ -13,8 +13,9 @@ import pytest
 from measure import CLIENTS, DEFAULT, KINDS, SAME
 
 from gpt2x import SHAKESPEARE, contract, from_pretrained
-from gpt2x.generate import Generation, Sampling
-from gpt2x.torch_runtime import TorchDecoder
+from gpt2x.generation.loop import Generation
+from gpt2x.generation.sampling import Sampling
+from gpt2x.runtimes.torch import TorchDecoder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,319 @@
+"""GGUF, the format of llama.cpp: metadata, a list of tensors, and their data, aligned.
+
+Sources: ``docs/gguf.md`` of ggml; ``gguf-py``'s ``constants.py`` for the numbers of types; ``ggml-quants.c`` for Q8_0:
+blocks of 32 values, each a float16 scale and 32 signed bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..dtypes import whole_items
+from ..errors import CheckpointError, FormatError, TokenizerError
+from ..io.publishing import Output
+from ..io.reading import Cursor, File
+from ..tensors import BF16, F16, F32, F64, DType, LazyTensor
+from ..tokenizer import END_OF_TEXT, Vocabulary
+from .container import Container
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ARCHITECTURE = "gpt2"
+ALIGNMENT = 32
+MAX_ITEMS = 1_000_000  # of metadata, tensors and arrays, as there are tokens in the largest vocabularies
+MAX_STRING = 1 << 20
+MAX_RANK = 4
+
+# Types of metadata -> their form in ``struct``. 8 is a string, 9 an array.
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+UINT32, FLOAT32, INT32 = 4, 6, 5
+
+# Types of tensors -> number format. Q8_0 is read as the float32 it stands for.
+TYPES: dict[int, DType] = {0: F32, 1: F16, 28: F64, 30: BF16}
+Q8_0, BLOCK, BLOCK_BYTES = 8, 32, 34
+OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # fmt: skip
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's general.file_type
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+TOKENS = "tokenizer.ggml.tokens"
+MERGES = "tokenizer.ggml.merges"
+KINDS = "tokenizer.ggml.token_type"
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def open_gguf(path: Path) -> Container:
+    """Open a GGUF file of a GPT-2.
+
+    Raises:
+        FormatError: if any part of it is not sound.
+        CheckpointError: if it holds another kind of model, or types of numbers that are not read.
+    """
+    file = File(path)
+    cursor = Cursor(file)
+    magic, version = cursor.take(4), cursor.number("<I")
+    if magic != MAGIC or version not in VERSIONS:
+        swapped = version in (v << 24 for v in VERSIONS)
+        raise FormatError(f"{path}: {'big-endian GGUF' if swapped else f'GGUF of version {version}'}; 2 and 3 are read")
+    n_tensors, n_metadata = cursor.number("<Q"), cursor.number("<Q")
+    metadata = _metadata(cursor, n_metadata)
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise CheckpointError(f"{path}: a model of the architecture {str(architecture)[:60]!r}, not 'gpt2'")
+    infos = [_info(cursor) for _ in range(_count(n_tensors, cursor))]
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise FormatError(f"{path}: general.alignment is {alignment!r}")
+    start = -(-cursor.position // alignment) * alignment
+    _check_places(file, infos, start, alignment)
+    tensors = {info.name: _tensor(file, start, info) for info in infos}
+    quantised = sum(info.kind == Q8_0 for info in infos)
+    note = f"{quantised} tensors are quantised (Q8_0); what they stand for is read, not what they were made from"
+    return Container(
+        "gguf",
+        path,
+        tensors,
+        metadata,
+        config_of="gguf",
+        notes=(note,) if quantised else (),
+        vocabulary=(lambda: _vocabulary(metadata, str(path))) if TOKENS in metadata else None,
+    )
+
+
+def _count(count: int, cursor: Cursor) -> int:
+    if count > min(MAX_ITEMS, cursor.end - cursor.position):
+        raise FormatError(f"{cursor.file.path}: {count} items are said to follow byte {cursor.position}")
+    return count
+
+
+def _string(cursor: Cursor) -> str:
+    size = cursor.number("<Q")
+    if size > MAX_STRING:
+        raise FormatError(f"{cursor.file.path}: a string of {size} bytes before byte {cursor.position}")
+    data = cursor.take(size)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{cursor.file.path}: a string before byte {cursor.position} is not UTF-8") from None
+
+
+def _metadata(cursor: Cursor, count: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for _ in range(_count(count, cursor)):
+        key, kind = _string(cursor), cursor.number("<I")
+        if key in result:
+            raise FormatError(f"{cursor.file.path}: the key {key[:100]!r} is there twice")
+        result[key] = _array(cursor, key) if kind == ARRAY else _value(cursor, kind, key)
+    return result
+
+
+def _value(cursor: Cursor, kind: int, key: str) -> Any:
+    if kind == STRING:
+        return _string(cursor)
+    if kind not in SCALARS:
+        raise FormatError(f"{cursor.file.path}: {key[:100]!r} is of an unknown type ({kind})")
+    return cursor.number(SCALARS[kind])
+
+
+def _array(cursor: Cursor, key: str) -> list[Any]:
+    kind, count = cursor.number("<I"), cursor.number("<Q")
+    if kind == ARRAY:
+        raise FormatError(f"{cursor.file.path}: {key[:100]!r} is an array of arrays")
+    return [_value(cursor, kind, key) for _ in range(_count(count, cursor))]
+
+
+@dataclass(frozen=True)
+class _Info:
+    name: str
+    shape: tuple[int, ...]  # outermost first, as everywhere but in the file
+    kind: int
+    offset: int  # from the start of the data
+
+    @property
+    def nbytes(self) -> int:
+        size = math.prod(self.shape)
+        return size // BLOCK * BLOCK_BYTES if self.kind == Q8_0 else size * TYPES[self.kind].itemsize
+
+
+def _info(cursor: Cursor) -> _Info:
+    name, rank = _string(cursor), cursor.number("<I")
+    where = f"{cursor.file.path}: {name[:100]!r}"
+    if not 0 < rank <= MAX_RANK or "\0" in name:
+        raise FormatError(f"{where}: not a tensor of 1 to {MAX_RANK} dimensions with a proper name")
+    shape = tuple(cursor.number("<Q") for _ in range(rank))[::-1]
+    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    if kind not in TYPES and kind != Q8_0:
+        name = OTHER_TYPES.get(kind, f"number {kind}")
+        raise CheckpointError(
+            f"{where}: of the type {name}, which is not read; F32, F16, BF16, F64 and Q8_0 are. "
+            "Convert the file that it was quantised from"
+        )
+    if math.prod(shape) >= 2**40 or (kind == Q8_0 and shape[-1] % BLOCK):
+        raise FormatError(f"{where}: an impossible shape, {list(shape)}")
+    return _Info(name, shape, kind, offset)
+
+
+def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int) -> None:
+    """The tensors lie one behind the other, each aligned, with nothing but padding between, from ``start`` to the end."""
+    if len({info.name for info in infos}) != len(infos):
+        twice = next(a for a, b in itertools.pairwise(sorted(info.name for info in infos)) if a == b)
+        raise FormatError(f"{file.path}: {twice[:100]!r} is there twice")
+    if not infos:
+        raise FormatError(f"{file.path}: no tensors in it")
+    end = start
+    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
+        begin = start + info.offset
+        if info.offset % alignment or begin != -(-end // alignment) * alignment:
+            raise FormatError(
+                f"{file.path}: {info.name[:100]!r} is said to lie at {info.offset}, which does not follow the tensor before it"
+            )
+        end = begin + info.nbytes
+    if not end <= file.size <= -(-end // alignment) * alignment:
+        raise FormatError(f"{file.path}: {file.size} bytes, but its tensors end at byte {end}")
+
+
+def _tensor(file: File, start: int, info: _Info) -> LazyTensor:
+    if info.kind != Q8_0:
+        return LazyTensor.in_file(file, start + info.offset, TYPES[info.kind], info.shape)
+
+    def stream() -> Iterator[bytes]:
+        from ..arrays import from_q8_0
+
+        for chunk in whole_items(file.chunks(start + info.offset, info.nbytes), BLOCK_BYTES):
+            yield from_q8_0(chunk).tobytes()
+
+    return LazyTensor(F32, info.shape, stream, stored=("Q8_0", info.nbytes))
+
+
+def _vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
+    """The tokenizer in the metadata.
+
+    Raises:
+        TokenizerError: if it is not a byte-level BPE of GPT-2's kind.
+    """
+    found: list[Any] = [metadata.get(key) for key in (TOKENS, MERGES, KINDS)]
+    tokens, merges, kinds = found
+    kinds = [NORMAL] * len(tokens) if kinds is None and isinstance(tokens, list) else kinds
+    lists = all(isinstance(items, list) for items in (tokens, merges, kinds))
+    # Another way to cut a text into words, or to begin or end it.
+    other = metadata.get("tokenizer.ggml.pre", "gpt-2") not in ("gpt-2", "default")
+    adds = any(metadata.get(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos"))
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or other or adds or not lists or len(kinds) != len(tokens):
+        raise TokenizerError(f"{where}: its tokenizer is not a byte-level BPE of GPT-2's kind")
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
+    if (
+        len(set(tokens)) != len(tokens)
+        or not all(isinstance(t, str) for t in tokens)
+        or any(len(p) != 2 for p in pairs)
+    ):
+        raise TokenizerError(f"{where}: its tokens or merges are not sound")
+    used = [(token, i, kind) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED]
+    added = tuple(token for token, _, kind in used if kind in (CONTROL, USER_DEFINED) and token != END_OF_TEXT)
+    return Vocabulary({token: i for token, i, _ in used}, [(a, b) for a, b in pairs], added)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_gguf(
+    out: Output, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, Any], quantised: Sequence[str] = ()
+) -> None:
+    """Write a GGUF file, version 3. The tensors named in ``quantised`` are rounded to Q8_0.
+
+    Metadata: str, bool, int (unsigned, 32 bits), float (32 bits), or a list of str or int (signed).
+    """
+    infos = []
+    offset = 0
+    for name, tensor in tensors.items():
+        kind = Q8_0 if name in quantised else next(n for n, dtype in TYPES.items() if dtype == tensor.dtype)
+        infos.append(_Info(name, tensor.shape, kind, offset))
+        offset += -(-infos[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    head = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(infos), len(metadata))
+    head += b"".join(_packed(key) + _typed(value) for key, value in metadata.items())
+    for info in infos:
+        head += _packed(info.name) + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape[::-1])
+        head += struct.pack("<IQ", info.kind, info.offset)
+    out.write(head)
+    for info in infos:
+        _align(out)
+        for chunk in _stored(info.name, tensors[info.name], info.kind):
+            out.write(chunk)
+    _align(out)
+
+
+def _align(out: Output) -> None:
+    out.write(bytes(-out.position % ALIGNMENT))
+
+
+def _stored(name: str, tensor: LazyTensor, kind: int) -> Iterator[bytes]:
+    if kind != Q8_0:
+        yield from tensor.chunks()
+        return
+    from ..arrays import as_array, to_q8_0
+
+    for chunk in whole_items(tensor.cast(F32, name).chunks(), BLOCK * F32.itemsize):
+        yield to_q8_0(as_array(chunk, F32, (-1,)), name)
+
+
+def through_q8_0(tensor: LazyTensor, name: str) -> LazyTensor:
+    """What is left of a tensor's values in a file that holds them as Q8_0.
+
+    Raises (while streaming):
+        ConversionError: if a block holds what its scale cannot say.
+    """
+
+    def stream() -> Iterator[bytes]:
+        from ..arrays import from_q8_0
+
+        return (from_q8_0(blocks).tobytes() for blocks in _stored(name, tensor, Q8_0))
+
+    return LazyTensor(F32, tensor.shape, stream)
+
+
+def _packed(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _typed(value: Any) -> bytes:
+    if isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_packed, value))
+        return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _packed(value)
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    return struct.pack("<II", UINT32, value) if isinstance(value, int) else struct.pack("<If", FLOAT32, value)
+
+
+def tokenizer_metadata(vocabulary: Vocabulary, n_vocab: int) -> dict[str, Any]:
+    """What llama.cpp asks for of a GPT-2's tokenizer; rows of the embedding without a token become unused ones.
+
+    Raises:
+        TokenizerError: if a token's id is not in the model's vocabulary.
+    """
+    names = {i: token for token, i in vocabulary.ids.items()}
+    if over := [i for i in names if i >= n_vocab]:
+        raise TokenizerError(f"the tokenizer has a token {max(over)}, the model only {n_vocab}")
+    special = {END_OF_TEXT, *vocabulary.added}
+    kinds = {i: CONTROL if token in special else NORMAL for i, token in names.items()}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        TOKENS: [names.get(i, f"[PAD{i}]") for i in range(n_vocab)],
+        KINDS: [kinds.get(i, UNUSED) for i in range(n_vocab)],
+        MERGES: [f"{a} {b}" for a, b in vocabulary.merges],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+NO_TOKENIZER = {"tokenizer.ggml.model": "none"}

@@ -1,0 +1,76 @@
+"""HDF5, as Keras wrote ``tf_model.h5``: data sets in nested groups, each contiguous.
+
+h5py finds them, in a process of its own (see ``hdf5_listing.py``); the numbers are then read from the file by position,
+as everywhere. Source: the HDF5 file format specification; ``save_weights`` of Keras 2.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError
+from ..io.reading import File
+from ..tensors import DTYPES, LazyTensor
+from .container import Container
+
+SECONDS = 60
+MAX_RANK = 8
+
+
+def open_hdf5(path: Path) -> Container:
+    """Open an HDF5 file.
+
+    Raises:
+        FormatError: if it is not sound, or data lie elsewhere than in one piece in this very file.
+        ModuleNotFoundError: if h5py is not installed.
+    """
+    file = File(path)
+    datasets = _datasets(path)
+    tensors = {name: _tensor(file, name, *entry) for name, *entry in datasets}
+    spans = sorted((offset, offset + tensors[name].nbytes, name) for name, _, _, offset in datasets)
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise FormatError(f"{path}: {name[:100]!r} and {other[:100]!r} overlap")
+    return Container("hdf5", path, tensors)
+
+
+def _datasets(path: Path) -> list[Any]:
+    specs = [importlib.util.find_spec(name) for name in ("h5py", "numpy")]
+    if specs[0] is None:
+        raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
+    program = Path(__file__).with_name("hdf5_listing.py")
+    command = [sys.executable, "-I", "-W", "ignore", str(program), str(path.absolute())]
+    command += [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+    environment = {"OPENBLAS_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=environment, check=False
+        )
+        result: dict[str, Any] = {"error": "the HDF5 library fails over it"}
+        if done.returncode == 0:
+            result = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        result = {"error": "the HDF5 library does not come to an end with it"}
+    if "error" in result:
+        raise FormatError(f"{path}: {result['error']}")
+    datasets: list[Any] = result["datasets"]
+    return datasets
+
+
+def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> LazyTensor:
+    where = f"{file.path}: {name[:100]!r}"
+    dtype = next((dtype for dtype in DTYPES.values() if dtype.numpy == kind and dtype.name != "BF16"), None)
+    if dtype is None:
+        raise FormatError(f"{where}: numbers of the type {kind!r}, which is not read")
+    if len(shape) > MAX_RANK or math.prod(shape) >= 2**40 or not name.isprintable():
+        raise FormatError(f"{where}: an impossible name or shape, {shape[:9]}")
+    if offset + math.prod(shape) * dtype.itemsize > file.size:
+        raise FormatError(f"{where}: ends behind the end of the file: it is cut short")
+    return LazyTensor.in_file(file, offset, dtype, tuple(shape))

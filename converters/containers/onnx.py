@@ -1,0 +1,270 @@
+"""The weights inside an ONNX model, or beside it: its initializers. The graph itself is passed over.
+
+An ONNX model is one protobuf message; numbers lie in it, or in another file of the same folder ("external data").
+Source: ``onnx.proto`` of the ONNX project.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, FormatError
+from ..io.json import parse_json
+from ..io.protobuf import read_varint
+from ..io.reading import Cursor, File, beside
+from ..tensors import DTYPES, LazyTensor
+from .container import Container
+
+# Numbers of fields.
+GRAPH, METADATA = 7, 14  # of ModelProto
+INITIALIZER = 5  # of GraphProto
+DIMS, TYPE, NAME, EXTERNAL, LOCATION = 1, 2, 8, 13, 14  # of TensorProto
+DATA = {9: None, 4: 1, 10: 11}  # fields of numbers -> the only type they may have: raw, of float, of double
+IGNORED = (12, 16)  # documentation and metadata
+KEY, VALUE = 1, 2  # of StringStringEntryProto
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of fields
+
+# TensorProto.DataType -> ours.
+TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64", 16: "BF16"}  # fmt: skip
+QUANTISED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
+CONFIG = "gpt2x.config"  # of metadata_props: Hugging Face's config.json, in the models that gpt2x exports
+CONSTANT = "constant_"  # what the numbers in gpt2x's own graphs are called, such as shapes
+QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
+MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
+MAX_NAME = 4096
+MAX_METADATA = 1 << 20
+MAX_ENTRIES = 1000  # of metadata
+MAX_INITIALIZERS = 20_000  # of GPT-2's 1558M: less than a thousand, with constants
+MAX_RANK = 8
+MAX_FILES = 64
+
+
+def open_onnx(path: Path) -> Container:
+    """Open the initializers of an ONNX model.
+
+    Raises:
+        FormatError: if the model is not sound.
+        UnsafeError: if it keeps data outside its folder.
+        CheckpointError: if its weights are quantised.
+    """
+    where = str(path)
+    files = _Files(File(path))
+    metadata: dict[str, str] = {}
+    found: dict[str, LazyTensor] = {}
+    for number, part in _fields(Cursor(files.model)):
+        if number == METADATA and isinstance(part, Cursor):
+            key, value = _entry(part, where, MAX_METADATA)
+            metadata |= {key: value} if key == CONFIG else {}
+        elif number == GRAPH and isinstance(part, Cursor):
+            for inner, tensor_part in _fields(part):
+                if inner == INITIALIZER and isinstance(tensor_part, Cursor):
+                    tensor = _tensor(tensor_part, where)
+                    tensor.name = MERGED.sub("", tensor.name)
+                    if tensor.name in found or len(found) > MAX_INITIALIZERS:
+                        raise FormatError(f"{path}: {tensor.name[:100]!r} is there twice, or is one of very many")
+                    found[tensor.name] = files.lazy(tensor)
+    files.check_overlaps()
+    if not found:
+        raise CheckpointError(f"{path}: an ONNX model without weights, or no ONNX model")
+    if quantised := next((name for name in found if name.endswith(QUANTISED)), None):
+        raise CheckpointError(
+            f"{path}: a quantised model (it holds {quantised[:100]}): its weights are rounded; convert what it was made from"
+        )
+    weights = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float and tensor.size > 1}
+    return Container(
+        "onnx",
+        path,
+        weights,
+        parse_json(metadata[CONFIG].encode(), f"{path}: its metadata") if CONFIG in metadata else None,
+        tuple(name for name in found if name not in weights and not name.startswith(CONSTANT)),
+        parts=(path, *(other.path for other in files.others.values())),
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The ``metadata_props`` of an ONNX model; its graph is passed over.
+
+    Raises:
+        FormatError: if the model is not sound.
+    """
+    entries = (part for number, part in _fields(Cursor(File(path))) if number == METADATA)
+    return dict(_entry(part, str(path), MAX_METADATA) for part in itertools.islice(entries, MAX_ENTRIES))
+
+
+def external_files(path: Path) -> frozenset[str]:
+    """The names of the files beside an ONNX model that its initializers lie in.
+
+    Raises:
+        FormatError: if the model is not sound.
+    """
+    graphs = (part for number, part in _fields(Cursor(File(path))) if number == GRAPH and isinstance(part, Cursor))
+    tensors = (part for graph in graphs for number, part in _fields(graph) if number == INITIALIZER)
+    entries = (
+        part
+        for tensor in tensors
+        if isinstance(tensor, Cursor)
+        for number, part in _fields(tensor)
+        if number == EXTERNAL
+    )
+    pairs = (_entry(entry, str(path)) for entry in entries)
+    return frozenset(value for key, value in pairs if key == "location")
+
+
+def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field: an int, bytes of a fixed width, or a Cursor over a stretch of the file."""
+    while cursor.position < cursor.end:
+        tag = _varint(cursor)
+        number, kind = tag >> 3, tag & 7
+        if kind == VARINT:
+            yield number, _varint(cursor)
+        elif kind in (FIXED64, FIXED32):
+            yield number, cursor.take(8 if kind == FIXED64 else 4)
+        elif kind == BYTES:
+            size = _varint(cursor)
+            begin = cursor.skip(size)
+            yield number, Cursor(cursor.file, begin, begin + size)
+        else:
+            raise FormatError(
+                f"{cursor.file.path}: not an ONNX model (field of kind {kind} before byte {cursor.position})"
+            )
+
+
+def _varint(cursor: Cursor) -> int:
+    data = b""
+    while not data or data[-1] & 0x80:
+        data += cursor.take(1)
+        if len(data) > 10:
+            break
+    return read_varint(data, 0, str(cursor.file.path))[0]
+
+
+def _text(part: Any, where: str, limit: int = MAX_NAME) -> str:
+    if not isinstance(part, Cursor) or part.end - part.position > limit:
+        raise FormatError(f"{where}: a name that is none, or of absurd length")
+    try:
+        return part.take(part.end - part.position).decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{where}: a name before byte {part.position} is not UTF-8") from None
+
+
+def _entry(entry_part: Any, where: str, limit: int = MAX_NAME) -> tuple[str, str]:
+    if not isinstance(entry_part, Cursor):
+        raise FormatError(f"{where}: an entry that is none")
+    entry = {KEY: "", VALUE: ""}
+    for number, part in _fields(entry_part):
+        if number in entry:
+            entry[number] = _text(part, where, limit)
+    return entry[KEY], entry[VALUE]
+
+
+@dataclass
+class _Tensor:
+    """What a TensorProto says."""
+
+    name: str = ""
+    shape: list[int] = field(default_factory=list)
+    kind: int = 0
+    data: list[tuple[int, Cursor]] = field(default_factory=list)
+    is_external: bool = False
+    external: dict[str, str] = field(default_factory=dict)
+
+
+def _tensor(cursor: Cursor, where: str) -> _Tensor:
+    tensor = _Tensor()
+    for number, part in _fields(Cursor(cursor.file, cursor.position, cursor.end)):
+        if number == NAME:  # first of all, to be said of whatever is wrong with the rest
+            tensor.name = _text(part, where)
+    where = f"{where}: {tensor.name[:100]!r}"
+    for number, part in _fields(cursor):
+        if number == DIMS:
+            tensor.shape += _numbers(part, where)
+        elif number in (TYPE, LOCATION) and isinstance(part, int):
+            setattr(tensor, "kind" if number == TYPE else "is_external", part)
+        elif number == EXTERNAL:
+            key, value = _entry(part, where)
+            if key in tensor.external:
+                raise FormatError(f"{where} says {key[:100]} twice of its external data")
+            tensor.external[key] = value
+        elif number in DATA and isinstance(part, Cursor):
+            tensor.data.append((number, part))
+        elif number not in (NAME, *IGNORED):
+            raise FormatError(f"{where} keeps its numbers in field {number}, which is not read")
+        if len(tensor.shape) > MAX_RANK or len(tensor.data) > 1 or len(tensor.external) > 8:
+            raise FormatError(f"{where} is not a tensor as ONNX has them")
+    return tensor
+
+
+def _numbers(part: Any, where: str) -> list[int]:
+    """Whole numbers, packed into one field or alone in it."""
+    if isinstance(part, bytes):
+        raise FormatError(f"{where}: a dimension that is no whole number")
+    if isinstance(part, int):
+        return [part]
+    cursor: Cursor = part
+    numbers: list[int] = []
+    while cursor.position < cursor.end and len(numbers) <= MAX_RANK:
+        numbers.append(_varint(cursor))
+    return numbers
+
+
+class _Files:
+    """The files that hold the data of a model: itself, and those beside it."""
+
+    def __init__(self, model: File) -> None:
+        self.model = model
+        self.others: dict[str, File] = {}
+        self.spans: list[tuple[str, int, int, str]] = []
+
+    def lazy(self, tensor: _Tensor) -> LazyTensor:
+        where = f"{self.model.path}: {tensor.name[:100]!r}"
+        if tensor.kind in QUANTISED_TYPES:
+            raise CheckpointError(
+                f"{where} is quantised: its weights are rounded; convert what the model was made from"
+            )
+        if tensor.kind not in TYPES:
+            raise FormatError(f"{where}: numbers of type {tensor.kind}, which is not read")
+        dtype, shape = DTYPES[TYPES[tensor.kind]], tuple(tensor.shape)
+        if math.prod(shape) >= 2**40:
+            raise FormatError(f"{where}: an impossible shape, {list(shape)}")
+        size = math.prod(shape) * dtype.itemsize
+        file, offset, length = self._external(tensor, where, size) if tensor.is_external else self._inside(tensor)
+        if length != size:
+            raise FormatError(f"{where}: {length} bytes, but shape {list(shape)} of {dtype} asks for {size}")
+        return LazyTensor.in_file(file, offset, dtype, shape)
+
+    def _inside(self, tensor: _Tensor) -> tuple[File, int, int]:
+        if not tensor.data:
+            return self.model, 0, 0
+        number, data = tensor.data[0]
+        if DATA[number] not in (None, tensor.kind):
+            raise FormatError(
+                f"{self.model.path}: {tensor.name[:100]!r} keeps its numbers in field {number}, not of its type"
+            )
+        return self.model, data.position, data.end - data.position
+
+    def _external(self, tensor: _Tensor, where: str, size: int) -> tuple[File, int, int]:
+        name = tensor.external.get("location", "")
+        path = beside(self.model.path.parent, name, where)
+        if name not in self.others:
+            if len(self.others) >= MAX_FILES:
+                raise FormatError(f"{self.model.path}: its data are in very many files")
+            self.others[name] = File(path)
+        numbers = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
+        if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
+            raise FormatError(f"{where}: impossible places in {name}: {numbers}")
+        offset, length = map(int, numbers)
+        if offset + length > self.others[name].size:
+            raise FormatError(f"{where}: ends at byte {offset + length} of {path}, which is cut short")
+        self.spans.append((name, offset, offset + length, tensor.name))
+        return self.others[name], offset, length
+
+    def check_overlaps(self) -> None:
+        for (file, _, end, name), (other, begin, _, second) in itertools.pairwise(sorted(self.spans)):
+            if file == other and begin < end:
+                raise FormatError(f"{self.model.path}: {name[:100]!r} and {second[:100]!r} overlap in {file}")

@@ -1,0 +1,351 @@
+"""TensorFlow's checkpoint, V2 ("tensor bundle"): ``PREFIX.index`` and ``PREFIX.data-00000-of-00001``.
+
+The index is an SSTable in LevelDB's table format whose values are protobufs; the data files hold the raw tensors.
+Sources: TensorFlow's ``tensor_bundle.cc``, ``tensor_bundle.proto``, ``ordered_code.cc`` and ``lib/io/table*.cc``;
+LevelDB's ``doc/table_format.md``. No TensorFlow is needed, to read or to write.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FormatError
+from ..io.protobuf import Fields, _field_bytes, _field_number
+from ..io.publishing import new_file
+from ..io.reading import File
+from ..io.sstable import _text, mask, read_table, unmask, write_index
+from ..tensors import DTYPES, Checksum, DType, LazyTensor, crc32c
+from .container import Container
+
+MAX_SLICES = 256
+
+# DataType of TensorFlow's types.proto -> ours.
+TYPES = {1: "F32", 2: "F64", 3: "I32", 4: "U8", 5: "I16", 6: "I8", 9: "I64", 10: "BOOL", 14: "BF16", 17: "U16", 19: "F16", 22: "U32", 23: "U64"}  # fmt: skip
+TYPE_NUMBERS = {name: number for number, name in TYPES.items()}
+STRING = 7
+V1 = "a TensorFlow V1 checkpoint (one file, without an .index); save it again as V2 with tf.compat.v1.train.Saver"
+
+
+def prefix_of(path: Path) -> Path | None:
+    """The prefix that ``path`` stands for: itself, its ``.index``, one of its ``.data`` files, or None."""
+    name = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)
+    if name in ("", ".", "..") or (name == path.name and path.exists()):
+        return None
+    prefix = path.with_name(name)
+    return prefix if name != path.name or Path(f"{prefix}.index").is_file() else None
+
+
+def find_prefix(directory: Path) -> Path | None:
+    """The checkpoint in a directory: the one that the file ``checkpoint`` names, else the only one there.
+
+    Raises:
+        FormatError: if there are several and ``checkpoint`` names none of them, or names one elsewhere.
+    """
+    found = sorted(p.with_suffix("") for p in directory.glob("*.index") if p.is_file())
+    state = directory / "checkpoint"
+    named = _named_prefix(state) if state.is_file() else None
+    if named in found:
+        return named
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise FormatError(f"{directory}: several checkpoints ({names}); give the prefix of one")
+    if named and found:
+        raise FormatError(
+            f"{state}: names {named.name!r}, which is not here; give the prefix {found[0]} if that is meant"
+        )
+    if named and named.is_file():
+        raise FormatError(f"{named}: {V1}")
+    if named:
+        raise FormatError(f"{state}: names {named.name!r}, but {named.name}.index is not here")
+    return found[0] if found else None
+
+
+def _named_prefix(state: Path) -> Path | None:
+    # The name is often the absolute path of the machine that saved it: only its last component means anything here.
+    file = File(state)
+    match = re.search(rb'^[ \t]*model_checkpoint_path:\s*"([^"\n]*)"', file.read(0, min(file.size, 1 << 16)), re.M)
+    name = re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1] if match else ""
+    return None if name in ("", ".", "..") or not name.isprintable() or len(name) > 200 else state.with_name(name)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def open_bundle(prefix: Path) -> Container:
+    """Open the checkpoint at ``prefix``. Every checksum of the index is verified now, each tensor's when it is read.
+
+    Raises:
+        FormatError: if any part of it is not sound.
+    """
+    index = File(Path(f"{prefix}.index"))
+    entries = dict(read_table(index))
+    where = str(index.path)
+    header = _header(entries.pop(b"", None), where)
+    if b"_CHECKPOINTABLE_OBJECT_GRAPH" in entries:
+        raise FormatError(
+            f"{where}: an object-based TensorFlow 2 or Keras checkpoint; GPT-2's is name-based. Save it with tf.compat.v1.train.Saver"
+        )
+    parsed = {key: Entry.parse(value, f"{where}: {_text(key)}") for key, value in entries.items()}
+    shards = _Shards(prefix, header.num_shards)
+    whole = {key: entry for key, entry in parsed.items() if not key.startswith(b"\0")}
+    for key, entry in parsed.items():
+        if not entry.slices:
+            shards.claim(entry, f"{where}: {_text(key)}")
+    shards.check_overlaps()
+    tensors = {_name(key, where): _tensor(key, entry, parsed, shards, where) for key, entry in sorted(whole.items())}
+    used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
+    if strays := sorted(set(parsed) - set(whole) - used):
+        raise FormatError(f"{where}: {_text(strays[0])} is a slice of no variable")
+    return Container(
+        "tf",
+        prefix,
+        {n: t for n, t in tensors.items() if t},
+        left_out=tuple(n for n, t in tensors.items() if not t),
+        parts=tuple(file.path for file in shards.files.values()),
+    )
+
+
+def _name(key: bytes, where: str) -> str:
+    try:
+        return key.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{where}: the name {_text(key)} is not UTF-8") from None
+
+
+@dataclass(frozen=True)
+class _Header:
+    num_shards: int
+
+
+def _header(value: bytes | None, where: str) -> _Header:
+    if value is None:
+        raise FormatError(f"{where}: no header: not a TensorFlow V2 checkpoint")
+    if value[:1] == b"\x0a":  # field 1 is a message, not a number
+        raise FormatError(f"{where}: {V1}")
+    fields = Fields(value, f"{where}: header")
+    if fields.number(2) != 0:
+        raise FormatError(f"{where}: big-endian tensors; only little-endian ones are read")
+    version = Fields(fields.bytes(3), f"{where}: header version")
+    if version.number(2) > 1 or any(bad == 1 for bad in version.numbers(3)):
+        raise FormatError(f"{where}: written for readers of version {version.number(2)}; this one is of version 1")
+    num_shards = fields.signed(1)
+    if not 0 < num_shards < 100_000:
+        raise FormatError(f"{where}: {num_shards} data files: that cannot be")
+    return _Header(num_shards)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A BundleEntryProto: where a tensor lies. A sliced one has ``slices`` and no data of its own."""
+
+    dtype: int
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    crc: int  # masked
+    slices: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    @classmethod
+    def parse(cls, value: bytes, where: str) -> Entry:
+        """Parse and check everything that one entry can be wrong about by itself."""
+        fields = Fields(value, where)
+        shape = _shape(fields.bytes(2), where)
+        if len(fields.all_bytes(7)) > MAX_SLICES:
+            raise FormatError(f"{where}: {len(fields.all_bytes(7))} slices of one variable")
+        slices = tuple(_slice(raw, shape, where) for raw in fields.all_bytes(7))
+        entry = cls(
+            fields.number(1), shape, fields.signed(3), fields.signed(4), fields.signed(5), fields.fixed32(6), slices
+        )
+        if entry.dtype not in TYPES and entry.dtype != STRING:
+            raise FormatError(f"{where}: TensorFlow's data type {entry.dtype} is not one that a GPT-2 has")
+        if min(entry.shard, entry.offset, entry.size) < 0:
+            raise FormatError(f"{where}: a negative shard, offset or size")
+        expected = math.prod(shape) * DTYPES[TYPES[entry.dtype]].itemsize if entry.dtype in TYPES else entry.size
+        if expected != entry.size and not slices:
+            raise FormatError(f"{where}: {entry.size} bytes, but shape {list(shape)} needs {expected}")
+        return entry
+
+    def serialize(self) -> bytes:
+        """The same message in bytes, as TensorFlow writes it: in order of fields, zeros left out."""
+        dims = b"".join(_field_bytes(2, _field_number(1, n)) for n in self.shape)
+        numbers = ((3, self.shard), (4, self.offset), (5, self.size))
+        crc = b"\x35" + struct.pack("<I", self.crc) if self.crc else b""
+        return (
+            _field_number(1, self.dtype)
+            + _field_bytes(2, dims)
+            + b"".join(_field_number(n, v) for n, v in numbers)
+            + crc
+        )
+
+
+def _shape(data: bytes, where: str) -> tuple[int, ...]:
+    fields = Fields(data, f"{where}: shape")
+    if fields.number(3):
+        raise FormatError(f"{where}: a shape of unknown rank")
+    dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2)[:9])
+    if len(dims) > 8 or any(not 0 <= d < 2**40 for d in dims) or math.prod(dims) >= 2**40:
+        raise FormatError(f"{where}: an impossible shape, {list(dims[:9])}")
+    return dims
+
+
+def _slice(data: bytes, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], ...]:
+    """A TensorSliceProto as (start, length) a dimension; length -1 is all of it."""
+    extents = [Fields(raw, f"{where}: slice") for raw in Fields(data, f"{where}: slice").all_bytes(1)[: len(shape) + 1]]
+    result = tuple((e.signed(1), e.signed(2) if e.has(2) else -1) for e in extents)
+    inside = (
+        start >= 0 and length >= 1 and start + length <= n if length != -1 else start == 0
+        for (start, length), n in zip(result, shape, strict=False)
+    )
+    if len(result) != len(shape) or not all(inside):
+        raise FormatError(f"{where}: a slice {list(result)} outside the shape {list(shape)}")
+    return result
+
+
+class _Shards:
+    """The data files of a bundle, opened when an entry first points into them."""
+
+    def __init__(self, prefix: Path, count: int) -> None:
+        self.prefix, self.count = prefix, count
+        self.files: dict[int, File] = {}
+        self.claims: dict[int, list[tuple[int, int, str]]] = {}
+
+    def file(self, shard: int, where: str) -> File:
+        if shard >= self.count:
+            raise FormatError(f"{where}: lies in data file {shard + 1} of {self.count}")
+        if shard not in self.files:
+            self.files[shard] = File(Path(f"{self.prefix}.data-{shard:05d}-of-{self.count:05d}"))
+        return self.files[shard]
+
+    def claim(self, entry: Entry, where: str) -> None:
+        file = self.file(entry.shard, where)
+        if entry.offset + entry.size > file.size:
+            raise FormatError(
+                f"{where}: ends at byte {entry.offset + entry.size} of {file.path.name}, which has {file.size}: it is cut short"
+            )
+        if entry.size:
+            self.claims.setdefault(entry.shard, []).append((entry.offset, entry.offset + entry.size, where))
+
+    def check_overlaps(self) -> None:
+        for claims in self.claims.values():
+            for (_, end, _), (start, _, where) in itertools.pairwise(sorted(claims)):
+                if start < end:
+                    raise FormatError(f"{where}: overlaps another tensor's bytes")
+
+
+def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> LazyTensor | None:
+    """The tensor of one name; None for strings, which are no parameters."""
+    if entry.dtype == STRING:
+        return None
+    dtype = DTYPES[TYPES[entry.dtype]]
+    if entry.slices:
+        return _sliced(key, entry, entries, shards, dtype, f"{where}: {_text(key)}")
+    file = shards.file(entry.shard, where)
+    checksum = Checksum(crc32c, unmask(entry.crc), f"{file.path}: {_text(key)}")
+    return LazyTensor.in_file(file, entry.offset, dtype, entry.shape, checksum)
+
+
+def _sliced(
+    key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, dtype: DType, where: str
+) -> LazyTensor:
+    """A partitioned variable, put together from the entries of its slices."""
+    parts: list[tuple[tuple[slice, ...], LazyTensor]] = []
+    for extents in entry.slices:
+        sub_key = slice_key(key, extents)
+        place = tuple(
+            slice(s, s + n) if n != -1 else slice(0, d) for (s, n), d in zip(extents, entry.shape, strict=True)
+        )
+        shape = tuple(p.stop - p.start for p in place)
+        sub = entries.get(sub_key)
+        if sub is None or sub.slices or sub.shape != shape or sub.dtype != entry.dtype:
+            raise FormatError(f"{where}: its slice {list(extents)} is missing or of another shape")
+        part = _tensor(sub_key, sub, entries, shards, where)
+        assert part
+        parts.append((place, part))
+    _check_tiling([place for place, _ in parts], entry.shape, where)
+
+    def stream() -> Iterator[bytes]:
+        if all(p[1:] == tuple(slice(0, d) for d in entry.shape[1:]) for p, _ in parts):  # cut along the first axis
+            for _, part in sorted(parts, key=lambda item: [place.start for place in item[0]]):
+                yield from part.chunks()
+            return
+        import numpy as np
+
+        whole = np.empty(entry.shape, dtype.numpy)
+        for place, part in parts:
+            whole[place] = part.read()
+        yield from LazyTensor.of(whole, dtype).chunks()
+
+    return LazyTensor(dtype, entry.shape, stream, None, checksummed=True)
+
+
+def _check_tiling(places: list[tuple[slice, ...]], shape: tuple[int, ...], where: str) -> None:
+    for a, b in itertools.combinations(places, 2):
+        if all(x.start < y.stop and y.start < x.stop for x, y in zip(a, b, strict=True)):
+            raise FormatError(f"{where}: its slices overlap")
+    if sum(math.prod(s.stop - s.start for s in place) for place in places) != math.prod(shape):
+        raise FormatError(f"{where}: its slices leave a gap")
+
+
+# ------------------------------------------------------------------------------------ the table (LevelDB's format)
+
+
+# ------------------------------------------------------------------------------------------------ protobuf, in short
+
+
+# ------------------------------------------------------------------ the key of a slice (TensorFlow's "ordered code")
+
+
+def slice_key(name: bytes, extents: Iterable[tuple[int, int]]) -> bytes:
+    """The key under which a slice of a partitioned variable lies: EncodeTensorNameSlice of TensorFlow."""
+    extents = list(extents)
+    parts = [_code_number(0), _code_string(name), _code_number(len(extents))]
+    return b"".join(parts + [_code_signed(n) for extent in extents for n in extent])
+
+
+def _code_number(value: int) -> bytes:
+    data = value.to_bytes((value.bit_length() + 7) // 8, "big")
+    return bytes([len(data)]) + data
+
+
+def _code_string(value: bytes) -> bytes:
+    return value.replace(b"\xff", b"\xff\xfe").replace(b"\0", b"\0\xff").replace(b"\xff\xfe", b"\xff\0") + b"\0\x01"
+
+
+def _code_signed(value: int) -> bytes:
+    bits = (~value if value < 0 else value).bit_length()
+    n = bits // 7 + 1
+    header = (0xFF00 >> n & 0xFF) << 8 if n <= 8 else 0xFF00 | (0xFF00 >> (n - 8) & 0xFF)
+    data = bytearray((value & (1 << 80) - 1).to_bytes(10, "big")[10 - n :])
+    data[0] ^= header >> 8
+    if n > 1:
+        data[1] ^= header & 0xFF
+    return bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_bundle(prefix: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write ``PREFIX.index`` and its one data file, as TensorFlow's BundleWriter lays them out.
+
+    The names are sorted, and the data is contiguous in their order, as in OpenAI's release.
+    """
+    entries: dict[bytes, Entry] = {}
+    with new_file(Path(f"{prefix}.data-00000-of-00001")) as out:
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[0].encode()):
+            offset, crc = out.position, 0
+            for chunk in tensor.chunks():
+                crc = crc32c(crc, chunk)
+                out.write(chunk)
+            entries[name.encode()] = Entry(
+                TYPE_NUMBERS[tensor.dtype.name], tensor.shape, 0, offset, tensor.nbytes, mask(crc)
+            )
+    with new_file(Path(f"{prefix}.index")) as out:
+        write_index(out, {key: entry.serialize() for key, entry in entries.items()})

@@ -1,0 +1,69 @@
+"""``torch.save`` before PyTorch 1.6: five pickles in a row, then the storages.
+
+In order: a magic number, the protocol version, facts of the machine, the object, the keys of the storages in the order
+in which they follow; then each storage as a 64-bit count of values and the values. There are no checksums.
+Source: ``_legacy_save`` in PyTorch's ``torch/serialization.py``.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from ..errors import FormatError
+from ..io.reading import File
+from ..tensors import LazyTensor
+from .container import Container
+from .torch_pickle import Storage, check_overlaps, configuration, load_pickle, state_dict
+from .torch_zip import one_each, part_of
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+
+
+def open_torch_legacy(path: Path) -> Container:
+    """Open a ``.bin`` in the format before PyTorch 1.6. Raises as ``open_torch_zip`` does."""
+    file = File(path)
+    where = str(path)
+    with open(path, "rb") as raw:
+        if load_pickle(raw, where) != MAGIC:
+            raise FormatError(f"{where}: not a file of torch.save (another magic number)")
+        if load_pickle(raw, where) != PROTOCOL:
+            raise FormatError(f"{where}: another protocol of torch.save than {PROTOCOL}")
+        machine = load_pickle(raw, where)
+        if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise FormatError(f"{where}: written on a big-endian machine")
+        described: dict[str, Storage] = {}
+        saved = load_pickle(raw, where, described)
+        tensors, left_out = state_dict(saved, where)
+        keys = load_pickle(raw, where)
+        start = raw.tell()
+    check_overlaps(tensors, where)
+    storages = _storages(file, start, keys, described)
+    if missing := sorted(set(described) - set(storages)):
+        raise FormatError(f"{where}: the storage {missing[0]} is not in it")
+    config, words = configuration(saved, where)
+    lazy = one_each(tensors, lambda ref: part_of(storages[ref.storage.key], ref))
+    return Container("bin", path, lazy, config, left_out, config_of=words)
+
+
+def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:
+    """Each storage's place, walking from one to the next; they must end where the file ends."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+        raise FormatError(f"{file.path}: the list of storages is not sound")
+    result: dict[str, LazyTensor] = {}
+    for key in keys:
+        if key not in described:
+            raise FormatError(f"{file.path}: the storage {key} belongs to no tensor")
+        dtype, size = described[key].dtype, described[key].size
+        count = struct.unpack("<q", file.read(position, 8))[0]
+        if count != size:
+            raise FormatError(f"{file.path}: the storage {key} holds {count} values, the pickle says {size}")
+        end = position + 8 + size * dtype.itemsize
+        if end > file.size:
+            raise FormatError(f"{file.path}: cut short: the storage {key} ends at byte {end} of {file.size}")
+        result[key] = LazyTensor.in_file(file, position + 8, dtype, (size,))
+        position = end
+    if position != file.size:
+        raise FormatError(f"{file.path}: {file.size - position} bytes behind the last storage")
+    return result

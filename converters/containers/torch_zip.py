@@ -1,0 +1,277 @@
+"""``torch.save`` since PyTorch 1.6: a zip archive with one pickle and one stored member a storage.
+
+Source: PyTorch's ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc``.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, FormatError
+from ..io.json import parse_json
+from ..io.publishing import Output
+from ..io.reading import File
+from ..tensors import DTYPES, Checksum, LazyTensor
+from .container import Container
+from .torch_pickle import (
+    CONFIG_KEY,
+    MAX_PICKLE,
+    Storage,
+    TensorRef,
+    check_overlaps,
+    configuration,
+    dump_pickle,
+    load_pickle,
+    state_dict,
+)
+
+LOCAL = struct.Struct("<4s5H3L2H")
+ALIGNMENT = 64
+CONFIG = "extra/config.json"  # torch.load passes it over; with it a lone .bin can be used alone
+MAX_MEMBERS = 100_000
+PROGRAMS = {  # kind -> a member that only such an archive has, and what it is called
+    "pt2": ("/models/model.json", "a program of torch.export"),
+    "torchscript": ("/constants.pkl", "TorchScript"),
+}
+
+
+def open_torch_zip(path: Path) -> Container:
+    """Open a ``.bin`` or ``.pt`` in the zip format.
+
+    Raises:
+        UnsafeError: if its pickle asks for code.
+        FormatError: if the archive or the pickle is not sound.
+        CheckpointError: if it holds something other than tensors.
+    """
+    file = File(path)
+    members = _members(file)
+    members = _rooted(members, str(path))
+    if _small(file, members, "byteorder", b"little") != b"little":
+        raise FormatError(f"{path}: written on a big-endian machine")
+    pickle = io.BytesIO(_small(file, members, "data.pkl"))
+    saved = load_pickle(pickle, f"{path}: data.pkl")
+    tensors, left_out = state_dict(saved, str(path))
+    if pickle.read(1):
+        raise FormatError(f"{path}: data.pkl: bytes behind the pickle's end")
+    check_overlaps(tensors, str(path))
+    config, words = configuration(saved, str(path))
+    if CONFIG in members:
+        config, words = parse_json(_small(file, members, CONFIG), f"{path}: {CONFIG}"), "hf"
+    lazy = one_each(tensors, lambda ref: _tensor(file, members, ref))
+    return Container("bin", path, lazy, config, left_out, config_of=words)
+
+
+def program_in(names: Sequence[str]) -> str | None:
+    """Which of ``PROGRAMS`` an archive with members of these names is; None if it is none."""
+    return next((kind for kind, (end, _) in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
+
+
+def _crc32(value: int, data: bytes) -> int:
+    return zlib.crc32(data, value)
+
+
+def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
+    """Every member by name, with the place of its data; stored, once, nothing before, between or behind unaccounted."""
+    try:
+        with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
+            infos = archive.infolist()
+            directory, comment = archive.start_dir, archive.comment
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, UnicodeDecodeError) as error:
+        raise FormatError(f"{file.path}: not a sound zip archive: {error}") from None
+    if file.read(file.size - 22, 4) != b"PK\x05\x06":
+        raise FormatError(f"{file.path}: bytes behind the zip archive's end")
+    if comment or len(infos) > MAX_MEMBERS:
+        raise FormatError(
+            f"{file.path}: a zip archive with {'a comment' if comment else 'too many members'}: not PyTorch's"
+        )
+    if kind := program_in([info.filename for info in infos]):
+        raise CheckpointError(
+            f"{file.path}: {PROGRAMS[kind][1]}, of which no weights are read: gpt2x generate and verify run it; else give what it was made from"
+        )
+    result: dict[str, tuple[int, zipfile.ZipInfo]] = {}
+    spans = []
+    for info in infos:
+        name = info.orig_filename
+        if name in result:
+            raise FormatError(f"{file.path}: the member {name!r} is there twice")
+        start = _data_start(file, info)
+        spans.append((info.header_offset, start + info.file_size, 24 if info.flag_bits & 8 else 0))
+        result[name] = (start, info)
+    spans.sort()
+    for (_, end, descriptor), (begin, _, _) in itertools.pairwise([(0, 0, 0), *spans, (directory, directory, 0)]):
+        # Between members lies nothing but a data descriptor of up to 24 bytes, where the member says so.
+        if not 0 <= begin - end <= descriptor:
+            raise FormatError(
+                f"{file.path}: not a sound zip archive: {'members overlap' if begin < end else f'stray bytes at {end}'}"
+            )
+    return result
+
+
+def _data_start(file: File, info: zipfile.ZipInfo) -> int:
+    where = f"{file.path}: the member {info.orig_filename!r}"
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+        raise FormatError(f"{where} is compressed or encrypted; PyTorch stores its members plainly")
+    fields = LOCAL.unpack(file.read(info.header_offset, LOCAL.size))
+    name_length, extra_length = fields[9], fields[10]
+    if fields[0] != b"PK\x03\x04" or fields[3] != 0:
+        raise FormatError(f"{where} has no sound header of its own")
+    name = file.read(info.header_offset + LOCAL.size, name_length)
+    if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+        raise FormatError(f"{where} is called otherwise in its own header")
+    start: int = info.header_offset + LOCAL.size + name_length + extra_length
+    if start + info.file_size > file.size:
+        raise FormatError(f"{where} is cut short")
+    return start
+
+
+def _rooted(members: Mapping[str, Any], where: str) -> dict[str, Any]:
+    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise FormatError(f"{where}: a zip archive without PyTorch's data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if strays := [name for name in members if not name.startswith(root)]:
+        raise FormatError(f"{where}: the member {strays[0]!r} lies outside {root!r}")
+    return {name.removeprefix(root): member for name, member in members.items()}
+
+
+def _small(
+    file: File, members: Mapping[str, tuple[int, zipfile.ZipInfo]], name: str, default: bytes | None = None
+) -> bytes:
+    """A small member's bytes, its checksum verified."""
+    if name not in members:
+        if default is None:
+            raise FormatError(f"{file.path}: no {name} in it")
+        return default
+    start, info = members[name]
+    if info.file_size > MAX_PICKLE:
+        raise FormatError(f"{file.path}: {name} has {info.file_size} bytes, too many for what it is")
+    check = Checksum(_crc32, info.CRC, f"{file.path}: {name}")
+    return LazyTensor.in_file(file, start, DTYPES["U8"], (info.file_size,), check).read().tobytes()
+
+
+def _tensor(file: File, members: Mapping[str, Any], ref: TensorRef) -> LazyTensor:
+    where = f"{file.path}: data/{ref.storage.key}"
+    if f"data/{ref.storage.key}" not in members:
+        raise FormatError(f"{where}: the archive lacks it")
+    start, info = members[f"data/{ref.storage.key}"]
+    itemsize = ref.storage.dtype.itemsize
+    if info.file_size != ref.storage.size * itemsize:
+        raise FormatError(
+            f"{where}: {info.file_size} bytes, but the pickle speaks of {ref.storage.size} values of {ref.storage.dtype}"
+        )
+    whole = LazyTensor.in_file(file, start, ref.storage.dtype, (ref.storage.size,), Checksum(_crc32, info.CRC, where))
+    return part_of(whole, ref)
+
+
+def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
+    """A tensor for each name; what has two names (a tied output) is one tensor, and is seen to be."""
+    made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
+    return {name: made[ref] for name, ref in refs.items()}
+
+
+def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
+    """The tensor that lies in a storage: all of it, or a part (the checksum is over the whole)."""
+    if ref.offset == 0 and math.prod(ref.shape) == storage.size:
+        return storage.reshape(ref.shape)
+    begin = ref.offset * ref.storage.dtype.itemsize
+    end = begin + math.prod(ref.shape) * ref.storage.dtype.itemsize
+
+    def stream() -> Any:
+        position = 0
+        for chunk in storage.chunks():
+            low, high = max(begin - position, 0), min(end - position, len(chunk))
+            if low < high:
+                yield chunk[low:high]
+            position += len(chunk)
+
+    def mapped() -> Any:
+        assert storage.mapped
+        return storage.mapped()[begin:end]
+
+    return LazyTensor(storage.dtype, ref.shape, stream, mapped, storage.checksummed)
+
+
+def write_torch_zip(
+    out: Output,
+    tensors: Mapping[str, LazyTensor],
+    config: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> None:
+    """Write what ``torch.load(weights_only=True)`` reads: an OrderedDict of tensors in a zip archive.
+
+    ``config`` goes into a member that torch passes over. With ``model_args`` the result is nanoGPT's: a dict that has
+    the tensors under ``model``, and the configuration beside them. One tensor under two names is stored once.
+    """
+    writer = _ZipWriter(out, "pytorch_model" if model_args is None else "ckpt")
+    storages = {id(tensor): tensor for tensor in tensors.values()}
+    keys = {one: str(i) for i, one in enumerate(storages)}
+    refs = OrderedDict(
+        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size), 0, t.shape)) for name, t in tensors.items()
+    )
+    said = {CONFIG_KEY: json.dumps(config)} if config else {}
+    saved = refs if model_args is None else {"model": refs, "model_args": model_args, **said}
+    writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))
+    writer.add("byteorder", LazyTensor.of_bytes(b"little"))
+    if config and model_args is None:
+        writer.add(CONFIG, LazyTensor.of_bytes(json.dumps(config).encode()))
+    for one, tensor in storages.items():
+        writer.add(f"data/{keys[one]}", tensor)
+    writer.add("version", LazyTensor.of_bytes(b"3\n"))
+    writer.finish()
+
+
+class _ZipWriter:
+    """Stored members, each aligned, checksums patched in behind the data; zip64 where a place needs it."""
+
+    def __init__(self, out: Output, root: str) -> None:
+        self.out, self.root = out, root
+        self.directory: list[bytes] = []
+
+    def add(self, name: str, data: LazyTensor) -> None:
+        path = f"{self.root}/{name}".encode()
+        header, size = self.out.position, data.nbytes
+        large = size >= 2**32 - 1
+        short = 2**32 - 1 if large else size
+        wide = struct.pack("<2H2Q", 1, 16, size, size) if large else b""
+        gap = -(header + LOCAL.size + len(path) + len(wide) + 4) % ALIGNMENT
+        extra = wide + struct.pack("<2H", 0x4246, gap) + b"Z" * gap  # PyTorch's own padding field
+        version = 45 if large else 20
+        self.out.write(
+            LOCAL.pack(b"PK\x03\x04", version, 0, 0, 0, 0x21, 0, short, short, len(path), len(extra)) + path + extra
+        )
+        crc = 0
+        for chunk in data.chunks():
+            crc = _crc32(crc, chunk)
+            self.out.write(chunk)
+        self.out.patch(header + 14, struct.pack("<L", crc))
+        places = [size, size] if large else []
+        far = header >= 2**32 - 1
+        places += [header] if far else []
+        wide = struct.pack(f"<2H{len(places)}Q", 1, 8 * len(places), *places) if places else b""
+        self.directory.append(
+            struct.pack(
+                "<4s6H3L5H2L", b"PK\x01\x02", 45, 45 if places else 20, 0, 0, 0, 0x21, crc, short, short,
+                len(path), len(wide), 0, 0, 0, 0, 2**32 - 1 if far else header,
+            ) + path + wide
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        start, count = self.out.position, len(self.directory)
+        self.out.write(b"".join(self.directory))
+        end = self.out.position
+        size = end - start
+        if start >= 2**32 - 1 or count >= 2**16 - 1:
+            self.out.write(struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start))
+            self.out.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1))
+        entries, place = min(count, 2**16 - 1), min(start, 2**32 - 1)
+        self.out.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, entries, entries, size, place, 0))

@@ -1,0 +1,1 @@
+"""Reading and writing files: positioned reads, atomic publishing, JSON, Protocol Buffers."""

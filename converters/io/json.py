@@ -1,0 +1,69 @@
+"""JSON from strangers: no duplicate keys, bounded depth and size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError
+from .reading import File
+
+MAX_DIGITS, MAX_DEPTH = 1000, 64  # of a number and of a value in JSON
+
+
+def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
+    """A small JSON file that holds an object."""
+    file = File(path)
+    if file.size > limit:
+        raise FormatError(f"{path}: {file.size} bytes is too large for what it should be (at most {limit})")
+    return parse_json(file.read(0, file.size), str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object with no key twice.
+
+    Raises:
+        FormatError: for anything else.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_whole_number)
+        _check_depth(value)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise FormatError(f"{where}: not sound JSON: a string that is no text") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not sound JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key[:100]!r} is there twice")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # a lone surrogate is no text
+        result[key] = value
+    return result
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # Python does not print what has thousands
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what Python may read but then, deeper in its own calls, neither compare nor print."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"values nested more than {MAX_DEPTH} deep")

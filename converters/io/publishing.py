@@ -1,0 +1,347 @@
+"""Files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ..errors import DestinationError
+from .reading import _keep_freed_chunks, check_name
+
+WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
+
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+
+
+WAITING = 9  # chunks on their way to the disk
+
+
+class Output:
+    """A file being written, sequentially, with room to patch what is already there.
+
+    A thread of its own writes, so that reading and checksums go on meanwhile; a few chunks wait at most. Its errors
+    come out of a later call, ``close`` at the latest. A signal's handler may raise anywhere in here: a ``SimpleQueue``
+    has no lock of Python's, which would stay locked then.
+    """
+
+    def __init__(self, fd: int) -> None:
+        _keep_freed_chunks()
+        self._fd = fd
+        self._waiting: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()  # (where, what); None ends it
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each chunk that may come
+        for _ in range(WAITING):
+            self._room.put(None)
+        self._error: BaseException | None = None
+        self._written = self._flushed = 0  # the thread's own
+        self.position = 0
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self._put((self.position, data))
+        self.position += len(data)
+
+    def patch(self, offset: int, data: bytes) -> None:
+        """Replace a few bytes that were appended before."""
+        self._put((offset, data))
+
+    def close(self) -> None:
+        """Wait until everything is written and on the disk."""
+        self._stop()
+        self._raise()
+        os.fsync(self._fd)
+
+    def abandon(self) -> None:
+        """Stop writing, whatever waits."""
+        self._error = self._error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        self._stop()
+
+    def _put(self, item: tuple[int, bytes]) -> None:
+        self._raise()
+        self._room.get()
+        self._waiting.put(item)
+
+    def _raise(self) -> None:
+        if self._error:
+            raise self._error
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if not self._error:  # after an error, what waits is dropped
+                try:
+                    self._write(*item)
+                except BaseException as error:
+                    self._error = error
+            self._room.put(None)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        while len(view):
+            n = os.pwrite(self._fd, view, offset)
+            view, offset = view[n:], offset + n
+        self._written = max(self._written, offset)
+        if self._written - self._flushed >= WRITEBACK:
+            _start_writeback(self._fd, self._flushed, self._written)
+            self._flushed = self._written
+
+
+def _start_writeback(fd: int, start: int, end: int) -> None:
+    # The disk works while we read on, so the final fsync is short; and a large result does not fill the page cache.
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_free(path: Path, force: bool, directory: bool) -> None:
+    """Refuse a destination that exists, before any work is done.
+
+    Raises:
+        DestinationError: if ``path`` exists and ``force`` is false, or is the wrong kind of thing.
+    """
+    check_name(path)
+    above = next((above for above in path.absolute().parents if os.path.lexists(above)), path)
+    if above != path and not above.is_dir():
+        raise DestinationError(f"{path}: cannot be written: {above.name} is not a directory")
+    if not os.path.lexists(path):
+        return
+    if not (path.is_dir() or path.is_file() or path.is_symlink()):
+        raise DestinationError(f"{path}: is neither a file nor a directory; it is left alone")
+    if path.is_dir() != directory:
+        kind, wanted = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
+        raise DestinationError(f"{path}: exists already and is {kind}, which is not replaced by {wanted}")
+    if not force:
+        raise DestinationError(f"{path}: exists already; --force replaces it")
+
+
+@contextlib.contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Output]:
+    """Write ``path`` whole or not at all.
+
+    Raises:
+        DestinationError: if it exists and ``force`` is false, or the disk refuses; nothing is then left behind.
+    """
+    check_free(path, force, directory=False)
+    temporary = _beside(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            output = Output(fd)
+            try:
+                yield output
+                output.close()
+            finally:
+                output.abandon()
+                os.close(fd)
+            _publish(temporary, path, force)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterator[Path]:
+    """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does.
+
+    Files of the sizes of ``room`` must find their place there first, where the system can tell: what a library does on a
+    full disk is its own affair.
+    """
+    check_free(path, force, directory=False)
+    folder = _beside(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            _check_room(folder, room)
+            yield folder / path.name
+            _sync(folder / path.name)
+            _publish(folder / path.name, path, force)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list[str]] | None = None) -> Iterator[Path]:
+    """Stage files in the directory that is yielded; they appear in ``path`` together at the end, or not at all.
+
+    With ``force``, files of the same names are replaced and any others in ``path`` are left alone. ``rivals`` names
+    files in ``path`` which, left alone, would be taken for part of the result: if one would stay, nothing is written.
+    """
+    check_free(path, force, directory=True)
+    path = Path(os.path.abspath(path))
+    stage = _beside(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stage.mkdir()
+        yield stage
+        with writing(path):
+            for part in [*stage.rglob("*"), stage]:
+                _sync(part)
+            new = {name.as_posix() for name in _files(stage)}
+            if stale := [name for name in (rivals(path) if rivals and path.is_dir() else []) if name not in new]:
+                raise DestinationError(
+                    f"{path}: holds {stale[0]}, which would be read together with the new files; move it away first"
+                )
+            with _uninterrupted():
+                _publish_directory(stage, path, force)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_room(folder: Path, sizes: Sequence[int]) -> None:
+    """Raise what the system says of files of these sizes."""
+    scratch = [folder / f"room{i}" for i in range(len(sizes))]
+    for path, size in zip(scratch, sizes, strict=True):
+        with open(path, "wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:  # some file systems cannot
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+    for path in scratch:
+        path.unlink()
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    if force:
+        os.replace(temporary, path)
+    else:
+        try:
+            os.link(temporary, path)  # unlike a rename, fails where a file has appeared meanwhile
+            temporary.unlink()
+        except FileExistsError:
+            raise DestinationError(f"{path}: has appeared meanwhile; --force replaces it") from None
+        except OSError:  # a file system without hard links
+            check_free(path, force, directory=False)
+            os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def check_tree(path: Path, names: Iterable[Path]) -> None:
+    """Refuse to put files of these relative names into a directory where something else is in their way.
+
+    Raises:
+        DestinationError: if a folder has the name of a file, a file that of a folder, or a folder is a link.
+    """
+    for name in names:
+        if (path / name).is_dir():
+            raise DestinationError(f"{path / name}: is a directory, which --force does not replace by a file")
+        for above in (path / p for p in name.parents if p.name):
+            if above.is_symlink():
+                raise DestinationError(f"{above}: is a link, and nothing is written through it; move it away first")
+            if above.exists() and not above.is_dir():
+                raise DestinationError(f"{above}: is a file, which --force does not replace by a directory")
+
+
+def _publish_directory(stage: Path, path: Path, force: bool) -> None:
+    if force and path.is_dir():
+        new = _files(stage)
+        check_tree(path, new)
+        if not _exchange(stage, path):
+            for name in sorted(new):
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(stage / name, path / name)
+        _sync(path)
+    else:
+        stage.rename(path)
+    _sync(path.parent)
+
+
+def _files(directory: Path) -> list[Path]:
+    """Every file in a tree, relative to it; links are files here."""
+    found = (Path(top, name) for top, below, files in os.walk(directory) for name in (*files, *_links(top, below)))
+    return [file.relative_to(directory) for file in found]
+
+
+def _links(top: str, below: list[str]) -> list[str]:
+    return [name for name in below if Path(top, name).is_symlink()]
+
+
+def _exchange(stage: Path, path: Path) -> bool:
+    """Put the whole of ``stage`` into the place of ``path`` in one step, with what else was in ``path``.
+
+    That needs Linux (``renameat2``), a folder of not too many files, and nobody who works inside it. False where it
+    cannot be; ``stage`` may then hold links to what was in ``path``.
+    """
+    import ctypes
+
+    kept = [name for name in _files(path) if not os.path.lexists(stage / name)]
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None or path.is_symlink() or path.is_mount():
+        return False
+    if len(kept) > 1000 or Path.cwd().is_relative_to(path):
+        return False
+    folders = [Path(top).relative_to(path) for top, _, _ in os.walk(path)]  # the outer before the inner
+    if any((path / folder).stat().st_uid != os.geteuid() for folder in folders):
+        return False  # a folder of another owner would become ours
+    try:
+        for folder in folders:
+            (stage / folder).mkdir(exist_ok=True)
+        for name in kept:
+            os.link(path / name, stage / name, follow_symlinks=False)
+        for folder in reversed(folders):
+            shutil.copystat(path / folder, stage / folder)
+        _sync(stage)
+    except OSError:  # a file system without hard links
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and a polite kill for the few renames that belong together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Not by a mask: the system would hand the signal to another thread, and Python the handler to this one.
+    held: list[int] = []
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not None]
+    before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in dict.fromkeys(held):
+            signal.raise_signal(late)
+
+
+def _beside(path: Path) -> Path:
+    start = os.fsdecode(os.fsencode(path.name)[:100]).encode("utf-8", "ignore").decode("utf-8", "ignore")
+    return path.with_name(f".{start}.{os.urandom(4).hex()}.tmp")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:  # some file systems cannot sync a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,171 @@
+"""The only room that touches the disk: positioned reads in, whole files out.
+
+Reading is by position into one small buffer, never through a memory map: a mapped page counts as memory, and a file
+that shrinks under a map kills the process. (``File.map`` exists for loading a model, where mapping is the point.)
+Writing goes to a temporary name beside the destination, is synced, and takes its place in one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import mmap
+import os
+import re
+import stat
+import struct
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError, UnsafeError
+
+CHUNK = 1 << 20
+WINDOW = 64 << 10  # bytes that a cursor reads at once
+
+
+class File:
+    """A regular file, open for positioned reads.
+
+    Raises:
+        FormatError: if it is missing, no regular file, or not readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise FormatError(f"{path}: not a regular file")
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            weakref.finalize(self, os.close, self._fd)
+            self._identity = self._stamp()
+        self.size = self._identity[0]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly these bytes. The caller keeps ``size`` small."""
+        self._inside(offset, size)
+        with reading(self.path):
+            data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise self._changed()
+        return data
+
+    def chunks(self, offset: int, size: int) -> Iterator[bytes]:
+        """These bytes in order, about a megabyte at a time."""
+        self._inside(offset, size)
+        end = offset + size
+        while offset < end:
+            with reading(self.path):
+                chunk = os.pread(self._fd, min(CHUNK, end - offset), offset)
+            if not chunk:
+                raise self._changed()
+            yield chunk
+            offset += len(chunk)
+        if self._stamp() != self._identity:
+            raise self._changed()
+
+    def map(self, offset: int, size: int) -> memoryview:
+        """These bytes as a private map: writing to it changes memory, never the file."""
+        self._inside(offset, size)
+        return self._map[offset : offset + size]
+
+    @functools.cached_property
+    def _map(self) -> memoryview:
+        if self.size == 0:
+            return memoryview(bytearray())
+        with reading(self.path):
+            pages = mmap.mmap(self._fd, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return memoryview(pages)
+
+    def _inside(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise FormatError(f"{self.path}: cut short: bytes {offset} to {offset + size} of {self.size} are asked for")
+
+    def _stamp(self) -> tuple[int, int, int]:
+        s = os.fstat(self._fd)
+        return s.st_size, s.st_mtime_ns, s.st_ino
+
+    def _changed(self) -> FormatError:
+        return FormatError(f"{self.path}: changed while it was being read")
+
+
+class Cursor:
+    """A file, or a stretch of one, read from front to back in small pieces; what is large is skipped, not read.
+
+    Raises (from every method):
+        FormatError: if the stretch ends before what is asked for does.
+    """
+
+    def __init__(self, file: File, position: int = 0, end: int | None = None) -> None:
+        self.file, self.position = file, position
+        self.end = file.size if end is None else end
+        self._window, self._start = b"", 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes. The caller keeps ``size`` small."""
+        begin = self.skip(size) - self._start
+        if not 0 <= begin <= begin + size <= len(self._window):
+            self._start, begin = self.position - size, 0
+            self._window = self.file.read(self._start, min(max(size, WINDOW), self.end - self._start))
+        return self._window[begin : begin + size]
+
+    def skip(self, size: int) -> int:
+        """Pass over the next bytes; gives where they begin."""
+        if not 0 <= size <= self.end - self.position:
+            raise FormatError(f"{self.file.path}: cut short: {size} bytes are said to follow byte {self.position}")
+        begin, self.position = self.position, self.position + size
+        return begin
+
+    def number(self, form: str) -> Any:
+        """One number, of a type of ``struct`` (with its byte order)."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_name(path: Path) -> None:
+    """Refuse what no file can be called.
+
+    Raises:
+        FormatError: if the system has no way to say this name.
+    """
+    try:
+        os.lstat(path)
+    except ValueError:  # a zero byte, or what the system has no encoding for
+        raise FormatError(f"{str(path)[:200]!r}: not a name that a file can have") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FormatError(f"{str(path)[:200]}...: too long for the name of a file") from None
+
+
+def beside(directory: Path, name: str, where: str) -> Path:
+    """The file of this name in a directory, or below: model cards keep weights in folders too.
+
+    Raises:
+        UnsafeError: if the name leads out of the directory, or through a folder that is a link to elsewhere. (The file
+            itself may be one: the Hub's cache has them.)
+    """
+    leaves = not name or name.startswith("/") or "\\" in name or re.search(r"(^|/)\.\.?(/|$)", name)
+    if not leaves and name.isprintable() and len(name) <= 200:
+        path = directory / name
+        if path.parent.resolve().is_relative_to(directory.resolve()):
+            return path
+    raise UnsafeError(f"{where}: points to {name[:200]!r}, which is not a file beside it: refused")
+
+
+@functools.cache
+def _keep_freed_chunks() -> None:
+    # glibc gives freed megabytes back to the system, and every fresh one then costs 256 page faults: a third of a
+    # conversion's time. One large block (never touched, so it takes no memory), freed at once, teaches it to keep them.
+    bytes(31 << 20)

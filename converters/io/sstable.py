@@ -1,0 +1,181 @@
+"""LevelDB's table format (SSTable), which the index of a TensorFlow checkpoint is."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+
+from ..errors import FormatError
+from ..tensors import crc32c
+from .protobuf import _field_bytes, _field_number, read_varint, varint
+from .publishing import Output
+from .reading import File
+
+MAGIC = 0xDB4775248B80FB57
+
+
+FOOTER = 48
+
+
+TRAILER = 5  # a byte for the compression, four for the checksum
+
+
+RESTART_INTERVAL = 16  # TensorFlow's, and so are the next two
+
+
+BLOCK_SIZE = 256 << 10
+
+
+MAX_NAME = 4096
+
+
+MAX_NAMES = 16 << 20  # bytes of all names together, whose beginnings the file may share
+
+
+MAX_INDEX = 64 << 20  # of GPT-2's 1558M: 25 KB
+
+
+def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of an SSTable, in order, every block's checksum verified.
+
+    Raises:
+        FormatError: if any byte of it is not as the format says.
+    """
+    where = str(file.path)
+    if file.size < FOOTER:
+        raise FormatError(f"{where}: {file.size} bytes is too short for a TensorFlow index")
+    if file.size > MAX_INDEX:
+        raise FormatError(f"{where}: {file.size} bytes is too large for a GPT-2's index")
+    data = file.read(0, file.size)
+    footer = data[-FOOTER:]
+    if struct.unpack("<Q", footer[-8:])[0] != MAGIC:
+        raise FormatError(f"{where}: not a TensorFlow index (no table magic at its end)")
+    meta, position = _handle(footer, 0, where)
+    index, position = _handle(footer, position, where)
+    if position > 40 or any(footer[position:40]):
+        raise FormatError(f"{where}: the footer's padding is not zero")
+    list(_block(data, meta, where))
+    previous, names = None, 0
+    for _, value in _block(data, index, where):
+        for key, entry in _block(data, _handle(value, 0, where)[0], where):
+            if previous is not None and key <= previous:
+                fault = "there twice" if key == previous else "out of order"
+                raise FormatError(f"{where}: the name {_text(key)} is {fault}")
+            previous, names = key, names + len(key)
+            if names > MAX_NAMES:
+                raise FormatError(f"{where}: more than {MAX_NAMES >> 20} MB of names")
+            yield key, entry
+
+
+def _handle(data: bytes, position: int, where: str) -> tuple[tuple[int, int], int]:
+    offset, position = read_varint(data, position, where)
+    size, position = read_varint(data, position, where)
+    return (offset, size), position
+
+
+def _block(data: bytes, handle: tuple[int, int], where: str) -> Iterator[tuple[bytes, bytes]]:
+    """The entries of one block, after its checksum."""
+    offset, size = handle
+    end = offset + size
+    if end + TRAILER > len(data) - FOOTER:
+        raise FormatError(f"{where}: a block at {offset} ends behind the file's")
+    block, kind = data[offset:end], data[end]
+    if unmask(struct.unpack_from("<I", data, end + 1)[0]) != crc32c(0, data[offset : end + 1]):
+        raise FormatError(f"{where}: the block at {offset} is damaged (its checksum differs)")
+    if kind:
+        raise FormatError(f"{where}: the block at {offset} is compressed (type {kind}), which TensorFlow never writes")
+    if size < 4:
+        raise FormatError(f"{where}: the block at {offset} is too short")
+    count = struct.unpack_from("<I", block, size - 4)[0]
+    limit = size - 4 - 4 * count
+    if count == 0 or limit < 0:
+        raise FormatError(f"{where}: the block at {offset} has impossible restarts")
+    restarts = struct.unpack_from(f"<{count}I", block, limit)
+    key, position = b"", 0
+    unseen = set(restarts)
+    if restarts[0] != 0 or len(unseen) != count or list(restarts) != sorted(restarts):
+        raise FormatError(f"{where}: the block at {offset} has impossible restarts")
+    while position < limit:
+        start = position
+        shared, position = read_varint(block, position, where)
+        fresh, position = read_varint(block, position, where)
+        length, position = read_varint(block, position, where)
+        if (
+            shared > len(key)
+            or (start in unseen and shared)
+            or position + fresh + length > limit
+            or shared + fresh > MAX_NAME
+        ):
+            raise FormatError(f"{where}: the block at {offset} has an impossible entry at {start}")
+        unseen.discard(start)
+        key = key[:shared] + block[position : position + fresh]
+        position += fresh + length
+        yield key, block[position - length : position]
+    if unseen - {0}:
+        raise FormatError(f"{where}: the block at {offset} has a restart that is no entry")
+
+
+def mask(crc: int) -> int:
+    """LevelDB's mask, so that a checksum of data with checksums in it stays a good one."""
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def unmask(masked: int) -> int:
+    """The inverse of ``mask``."""
+    rotated = (masked - 0xA282EAD8) & 0xFFFFFFFF
+    return ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
+
+
+HEADER = _field_number(1, 1) + _field_bytes(3, _field_number(1, 1))  # one shard, little-endian, version 1
+
+
+def write_index(out: Output, entries: Mapping[bytes, bytes], header: bytes = HEADER) -> None:
+    """Write the table of an index: the header under the empty name, then the entries in order."""
+    blocks: list[tuple[bytes, bytes, bytes | None]] = []  # handle, last key, the key that follows
+    pending, size = [(b"", header)], 0
+    for key, value in sorted(entries.items()):
+        if size >= BLOCK_SIZE:
+            blocks.append((_write_block(out, pending), pending[-1][0], key))
+            pending, size = [], 0
+        pending.append((key, value))
+        size += len(key) + len(value)
+    blocks.append((_write_block(out, pending), pending[-1][0], None))
+    meta = _write_block(out, [])
+    index = _write_block(out, [(_separator(last, following), handle) for handle, last, following in blocks], interval=1)
+    out.write((meta + index).ljust(40, b"\0") + struct.pack("<Q", MAGIC))
+
+
+def _write_block(out: Output, entries: list[tuple[bytes, bytes]], interval: int = RESTART_INTERVAL) -> bytes:
+    """Write one block; returns its handle."""
+    data, restarts, previous = bytearray(), [0], b""
+    for i, (key, value) in enumerate(entries):
+        if i and i % interval == 0:
+            restarts.append(len(data))
+            previous = b""
+        shared = _common(previous, key)
+        data += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
+        previous = key
+    data += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+    handle = varint(out.position) + varint(len(data))
+    data.append(0)  # not compressed
+    out.write(bytes(data) + struct.pack("<I", mask(crc32c(0, bytes(data)))))
+    return handle
+
+
+def _common(a: bytes, b: bytes) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _separator(last: bytes, following: bytes | None) -> bytes:
+    """The shortest key from ``last`` up to, and not including, ``following``, as LevelDB chooses it."""
+    if following is None:  # FindShortSuccessor
+        i = next((i for i, byte in enumerate(last) if byte != 0xFF), len(last))
+        return last[:i] + bytes([last[i] + 1]) if i < len(last) else last
+    i = _common(last, following)
+    if i < min(len(last), len(following)) and last[i] < 0xFF and last[i] + 1 < following[i]:
+        return last[:i] + bytes([last[i] + 1])
+    return last
+
+
+def _text(key: bytes) -> str:
+    return key[:200].decode("utf-8", "backslashreplace").replace("\0", "\\0")

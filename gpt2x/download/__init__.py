@@ -1,0 +1,1 @@
+"""Downloads of hf:// and openai:// addresses."""

@@ -1,0 +1,111 @@
+"""GPT-2 as a file that torch runs without gpt2x: TorchScript, and ``torch.export``'s ``.pt2``. One interface for both.
+
+Both hold ``config.json`` (Hugging Face's) among their extra files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+import torch
+from torch.fx.experimental import _config as fx_config
+
+from converters import Checkpoint, DestinationError, GPT2Config
+from converters.config import to_hf
+from converters.io.publishing import staged_file
+
+from ..load import model_of
+from .interface import Interface, dynamic_shapes, example_inputs
+
+CONFIG = "config.json"
+WHOLE = ".gpt2.whole"  # beside the result for a while; up to its last dot, torch makes it the folder in the archive
+PROGRAM = 100_000  # bytes a layer, more than the program takes beside its weights
+
+
+def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
+    """Write a checkpoint as TorchScript: scripted, not traced, for any batch and any lengths.
+
+    ``torch.jit.load`` gives a module whose ``forward(input_ids, attention_mask, position_ids, past)`` is
+    ``gpt2x.export.interface.Interface``'s.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export, which --pt2 is for
+        module = torch.jit.script(_interface(checkpoint))
+        extra = _extra(checkpoint.config)
+        return _save(checkpoint, path, force, lambda file: _without_paths(module.save, file, extra), copies=2)
+
+
+def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
+    """Write a checkpoint as a program of ``torch.export``, with the same interface, for any batch and any lengths.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
+    """
+    config = checkpoint.config
+    model = _interface(checkpoint)
+    # Otherwise the sizes 0 and 1 are taken for constants, and an empty cache or a single token is refused.
+    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(
+            model, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
+        )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # the paths of this machine
+    _drop_constraints_on_sums(program.range_constraints)
+    return _save(checkpoint, path, force, lambda file: torch.export.save(program, file, extra_files=_extra(config)))
+
+
+def _drop_constraints_on_sums(constraints: dict[Any, Any]) -> None:
+    """Keep only the constraints on single symbols.
+
+    ``torch.export.load`` reads the key ``s13 + s70`` (cached and new tokens) as the name of a symbol, and then
+    ``run_decompositions`` fails. The sum has no limits of its own, so nothing is lost.
+    """
+    for expression in list(constraints):
+        if not expression.is_Symbol:
+            del constraints[expression]
+
+
+def _interface(checkpoint: Checkpoint) -> Interface:
+    """For inference: a cache that remembered gradients would grow with every token."""
+    return Interface(model_of(checkpoint)).eval().requires_grad_(False)
+
+
+def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable[[str], Any], copies: int = 1) -> int:
+    if any(file.exists() and Path(path).exists() and file.samefile(path) for file in checkpoint.files):
+        raise DestinationError(f"{path}: is the source itself; write it elsewhere")
+    # Where torch cannot write, it ends the process.
+    size = 4 * checkpoint.parameters + PROGRAM * (checkpoint.config.n_layer + 4)
+    with staged_file(Path(path), [size] * copies, force) as staged:
+        write(str(staged))
+        return staged.stat().st_size
+
+
+def _without_paths(save: Callable[..., Any], path: str, extra: dict[str, Any]) -> None:
+    """Save TorchScript without its tables of source lines, which hold the paths of this machine."""
+    whole = str(Path(path).with_name(WHOLE))
+    save(whole, _extra_files=extra)
+    with ZipFile(whole) as source, ZipFile(path, "w", ZIP_STORED) as target:
+        for member in source.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                with source.open(member) as data, target.open(ZipInfo(member.filename), "w", force_zip64=True) as out:
+                    shutil.copyfileobj(data, out, 1 << 20)
+    Path(whole).unlink()
+
+
+def _extra(config: GPT2Config) -> dict[str, Any]:
+    return {CONFIG: json.dumps(to_hf(config), sort_keys=True)}

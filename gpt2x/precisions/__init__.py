@@ -1,0 +1,1 @@
+"""How the weights of an ONNX model are stored and computed with."""

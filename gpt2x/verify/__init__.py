@@ -1,0 +1,1 @@
+"""Proof that two GPT-2s are the same."""

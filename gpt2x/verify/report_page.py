@@ -1,0 +1,177 @@
+"""A report as one HTML page that needs nothing else: the table, and three plots as inline SVG."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from .._version import __version__
+from .checks import Check
+from .report import Report
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>gpt2x verify: {verdict}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .3em .6em; text-align: left; vertical-align: top }}
+td.number {{ font-variant-numeric: tabular-nums; text-align: right }}
+.same {{ color: #06731f }} .different {{ color: #b00020; font-weight: bold }} .unasked {{ color: #777 }}
+code {{ overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
+</style>
+<h1>gpt2x verify: <span class="{verdict}">{verdict}</span></h1>
+<p><code>{a}</code><br>against <code>{b}</code></p>
+<p>{conclusion}</p>
+<table><tr><th>check<th>verdict<th>result<th>what it is</tr>
+{checks}</table>
+<h2>Logits</h2>
+<p>Errors are of logits; relative errors are relative to the largest logit at the same position. KL divergence is in nats.
+Agreement is on the likeliest token, and on the set of the five likeliest. The first column is the share of its bound
+that the worst of these takes: over 100% fails.</p>
+<table><tr><th>check<th>of the bound{heads}</tr>
+{metrics}</table>
+{plots}
+<p>gpt2x {version}, Python {python}, {machine}, {date}</p>
+</html>
+"""
+
+COLUMNS = {
+    "positions": "positions",
+    "max_abs_error": "max error",
+    "mean_abs_error": "mean error",
+    "max_rel_error": "max relative",
+    "mean_rel_error": "mean relative",
+    "kl_divergence": "KL",
+    "top1_agreement": "top-1",
+    "top5_agreement": "top-5",
+    "perplexity": "perplexity",
+    "perplexity_other": "perplexity, other",
+}
+EXPLAINED = {
+    "configuration": "everything that decides shapes and arithmetic",
+    "weights": "every tensor, byte for byte; of other precisions, block by block",
+    "weights beside": "those in the directory that transformers would load in place of the ONNX model's",
+    "tokenizer": "vocabulary and merges",
+    "full context": "as many tokens as the model takes, in one pass",
+    "one token": "a prompt of one token, on an empty cache",
+    "token by token": "each of the first tokens on the cache of those before it",
+    "chunks": "a full context in small and large pieces, then one by one to its last slot, each on the cache",
+    "batch rows": "five rows at once, each compared with itself alone",
+    "left padding": "unequal prompts in one batch, padded on the left, then more tokens",
+    "right padding": "unequal prompts in one batch, padded on the right, then more tokens",
+    "ORT_DISABLE_ALL": "the ONNX graph as it is written; all else is run with ORT_ENABLE_ALL",
+    "greedy words": "the likeliest token again and again",
+}
+WORDS = {True: "same", False: "different", None: "unasked"}
+
+
+def page(report: Report) -> str:
+    """The page. Whatever names a file brought are escaped.
+
+    Raises:
+        ModuleNotFoundError: where matplotlib is missing.
+    """
+    measured = [check for check in report.checks if "max_abs_error" in check.details]
+    worst = max((_share(check) for check in measured), default=0.0)
+    answer = "The two are the same, within the bounds." if report.passed else "The two are not shown to be the same."
+    return PAGE.format(
+        verdict=WORDS[report.passed],
+        a=_escaped(report.a),
+        b=_escaped(report.b),
+        conclusion=f"{answer} The worst figure takes {worst:.0%} of its bound." if measured else answer,
+        checks="".join(map(_check_row, report.checks)),
+        heads="".join(f"<th>{head}" for head in COLUMNS.values()),
+        metrics="".join(map(_metrics_row, measured)),
+        plots="\n".join(map(_svg, _plots(measured))) if measured else "",
+        version=__version__,
+        python=platform.python_version(),
+        machine=_escaped(f"{platform.system()} {platform.machine()}"),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _escaped(text: str) -> str:
+    """The same as text of a page: no markup, no control characters, and nothing that is no text."""
+    return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _share(check: Check) -> float:
+    """How much of its bound the worst metric takes; infinite where a figure is not a number."""
+    limits = check.details["limits"]
+    shares = [check.details[name] / limit if limit else 0.0 for name, limit in limits.items()]
+    return max((share if math.isfinite(share) else math.inf) for share in shares)
+
+
+def _check_row(check: Check) -> str:
+    word = WORDS[check.passed]
+    shown = "near tie" if check.details.get("near_tie") else "" if check.passed is None else word
+    name, result, what = map(_escaped, (check.name, check.result, EXPLAINED.get(check.name, "")))
+    return f'<tr><td>{name}<td class="{word}">{shown}<td>{result}<td>{what}</tr>\n'
+
+
+def _metrics_row(check: Check) -> str:
+    cells = "".join(f'<td class="number">{_number(check.details[name])}' for name in COLUMNS)
+    return f'<tr><td>{_escaped(check.name)}<td class="number">{_share(check):.0%}{cells}</tr>\n'
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+Plot = Callable[[Any], None]
+
+
+def _plots(measured: list[Check]) -> list[Plot]:
+    longest = max(measured, key=lambda check: check.details["positions"])
+
+    def errors(axes: Any) -> None:
+        axes.plot(longest.details["error_by_position"], linewidth=0.8)
+        axes.set(title=f"Error by position ({longest.name})", xlabel="position", ylabel="largest error of a logit")
+        bound = longest.details["limits"]["max_abs_error"]
+        axes.axhline(bound, color="red", linestyle=":", label="bound")
+        axes.set_yscale("symlog", linthresh=1e-8)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    def divergence(axes: Any) -> None:
+        import numpy as np
+
+        exponents = np.log10(np.maximum(longest.details["kl_by_position"], 1e-18))
+        axes.hist(exponents[np.isfinite(exponents)], bins=40)
+        axes.axvline(np.log10(longest.details["limits"]["kl_divergence"]), color="red", linestyle=":", label="bound")
+        axes.legend()
+        label = "log10 of nats (-18: none)"
+        axes.set(title=f"KL divergence ({longest.name})", xlabel=label, ylabel="positions")
+
+    def agreement(axes: Any) -> None:
+        names = [check.name for check in measured]
+        for shift, key, label in ((-0.2, "top1_agreement", "top-1"), (0.2, "top5_agreement", "top-5")):
+            shares = [100 * check.details[key] for check in measured]
+            axes.barh([i + shift for i in range(len(names))], shares, height=0.4, label=label)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set(title="Agreement", xlabel="percent of positions", xlim=(0, 100))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return [errors, divergence, agreement]
+
+
+def _svg(plot: Plot) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "gpt2x"}):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        plot(figure.add_subplot())
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]

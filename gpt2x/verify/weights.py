@@ -1,0 +1,124 @@
+"""The weights of two files, compared byte for byte."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import Checkpoint, ConversionError, open_checkpoint
+from converters.arrays import as_array, cast_array
+from converters.checkpoint import crc_of, zip_chunks
+from converters.containers.gguf import through_q8_0
+from converters.dtypes import whole_items
+from converters.tensors import F32, F64, LazyTensor
+
+from .checks import Check
+
+
+def _compare_files(a: str | Path, b: str | Path, n_head: int | None = None) -> Check:
+    """The weights of two files, of which any may be one that weights are not read from."""
+    found = []
+    for path in (a, b):
+        try:
+            found.append(open_checkpoint(path, n_head=n_head).cast(F32))
+        except ConversionError as error:
+            return _not_compared(error)
+    return compare_weights(*found)
+
+
+def _not_compared(error: ConversionError) -> Check:
+    return Check("weights", None, f"not compared: {str(error).splitlines()[0]}")
+
+
+def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
+    """The first's values as they are after a conversion to what the second's file holds each tensor in, lazily.
+
+    Raises (while streaming):
+        ConversionError: if a value does not fit into it.
+    """
+    tensors = {
+        name: _rounded_like(tensor, b.tensors[name], name) if name in b.tensors else tensor
+        for name, tensor in a.tensors.items()
+    }
+    return replace(a, tensors=tensors)
+
+
+def _rounded_like(tensor: LazyTensor, like: LazyTensor, name: str) -> LazyTensor:
+    if like.stored is None or tensor.stored == like.stored or tensor.shape != like.shape:
+        return tensor.cast(like.dtype, name)
+    # Q8_0, in blocks of a row of the file.
+    if like.transpose_of:
+        return through_q8_0(tensor.transposed(), name).transposed()
+    return through_q8_0(tensor, name)
+
+
+def compare_weights(a: Checkpoint, b: Checkpoint) -> Check:
+    """Every tensor, byte for byte. Each file is read once."""
+    names = list(dict.fromkeys([*a.tensors, *b.tensors]))
+    faults = {name: fault for name in names if (fault := _difference(a.tensors.get(name), b.tensors.get(name)))}
+    result = f"{len(names) - len(faults)} of {len(names)} tensors bit-identical"
+    if faults:
+        result += "; " + "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:3])
+    return Check(
+        "weights",
+        not faults,
+        result,
+        {"tensors": len(names), "identical": len(names) - len(faults), "different": faults},
+    )
+
+
+def _difference(a: LazyTensor | None, b: LazyTensor | None) -> str | None:
+    if a is None or b is None:
+        return "is only in " + ("the second" if a is None else "the first")
+    if a.shape != b.shape:
+        return f"is {list(a.shape)}, not {list(b.shape)}"
+    if a.dtype != b.dtype:
+        return f"is {a.dtype}, not {b.dtype} (largest difference {_largest(a, b):.3g})"
+    count, largest, size = 0, 0.0, a.dtype.itemsize
+    for x, y in zip_chunks(whole_items(a.chunks(), size), whole_items(b.chunks(), size)):
+        if x != y:
+            apart = (np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)).reshape(-1, size).any(1)
+            count += int(apart.sum())
+            u, v = (cast_array(as_array(z, a.dtype, (-1,))[apart], a.dtype, F64, "") for z in (x, y))
+            largest = float(np.maximum(largest, np.abs(u - v).max()))  # NaN, where there is one
+    return f"differs in {count} values (by {largest:.3g} at most)" if count else None
+
+
+def _largest(a: LazyTensor, b: LazyTensor) -> float:
+    return float(np.abs(cast_array(a.read(), a.dtype, F64, "") - cast_array(b.read(), b.dtype, F64, "")).max(initial=0))
+
+
+def compare_release(a: Checkpoint) -> Check:
+    """CRC-32C of every tensor against the index of OpenAI's 124M checkpoint."""
+    table = release_checksums()
+    faults = [name for name, expected in table.items() if not _meets(a.tensors.get(name), expected)]
+    extra = [name for name in a.tensors if name not in table]
+    result = f"{len(table) - len(faults)} of {len(table)} tensors bit-identical to OpenAI's release"
+    if faults or extra:
+        result += f"; other: {', '.join((faults + extra)[:3])}{' ...' if len(faults + extra) > 3 else ''}"
+    return Check(
+        "weights",
+        not faults and not extra,
+        result,
+        {"tensors": len(table), "identical": len(table) - len(faults), "different": faults + extra},
+    )
+
+
+def release_checksums() -> dict[str, dict[str, Any]]:
+    """Canonical name -> shape and CRC-32C (of float32 bytes, row-major) in OpenAI's 124M release."""
+    text = resources.files("converters").joinpath("openai_124M.json").read_text()
+    return {name: {"shape": tuple(shape), "crc32c": int(crc, 16)} for name, (shape, crc) in json.loads(text).items()}
+
+
+def _meets(tensor: LazyTensor | None, expected: dict[str, Any]) -> bool:
+    return (
+        tensor is not None
+        and tensor.dtype == F32
+        and tensor.shape == expected["shape"]
+        and crc_of(tensor) == expected["crc32c"]
+    )
