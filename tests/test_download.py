@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2
 import pytest
 import safetensors.numpy
 from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
@@ -23,6 +25,7 @@ from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, fetch
 from gpt2x.download import openai as bucket
+from gpt2x.download import transfer
 from gpt2x.download.hub import parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -200,7 +203,7 @@ def here(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("GPT2X_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bucket, "PAUSE", 0.001)
+    monkeypatch.setattr(transfer, "PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -227,7 +230,7 @@ def test_what_is_no_address_is_given_back_unchanged(source):
 
 @pytest.mark.parametrize("source", ["https://huggingface.co/gpt2", "ftp://x/y", "file:///etc/passwd", "s3://bucket/x"])
 def test_other_addresses_are_refused_and_the_known_ones_said(gpt2x, source):
-    assert_refused(gpt2x("convert", source, "out.bin"), "does not fetch", "hf://OWNER/NAME", "openai://124M")
+    assert_refused(gpt2x("convert", source, "out.bin"), "cannot download from", "hf://OWNER/NAME", "openai://124M")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +271,9 @@ def test_a_plain_conversion_opens_no_socket_and_loads_no_client(tmp_path):
         from gpt2x.cli import main
         main(["convert", {str(SHAKESPEARE)!r}, "out"], standalone_mode=False)
         main(["inspect", "out"], standalone_mode=False)
-        assert not {{"huggingface_hub", "urllib.request", "http.client", "gpt2x.download.fetch"}} & set(sys.modules)
+        main(["--help"], standalone_mode=False)
+        loaded = {{"huggingface_hub", "httpx2", "filelock", "urllib.request", "http.client", "gpt2x.download.fetch"}}
+        assert not loaded & set(sys.modules)
         if "--provoke" in sys.argv:
             import socket
             socket.socket()
@@ -307,8 +312,9 @@ def test_what_is_there_is_verified_once_more_when_it_has_changed(mirror):
     assert f"/124M/{DATA}" in mirror.paths()
 
 
-def test_a_copy_of_the_cache_needs_no_network(monkeypatch, mirror):
+def test_a_copy_of_the_cache_needs_no_network_and_no_http_library(monkeypatch, mirror):
     shutil.copytree(SHAKESPEARE, cached().parent)
+    monkeypatch.setitem(sys.modules, "gpt2x.download.transfer", None)
     assert same_as_shipped(fetch("openai://124M"))
     assert mirror.asked == []
 
@@ -364,7 +370,7 @@ def test_a_file_that_changed_meanwhile_is_not_spliced(mirror, name, fault, reque
 
 def test_what_a_server_that_keeps_dropping_has_sent_is_kept(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["dropped!"]
-    with pytest.raises(ConversionError, match="the same command goes on from there"):
+    with pytest.raises(ConversionError, match="run the same command again to resume"):
         fetch("openai://124M")
     assert cached(f"{DATA}.part").stat().st_size > SIZE // 2
     mirror.faults.clear()
@@ -384,7 +390,7 @@ def test_an_index_of_before_does_not_stand_in_the_way(mirror):
     cached().parent.mkdir(parents=True)
     save_checkpoint(random_checkpoint(), "tiny", "tf")
     shutil.copy(Path("tiny", INDEX), cached(INDEX))
-    refused("try once more")
+    refused("run the command again to download both")
     assert same_as_shipped(fetch("openai://124M"))
 
 
@@ -423,25 +429,25 @@ def refused(match, kind=ConversionError):
 @pytest.mark.parametrize(
     ("name", "fault", "match"),
     [
-        (DATA, "404", "404 .Not Found.; is GPT2X_OPENAI_URL right"),
+        (DATA, "404", "404 .Not Found.; is GPT2X_OPENAI_URL correct"),
         (DATA, "403", "403 .Forbidden."),
-        (DATA, "500", "500 .Internal Server Error., in 3 attempts"),
-        (DATA, "page", "a web page came"),
-        (DATA, "hidden page", "24 bytes there, and by its index 8,888,832"),
-        (DATA, "short", "8,888,732 bytes there, and by its index 8,888,832"),
-        (DATA, "endless", "sends more than the 8,888,832 bytes"),
-        (DATA, "compressed", "came compressed"),
-        (DATA, "to file:///etc/passwd", "redirects to somewhere that is not fetched from"),
-        (DATA, "to ftp://127.0.0.1/x", "redirects to somewhere that is not fetched from"),
-        (INDEX, "page", "a web page came"),
+        (DATA, "500", "500 .Internal Server Error. .3 attempts."),
+        (DATA, "page", "sent a web page instead of the file"),
+        (DATA, "hidden page", "8,888,832 bytes expected from the index, the server has 24"),
+        (DATA, "short", "8,888,832 bytes expected from the index, the server has 8,888,732"),
+        (DATA, "endless", "sends more than the limit of 8,888,832 bytes"),
+        (DATA, "compressed", "sent a compressed file"),
+        (DATA, "to file:///etc/passwd", "redirects to an address that gpt2x does not follow"),
+        (DATA, "to ftp://127.0.0.1/x", "redirects to an address that gpt2x does not follow"),
+        (INDEX, "page", "sent a web page instead of the file"),
         (INDEX, "hidden page", "24 bytes is too short for a TensorFlow index"),
-        (INDEX, "flipped", "what came is not the file that was asked for"),
-        (INDEX, "endless", "sends more than the 1,048,576 bytes"),
+        (INDEX, "flipped", "the downloaded file is not valid"),
+        (INDEX, "endless", "sends more than the limit of 1,048,576 bytes"),
         ("hparams.json", "hidden page", "not sound JSON"),
         ("encoder.json", "hidden page", "not sound JSON"),
         ("encoder.json", "404", "404 .Not Found."),
-        ("vocab.bpe", "hidden page", "not a table of merges"),
-        ("checkpoint", "hidden page", "not TensorFlow's note"),
+        ("vocab.bpe", "hidden page", "not a file of BPE merges"),
+        ("checkpoint", "hidden page", "not TensorFlow's checkpoint state file"),
     ],
 )
 def test_what_cannot_be_right_is_refused_and_not_kept(mirror, name, fault, match):
@@ -454,7 +460,7 @@ def test_what_cannot_be_right_is_refused_and_not_kept(mirror, name, fault, match
 @pytest.mark.parametrize(("name", "fault"), [(DATA, "short"), (INDEX, "flipped"), ("encoder.json", "hidden page")])
 def test_what_was_refused_does_not_stand_in_the_way_of_the_next_call(mirror, name, fault):
     mirror.faults[f"/124M/{name}"] = [fault]
-    refused("bytes there|not the file")
+    refused("bytes expected from the index|the downloaded file is not valid")
     assert same_as_shipped(fetch("openai://124M"))
 
 
@@ -466,7 +472,7 @@ def test_damage_is_found_by_its_checksum_and_fetched_anew_once(mirror):
     shutil.rmtree("cache")
     mirror.faults[f"/124M/{DATA}"] = ["flipped!"]
     mirror.asked.clear()
-    refused("checksum is .*\nFetched anew it is no better, and has been removed", ChecksumError)
+    refused("checksum is .*\nDownloading it again failed verification, too; the files were removed", ChecksumError)
     assert len(mirror.paths(DATA)) == 2
     assert not cached().exists()
 
@@ -483,18 +489,18 @@ def test_a_vocabulary_that_does_not_fit_is_refused(mirror):
     mirror.files["/124M/hparams.json"] = json.dumps(
         {"n_vocab": 2048, "n_ctx": 256, "n_embd": 192, "n_head": 6, "n_layer": 5}
     ).encode()
-    refused("no better, and has been removed")
+    refused("failed verification, too; the files were removed")
 
 
 def test_an_index_of_absurd_sizes_is_refused_before_anything_is_allocated(mirror, monkeypatch):
     monkeypatch.setattr(bucket, "MAX_DATA", SIZE - 1)
-    refused("that cannot be")
+    refused("invalid size of the data: 8,888,832 bytes")
     assert mirror.paths(DATA) == []
 
 
 def test_a_full_disk_is_seen_before_the_download(mirror, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5))
-    refused("5 bytes are free, and 8,888,832 are needed; GPT2X_CACHE")
+    refused("8,888,832 bytes needed, the disk has 5 free; GPT2X_CACHE")
     assert mirror.paths(DATA) == []
 
 
@@ -515,18 +521,80 @@ def test_redirects_between_web_servers_are_followed(mirror):
 
 def test_a_server_that_is_not_there_is_said_in_one_sentence(gpt2x, monkeypatch, server):
     monkeypatch.setenv("GPT2X_OPENAI_URL", "http://127.0.0.1:9")
-    assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot be reached: Connection refused, in 3 attempts")  # fmt: skip
+    assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot connect: Connection refused (3 attempts)")  # fmt: skip
     monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
     result = gpt2x("inspect", "openai://124M")
-    assert_refused(result, "cannot be reached")
+    assert_refused(result, "cannot connect")
     assert "secret" not in result.output
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:secret@127.0.0.1:9", "ftp://user:secret@h", "http://user:secret@h:port"]
+)
+def test_a_proxy_that_cannot_be_used_is_refused_without_showing_it(gpt2x, monkeypatch, proxy):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("all_proxy", proxy)
+    result = gpt2x("inspect", "openai://124M")
+    assert_refused(result, "http_proxy, https_proxy or all_proxy: unsupported proxy")
+    assert "secret" not in result.output
+
+
+def test_certificates_that_cannot_be_read_are_named(gpt2x, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "none.pem")
+    assert_refused(
+        gpt2x("inspect", "openai://124M"), "SSL_CERT_FILE or SSL_CERT_DIR: cannot read the certificates: No such file"
+    )
+
+
+def answer_with(monkeypatch, answer):
+    """Let a function answer every request, instead of a server."""
+    monkeypatch.setenv("GPT2X_OPENAI_URL", "https://mirror")
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", lambda transport, request: answer(request))
+
+
+def test_a_redirect_from_https_to_http_is_not_followed(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx2.Response(302, headers={"Location": "http://mirror/other"})
+
+    answer_with(monkeypatch, answer)
+    refused("https://mirror/124M/checkpoint: the server redirects to an address that gpt2x does not follow")
+    assert asked == ["https://mirror/124M/checkpoint"]
+
+
+def test_a_certificate_that_is_not_trusted_is_refused_at_once(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        cause = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        cause.verify_message = "self-signed certificate"
+        raise httpx2.ConnectError("certificate verify failed") from cause
+
+    answer_with(monkeypatch, answer)
+    refused("the server's certificate is not trusted: self-signed certificate")
+    assert len(asked) == 1
+
+
+def test_a_server_that_does_not_answer_in_time_is_tried_again(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(request.extensions["timeout"]["read"])
+        raise httpx2.ReadTimeout("timed out")
+
+    answer_with(monkeypatch, answer)
+    refused(r"the connection was lost: no answer in 30 seconds \(3 attempts\)")
+    assert asked == [30, 30, 30]
 
 
 @pytest.mark.parametrize("url", ["ftp://x/y", "file:///tmp", "http://u:secret@h/x", "https://h/x?sig=secret", "https:///x", "http://h:x/", "h/x", "http://a b"])  # fmt: skip
 def test_an_address_of_a_mirror_is_checked_and_never_shown(gpt2x, monkeypatch, url):
     monkeypatch.setenv("GPT2X_OPENAI_URL", url)
     result = gpt2x("inspect", "openai://124M")
-    assert_refused(result, "GPT2X_OPENAI_URL: http://HOST/FOLDER")
+    assert_refused(result, "GPT2X_OPENAI_URL: not a valid mirror; set it to http://HOST/FOLDER")
     assert "secret" not in result.output
 
 
@@ -836,10 +904,11 @@ def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_open
         every.remove(name)
 
 
-def test_a_download_without_its_library_says_what_to_install(tmp_path):
-    code = (
-        "import sys; sys.modules['huggingface_hub'] = None; from gpt2x.cli import main; main(['inspect', 'hf://a/b'])"
-    )
+@pytest.mark.parametrize(
+    ("source", "library"), [("hf://a/b", "huggingface_hub"), ("openai://124M", "httpx2"), ("openai://124M", "filelock")]
+)
+def test_a_download_without_its_library_says_what_to_install(source, library):
+    code = f"import sys; sys.modules[{library!r}] = None; from gpt2x.cli import main; main(['inspect', {source!r}])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert "this needs huggingface_hub: pip install 'gpt2x[hub]'" in result.stderr
+    assert f"this needs {library}: pip install 'gpt2x[hub]'" in result.stderr
