@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from converters import ConversionError, DestinationError
 
 from .._version import __version__
-from ..download.hub import COMPANIONS, STATUS, Address, _explained, _UnreachableError
+from ..download.hub import COMPANIONS
+from ..download.hub_errors import STATUS, UnreachableError, explained
 
 if TYPE_CHECKING:
     import huggingface_hub
@@ -172,10 +173,10 @@ def _fault(name: str, error: Exception) -> str:
         return f"{name}: the Hub refuses the upload with status {status}{_said(cause)}"
     if type(cause) is ConnectionError:  # the bare class comes from hf_xet alone
         return f"{name}: {NO_XET}"
-    explained = _explained(Address(name, name, "main", ""), cause)
-    if not isinstance(explained, _UnreachableError) or status is not None:
+    explained = explained(name, cause)
+    if not isinstance(explained, UnreachableError) or status is not None:
         return str(explained)
-    return f"{explained}; " + ("unset it" if explained.wanted else "is there a network? HF_ENDPOINT names a mirror")
+    return f"{explained}; " + ("unset it" if explained.intended else "is there a network? HF_ENDPOINT names a mirror")
 
 
 def _said(error: Exception) -> str:
