@@ -21,6 +21,7 @@ import httpx2
 import pytest
 import safetensors.numpy
 from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
+from hub_server import HANGS, environment, serving
 
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, fetch
@@ -31,7 +32,6 @@ from gpt2x.download.hub import parse
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATA, INDEX = bucket.DATA, bucket.INDEX
 SIZE = (SHAKESPEARE / DATA).stat().st_size
-HANGS = 600  # seconds, after which a process is taken to have no end
 
 
 # ---------------------------------------------------------------------------------------------------- the server
@@ -184,15 +184,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(Server()) as server:
         for name in bucket.FILES:
             server.files[f"/124M/{name}"] = (SHAKESPEARE / name).read_bytes()
         yield server
         server.released.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -718,11 +714,7 @@ def hf_files(tmp_path_factory):
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
     """Run ``gpt2x`` in a process of its own (the Hub's library reads its environment once), with the server as the Hub."""
-    environment = {
-        **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "error::ResourceWarning",
-    }  # fmt: skip
-    environment.pop("HF_TOKEN", None)
+    client = environment(server.url, tmp_path / "hf-home", PYTHONWARNINGS="error::ResourceWarning")
 
     def run(*args, **more):
         return Done(process([sys.executable, "-m", "gpt2x", *map(str, args)], more))
@@ -735,7 +727,7 @@ def hub(server, monkeypatch, tmp_path):
         ]
 
     def process(command, more):
-        return subprocess.run(command, capture_output=True, text=True, env={**environment, **more}, timeout=HANGS)
+        return subprocess.run(command, capture_output=True, text=True, env={**client, **more}, timeout=HANGS)
 
     run.all = run_all
     return run
