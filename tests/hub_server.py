@@ -1,10 +1,10 @@
-"""A small Hugging Face Hub on this machine: downloads and uploads of models that are folders, ROOT/OWNER/NAME.
+"""A small local Hugging Face Hub for downloads and uploads of models. Its repositories are folders, ROOT/OWNER/NAME.
 
 In a test:      with running(tmp_path) as hub: ...      # hub.url, hub.requests, hub.faults
-As a program:   python tests/hub_server.py ROOT PORT    # prints its URL, then a line per request; PORT 0 takes a free one
+As a program:   python tests/hub_server.py ROOT PORT    # prints its URL, then a line per request; PORT 0 is a free one
 
-Clients find it by HF_ENDPOINT. Reading needs no token; TOKENS are the logins. Uploads go by LFS and not by Xet, for which
-there is no server here: clients that have hf_xet need HF_HUB_DISABLE_XET=1.
+Set HF_ENDPOINT to its URL. Downloads need no token; TOKENS are the logins. Uploads use LFS. Xet is not supported:
+clients with hf_xet need HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 from urllib.parse import unquote
 
-# Login -> what whoami says of it. "team" is an organization of the user "me".
+# Token -> its role. "team" is an organization of the user "me".
 TOKENS = {"hf_test": "write", "hf_read": "read", "hf_fine": "fineGrained"}
 USER, ORGANIZATION = "me", "team"
 
-LARGE = 10_000_000  # bytes from which a file is stored by LFS, and
-LFS_SUFFIXES = (".onnx", ".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".pt", ".zip")  # what always is
-SIGNATURE = "X-Signature=5ec4e7"  # of the address that a large file is sent to
+LARGE = 10_000_000  # bytes above which a file is stored with LFS
+LFS_SUFFIXES = (".onnx", ".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".pt", ".zip")  # of files that always are
+SIGNATURE = "X-Signature=5ec4e7"  # in the URL for the upload of a large file
 PIECE = 1 << 18
 
 HANGS = 600  # seconds after which a test gives up on a process or an answer
@@ -65,7 +65,7 @@ ROUTES = (
 
 @dataclass(frozen=True)
 class Request:
-    """A request, and what was answered."""
+    """A request and the status of its answer."""
 
     method: str
     path: str  # without its query
@@ -75,7 +75,7 @@ class Request:
 
 
 class ApiError(Exception):
-    """An answer that is an error, with the Hub's own code for it."""
+    """An error to answer, with the Hub's error code."""
 
     def __init__(self, status: int, message: str, code: str = ""):
         super().__init__(message)
@@ -83,7 +83,7 @@ class ApiError(Exception):
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. ``faults`` says what goes wrong: part of "METHOD /path" -> a status, or "close", for each such request.
+    """The server. ``faults`` maps a part of "METHOD /path" to a status, or "close", for each such request.
 
     ``hub.faults["PUT /lfs/"] = iter([500])`` fails once, ``itertools.repeat(501)`` always.
     """
@@ -103,29 +103,29 @@ class Hub(ThreadingHTTPServer):
         self._objects.cleanup()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is part of the tests; anything else is a fault of this server."""
+        """Ignore clients that disconnect; report other errors, which are faults of this server."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
     def object(self, digest: str) -> Path:
-        """Where an uploaded large file waits for its commit."""
+        """Return the path of an uploaded large file."""
         return Path(self._objects.name, digest)
 
     def folder(self, repo: str) -> Path:
-        """A repository's folder. Like the real Hub, it finds one whatever its capital letters are."""
+        """Return a repository's folder. Like the real Hub, it ignores the case of the name."""
         for folder in self.root.glob("*/*"):
             if folder.relative_to(self.root).as_posix().lower() == repo.lower():
                 return folder
         raise ApiError(404, "Repository not found", "RepoNotFound")
 
     def files(self, repo: str) -> dict[str, Path]:
-        """Name -> path of what a repository holds."""
+        """Return name -> path of a repository's files."""
         folder = self.folder(repo)
         found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         return {name: path for name, path in found.items() if is_plain(name)}
 
     def head(self, repo: str) -> str:
-        """The commit that a repository is at: another one whenever a file has changed."""
+        """Return the repository's commit, which differs after each change of a file."""
         files = ((name, path.stat()) for name, path in self.files(repo).items())
         listing = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in files)
         return hashlib.sha1(f"{repo}\n{listing}".encode()).hexdigest()
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def do_OPTIONS(self) -> None:
-        """What a browser asks before it sends a request of its own headers to another origin."""
+        """Answer the preflight request that a browser sends for cross-origin requests."""
         allowed = {"Access-Control-Allow-Methods": "GET, HEAD, POST, PUT", "Access-Control-Allow-Headers": "*"}
         self.start(204, {"Content-Length": "0", **allowed})
 
@@ -174,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         raise ApiError(404, "Sorry, we can't find the page you are looking for.")
 
     def broken(self) -> bool:
-        """Whether this request was one that a test wants to go wrong."""
+        """Whether a fault was set for this request. If so, it is handled here."""
         request = f"{self.command} {self.path}"
         fault = next((next(faults, 0) for part, faults in self.server.faults.items() if part in request), 0)
         if fault == "close":
@@ -230,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
         self.file(path, {"Content-Type": "application/octet-stream", **commit, **tag})
 
     def file(self, path: Path, headers: dict[str, str]) -> None:
-        """A file, or the range of it that was asked for."""
+        """Send a file, or the requested range of it."""
         size, status = path.stat().st_size, 200
         start, end = 0, size
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
@@ -287,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
             name, sample = file["path"], base64.b64decode(file["sample"])
             mode = "lfs" if is_large(name, file["size"]) or b"\0" in sample else "regular"
             row = entry(name, files[name]) if name in files else {}
-            oid = row.get("lfs", row).get("oid")  # known already, if it is there
+            oid = row.get("lfs", row).get("oid")  # None for a new file
             modes.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.json({"files": modes, "commitOid": self.server.head(repo)})
 
@@ -314,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
                 file.write(piece)
         if found.hexdigest() != digest or part.stat().st_size != int(size):
             part.unlink()
-            raise ApiError(400, "The SHA-256 or the size of what was sent is not what was announced")
+            raise ApiError(400, "SHA-256 or size mismatch")
         part.replace(place)
         self.json({})
 
@@ -332,7 +332,9 @@ class Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.data().splitlines()]
         if not lines or lines[0]["key"] != "header" or not lines[0]["value"]["summary"]:
             raise ApiError(400, "The first line has to be the header, with a summary")
-        writes = [self.write_of(folder, line["key"], line["value"]) for line in lines[1:]]  # all checked, then done
+        writes = [
+            self.write_of(folder, line["key"], line["value"]) for line in lines[1:]
+        ]  # every line is checked before anything is written
         for path, source in writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(source, bytes):
@@ -343,18 +345,18 @@ class Handler(BaseHTTPRequestHandler):
         self.json({"success": True, "commitOid": head, "commitUrl": f"{self.server.url}/{repo}/commit/{head}", "hookOutput": ""})  # fmt: skip
 
     def write_of(self, folder: Path, key: str, value: dict) -> tuple[Path, bytes | Path]:
-        """Where one line of a commit writes, and the bytes or the uploaded file that it writes there."""
+        """Return the path that a line of a commit writes, and its bytes or the uploaded file."""
         if not is_plain(value["path"]):
             raise ApiError(400, f"Invalid path: {value['path']}")
         place = folder / value["path"]
         if key == "file":
             data = base64.b64decode(value["content"])
             if is_large(place.name, len(data)):
-                raise ApiError(400, f"{value['path']} has to be uploaded by LFS")
+                raise ApiError(400, f"{value['path']} has to be uploaded with LFS")
             return place, data
         if key == "lfsFile" and self.server.object(value["oid"]).exists():
             return place, self.server.object(value["oid"])
-        raise ApiError(400, f"{key} of {value['path']}: not done here, or the object was not uploaded")
+        raise ApiError(400, f"{key} of {value['path']}: not supported, or the object was not uploaded")
 
     # ------------------------------------------------------------------------------------------- requests, answers
 
@@ -374,7 +376,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(403, f"You don't have the rights to create or change a model under the namespace {owner}")
 
     def body(self) -> Iterator[bytes]:
-        """What the client sends, in pieces."""
+        """Yield the request's body in pieces."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 yield self.rfile.read(size)
@@ -393,7 +395,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(self.pieces)
 
     def drain(self) -> None:
-        """Read what is left of the request, so that the connection can be used for the next one."""
+        """Read the rest of the request, so that the connection can be reused."""
         for _ in self.pieces:
             pass
 
@@ -406,7 +408,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def start(self, status: int, headers: dict[str, str]) -> None:
-        """The line of the status, and the headers."""
+        """Send the status and the headers."""
         self.record(status)
         self.send_response(status)
         for key, value in {**CROSS_ORIGIN, **headers}.items():
@@ -422,7 +424,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name in a repository is of no hidden file and of none outside of it."""
+    """Whether a name is that of a visible file inside the repository."""
     return bool(name) and all(part and not part.startswith(".") and "\\" not in part for part in name.split("/"))
 
 
@@ -435,7 +437,7 @@ def folder(name: str) -> dict:
 
 
 def entry(name: str, path: Path) -> dict:
-    """A file as the Hub lists it; large ones have their SHA-256."""
+    """Return a file's entry in the Hub's listing; that of a large file has its SHA-256."""
     stat = path.stat()
     sha1, sha256 = digests(path, stat.st_size, stat.st_mtime_ns)
     row = {"type": "file", "path": name, "size": stat.st_size, "oid": sha1, "blobId": sha1}
@@ -446,7 +448,7 @@ def entry(name: str, path: Path) -> dict:
 
 @cache
 def digests(path: Path, size: int, changed: int) -> tuple[str, str]:
-    """Git's SHA-1 of a file, and its SHA-256; read anew when it has changed."""
+    """Return Git's SHA-1 of a file and its SHA-256; the arguments change when the file does."""
     sha1, sha256 = hashlib.sha1(b"blob %d\0" % size), hashlib.sha256()
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(1 << 20), b""):
@@ -460,7 +462,7 @@ Served = TypeVar("Served", bound=HTTPServer)
 
 @contextmanager
 def serving(server: Served) -> Iterator[Served]:
-    """Let a server answer in a thread of its own, for as long as a test lasts."""
+    """Run a server in a thread."""
     with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -479,7 +481,7 @@ def running(root: Path) -> Iterator[Hub]:
 
 
 def environment(url: str, home: Path, **more: str) -> dict[str, str]:
-    """The environment of a client that finds a Hub at ``url``, has no login, no proxy, and an empty cache in ``home``."""
+    """Return the environment of a client that uses the Hub at ``url``, without a login, with its cache in ``home``."""
     kept = {key: value for key, value in os.environ.items() if not is_of_clients(key.lower())}
     hub = {
         "HF_ENDPOINT": url,

@@ -1,4 +1,4 @@
-"""``hf://`` and ``openai://``, against a server on this machine that serves the paths of both, well or badly."""
+"""``hf://`` and ``openai://``, against a local server that has the paths of both, and faults on request."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ SIZE = (SHAKESPEARE / DATA).stat().st_size
 
 
 class Server(ThreadingHTTPServer):
-    """Files by their paths. ``faults`` says what is wrong with a path; each is used up unless it is for ever."""
+    """Serves files by path. ``faults`` lists the faults of a path; each is used once, unless it ends in "!"."""
 
     daemon_threads = True
     block_on_close = True
@@ -50,17 +50,17 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}
         self.asked: list[tuple[str, str, str]] = []  # method, path, range
         self.version = "1"
-        self.released = threading.Event()  # what is "held" waits for it
+        self.released = threading.Event()  # the fault "held" waits for it
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
-        pass  # a client that hangs up is part of the tests
+        pass  # some tests interrupt clients
 
     def paths(self, name=""):
         return [path for _, path, _ in self.asked if name in path]
 
     def fault(self, path):
-        """What is wrong this time: the first of the list, of which the last stays if it ends in an exclamation mark."""
+        """Return the next fault of a path, or an empty string."""
         faults = self.faults.get(path, [])
         if faults and faults[0].endswith("!"):
             return faults[0][:-1]
@@ -193,7 +193,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """A folder of its own, a cache of its own, no proxy, and no patience."""
+    """A working directory and a cache of its own, no proxy, and no pauses."""
     monkeypatch.chdir(tmp_path)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -220,12 +220,12 @@ def same_as_shipped(folder):
 
 
 @pytest.mark.parametrize("source", ["models/124M", "hf:/x", "", Path("hf://x"), "a b/c.bin", "C:/x", "./openai:x"])
-def test_what_is_no_address_is_given_back_unchanged(source):
+def test_a_path_is_returned_unchanged(source):
     assert fetch(source) is source
 
 
 @pytest.mark.parametrize("source", ["https://huggingface.co/gpt2", "ftp://x/y", "file:///etc/passwd", "s3://bucket/x"])
-def test_other_addresses_are_refused_and_the_known_ones_said(gpt2x, source):
+def test_an_address_with_another_scheme_is_refused_with_a_list_of_the_supported_ones(gpt2x, source):
     assert_refused(gpt2x("convert", source, "out.bin"), "cannot download from", "hf://OWNER/NAME", "openai://124M")
 
 
@@ -234,7 +234,7 @@ def test_other_addresses_are_refused_and_the_known_ones_said(gpt2x, source):
     ["", "gpt2", "../x/y", "a/..", "a/b/../c", "a/b@", "a/b@../x", "a/b@main/..", "a/b/c?d", "a/b#c", "a b/c", "a/b\n", "a/b/c//d",
      "a/b/%2e%2e", "/a/b", "a//b", "u:p@h/x", "a/b\\c", "a/b--c", "ä/b", "a/.b", "-a/b", "a..b/c", "a/b/c..d", "a/b/" + "c" * 400],
 )  # fmt: skip
-def test_an_address_of_odd_characters_is_refused_before_anything_is_asked(rest):
+def test_an_invalid_address_is_refused_before_any_request(rest):
     with pytest.raises(ConversionError, match="not a valid address of a model on the Hub"):
         fetch(f"hf://{rest}")
 
@@ -283,7 +283,7 @@ def test_a_plain_conversion_opens_no_socket_and_loads_no_client(tmp_path):
 # ---------------------------------------------------------------------------------------------------- openai://
 
 
-def test_a_checkpoint_is_fetched_converted_and_never_asked_for_again(gpt2x, mirror):
+def test_a_checkpoint_is_downloaded_once(gpt2x, mirror):
     result = done(gpt2x("convert", "openai://124M", "a.safetensors", "--json"))
     assert json.loads(result.stdout)["source"] == "openai://124M"
     assert result.stderr == ""
@@ -296,7 +296,7 @@ def test_a_checkpoint_is_fetched_converted_and_never_asked_for_again(gpt2x, mirr
     assert mirror.asked == []
 
 
-def test_what_is_there_is_verified_once_more_when_it_has_changed(mirror):
+def test_a_file_that_has_changed_in_the_cache_is_verified_again(mirror):
     fetch("openai://124M")
     data = bytearray(cached().read_bytes())
     data[5000] ^= 1
@@ -316,25 +316,25 @@ def test_a_copy_of_the_cache_needs_no_network_and_no_http_library(monkeypatch, m
 
 
 @pytest.mark.parametrize("fault", ["dropped", "ignores Range", "other range", "503", "429"])
-def test_a_passing_fault_is_overcome(mirror, fault):
+def test_a_temporary_fault_is_retried(mirror, fault):
     mirror.faults[f"/124M/{DATA}"] = ["dropped", fault, fault]
     assert same_as_shipped(fetch("openai://124M"))
 
 
-def test_a_dropped_connection_goes_on_where_it_stopped(mirror):
+def test_a_download_is_resumed_after_the_connection_was_lost(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["dropped"]
     assert same_as_shipped(fetch("openai://124M"))
     assert [wanted for _, path, wanted in mirror.asked if DATA in path] == ["", f"bytes={SIZE // 2}-"]
 
 
 def wait_until(happened, *processes):
-    """Until it has, however long that takes, or a process has ended."""
+    """Wait until something has happened; fail if a process ends before."""
     while not happened():
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
 
 
-def test_an_interrupted_command_goes_on_where_it_stopped(mirror):
+def test_a_download_is_resumed_after_the_command_was_interrupted(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["held"]
     part = cached(f"{DATA}.part")
     command = [sys.executable, "-m", "gpt2x", "convert", "openai://124M", "out.bin"]
@@ -353,18 +353,18 @@ def test_an_interrupted_command_goes_on_where_it_stopped(mirror):
 
 @pytest.mark.parametrize(("fault", "requests"), [("", 1), ("ignores If-Range", 2)])
 @pytest.mark.parametrize("name", [DATA, "encoder.json"])
-def test_a_file_that_changed_meanwhile_is_not_spliced(mirror, name, fault, requests):
+def test_a_download_starts_over_if_the_file_has_changed_on_the_server(mirror, name, fault, requests):
     cached().parent.mkdir(parents=True)
     cached(f"{name}.part").write_bytes(b'{"of": "another version"')
     cached(f"{name}.part.version").write_text('"0"')
     mirror.faults[f"/124M/{name}"] = [fault]
     warnings = []
     assert same_as_shipped(fetch("openai://124M", warn=warnings.append))
-    assert warnings == []  # no checksum had to find it
+    assert warnings == []  # it was not a checksum that failed
     assert len(mirror.paths(name)) == requests
 
 
-def test_what_a_server_that_keeps_dropping_has_sent_is_kept(mirror):
+def test_a_partial_download_is_kept_when_the_attempts_are_used_up(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["dropped!"]
     with pytest.raises(ConversionError, match="run the same command again to resume"):
         fetch("openai://124M")
@@ -374,7 +374,7 @@ def test_what_a_server_that_keeps_dropping_has_sent_is_kept(mirror):
 
 
 @pytest.mark.parametrize("name", [name for name in bucket.FILES if name != DATA])
-def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_anew(mirror, name):
+def test_a_small_file_that_is_damaged_in_the_cache_is_downloaded_again(mirror, name):
     fetch("openai://124M")
     cached(name).write_bytes(b"damaged")
     mirror.asked.clear()
@@ -382,7 +382,7 @@ def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_anew(mirror, name)
     assert mirror.paths() == [f"/124M/{name}"]
 
 
-def test_an_index_of_before_does_not_stand_in_the_way(mirror):
+def test_an_outdated_index_in_the_cache_is_replaced_by_the_next_call(mirror):
     cached().parent.mkdir(parents=True)
     save_checkpoint(random_checkpoint(), "tiny", "tf")
     shutil.copy(Path("tiny", INDEX), cached(INDEX))
@@ -390,13 +390,13 @@ def test_an_index_of_before_does_not_stand_in_the_way(mirror):
     assert same_as_shipped(fetch("openai://124M"))
 
 
-def test_without_a_version_to_go_by_a_download_starts_over(mirror):
+def test_a_download_without_a_version_starts_over(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["no version"]
     assert same_as_shipped(fetch("openai://124M"))
     assert [wanted for _, path, wanted in mirror.asked if DATA in path] == ["", ""]
 
 
-def test_a_file_of_which_nothing_is_left_to_come_is_complete(mirror):
+def test_a_partial_file_that_has_every_byte_is_complete(mirror):
     folder = cached().parent
     folder.mkdir(parents=True)
     for name in ("encoder.json", DATA):
@@ -408,7 +408,7 @@ def test_a_file_of_which_nothing_is_left_to_come_is_complete(mirror):
     assert ("GET", "/124M/encoder.json", f"bytes={size}-") in mirror.asked
 
 
-def test_a_part_that_is_too_long_is_thrown_away(mirror):
+def test_a_partial_file_that_is_too_long_is_discarded(mirror):
     cached().parent.mkdir(parents=True)
     for name in ("encoder.json", DATA):
         cached(f"{name}.part").write_bytes((SHAKESPEARE / name).read_bytes() + b"more")
@@ -446,7 +446,7 @@ def refused(match, kind=ConversionError):
         ("checkpoint", "hidden page", "not TensorFlow's checkpoint state file"),
     ],
 )
-def test_what_cannot_be_right_is_refused_and_not_kept(mirror, name, fault, match):
+def test_an_invalid_answer_is_refused_and_not_kept(mirror, name, fault, match):
     mirror.faults[f"/124M/{name}"] = [f"{fault}!"]
     refused(match)
     assert not cached(name).exists()
@@ -454,13 +454,13 @@ def test_what_cannot_be_right_is_refused_and_not_kept(mirror, name, fault, match
 
 
 @pytest.mark.parametrize(("name", "fault"), [(DATA, "short"), (INDEX, "flipped"), ("encoder.json", "hidden page")])
-def test_what_was_refused_does_not_stand_in_the_way_of_the_next_call(mirror, name, fault):
+def test_the_next_call_succeeds_after_an_invalid_answer(mirror, name, fault):
     mirror.faults[f"/124M/{name}"] = [fault]
     refused("bytes expected from the index|the downloaded file is not valid")
     assert same_as_shipped(fetch("openai://124M"))
 
 
-def test_damage_is_found_by_its_checksum_and_fetched_anew_once(mirror):
+def test_a_checksum_mismatch_is_downloaded_again_once(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["flipped"]
     warnings = []
     assert same_as_shipped(fetch("openai://124M", warn=warnings.append))
@@ -481,26 +481,26 @@ def test_a_flipped_byte_anywhere_is_found(mirror, offset):
     refused("checksum is", ChecksumError)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(mirror):
+def test_a_vocabulary_of_another_size_than_the_configurations_is_refused(mirror):
     mirror.files["/124M/hparams.json"] = json.dumps(
         {"n_vocab": 2048, "n_ctx": 256, "n_embd": 192, "n_head": 6, "n_layer": 5}
     ).encode()
     refused("failed verification, too; the files were removed")
 
 
-def test_an_index_of_absurd_sizes_is_refused_before_anything_is_allocated(mirror, monkeypatch):
+def test_an_index_with_an_invalid_size_is_refused_before_the_data_are_requested(mirror, monkeypatch):
     monkeypatch.setattr(bucket, "MAX_DATA", SIZE - 1)
     refused("invalid size of the data: 8,888,832 bytes")
     assert mirror.paths(DATA) == []
 
 
-def test_a_full_disk_is_seen_before_the_download(mirror, monkeypatch):
+def test_a_full_disk_is_reported_before_the_download(mirror, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5))
     refused("8,888,832 bytes needed, the disk has 5 free; GPT2X_CACHE")
     assert mirror.paths(DATA) == []
 
 
-def test_a_place_that_cannot_be_written_is_said(mirror, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported(mirror, monkeypatch):
     Path("file").write_text("")
     monkeypatch.setenv("GPT2X_CACHE", "file/cache")
     refused("file/cache/openai/124M: cannot be written: Not a directory")
@@ -515,7 +515,7 @@ def test_redirects_between_web_servers_are_followed(mirror):
     refused("redirects")
 
 
-def test_a_server_that_is_not_there_is_said_in_one_sentence(gpt2x, monkeypatch, server):
+def test_a_server_that_cannot_be_reached_is_reported_without_the_proxys_password(gpt2x, monkeypatch, server):
     monkeypatch.setenv("GPT2X_OPENAI_URL", "http://127.0.0.1:9")
     assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot connect: Connection refused (3 attempts)")  # fmt: skip
     monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
@@ -587,14 +587,14 @@ def test_a_server_that_does_not_answer_in_time_is_tried_again(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["ftp://x/y", "file:///tmp", "http://u:secret@h/x", "https://h/x?sig=secret", "https:///x", "http://h:x/", "h/x", "http://a b"])  # fmt: skip
-def test_an_address_of_a_mirror_is_checked_and_never_shown(gpt2x, monkeypatch, url):
+def test_an_invalid_mirror_is_refused_without_showing_it(gpt2x, monkeypatch, url):
     monkeypatch.setenv("GPT2X_OPENAI_URL", url)
     result = gpt2x("inspect", "openai://124M")
     assert_refused(result, "GPT2X_OPENAI_URL: not a valid mirror; set it to http://HOST/FOLDER")
     assert "secret" not in result.output
 
 
-def test_several_at_once_fetch_it_once(mirror, tmp_path):
+def test_several_processes_download_a_model_once(mirror, tmp_path):
     mirror.faults[f"/124M/{DATA}"] = ["held"]
     command = [sys.executable, "-m", "gpt2x", "inspect", "openai://124M", "--json"]
     with contextlib.ExitStack() as stack:
@@ -612,7 +612,7 @@ def test_several_at_once_fetch_it_once(mirror, tmp_path):
     assert sorted(mirror.paths()) == sorted(f"/124M/{name}" for name in bucket.FILES)
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_environment_selects_the_cache(monkeypatch, tmp_path):
     from gpt2x.download.common import cache_home
 
     assert cache_home() == tmp_path / "cache"
@@ -624,7 +624,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_home() == tmp_path / ".cache" / "gpt2x"
 
 
-def test_a_terminal_sees_a_bar_that_counts_every_byte_once(mirror):
+def test_a_progress_bar_counts_every_byte_once(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["dropped", "ignores Range"]
     totals, moves = [], []
 
@@ -660,7 +660,7 @@ def test_a_terminal_sees_a_bar_that_counts_every_byte_once(mirror):
 # --------------------------------------------------------------------------------------------------- the commands
 
 
-def test_a_destination_that_cannot_be_is_refused_before_the_download(gpt2x, mirror):
+def test_an_invalid_destination_is_refused_before_the_download(gpt2x, mirror):
     Path("out.bin").write_text("mine")
     Path("folder").mkdir()
     for args, words in (
@@ -679,7 +679,7 @@ def test_a_destination_that_cannot_be_is_refused_before_the_download(gpt2x, mirr
     done(gpt2x("convert", "openai://124M", "out.bin", "--force"))
 
 
-def test_every_command_takes_an_address(gpt2x, mirror):
+def test_every_command_accepts_an_address(gpt2x, mirror):
     facts = json.loads(done(gpt2x("inspect", "openai://124M", "--json")).stdout)
     assert (facts["path"], facts["format"]) == ("openai://124M", "tf")
     report = json.loads(done(gpt2x("verify", SHAKESPEARE, "openai://124M", "--json", "-")).stdout)
@@ -705,7 +705,7 @@ def test_the_commands_and_the_program_of_the_page_run(gpt2x, mirror):
 
 @pytest.fixture(scope="module")
 def hf_files(tmp_path_factory):
-    """The shipped model as a repository would have it: name -> bytes."""
+    """The shipped model in Hugging Face's layout: file name -> bytes."""
     folder = tmp_path_factory.mktemp("repo")
     save_checkpoint(open_checkpoint(SHAKESPEARE), folder / "hf")
     return {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
@@ -713,14 +713,14 @@ def hf_files(tmp_path_factory):
 
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
-    """Run ``gpt2x`` in a process of its own (the Hub's library reads its environment once), with the server as the Hub."""
+    """Run ``gpt2x`` in a new process (huggingface_hub reads its environment once), with the server as the Hub."""
     client = environment(server.url, tmp_path / "hf-home", PYTHONWARNINGS="error::ResourceWarning")
 
     def run(*args, **more):
         return Done(process([sys.executable, "-m", "gpt2x", *map(str, args)], more))
 
     def run_all(commands):
-        """Several commands in one process, which takes less time."""
+        """Run several commands in one process, which takes less time."""
         return [
             Done(result)
             for result in json.loads(process([sys.executable, "-c", SEVERAL, json.dumps(commands)], {}).stdout)
@@ -753,7 +753,7 @@ class Done:
 
 
 def fetched(server):
-    """The files whose contents were asked for."""
+    """Return the files that were downloaded."""
     return sorted({path.split(f"/{COMMIT}/")[1] for method, path, _ in server.asked if method == "GET" and "/resolve/" in path})  # fmt: skip
 
 
@@ -761,7 +761,7 @@ def without_weights(files):
     return {name: data for name, data in files.items() if name != "model.safetensors"}
 
 
-def test_a_repository_is_fetched_converted_and_kept(server, hub, hf_files, tmp_path):
+def test_a_repository_is_downloaded_once(server, hub, hf_files, tmp_path):
     other = dict.fromkeys(("README.md", "pytorch_model.bin", "tf_model.h5", "rust_model.ot", "onnx/decoder_model.onnx", "run/odd name.bin"), b"other")  # fmt: skip
     server.repos["me/mine"] = {"files": {**hf_files, **other, "chat_template.jinja": b"{{ x }}"}}
     result = done(hub("convert", "hf://me/mine", "out", "--json"))
@@ -801,13 +801,13 @@ def test_shards_in_the_hubs_cache_are_opened(server, hub, hf_files, tmp_path):
 
 
 def tiny_repo(kind, name):
-    """A tiny model of random weights under a name, with its configuration."""
+    """Return a tiny model with random weights, with its configuration: file name -> bytes."""
     save_checkpoint(random_checkpoint(), f"tiny-{kind}", kind)
     config = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 6, "n_positions": 10, "vocab_size": 13, "bos_token_id": 12, "eos_token_id": 12}  # fmt: skip
     return {name: Path(f"tiny-{kind}").read_bytes(), "config.json": json.dumps(config).encode()}
 
 
-def test_weights_of_a_subfolder_find_the_configuration_of_the_root(server, hub):
+def test_weights_in_a_subfolder_use_the_configuration_in_the_root(server, hub):
     files = tiny_repo("bin", "step-5/pytorch_model.bin")
     server.repos["me/runs"] = {"files": {**files, "step-6/pytorch_model.bin": b"", "model.safetensors": b""}}
     names = [f"hf://me/runs@{COMMIT}/{name}" for name in ("step-5", "step-5/pytorch_model.bin")]
@@ -856,7 +856,7 @@ WRONG = (
 )
 
 
-def test_what_the_hub_does_not_have_is_said_in_one_sentence(server, hub):
+def test_errors_of_the_hub_are_reported_in_one_line(server, hub):
     for repo, source, _ in WRONG:
         server.repos[re.match(r"hf://([^/]+/[^/@]+)", source)[1]] = repo
     results = hub.all([["inspect", source] for _, source, _ in WRONG])
@@ -865,13 +865,13 @@ def test_what_the_hub_does_not_have_is_said_in_one_sentence(server, hub):
         assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
-def test_without_a_network_and_without_a_copy(hub):
+def test_a_model_that_is_not_in_the_cache_needs_a_network(hub):
     assert_refused(hub("inspect", "hf://me/it", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set, so nothing is requested, and the Hub's cache does not have all of it")  # fmt: skip
     assert_refused(hub("inspect", "hf://me/it", HF_ENDPOINT="http://127.0.0.1:9"), "cannot connect to the Hub, and the Hub's cache")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "a/../../b.bin", "", "x\\y.bin", "config.json", "a b.bin"])
-def test_an_index_that_points_elsewhere_is_refused(name, tmp_path):
+def test_an_index_that_names_files_elsewhere_is_refused(name, tmp_path):
     from gpt2x.download.hub import Choice, Snapshot, _shards
 
     index = tmp_path / "model.safetensors.index.json"
@@ -881,7 +881,7 @@ def test_an_index_that_points_elsewhere_is_refused(name, tmp_path):
         _shards(parse("hf://o/n", "o/n"), snapshot, Choice("", (index.name,), ""))
 
 
-def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_opened():
+def test_weights_are_chosen_in_the_order_in_which_a_directory_is_opened():
     from converters import formats
     from gpt2x.download import hub as module
 

@@ -1,6 +1,6 @@
-"""Clients load an export from a Hub with no options, and give the tokens that gpt2x gives. The Hub is hub_server's.
+"""Clients load an export from a Hub without options, and return gpt2x's tokens. The Hub is that of hub_server.
 
-``make test-clients`` installs the clients. One that is not installed is skipped, with its reason.
+``make test-clients`` installs the clients. Tests of a client that is not installed are skipped.
 """
 
 import itertools
@@ -34,8 +34,8 @@ from gpt2x.generation.sampling import Sampling
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.torch import TorchDecoder
 
-# No token is nearer a tie than 0.014. After the second prompt int8 has other tokens than fp32, and has the same ones
-# whether activations are rounded to 8 bits (Python, Node) or not (ONNX Runtime in a browser).
+# The gap between the two likeliest tokens is at least 0.014. After the second prompt, the tokens of int8 differ from those of
+# fp32. They are the same whether activations are rounded to 8 bits (Python, Node) or not (ONNX Runtime in a browser).
 PROMPTS = ["My lord, I", "kingly-crowned"]
 COUNT = 16
 PRECISIONS = "fp32", "int8"
@@ -47,7 +47,7 @@ NAMES = {  # repository -> the files of its models
 }
 NEW_LAYOUTS = "me/external", "me/single"
 BROWSER = shutil.which("chromium")
-# A profile of its own, no services of its own, and no host but this machine.
+# An own profile, no background services, and no host except this machine.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--disable-breakpad", "--no-proxy-server",
@@ -64,7 +64,7 @@ pytestmark = pytest.mark.slow  # make test-clients and CI run these
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """What the Hub holds: an export with its weights beside the models, one with them inside, and an old one."""
+    """The Hub's repositories: an export with external weights, one with the weights in the models, and an old one."""
     folder = tmp_path_factory.mktemp("repositories")
     checkpoint = open_checkpoint(SHAKESPEARE)
     export_onnx(checkpoint, folder / "me/external", ExportOptions(PRECISIONS))
@@ -77,7 +77,7 @@ def root(tmp_path_factory):
 
 
 def write_old_layout(export, directory):
-    """An export as gpt2x 0.1.0 wrote it: the float32 weights are ``onnx/model.safetensors``, which an index names."""
+    """Write an export as gpt2x 0.1.0 did: the float32 weights are ``onnx/model.safetensors``, which an index names."""
     shutil.copytree(export, directory)
     (directory / "onnx/model.onnx_data").rename(directory / "onnx/model.safetensors")
     graph = onnx.load(directory / "onnx/model.onnx", load_external_data=False)
@@ -100,7 +100,7 @@ def hub(root):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Run a client's process, which finds this Hub and has cached nothing, and return what it prints."""
+    """Run a client that uses this Hub, with an empty cache, and return what it prints."""
     client = environment(hub.url, tmp_path / "hf-home", OMP_NUM_THREADS="1")
 
     def run(*command):
@@ -114,11 +114,11 @@ def run(hub, tmp_path):
 
 @pytest.fixture(scope="module")
 def expected(root):
-    """Precision -> prompt -> its tokens: of fp32 the torch model's, of int8 those of gpt2x's decoder."""
+    """Precision -> prompt -> tokens: for fp32 from the torch model, for int8 from gpt2x's decoder."""
     quantized = OnnxDecoder(root / "me/external", precision="int8")
     decoders = {"fp32": TorchDecoder(from_pretrained(SHAKESPEARE)), "int8": quantized}
     tokens = {precision: {p: tokens_after(p, decoder) for p in PROMPTS} for precision, decoder in decoders.items()}
-    assert tokens["fp32"][PROMPTS[1]] != tokens["int8"][PROMPTS[1]]  # so a client that took the other would be seen
+    assert tokens["fp32"][PROMPTS[1]] != tokens["int8"][PROMPTS[1]]  # so a client that loads the wrong one fails
     assert tokens["int8"] == {p: tokens_after(p, quantized.unoptimized()) for p in PROMPTS}  # activations not rounded
     return tokens
 
@@ -138,7 +138,7 @@ def text_of(prompt, tokens):
 
 
 def fetched(hub, repository):
-    """The files below ``onnx/`` that were downloaded of a repository."""
+    """Return the files in ``onnx/`` of a repository that were downloaded."""
     pattern = re.compile(rf"/{repository}/resolve/\w+/(onnx/.+)")
     paths = [pattern.fullmatch(request.path) for request in hub.requests if request.method == "GET"]
     return {match[1] for match in paths if match}
@@ -148,7 +148,7 @@ def fetched(hub, repository):
 
 
 def run_client(run, client, models, folder):
-    """One of the clients of test_clients, over models (directory, precision): for each, the tokens after the prompts."""
+    """Run a client of test_clients on models (directory, precision). Return the tokens after the prompts, for each."""
     named = [{"directory": str(d), "file": contract.model_file(p), "dtype": DTYPES[p]} for d, p in models]
     task = folder / "task.json"
     task.write_text(json.dumps({"models": named, "batches": [[prompt] for prompt in PROMPTS], "count": COUNT}))
@@ -183,7 +183,7 @@ def task_of(hub, *repositories):
 
 
 def check_pipelines(answer, hub, expected):
-    """What hub_pipeline.mjs returned: the text and the tokens of each repository and dtype."""
+    """Check what hub_pipeline.mjs returned: the texts and the tokens of each repository and dtype."""
     assert set(answer) == set(NEW_LAYOUTS)
     for repository, precision in itertools.product(NEW_LAYOUTS, PRECISIONS):
         tokens = rows(expected, precision)
@@ -201,15 +201,15 @@ def test_transformers_js_loads_every_dtype_in_node(hub, run, expected, tmp_path)
 
 
 @needs_node
-def test_a_client_that_cannot_load_a_repository_is_seen(hub, run, tmp_path):
-    """transformers.js does not know the name that the float32 weights have in the old layout."""
+def test_transformers_js_fails_on_the_old_layout(hub, run, tmp_path):
+    """It does not know the file name of the float32 weights there, so the other tests can fail."""
     with pytest.raises(AssertionError, match="External data path does not exist.*model.safetensors"):
         run("node", PROGRAMS / "hub_node.mjs", task_of(hub, "me/old"), PACKAGES, tmp_path / "cache")
     assert fetched(hub, "me/old") == {"onnx/model.onnx"}
 
 
 class PageHandler(SimpleHTTPRequestHandler):
-    """The files of this project, and what a page sends back."""
+    """Serves this project's files, and receives the answers of pages."""
 
     def __init__(self, *args):
         super().__init__(*args, directory=ROOT)
@@ -226,7 +226,7 @@ class PageHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def page_server():
-    """A server of pages, whose ``answers`` are a queue."""
+    """A server for pages, with a queue of ``answers``."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), PageHandler)
     server.answers = queue.Queue()
     with serving(server):
@@ -235,7 +235,7 @@ def page_server():
 
 @contextmanager
 def browser(address, folder, ended):
-    """Headless Chromium on a page. ``ended`` is called when its process has ended."""
+    """Open a page in headless Chromium. ``ended`` is called when the process ends."""
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", address]
     with open(folder / "chromium.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -278,7 +278,7 @@ def test_transformers_js_loads_every_dtype_in_a_browser(hub, expected, tmp_path)
 
 @needs_module("huggingface_hub")
 def test_gpt2x_runs_inspects_and_converts_every_layout(hub, run, expected, tmp_path):
-    """All in one process, which takes less time."""
+    """It runs them in one process, which takes less time."""
     commands = [command for repository in NAMES for command in commands_on(repository)]
     answers = json.loads(run(sys.executable, "-c", SEVERAL, json.dumps(commands)))
     printed = [done(Done(answer)).stdout for answer in answers]
@@ -301,6 +301,6 @@ def commands_on(repository):
 
 
 @needs_module("huggingface_hub")
-def test_a_conversion_downloads_the_float32_model_alone(hub, run):
+def test_a_conversion_downloads_only_the_float32_model(hub, run):
     run(sys.executable, "-m", "gpt2x", "convert", "hf://me/external", "out.safetensors")
     assert fetched(hub, "me/external") == {"onnx/model.onnx", "onnx/model.onnx_data"}

@@ -1,4 +1,4 @@
-"""``gpt2x.export.push``: a directory goes to the Hub whole, or not at all, and never without a login. The Hub is hub_server's."""
+"""``gpt2x.export.push`` uploads a whole directory or nothing, and needs a login. The Hub is that of hub_server."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ from gpt2x import export_onnx
 from gpt2x.cli import explain
 from gpt2x.export.push import check_push, push
 
-BIG = bytes(range(256)) * 45_000  # more than the Hub takes without LFS, under a name that does not say so
+BIG = bytes(range(256)) * 45_000  # above the Hub's limit without LFS; the file's suffix does not imply LFS
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def hub(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """What gpt2x exports, and a large file beside it."""
+    """An export, with a large file added."""
     directory = tmp_path_factory.mktemp("exported") / "an export"
     export_onnx(random_checkpoint(), directory, need_tokenizer=False)
     (directory / "onnx" / "model_q4.onnx_data").write_bytes(BIG)
@@ -76,13 +76,13 @@ SEVERAL = """if True:
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """The environment of a client that finds this Hub, and has cached nothing."""
+    """The environment of a client that uses this Hub, with an empty cache."""
     return environment(hub.url, tmp_path / "hf-home", PYTHONWARNINGS="error::ResourceWarning")
 
 
 @pytest.fixture
 def run(client):
-    """Do several things in a process of its own, which takes less time: (action, login, name[, directory])."""
+    """Run several steps in one new process, which takes less time: (action, login, name[, directory])."""
 
     def run(*steps, **more):
         command = [sys.executable, "-c", SEVERAL, json.dumps(steps, default=str)]
@@ -104,7 +104,7 @@ def paths(hub, part):
 # ------------------------------------------------------------------------------------------------------ uploads
 
 
-def test_a_directory_arrives_as_it_is_and_is_downloaded_again(hub, run, exported, tmp_path):
+def test_a_directory_is_uploaded_unchanged_without_private_files(hub, run, exported, tmp_path):
     directory = tmp_path / "export"
     shutil.copytree(exported, directory)
     unrelated = ("notes.txt", "checkpoint-500/optimizer.pt", "training_args.bin")
@@ -122,13 +122,13 @@ def test_a_directory_arrives_as_it_is_and_is_downloaded_again(hub, run, exported
     assert all(request.authorized for request in written(hub) if not request.path.startswith("/lfs/"))
 
 
-def test_a_passing_fault_is_overcome_and_no_address_with_a_signature_is_printed(hub, run, exported):
+def test_a_temporary_fault_is_retried_without_printing_a_signature(hub, run, exported):
     hub.faults["PUT /lfs/"] = iter([503, 500])
     assert run(("push", "hf_test", "me/x", exported)) == [f"{hub.url}/me/x"]  # and nothing on stderr
     assert [request.status for request in hub.requests if request.method == "PUT"].count(200) == 3
 
 
-def test_bars_are_drawn_on_a_terminal(hub, client, exported):
+def test_progress_bars_are_shown_on_a_terminal(hub, client, exported):
     steps = json.dumps([["push", "hf_test", "me/x", str(exported)]])
     terminal, end = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
@@ -154,7 +154,7 @@ def test_bars_are_drawn_on_a_terminal(hub, client, exported):
     ["", "gpt2", "me/", "/x", "me/x/y", "me//x", "me/x ", "me/x\n", "me/a--b", "a--b/x", "me/a..b", "../x", "me/..", "me/.x", "-me/x", "me/x.",
      "me/x.git", "me/ä", "me/" + "x" * 97, "m" * 97 + "/x", "hf://me/x", "https://huggingface.co/me/x", "me/x@main", "me\\x", "me/x?y"],
 )  # fmt: skip
-def test_a_name_that_no_repository_can_have_is_refused(name):
+def test_an_invalid_repository_name_is_refused(name):
     with pytest.raises(DestinationError, match=r"not a valid repository name, which is OWNER/NAME"):
         check_push(name)
     with pytest.raises(DestinationError, match=r"not a valid repository name, which is OWNER/NAME"):
@@ -176,7 +176,7 @@ REFUSED = (
 )  # fmt: skip
 
 
-def test_what_cannot_be_uploaded_is_refused_in_one_line_before_anything_is_written(hub, run):
+def test_check_push_refuses_in_one_line_and_writes_nothing(hub, run):
     for name in ("me/there", "you/there"):
         (hub.root / name).mkdir(parents=True)
     errors = run(*(("check", login, name) for login, name, _ in REFUSED))
@@ -188,7 +188,7 @@ def test_what_cannot_be_uploaded_is_refused_in_one_line_before_anything_is_writt
     assert sorted(path.name for path in hub.root.glob("*/*")) == ["there", "there"]
 
 
-def test_logins_that_may_write_there_are_taken(hub, run, exported):
+def test_a_login_with_write_access_is_accepted(hub, run, exported):
     steps = [("check", "hf_test", "team/x"), ("check", "hf_test", "me/X"), ("check", "hf_fine", "you/x")]
     *checked, none = run(*steps, ("push", None, "me/x", exported))
     assert checked == [None, None, None]  # what a fine-grained login can write to, the Hub says only when it is used
@@ -196,7 +196,7 @@ def test_logins_that_may_write_there_are_taken(hub, run, exported):
     assert written(hub) == []
 
 
-def test_a_hub_that_is_not_reached_is_said(run, exported):
+def test_a_hub_that_cannot_be_reached_is_reported(run, exported):
     offline = run(("check", "hf_test", "me/x"), HF_HUB_OFFLINE="1")
     assert offline == ["me/x: HF_HUB_OFFLINE is set, so nothing is requested; unset it"]
     steps = ("check", "hf_test", "me/x"), ("push", "hf_test", "me/x", exported)
@@ -216,8 +216,8 @@ def test_a_missing_library_says_what_to_install(monkeypatch, exported):
         assert explain(missing.value) == "this needs huggingface_hub: pip install 'gpt2x[hub]'"
 
 
-def test_importing_it_loads_no_client():
-    code = "import gpt2x.export.push, sys; assert not {'huggingface_hub', 'http.client', 'urllib.request'} & set(sys.modules)"
+def test_importing_push_imports_no_http_library():
+    code = "import gpt2x.export.push, sys; assert not {'huggingface_hub', 'httpx2', 'http.client', 'urllib.request'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -272,7 +272,7 @@ def test_a_file_without_permission_to_read_it_is_named_before_anything_is_writte
     assert hub.requests == []
 
 
-def test_a_directory_of_nothing_or_of_odd_names_is_refused(tmp_path):
+def test_an_empty_directory_and_a_name_that_is_not_printable_are_refused(tmp_path):
     with pytest.raises(DestinationError, match="no files to upload"):
         push(tmp_path / "none", "me/x")
     (tmp_path / "onnx").mkdir()
@@ -281,7 +281,7 @@ def test_a_directory_of_nothing_or_of_odd_names_is_refused(tmp_path):
         push(tmp_path, "me/x")
 
 
-# ------------------------------------------------------------------------------------- what goes wrong on the way
+# ------------------------------------------------------------------------------------------------ failed uploads
 
 BROKEN = (
     ("stored", "PUT /lfs/me/stored", 501, "the Hub answers with status 501"),
@@ -298,7 +298,7 @@ BROKEN = (
 )
 
 
-def test_an_upload_that_breaks_says_what_there_is_now_and_the_command_that_goes_on(hub, run, client, exported):
+def test_a_failed_upload_reports_the_situation_and_the_command_to_continue(hub, run, client, exported):
     before = contents(exported)
     for _, requests, fault, _ in BROKEN:
         hub.faults[requests] = itertools.repeat(fault)
@@ -323,7 +323,7 @@ def test_an_upload_that_breaks_says_what_there_is_now_and_the_command_that_goes_
     assert contents(hub.root / "me/stored") == before
 
 
-def test_what_the_hub_itself_refuses_leaves_everything_alone(hub, run, exported):
+def test_a_refusal_by_the_hub_changes_nothing(hub, run, exported):
     (hub.root / "me/x").mkdir(parents=True)
     (hub.root / "me/x/config.json").write_text("somebody made it meanwhile")
     there, denied = run(("push", "hf_test", "me/x", exported), ("push", "hf_fine", "you/x", exported))
@@ -336,7 +336,7 @@ def test_what_the_hub_itself_refuses_leaves_everything_alone(hub, run, exported)
     assert [request.path for request in written(hub)] == ["/api/repos/create"] * 2
 
 
-def test_a_mirror_without_xet_is_said(hub, run, exported):
+def test_a_mirror_without_xet_is_reported(hub, run, exported):
     pytest.importorskip("hf_xet")
     (error,) = run(("push", "hf_test", "me/x", exported), HF_HUB_DISABLE_XET="0")
     assert error.startswith("me/x: cannot connect to the Hub's storage of large files (Xet): set HF_HUB_DISABLE_XET=1")
@@ -387,7 +387,7 @@ def test_the_local_hub_serves_files_ranges_and_pages_of_other_origins(hub):
         assert (status, headers["X-Error-Code"]) == (404, code)
 
 
-def test_the_local_hub_takes_nothing_without_a_login_and_no_damaged_object(hub):
+def test_the_local_hub_rejects_uploads_without_a_login_and_damaged_objects(hub):
     (hub.root / "me/x").mkdir(parents=True)
     line = b'{"key": "header", "value": {"summary": "x"}}\n'
     assert ask(hub, "/api/models/me/x/commit/main", "POST", line)[0] == 401

@@ -22,7 +22,8 @@ def fetch(
     """Return the local path of a model, which is downloaded first if ``source`` is an address.
 
     Args:
-        source: ``hf://OWNER/NAME[@REVISION][/FILE or folder]``, ``openai://124M``, or a path, which is returned unchanged.
+        source: ``hf://OWNER/NAME[@REVISION][/FILE or folder]``, ``openai://124M``, or a path, which is
+            returned unchanged.
         want: "weights"; "onnx", the ONNX models of a repository that gpt2x exported; or "either", ONNX if it has some.
         progress: called with a number of bytes; returns a context manager, whose value is called with each advance in
             bytes, or is None. (huggingface_hub draws its own bar where stderr is a terminal.)

@@ -250,7 +250,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _companions(names: frozenset[str], folder: str) -> dict[str, str]:
-    """Return base name -> name of the files that belong to the weights of a folder: from there, or else from the root."""
+    """Return base name -> name of the files that belong to a folder's weights, from there or else from the root."""
     found: dict[str, str] = {}
     for keys, group in COMPANIONS:
         home = folder if any(folder + key in names for key in keys) else ""

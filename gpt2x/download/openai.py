@@ -302,7 +302,7 @@ def _no_bar(total: int) -> Iterator[None]:
 
 
 def _steps(advance: Advance | None) -> Callable[[int], None]:
-    """Return a function that takes the number of bytes on disk, and advances a bar by the difference to the last one."""
+    """Return a function that is told the bytes on disk, and advances a bar by the difference to the last call."""
     shown = 0
 
     def report(size: int) -> None:

@@ -20,8 +20,8 @@ tags: [gpt2, onnx]
 
 # GPT-2{size} for ONNX Runtime
 
-GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, an embedding dimension of {n_embd}, a vocabulary of {n_vocab:,} tokens and a
-context of {n_ctx:,} tokens. {operators}. PyTorch is not needed.
+GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, an embedding dimension of {n_embd}, a vocabulary of
+{n_vocab:,} tokens and a context of {n_ctx:,} tokens. {operators}. PyTorch is not needed.
 
 {precisions}
 The last column is the minimum version of ONNX Runtime. The ONNX file's metadata state it as `gpt2x.onnxruntime`.
@@ -29,7 +29,8 @@ The last column is the minimum version of ONNX Runtime. The ONNX file's metadata
 ## Contract
 
 {table}
-`{{i}}` is the layer: there are {n_layer}, counted from 0. The order is key and value of layer 0, key and value of layer 1, and so on.
+`{{i}}` is the layer: there are {n_layer}, counted from 0. The order is key and value of layer 0, key and value of
+layer 1, and so on.
 
 {cache}- `position_ids` count the tokens of a row from 0, without padding. For padding, any valid position is accepted.
 - A row can have at most {n_ctx} tokens, prompt and continuation together. Positions from {n_ctx} on are an error.
@@ -54,8 +55,8 @@ Run this in the directory that contains `onnx/`.
 | optimum {optimum} | `ORTModelForCausalLM.from_pretrained(directory{file_name})`{single} |
 | transformers.js {transformers_js} | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs} |
 {transformers}
-The versions are minimum versions. To load from the Hugging Face Hub, pass the repository's name to optimum and transformers.js
-instead of `directory`.
+The versions are minimum versions. To load from the Hugging Face Hub, pass the repository's name to optimum and
+transformers.js instead of `directory`.
 
 Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` contain the SHA-256 of its source.
 `gpt2x inspect` shows the contract. `gpt2x verify SRC DIR` compares the model with its source.
@@ -69,19 +70,20 @@ FROM_BYTES = {
 }
 
 GROWING = """\
-- Start with an empty cache: `{past}` is 0. Each run returns the whole cache as `present.{{i}}.*`; pass it to the next run as
-  `past_key_values.{{i}}.*`.
-- `attention_mask` is 1 for a token and 0 for padding. It covers the cache and the new tokens. The graph applies the causal mask.
+- Start with an empty cache: `{past}` is 0. Each run returns the whole cache as `present.{{i}}.*`; pass it to
+  the next run as `past_key_values.{{i}}.*`.
+- `attention_mask` is 1 for a token and 0 for padding. It covers the cache and the new tokens. The graph applies the
+  causal mask.
 """
 IN_PLACE = """\
 - This is contract 2: the cache can stay in place. Bind `past_key_values.{{i}}.*` and `present.{{i}}.*` to one buffer,
-  `[batch_size, {n_head}, capacity, {head_dim}]`, with any capacity up to {n_ctx}. A run writes the new keys and values after
-  the tokens of each row. Separate arrays work too: start with empty ones; each run then returns a longer cache.
-- `attention_mask` is `[batch_size, total_sequence_length]`, 1 for a token and 0 for padding **on the right**. The sum of a row is
-  its number of tokens, with the new ones. `total_sequence_length` is that of the longest row, never the buffer's capacity.
-  Left padding, or padding between tokens, gives silently wrong results.
-- A batch of several rows needs its prompts in one run. After that, each run takes one token per row, and writes it after the
-  row's tokens, over the padding.
+  `[batch_size, {n_head}, capacity, {head_dim}]`, with any capacity up to {n_ctx}. A run writes the new keys and values
+  after the tokens of each row. Separate arrays work too: start with empty ones; each run then returns a longer cache.
+- `attention_mask` is `[batch_size, total_sequence_length]`, 1 for a token and 0 for padding **on the right**. The sum
+  of a row is its number of tokens, with the new ones. `total_sequence_length` is that of the longest row, never the
+  buffer's capacity. Left padding, or padding between tokens, gives silently wrong results.
+- A batch of several rows needs its prompts in one run. After that, each run takes one token per row, and writes it
+  after the row's tokens, over the padding.
 """
 
 # Cache kind -> what applies to it only.
@@ -97,8 +99,8 @@ OF_CACHE = {
 }
 
 LAST_IN_PLACE = """\
-- `logits` are returned for the last slot only, `[batch_size, 1, vocab_size]`, and a cache in place does not support left padding:
-  all prompts of one run must have the same length. Run prompts of different lengths one at a time.
+- `logits` are returned for the last slot only, `[batch_size, 1, vocab_size]`, and a cache in place does not support
+  left padding: all prompts of one run must have the same length. Run prompts of different lengths one at a time.
 """
 
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "w8a8": "int8", "int4": "q4"}  # transformers.js's names
@@ -150,8 +152,8 @@ print({show})
 """
 
 ANY_PADDING = """\
-- `logits` are returned for every new token. Padding can be on the left, on the right, or between tokens. For a row with padding on
-  the right, continue from the logits of its last token.
+- `logits` are returned for every new token. Padding can be on the left, on the right, or between tokens. For a row with
+  padding on the right, continue from the logits of its last token.
 """
 RIGHT_PADDING = """\
 - `logits` are returned for every new token. For a row with padding, continue from the logits of its last token.

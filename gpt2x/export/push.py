@@ -55,8 +55,8 @@ def check_push(name: str) -> None:
     """Check that ``push`` would be accepted. Nothing is written, neither here nor on the Hub.
 
     Raises:
-        DestinationError: if the name is not valid or is taken, if there is no login or the Hub rejects it, or if the Hub
-            cannot be reached; the message says what to do.
+        DestinationError: if the name is not valid or is taken, if there is no login or the Hub rejects it, or if
+            the Hub cannot be reached; the message says what to do.
         ModuleNotFoundError: if huggingface_hub is not installed.
     """
     _check_name(name)
@@ -71,12 +71,12 @@ def check_push(name: str) -> None:
 def push(directory: Path, name: str) -> str:
     """Create a repository, upload a directory as one commit, and return the repository's URL.
 
-    Only the files of a model are uploaded: ``onnx/``, the card, configuration, tokenizer and weights. Symbolic links are
-    followed within the directory only.
+    Only the files of a model are uploaded: ``onnx/``, the card, configuration, tokenizer and weights. Symbolic links
+    are followed within the directory only.
 
     Raises:
-        DestinationError: as ``check_push``, or if a file cannot be uploaded, or the upload fails; the message says whether
-            the repository exists now, and how to continue.
+        DestinationError: as ``check_push``, or if a file cannot be uploaded, or the upload fails; the message says
+            whether the repository exists now, and how to continue.
         ModuleNotFoundError: if huggingface_hub is not installed.
     """
     _check_name(name)
@@ -138,7 +138,7 @@ def _check_rights(name: str, user: Mapping[str, Any]) -> None:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Return name in the repository -> path of the files to upload. Files that do not belong to a model stay private."""
+    """Return name in the repository -> path of the files to upload. Other files stay private."""
     home = directory.resolve()
     found = {}
     for path in sorted(directory.rglob("*")):
