@@ -1,6 +1,6 @@
-"""Every reader against files that are damaged at random: a right result or a ConversionError, and nothing else.
+"""Every reader with randomly corrupted files: a correct result or a ConversionError, and nothing else.
 
-The cases are the same every time. ``make fuzz`` tries others for as long as you like.
+The cases are the same in every run. ``make fuzz`` runs others for as long as you like.
 """
 
 import random
@@ -17,7 +17,7 @@ from seeds import HARMFUL, MAKERS, load_seeds, make_seeds, zipped
 
 from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
 
-# Cases of each format, for about two minutes together on two cores; some of them are tried at every change.
+# Cases of each format: about two minutes in total on two cores. The fast tests run a part of them.
 CASES = {
     "tf": 1000, "safetensors": 1200, "zip": 1500, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "msgpack": 1200,
     "onnx": 1000, "config": 900, "tokenizer": 500,
@@ -44,7 +44,7 @@ def test_a_damaged_file_is_read_rightly_or_refused(seeds, tmp_path, name, share)
     assert not result.faults, "\n\n".join(result.faults)
     assert result.outcomes.total() == cases
     read = sum(count for words, count in result.outcomes.items() if "refused" not in words)
-    assert 0 < read < cases, f"to be always answered alike tests nothing: {result.outcomes}"
+    assert 0 < read < cases, f"all cases have the same outcome, so this tests nothing: {result.outcomes}"
 
 
 @pytest.mark.parametrize("name", HARMFUL)
@@ -56,13 +56,13 @@ def test_a_pickle_that_asks_for_code_is_refused_and_nothing_happens(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["m.bin"]
 
 
-# --------------------------------------------------------------------------------- the harness itself can fail
+# ------------------------------------------------------------------------------------------------- tests of the harness
 
 
 FAKES = {
     "honest": ("pass", None),
     "another error": ("raise ValueError('no ConversionError')", "ValueError: no ConversionError"),
-    "a hang": ("while True: pass", "does not come to an end"),
+    "a hang": ("while True: pass", "timeout"),
     "memory": ("bytes(400 << 20)", "MemoryError"),
     "memory little by little": ("keep = [bytes(1 << 20) for i in range(400)]", "MemoryError"),
     "a file elsewhere": ("open('/etc/hostname')", "outside its folder"),
@@ -106,7 +106,7 @@ DYING = {"aborts": ("os.abort()", "ended with -6"), "is silent": ("time.sleep(99
 
 
 class Clock:
-    """It stands still, but for one jump some moments after a worker has said its last: no load makes one silent."""
+    """A clock that jumps once, shortly after the last output of a worker. So load on the machine cannot cause a timeout."""
 
     calls = 0
 
@@ -155,7 +155,7 @@ def test_a_case_is_the_same_every_time(seeds):
     assert tried[0] == tried[1]
 
 
-# ------------------------------------------------------------------------------------------------ by Hypothesis
+# ----------------------------------------------------------------------------------------------------------- Hypothesis
 
 
 @pytest.mark.slow
@@ -163,12 +163,12 @@ def test_hypothesis_draws_the_same_cases(seeds, tmp_path):
     program = Path(__file__).with_name("shrink.py")
     command = [sys.executable, str(program), "--examples", "40", "msgpack", "llmc"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.stdout == "msgpack: 40 examples, none fails\nllmc: 40 examples, none fails\n", run.stderr
+    assert run.stdout == "msgpack: 40 examples, no failure\nllmc: 40 examples, no failure\n", run.stderr
 
 
 @pytest.mark.slow
 def test_hypothesis_makes_what_fails_as_simple_as_it_can(tmp_path):
-    """A reader that trips over every llm.c file which does not open: one that is cut to nothing is the simplest."""
+    """A reader that fails for every invalid llm.c file. The minimal case is an empty file."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker, shrink\n"
         "def refused(error): raise ValueError('tripped')\n"

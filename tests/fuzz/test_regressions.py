@@ -1,4 +1,4 @@
-"""What fuzzing, and reading with its eyes, has found: each refused or read at once, and nothing else."""
+"""Regression tests for faults that fuzzing and code review found. Each file must be read or refused, quickly."""
 
 import io
 import json
@@ -35,8 +35,8 @@ from converters.io.sstable import MAGIC, mask
 
 @pytest.fixture(autouse=True)
 def at_once():
-    """In less than a minute of the processor's time, where a second is enough, and 256 MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Limit each test to a minute of CPU time (a second is enough) and 256 MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
     start, before = time.process_time(), status("VmHWM")
     yield
     assert time.process_time() - start < 60
@@ -44,7 +44,7 @@ def at_once():
 
 
 def block(entries):
-    """A block of an index: (shared, fresh part of the key, value), with its checksum."""
+    """Return an index block with its checksum. entries: (length of the shared key prefix, rest of the key, value)."""
     data = b"".join(varint(s) + varint(len(k)) + varint(len(v)) + k + v for s, k, v in entries) + struct.pack(
         "<2I", 0, 1
     )
@@ -52,11 +52,11 @@ def block(entries):
 
 
 def field(number, data):
-    """A field of bytes, as protobuf has it."""
+    """Return a length-delimited protobuf field."""
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-# ------------------------------------------------------------------------------------------------------- memory, time
+# --------------------------------------------------------------------------------------------------------- memory, time
 
 
 def test_long_names_that_share_their_beginning_take_no_memory(tmp_path):
@@ -125,7 +125,7 @@ def test_a_number_of_thousands_of_digits_in_a_pickle_is_refused():
         load_pickle(io.BytesIO(b"\x80\x02\x8b\x00\x10\x00\x00" + b"\x01" * 4096 + b"."), "x")
 
 
-# --------------------------------------------------------------------------------------------------- words and numbers
+# ---------------------------------------------------------------------------------------------------- words and numbers
 
 
 @pytest.mark.parametrize("key", ["n_embd", "n_head", "n_positions", "n_inner", "eos_token_id"])
