@@ -38,7 +38,7 @@ def test_every_reader_is_fuzzed():
 
 @pytest.mark.parametrize("share", [20, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-def test_a_damaged_file_is_read_rightly_or_refused(seeds, tmp_path, name, share):
+def test_a_corrupted_file_is_read_correctly_or_refused(seeds, tmp_path, name, share):
     cases = max(30, CASES[name] // share)
     result = fuzz(seeds, tmp_path, name, 0, cases, workers=1 if share > 1 else 2)
     assert not result.faults, "\n\n".join(result.faults)
@@ -48,7 +48,7 @@ def test_a_damaged_file_is_read_rightly_or_refused(seeds, tmp_path, name, share)
 
 
 @pytest.mark.parametrize("name", HARMFUL)
-def test_a_pickle_that_asks_for_code_is_refused_and_nothing_happens(tmp_path, monkeypatch, name):
+def test_a_pickle_that_calls_code_is_refused_and_nothing_is_executed(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.bin").write_bytes(zipped(HARMFUL[name]))
     with pytest.raises(UnsafeError):
@@ -68,7 +68,7 @@ FAKES = {
     "a file elsewhere": ("open('/etc/hostname')", "outside its folder"),
     "a file above": ("open('../x', 'w')", "outside its folder"),
     "a folder elsewhere": ("os.listdir('/')", "outside its folder"),
-    "a file elsewhere, and silence": ("with contextlib.suppress(BaseException): open('/etc/hostname')", "outside its folder"),
+    "a file elsewhere, with the error suppressed": ("with contextlib.suppress(BaseException): open('/etc/hostname')", "outside its folder"),
     "a socket": ("socket.socket()", "socket.__new__"),
     "a program": ("os.system('true')", "os.system"),
     "another program": ("subprocess.run(['true'])", "subprocess.Popen"),
@@ -92,7 +92,7 @@ print(*guard.attempt(guard.Guard(), Path.cwd(), action))
 
 
 @pytest.mark.parametrize("fake", FAKES)
-def test_the_guard_sees_what_a_reader_must_not_do(tmp_path, fake):
+def test_the_guard_detects_what_a_reader_must_not_do(tmp_path, fake):
     body, fault = FAKES[fake]
     program = PROGRAM.format(here=str(Path(__file__).parent), body=body)
     done = subprocess.run(
@@ -116,7 +116,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("fake", DYING)
-def test_a_worker_that_dies_over_a_case_is_a_fault_and_the_next_case_is_tried(tmp_path, monkeypatch, fake):
+def test_a_worker_that_dies_is_a_fault_and_the_next_case_runs(tmp_path, monkeypatch, fake):
     body, fault = DYING[fake]
     (tmp_path / "worker.py").write_text(
         "import json, os, sys, time\n"
@@ -133,7 +133,7 @@ def test_a_worker_that_dies_over_a_case_is_a_fault_and_the_next_case_is_tried(tm
     assert [f.startswith("tf:1: the worker") and fault in f for f in result.faults] == [True]
 
 
-def test_a_result_that_is_another_model_is_a_fault(tmp_path, monkeypatch):
+def test_a_result_that_is_a_different_model_is_a_fault(tmp_path, monkeypatch):
     save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
     assert worker.check(tmp_path, "m.safetensors") == "read"
     (tmp_path / "result.safetensors").unlink()
@@ -143,14 +143,14 @@ def test_a_result_that_is_another_model_is_a_fault(tmp_path, monkeypatch):
         worker.check(tmp_path, "m.safetensors")
 
 
-def test_a_reader_that_overlooks_a_checksum_is_a_fault(tmp_path):
+def test_a_reader_that_ignores_a_checksum_is_a_fault(tmp_path):
     save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
     other = worker.bytes_of(random_checkpoint(seed=1))
     with pytest.raises(worker.Wrong, match="bytes under a checksum have changed"):
         worker.check(tmp_path, "m.safetensors", [other])
 
 
-def test_a_case_is_the_same_every_time(seeds):
+def test_a_case_number_is_reproducible(seeds):
     tried = [mutated(random.Random("tf:7"), load_seeds(seeds / "tf"))[1] for _ in range(2)]
     assert tried[0] == tried[1]
 
@@ -159,7 +159,7 @@ def test_a_case_is_the_same_every_time(seeds):
 
 
 @pytest.mark.slow
-def test_hypothesis_draws_the_same_cases(seeds, tmp_path):
+def test_hypothesis_runs_cases_without_a_failure(seeds, tmp_path):
     program = Path(__file__).with_name("shrink.py")
     command = [sys.executable, str(program), "--examples", "40", "msgpack", "llmc"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -167,7 +167,7 @@ def test_hypothesis_draws_the_same_cases(seeds, tmp_path):
 
 
 @pytest.mark.slow
-def test_hypothesis_makes_what_fails_as_simple_as_it_can(tmp_path):
+def test_hypothesis_shrinks_a_failing_case(tmp_path):
     """A reader that fails for every invalid llm.c file. The minimal case is an empty file."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker, shrink\n"
