@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import gpt2x
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, cwd: Path) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import (
     Checkpoint,

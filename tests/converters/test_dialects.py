@@ -1,7 +1,7 @@
 """Every dialect is complete, one-to-one and invertible; and the model of a checkpoint is found in its names."""
 
 import pytest
-from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import Checkpoint, CheckpointError, GPT2Config
 from converters.checkpoint import assemble

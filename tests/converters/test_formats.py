@@ -10,7 +10,9 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, TINY, arrays_of, assert_refused, assert_same_bytes, done, random_checkpoint
+from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from commands import assert_refused, done
+from paths import FIXTURES
 
 import converters.dialects as dialects
 from converters import FORMATS, WRITERS, CheckpointError, ConversionError, GPT2Config, open_checkpoint, save_checkpoint

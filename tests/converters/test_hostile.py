@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import TINY, arrays_of, random_checkpoint
-from test_tf_bundle import Bundle, raw_index, refused
+from bundles import Bundle, raw_index, refused
+from checkpoints import TINY, arrays_of, random_checkpoint
 
 from converters import (
     CheckpointError,

@@ -7,11 +7,10 @@ import re
 import threading
 
 import pytest
-from conftest import assert_refused, done
-from test_onnx_export import SHAKESPEARE
+from commands import assert_refused, done
 
 from converters import open_checkpoint
-from gpt2x import bench
+from gpt2x import SHAKESPEARE, bench
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 
 

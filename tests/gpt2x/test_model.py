@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_checkpoint
+from checkpoints import TINY, random_checkpoint
 from torch.nn import functional as F
 
 import gpt2x as package

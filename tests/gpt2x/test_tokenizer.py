@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import RELEASE, needs_shared
+from paths import RELEASE, needs_shared
 
 from converters import ConversionError, TokenizerError, find_tokenizer, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer

@@ -5,7 +5,6 @@
 
 import functools
 import http.client
-import importlib.util
 import json
 import os
 import re
@@ -21,7 +20,9 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
+from client_programs import CLIENTS, PACKAGES, clients, marks_of, needs_node
+from paths import ROOT
 
 from converters import GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained, generate_text
@@ -32,11 +33,6 @@ from gpt2x.generation.sampling import Sampling
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.torch import TorchDecoder
 
-ROOT = Path(__file__).parents[1]
-PROGRAMS = ROOT / "tests" / "clients"
-PACKAGES = ROOT / "examples"  # where npm installed
-HUGGING_FACE = PROGRAMS / "transformers_client.py"
-OPTIMUM = ROOT / ".venv-optimum" / "bin" / "python"
 HEADERS = ROOT / ".venv-headers" / "usr" / "include" / "onnxruntime"
 COUNT = 64
 HANGS = 600  # seconds, after which a process is taken to have no end
@@ -52,47 +48,11 @@ DIRECTORIES = {
     "all": ("int4", "fp32", "fp16", "int8", "w8a8"),
 }
 
-CLIENTS = {
-    "onnxruntime": [sys.executable, PROGRAMS / "onnxruntime_client.py"],
-    "onnxruntime-genai": [sys.executable, PROGRAMS / "genai_client.py"],
-    "optimum": [OPTIMUM, HUGGING_FACE, "optimum.onnxruntime", "ORTModelForCausalLM"],
-    "transformers": [sys.executable, HUGGING_FACE, "transformers", "AutoModelForCausalLM"],
-    "transformers.js": ["node", PROGRAMS / "transformersjs_client.mjs"],
-    "onnxruntime-node": ["node", PROGRAMS / "onnxruntime_node_client.mjs"],
-}
-
-
-def needs_module(name):
-    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
-
-
-needs_node = pytest.mark.skipif(
-    shutil.which("node") is None or not (PACKAGES / "node_modules" / "onnxruntime-node").is_dir(),
-    reason="the packages for Node are not installed (make test-clients)",
-)
-needs_optimum = pytest.mark.skipif(not OPTIMUM.exists(), reason="optimum is not installed (make test-clients)")
 needs_headers = pytest.mark.skipif(
     shutil.which("g++") is None or not HEADERS.is_dir(),
     reason="no g++, or ONNX Runtime's headers are not here (make test-clients fetches them where there is apt)",
 )
-NEEDS = {
-    "onnxruntime-genai": needs_module("onnxruntime_genai"),
-    "optimum": needs_optimum,
-    "transformers": needs_module("transformers"),
-    "transformers.js": needs_node,
-    "onnxruntime-node": needs_node,
-}
-
-
 FAST = "onnxruntime", "growing"  # what is tried at every change; make test-clients tries all
-
-
-def marks_of(client):
-    return [NEEDS[client]] if client in NEEDS else []
-
-
-def clients(*names):
-    return pytest.mark.parametrize("client", [pytest.param(name, marks=marks_of(name)) for name in names])
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ from urllib.parse import urlencode
 
 import onnx
 import pytest
-from conftest import assert_same_bytes, done
+from checkpoints import assert_same_bytes
+from client_programs import CLIENTS, PACKAGES, PROGRAMS, clients, needs_module, needs_node
+from commands import SEVERAL, Done, done
 from hub_server import running
-from test_clients import CLIENTS, PACKAGES, PROGRAMS, ROOT, clients, needs_module, needs_node
-from test_download import SEVERAL, Done
+from paths import ROOT
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained
@@ -265,9 +266,9 @@ def browser(address, folder, ended):
 
 
 def answer_of_page(page, query, folder):
-    """What a page in tests/clients sends back from Chromium."""
+    """What a page in tests/peers/clients sends back from Chromium."""
     with page_server() as server:
-        address = f"http://127.0.0.1:{server.server_port}/tests/clients/{page}?{urlencode(query)}"
+        address = f"http://127.0.0.1:{server.server_port}/tests/peers/clients/{page}?{urlencode(query)}"
         with browser(address, folder, lambda: server.answers.put({"error": "Chromium has ended"})):
             answer = first_of(server.answers)
     assert "error" not in answer, f"{answer['error']}\n{(folder / 'chromium.log').read_text(errors='replace')}"

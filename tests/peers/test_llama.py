@@ -2,16 +2,17 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import done
+from client_programs import PROGRAMS
+from commands import done
+from paths import ROOT
 
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained
 
-PYTHON = Path(__file__).parents[1] / ".venv-llama/bin/python"
-CLIENT = Path(__file__).with_name("clients") / "llama_client.py"
+PYTHON = ROOT / ".venv-llama/bin/python"
+CLIENT = PROGRAMS / "llama_client.py"
 PROMPT = "ROMEO: But soft! what light through yonder window breaks?<|endoftext|>JULIET:"
 COUNT = 64
 

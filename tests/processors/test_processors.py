@@ -18,7 +18,7 @@ import inside
 import numpy as np
 import onnx
 import pytest
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
 
 from converters import Checkpoint, GPT2Config, LazyTensor
 from gpt2x import contract

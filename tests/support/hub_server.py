@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on this machine: downloads and uploads of models that are folders, ROOT/OWNER/NAME.
 
 In a test:      with running(tmp_path) as hub: ...      # hub.url, hub.requests, hub.faults
-As a program:   python tests/hub_server.py ROOT PORT    # prints its URL, then a line per request; PORT 0 takes a free one
+As a program:   python tests/support/hub_server.py ROOT PORT    # prints its URL, then a line per request; PORT 0 takes a free one
 
 Clients find it by HF_ENDPOINT. Reading needs no token; TOKENS are the logins. Uploads go by LFS and not by Xet, for which
 there is no server here: clients that have hf_xet need HF_HUB_DISABLE_XET=1.

@@ -10,7 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, assert_refused, random_checkpoint
+from checkpoints import random_checkpoint
+from commands import assert_refused
+from paths import FIXTURES
 
 from converters import ChecksumError, ConversionError, LazyTensor, save_checkpoint
 from converters.containers.tf_bundle import open_bundle

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import FormatError, open_checkpoint, save_checkpoint
 from converters.config import to_hf

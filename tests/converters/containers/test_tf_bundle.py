@@ -5,7 +5,9 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, RELEASE, arrays_of, assert_same_bytes, needs_shared, random_checkpoint
+from bundles import Bundle, raw_index, refused
+from checkpoints import arrays_of, assert_same_bytes, random_checkpoint
+from paths import FIXTURES, RELEASE, needs_shared
 
 from converters import ChecksumError, FormatError, open_checkpoint, save_checkpoint
 from converters.containers.tf_bundle import Entry, open_bundle, slice_key
@@ -127,42 +129,9 @@ def test_the_crc_and_its_mask_are_those_of_the_standard():
 # --------------------------------------------------------------------------------------------- broken files
 
 
-class Bundle:
-    """A tiny checkpoint whose index can be taken apart, changed and signed again."""
-
-    def __init__(self, folder, source="tf_plain"):
-        shutil.copytree(FIXTURES / source, folder, dirs_exist_ok=True)
-        self.folder = folder
-        self.index = folder / "model.ckpt.index"
-        self.data = folder / "model.ckpt.data-00000-of-00001"
-        table = dict(read_table(File(self.index)))
-        self.header = table.pop(b"")
-        self.raw = table
-        self.entries = {key: Entry.parse(value, "") for key, value in table.items()}
-
-    def write(self, **entries):
-        """Write the index with other entries (name with / as __), as bytes or with changed fields."""
-        self.index.unlink()
-        changed = {key.replace("__", "/").encode(): value for key, value in entries.items()}
-        with new_file(self.index) as out:
-            write_index(out, {**self.raw, **changed}, self.header)
-
-    def entry(self, name, **fields):
-        entry = self.entries[name.encode()]
-        return Entry(**{**vars(entry), **fields}).serialize()
-
-    def open(self):
-        arrays_of(open_checkpoint(self.folder))
-
-
 @pytest.fixture
 def bundle(tmp_path):
     return Bundle(tmp_path / "tf")
-
-
-def refused(bundle, match, error=FormatError):
-    with pytest.raises(error, match=match):
-        bundle.open()
 
 
 def test_the_bundles_that_the_tests_write_are_sound(bundle):
@@ -215,21 +184,6 @@ def test_every_flipped_byte_of_the_data_is_refused(bundle):
     for i in range(0, len(data), 29):
         bundle.data.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         refused(bundle, "checksum is", ChecksumError)
-
-
-def raw_index(path, block, kind=0):
-    """An index file around one hand-made data block."""
-
-    def signed(data, kind=0):
-        return data + bytes([kind]) + struct.pack("<I", mask(crc32c(0, data + bytes([kind]))))
-
-    meta = signed(struct.pack("<2I", 0, 1))
-    first = signed(block, kind)
-    handle = varint(0) + varint(len(block))
-    index_block = b"\0\x01" + varint(len(handle)) + b"z" + handle + struct.pack("<2I", 0, 1)
-    body = first + meta + signed(index_block)
-    footer = varint(len(first)) + varint(8) + varint(len(first) + len(meta)) + varint(len(index_block))
-    path.write_bytes(body + footer.ljust(40, b"\0") + struct.pack("<Q", MAGIC))
 
 
 ONE = b"\0\x00" + varint(len(HEADER)) + HEADER

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
 
 from converters import CheckpointError, ChecksumError, FormatError, UnsafeError, open_checkpoint, save_checkpoint
 from converters.config import to_hf

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
-from test_refusals import KINDS, any_file
+from checkpoints import assert_same_bytes, random_checkpoint
+from commands import assert_refused, done
+from kinds import KINDS, any_file
 
 from converters import (
     WRITERS,

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import FIXTURES, TINY, assert_refused, assert_same_bytes, done, random_checkpoint
+from checkpoints import TINY, assert_same_bytes, random_checkpoint
+from commands import assert_refused, done
+from paths import FIXTURES
 
 import converters.io.publishing
 from converters import DestinationError, GPT2Config, open_checkpoint, save_checkpoint

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, done
+from commands import assert_refused, done
 
 from converters import open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
+from checkpoints import assert_same_bytes, random_checkpoint
+from commands import SEVERAL, Done, assert_refused, done
+from paths import ROOT
 
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, fetch
@@ -625,7 +627,7 @@ def test_every_command_takes_an_address(gpt2x, mirror):
 
 
 def test_the_commands_and_the_program_of_the_page_run(gpt2x, mirror):
-    text = (Path(__file__).parents[1] / "docs" / "downloads.md").read_text()
+    text = (ROOT / "docs" / "downloads.md").read_text()
     commands = [line for line in text.splitlines() if re.match(r"gpt2x .*openai://", line) and "hf://" not in line]
     assert len(commands) == 3
     for command in commands:
@@ -671,25 +673,6 @@ def hub(server, monkeypatch, tmp_path):
 
     run.all = run_all
     return run
-
-
-SEVERAL = """if True:
-    import json, sys
-    from click.testing import CliRunner
-    from gpt2x.cli import main
-    results = [CliRunner().invoke(main, command) for command in json.loads(sys.argv[1])]
-    print(json.dumps([(r.exit_code, r.stdout, r.stderr) for r in results]))
-"""
-
-
-class Done:
-    """A finished process, with the names of click's results."""
-
-    def __init__(self, process):
-        if isinstance(process, subprocess.CompletedProcess):
-            process = (process.returncode, process.stdout, process.stderr)
-        self.exit_code, self.stdout, self.stderr = process
-        self.output = self.stdout + self.stderr
 
 
 def fetched(server):

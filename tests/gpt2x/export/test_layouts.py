@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import assert_refused, assert_same_bytes, done, random_checkpoint
+from checkpoints import assert_same_bytes, random_checkpoint
+from commands import assert_refused, done
 
 from converters import ConversionError, FormatError, GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Generation, Sampling, contract

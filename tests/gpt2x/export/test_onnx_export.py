@@ -14,7 +14,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import RELEASE, TINY, assert_refused, assert_same_bytes, done, needs_shared, random_checkpoint
+from checkpoints import SWITCHES, TINY, assert_same_bytes, random_checkpoint
+from commands import assert_refused, done
+from paths import RELEASE, files_of, needs_shared
 
 from converters import GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
@@ -39,21 +41,6 @@ FILES = [
     "vocab.json",
 ]
 
-SWITCHES = [
-    {},
-    {"tie_word_embeddings": False},
-    {"activation_function": "gelu"},
-    {"activation_function": "gelu_fast"},
-    {"activation_function": "relu"},
-    {"activation_function": "silu"},
-    {"activation_function": "tanh"},
-    {"layer_norm_epsilon": 0.3},
-    {"scale_attn_weights": False},
-    {"scale_attn_by_inverse_layer_idx": True},
-    {"reorder_and_upcast_attn": True},
-    {"n_inner": 11, "n_head": 3},
-]
-
 
 @pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory):
@@ -61,10 +48,6 @@ def shakespeare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx") / "shakespeare"
     export_onnx(open_checkpoint(SHAKESPEARE), folder)
     return folder
-
-
-def files_of(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
 def tiny_onnx(folder, config=TINY, seed=0, **options):

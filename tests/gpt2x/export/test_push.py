@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
 from hub_server import SIGNATURE, running
 
 from converters import DestinationError

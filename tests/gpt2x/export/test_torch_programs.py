@@ -8,16 +8,16 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
+from paths import ROOT
 
 from gpt2x.export.torch_program import export_pt2
 from gpt2x.load import model_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "export.md"
+PAGE = ROOT / "docs" / "export.md"
 DECOMPOSE, COMPILE, EXECUTORCH = re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # AOTInductor's own choice
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_refused, done, random_checkpoint
+from checkpoints import TINY, random_checkpoint
+from commands import assert_refused, done
+from paths import ROOT
 
 from converters import ChecksumError, FormatError, GPT2Config, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, generate_text
@@ -112,7 +114,7 @@ def test_weights_are_there_once_and_no_path_is(tiny_files, name):
         data = {i.filename: archive.read(i) for i in archive.infolist()}
     weights = sum(len(v) for k, v in data.items() if re.search(r"/data/\d+$|/weight_\d+$", k))
     assert size <= weights <= size + 4096
-    root = str(Path(__file__).parents[1]).encode()
+    root = str(ROOT).encode()
     assert not [k for k, v in data.items() if root in v]
 
 

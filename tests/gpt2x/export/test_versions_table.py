@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import onnx
 import pytest
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
+from paths import ROOT
 
 from converters import GPT2Config
 from gpt2x import contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 
-ROWS = json.loads((Path(__file__).parent / "versions" / "versions.json").read_text())
+ROWS = json.loads((ROOT / "tests" / "versions" / "versions.json").read_text())
 DEFAULT = {(row["cache"], row["precision"]): row for row in ROWS if row["default"]}
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=64, n_ctx=16, n_vocab=50, bos_token_id=0, eos_token_id=0)
 
@@ -51,7 +51,7 @@ def test_the_minimum_of_a_client_is_the_measured_one(client):
 
 
 def test_the_readme_has_the_measured_versions():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     lines = [
         [cell.strip() for cell in line.strip("| ").split("|")]
         for line in text.splitlines()

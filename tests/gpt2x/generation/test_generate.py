@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
 
 from gpt2x import SHAKESPEARE, PromptError, Tokenizer, from_pretrained, generate_text
 from gpt2x.generation.loop import Generation

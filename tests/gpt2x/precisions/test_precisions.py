@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY, assert_refused, done, random_checkpoint
-from test_onnx_export import SHAKESPEARE, files_of
+from checkpoints import SMALL, TINY, gentle, random_checkpoint
+from commands import assert_refused, done
+from paths import files_of
 
-from converters import Checkpoint, ConversionError, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
+from converters import ConversionError, LazyTensor, open_checkpoint, save_checkpoint
 from converters.errors import DestinationError, FormatError
-from gpt2x import contract
+from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.precisions.quantize import RANGES, dequantize, pack4, quantize, unpack4
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
@@ -26,21 +27,6 @@ from gpt2x.verify.scenarios import feed, one_pass
 
 ALL = ("fp32", "fp16", "int8", "w8a8", "int4")
 QUANTISED = ("int8", "w8a8", "int4")
-SMALL = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_ctx=40, n_vocab=97, bos_token_id=0, eos_token_id=0)
-
-
-def gentle(config=SMALL, seed=0) -> Checkpoint:
-    """Random weights of the size that trained ones have."""
-    tensors = {}
-    for name, tensor in random_checkpoint(config, seed).tensors.items():
-        array = tensor.read() * (0.1 if array_is_matrix(name, tensor) else 0.02)
-        gain = name.split(".")[-2].startswith("ln_") and name.endswith("weight")
-        tensors[name] = LazyTensor.of((array + gain).astype(np.float32))
-    return Checkpoint(config=config, tensors=tensors)
-
-
-def array_is_matrix(name, tensor):
-    return len(tensor.shape) == 2
 
 
 @pytest.fixture(scope="module")

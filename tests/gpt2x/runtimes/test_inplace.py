@@ -12,11 +12,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import TINY, assert_refused, random_checkpoint
-from test_onnx_export import SHAKESPEARE, SWITCHES
-from test_precisions import SMALL, gentle
+from checkpoints import SMALL, SWITCHES, TINY, gentle, random_checkpoint
+from commands import assert_refused
 
 from converters import GPT2Config, open_checkpoint, save_checkpoint
+from gpt2x import SHAKESPEARE
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.generation.loop import Generation, generate_text
 from gpt2x.generation.sampling import Sampling

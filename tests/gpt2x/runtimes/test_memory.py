@@ -2,10 +2,10 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
+from paths import ROOT
 
 from converters import GPT2Config
 from gpt2x import Generation, Sampling
@@ -17,7 +17,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memor
 
 @pytest.fixture(scope="module")
 def soak():
-    path = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    path = ROOT / "benchmarks" / "soak.py"
     spec = importlib.util.spec_from_file_location("soak", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import TINY, assert_refused, done, random_checkpoint
+from checkpoints import TINY, random_checkpoint
+from commands import assert_refused, done
 from onnx import TensorProto, helper
 
 from converters import CheckpointError, ConfigError, ConversionError, FormatError, open_checkpoint, save_checkpoint

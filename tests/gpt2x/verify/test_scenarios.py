@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import TINY, random_checkpoint
+from checkpoints import TINY, random_checkpoint
 
 from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.verify.metrics import FP32, measure, perplexity

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RELEASE, TINY, assert_refused, done, needs_shared, random_checkpoint
+from checkpoints import TINY, random_checkpoint
+from commands import assert_refused, done
+from paths import RELEASE, needs_shared
 
 from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
