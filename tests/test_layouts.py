@@ -18,11 +18,12 @@ from converters import ConversionError, FormatError, GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Generation, Sampling, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.export.single_file import MAX_SINGLE_FILE
+from gpt2x.precisions import PRECISIONS
 from gpt2x.runtimes.batching import RunningBatch
 from gpt2x.runtimes.onnxruntime import OnnxDecoder, check_runtime
 from gpt2x.verify.report import verify_export
 
-ALL = tuple(contract.SUFFIXES)
+ALL = tuple(PRECISIONS)
 PROMPT = [813, 25, 198]
 # Heads of a multiple of 8, as a cache in place wants them.
 SMALL = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=32, n_vocab=50, bos_token_id=0, eos_token_id=0)

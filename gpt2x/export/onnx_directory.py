@@ -29,11 +29,11 @@ from converters.tensors import F32
 from .. import contract
 from .._version import __version__
 from ..contract import models_in
+from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
 from ..precisions.quantize import PAIR
-from ..precisions.weights import BITS, BLOCK, BLOCKS, BLOCKWISE, write_weights
 from ..verify.sample_text import sample_ids
 from .model_card import model_card
-from .onnx_graph import INT4_OPSET, OPSETS, Scales, to_onnx, unknown_opset
+from .onnx_graph import OPSETS, Scales, to_onnx, unknown_opset
 from .single_file import MAX_SINGLE_FILE, too_large, write_single_file
 
 README = "README.md"
@@ -43,14 +43,10 @@ SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OF_0_1_0 = "1.23.0"  # the version of ONNX Runtime that the models of gpt2x 0.1.0 need
 TRANSFORMERS_JS = "transformers.js_config"  # a key of config.json
-LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "w8a8": 1, "int4": 0.5}  # that a weight takes in a file
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
 and every other client must bring its own.
 Say where one is: --tokenizer DIR. Or go on without: --no-tokenizer"""
 
-
-# What the card's client runs of several.
-FIRST_CHOICE = ("fp32", "int8", "w8a8", "int4", "fp16")
 Checksums = Mapping[str, str]
 
 
@@ -68,7 +64,7 @@ class ExportOptions:
     """What kind of model is written.
 
     Args:
-        precisions: of ``contract.SUFFIXES``, each a model of its own; onnxruntime-genai runs the first.
+        precisions: of ``gpt2x.precisions.PRECISIONS``, each a model of its own; onnxruntime-genai runs the first.
         cache: one of ``contract.CACHES``.
         last: compute the logits of the last position only.
         calibration: tokens by which int8, w8a8 and int4 are rounded, without them to nearest; and by which the scales of an
@@ -82,7 +78,7 @@ class ExportOptions:
         ValueError: for what none of them can be.
     """
 
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = (DEFAULT,)
     cache: str = "growing"
     last: bool = False
     calibration: Sequence[int] | None = None
@@ -91,10 +87,15 @@ class ExportOptions:
     single_file: bool = False
     safetensors: bool = False
 
+    @property
+    def chosen(self) -> list[Precision]:
+        """The precisions as objects."""
+        return [PRECISIONS[name] for name in self.precisions]
+
     def __post_init__(self) -> None:
         several = isinstance(self.precisions, tuple | list) and bool(self.precisions)
-        if not several or len(set(self.precisions) & contract.SUFFIXES.keys()) != len(self.precisions):
-            known = ", ".join(contract.SUFFIXES)
+        if not several or len(set(self.precisions) & PRECISIONS.keys()) != len(self.precisions):
+            known = ", ".join(PRECISIONS)
             raise ValueError(f"precisions are {self.precisions!r}; some of {known} are needed, each once")
         if self.cache not in tuple(contract.CACHES):
             raise ValueError(f"cache is {self.cache!r}; known are {', '.join(contract.CACHES)}")
@@ -148,8 +149,9 @@ def export_onnx(
             f"{path}: holds models itself; the directory to export to is the one above, {path.parent}"
         )
     _check_size(checkpoint, options)
-    if "int4" in options.precisions and options.opset and options.opset < INT4_OPSET:
-        raise unknown_opset("int4", options.cache, INT4_OPSET, options.opset)
+    for precision in options.chosen:
+        if options.opset is not None and options.opset < precision.min_opset:
+            raise unknown_opset(precision, options.cache, precision.min_opset, options.opset)
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint)
         plan = _plan(checkpoint, path, options, force, checksums)
@@ -163,8 +165,8 @@ def export_onnx(
                 with new_file(stage / SAFETENSORS) as out:
                     write_safetensors(out, HF.write(source.tensors, source.config), to_hf(source.config))
                 known[SAFETENSORS] = _sha256(stage / SAFETENSORS)  # what further precisions may be made from
-            scales = _cache_scales(checkpoint, options) if options.cache == "inplace-int8" else ()
-            for precision in options.precisions:
+            scales = _cache_scales(checkpoint, options) if contract.has_int8_cache(options.cache) else ()
+            for precision in options.chosen:
                 _write_model(stage, source, precision, options, known, scales)
             if plan.card:
                 write_small(stage, {plan.card: _card(checkpoint, path, stage, options, plan)})
@@ -197,7 +199,9 @@ def _plan(
     fellows = {there[precision]: _metadata_of(there[precision]) for precision in others}
     known = {digest for facts in fellows.values() for digest in _digests(facts.get(contract.CHECKSUMS, ""))}
     for fellow, facts in fellows.items():
-        _check_fellow(fellow, facts, known, checkpoint, metadata(checkpoint, checksums.result(), "fp32", options))
+        _check_fellow(
+            fellow, facts, known, checkpoint, metadata(checkpoint, checksums.result(), PRECISIONS[DEFAULT], options)
+        )
     kept = at_home or bool(others)
     if at_home:
         _check_home(path, checkpoint)
@@ -265,10 +269,10 @@ def _check_size(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Refuse single files that would be too large before anything is written."""
     if not options.single_file:
         return
-    for precision in options.precisions:
-        least = checkpoint.parameters * LEAST_BYTES[precision]
+    for precision in options.chosen:
+        least = checkpoint.parameters * precision.bytes_per_weight
         if least > MAX_SINGLE_FILE:
-            raise too_large(contract.model_file(precision), int(least))
+            raise too_large(precision.model_file, int(least))
 
 
 def _check_fellow(
@@ -322,7 +326,7 @@ def _is_source(path: Path, checkpoint: Checkpoint) -> bool:
 
 def _check_home(path: Path, checkpoint: Checkpoint) -> None:
     """Refuse to change what the source is: its weights, which may lie where the model's go, and its tokenizer."""
-    names = contract.data_file("fp32"), contract.OLD_WEIGHTS
+    names = contract.data_file(), contract.OLD_WEIGHTS
     for weights in (path / "onnx" / name for name in names):
         own = any(file.exists() and weights.exists() and file.samefile(weights) for file in checkpoint.files)
         if own and (checkpoint.left_out or any(tensor.dtype != F32 for tensor in checkpoint.tensors.values())):
@@ -354,7 +358,8 @@ def _small_files(
 
 def _card(checkpoint: Checkpoint, path: Path, stage: Path, options: ExportOptions, plan: _Plan) -> bytes:
     """The model card of the models that are there already and of those that were written."""
-    precisions = [p for p in FIRST_CHOICE if p in options.precisions or p in plan.others]
+    for_cpu_first = sorted(PRECISIONS.values(), key=lambda p: not p.for_cpu)  # the card's client runs the first
+    precisions = [p.name for p in for_cpu_first if p.name in options.precisions or p.name in plan.others]
     files = {p: (stage if p in options.precisions else path) / contract.model_file(p) for p in precisions}
     return model_card(
         checkpoint.config,
@@ -401,8 +406,10 @@ def _with_transformers_js(
     elif beside:
         names = [contract.model_file(precision).removeprefix("onnx/") for precision in beside]
         settings["use_external_data_format"] = dict.fromkeys(names, True)
-    if "fp16" in locations and options.cache != "inplace-int8":
-        settings["kv_cache_dtype"] = {"fp16": "float16"}  # before version 4, it does not ask the model
+    cache_dtypes = {PRECISIONS[name].transformers_js: contract.cache_type(name, options.cache) for name in locations}
+    halves = {name: dtype for name, dtype in cache_dtypes.items() if dtype == "float16"}
+    if halves:
+        settings["kv_cache_dtype"] = halves  # transformers.js before version 4 does not ask the model
     if settings == found:
         return before
     facts.pop(TRANSFORMERS_JS, None)
@@ -438,21 +445,28 @@ def _sha256(path: Path) -> str:
 def _write_model(
     stage: Path,
     checkpoint: Checkpoint,
-    precision: str,
+    precision: Precision,
     options: ExportOptions,
     checksums: Checksums,
     scales: Sequence[Scales],
 ) -> None:
-    data = stage / "onnx" / contract.data_file(precision)
+    data = stage / "onnx" / precision.data_file
     with new_file(data) as out:
-        weights = write_weights(out, checkpoint, precision, block=options.block, calibration=options.calibration)
-    facts = metadata(checkpoint, checksums, precision, options)
+        stored = precision.store(out, checkpoint, options.block, options.calibration)
+    precision.check_activations(checkpoint, partial(_sample, checkpoint))
     model = to_onnx(
-        checkpoint.config, weights, facts, last=options.last, cache=options.cache, scales=scales, opset=options.opset
+        checkpoint.config,
+        precision,
+        stored,
+        metadata(checkpoint, checksums, precision, options),
+        last=options.last,
+        cache=options.cache,
+        scales=scales,
+        opset=options.opset,
     )
-    with new_file(stage / contract.model_file(precision)) as out:
+    with new_file(stage / precision.model_file) as out:
         if options.single_file:
-            write_single_file(out, model, data, contract.model_file(precision))
+            write_single_file(out, model, data, precision.model_file)
         else:
             out.write(model.SerializeToString(deterministic=True))
     if options.single_file:
@@ -462,11 +476,17 @@ def _write_model(
 def _cache_scales(checkpoint: Checkpoint, options: ExportOptions) -> Sequence[Scales]:
     from ..precisions.calibrate import cache_scales
 
-    ids = options.calibration or sample_ids(checkpoint.config, checkpoint.tokenizer)[0]
-    return cache_scales(checkpoint, ids)
+    return cache_scales(checkpoint, options.calibration or _sample(checkpoint))
 
 
-def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, options: ExportOptions) -> dict[str, str]:
+def _sample(checkpoint: Checkpoint) -> Sequence[int]:
+    """Tokens of the text that ``verify`` runs models on."""
+    return sample_ids(checkpoint.config, checkpoint.tokenizer)[0]
+
+
+def metadata(
+    checkpoint: Checkpoint, checksums: Checksums, precision: Precision, options: ExportOptions
+) -> dict[str, str]:
     """The model's ``metadata_props``: what it is, and what it came from."""
     facts = {
         contract.CONTRACT: contract.CACHES[options.cache],
@@ -474,20 +494,20 @@ def metadata(checkpoint: Checkpoint, checksums: Checksums, precision: str, optio
         contract.SOURCE: _name(checkpoint),
         contract.CHECKSUMS: json.dumps(checksums, sort_keys=True),
         contract.CONFIG: json.dumps(to_hf(checkpoint.config), sort_keys=True),
-        contract.PRECISION: precision,
+        contract.PRECISION: precision.name,
         contract.CACHE: options.cache,
         contract.LOGITS: "last" if options.last else "all",
     }
-    if precision in BLOCKWISE:
+    if precision.block_sizes:
         facts[contract.BLOCK] = str(options.block)
-    if precision == "w8a8":
+    if precision.integer_products:
         facts[contract.PAIRS] = str(PAIR)
-    if precision in BITS:
+    if precision.bits:
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
     return facts
 
 
-def genai_config(config: GPT2Config, precision: str = "fp32", cache: str = "growing") -> dict[str, Any]:
+def genai_config(config: GPT2Config, precision: str = DEFAULT, cache: str = "growing") -> dict[str, Any]:
     """The ``genai_config.json`` of onnxruntime-genai, which refuses unknown keys."""
     end = config.eos_token_id if config.eos_token_id is not None else config.n_vocab - 1
     begin = config.bos_token_id if config.bos_token_id is not None else end
