@@ -26,10 +26,10 @@ from paths import ROOT
 
 from converters import GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained, generate_text
-from gpt2x.export.model_card import DTYPES
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.generation.loop import Generation
 from gpt2x.generation.sampling import Sampling
+from gpt2x.precisions import PRECISIONS
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.torch import TorchDecoder
 
@@ -44,7 +44,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "e
 
 # A directory -> the precisions in it, of which the first is run. Where there is but one, no client can run another.
 DIRECTORIES = {
-    **{precision: (precision,) for precision in contract.SUFFIXES},
+    **{precision: (precision,) for precision in PRECISIONS},
     "all": ("int4", "fp32", "fp16", "int8", "w8a8"),
 }
 
@@ -104,7 +104,9 @@ def wanted(exported, expected):
 
 def run(client, models, batches, folder, **said):
     """A client's process, over models (directory, precision). It changes nothing in the directories."""
-    named = [{"directory": str(d), "file": contract.model_file(p), "dtype": DTYPES[p]} for d, p in models]
+    named = [
+        {"directory": str(d), "file": contract.model_file(p), "dtype": PRECISIONS[p].transformers_js} for d, p in models
+    ]
     task = folder / "task.json"
     task.write_text(json.dumps({"models": named, "batches": batches, "count": COUNT, **said}))
     before = {path: path.read_bytes() for d, _ in models for path in d.rglob("*") if path.is_file()}
@@ -199,7 +201,7 @@ KINDS = [
     *(
         pytest.param(cache, precision, marks=pytest.mark.slow)
         for cache, precision in (
-            *(("growing", precision) for precision in contract.SUFFIXES if precision != "fp32"),
+            *(("growing", precision) for precision in PRECISIONS if precision != "fp32"),
             ("inplace", "fp32"),
             ("inplace", "int8"),
             ("inplace-int8", "fp32"),
@@ -450,7 +452,7 @@ def test_every_example_knows_the_models_of_all_precisions_and_no_file_of_weights
         text = (ROOT / "examples" / name).read_text()
         order = [Path(contract.model_file(precision)).name for precision in ("fp32", "int8", "w8a8", "int4", "fp16")]
         assert re.findall(r"\bmodel\w*\.onnx\b", re.search(r"model\.onnx\".*", text)[0]) == order, name
-        assert len(order) == len(contract.SUFFIXES)
+        assert len(order) == len(PRECISIONS)
         assert not re.search("safetensors|onnx_data", text), name
 
 

@@ -27,8 +27,7 @@ from hub_server import running
 from paths import ROOT
 
 from converters import open_checkpoint
-from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained
-from gpt2x.export.model_card import DTYPES
+from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained, precisions
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.generation.loop import Generation
 from gpt2x.generation.sampling import Sampling
@@ -160,7 +159,10 @@ def fetched(hub, repository):
 
 def run_client(run, client, models, folder):
     """One of the clients of test_clients, over models (directory, precision): for each, the tokens after the prompts."""
-    named = [{"directory": str(d), "file": contract.model_file(p), "dtype": DTYPES[p]} for d, p in models]
+    named = [
+        {"directory": str(d), "file": contract.model_file(p), "dtype": precisions.PRECISIONS[p].transformers_js}
+        for d, p in models
+    ]
     task = folder / "task.json"
     task.write_text(json.dumps({"models": named, "batches": [[prompt] for prompt in PROMPTS], "count": COUNT}))
     answer = json.loads(run(*CLIENTS[client], task).splitlines()[-1])
@@ -189,7 +191,7 @@ def test_genai_loads_a_download_of_the_repository(client, hub, run, expected, tm
 
 
 def task_of(hub, *repositories):
-    dtypes = [DTYPES[precision] for precision in PRECISIONS]
+    dtypes = [precisions.PRECISIONS[precision].transformers_js for precision in PRECISIONS]
     return json.dumps({"hub": hub.url, "names": repositories, "dtypes": dtypes, "prompts": PROMPTS, "count": COUNT})
 
 
@@ -199,7 +201,10 @@ def check_pipelines(answer, hub, expected):
     for repository, precision in itertools.product(NEW_LAYOUTS, PRECISIONS):
         tokens = rows(expected, precision)
         texts = [text_of(prompt, row) for prompt, row in zip(PROMPTS, tokens, strict=True)]
-        assert answer[repository][DTYPES[precision]] == {"texts": texts, "tokens": tokens}
+        assert answer[repository][precisions.PRECISIONS[precision].transformers_js] == {
+            "texts": texts,
+            "tokens": tokens,
+        }
     for repository in NEW_LAYOUTS:
         assert fetched(hub, repository) == NAMES[repository]
 

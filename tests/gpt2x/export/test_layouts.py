@@ -19,11 +19,12 @@ from converters import ConversionError, FormatError, GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Generation, Sampling, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.export.single_file import MAX_SINGLE_FILE
+from gpt2x.precisions import PRECISIONS
 from gpt2x.runtimes.batching import RunningBatch
 from gpt2x.runtimes.onnxruntime import OnnxDecoder, check_runtime
 from gpt2x.verify.report import verify_export
 
-ALL = tuple(contract.SUFFIXES)
+ALL = tuple(PRECISIONS)
 PROMPT = [813, 25, 198]
 # Heads of a multiple of 8, as a cache in place wants them.
 SMALL = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=32, n_vocab=50, bos_token_id=0, eos_token_id=0)
@@ -95,24 +96,24 @@ def test_external_weights_can_be_given_as_bytes_too(shakespeare):
 
 
 def test_a_single_file_above_2_gb_is_refused_before_anything_is_written(tmp_path, monkeypatch, gpt2x):
-    monkeypatch.setattr("gpt2x.export.onnx_directory.MAX_SINGLE_FILE", 1_000_000)
+    monkeypatch.setattr("gpt2x.export.onnx_plan.MAX_SINGLE_FILE", 1_000_000)
     monkeypatch.chdir(tmp_path)
     refused = gpt2x("export", SHAKESPEARE, "--onnx", "d", "--single-file", "--precision", "fp32,int8")
     assert_refused(refused, "onnx/model.onnx: would be 0.0 GB, and one ONNX file holds 2 GB: leave --single-file out")
     assert list(Path().iterdir()) == []
-    monkeypatch.setattr("gpt2x.export.onnx_directory.MAX_SINGLE_FILE", MAX_SINGLE_FILE)
+    monkeypatch.setattr("gpt2x.export.onnx_plan.MAX_SINGLE_FILE", MAX_SINGLE_FILE)
     monkeypatch.setattr("gpt2x.export.single_file.MAX_SINGLE_FILE", 1_000_000)  # found out when it is written
     assert_refused(gpt2x("export", SHAKESPEARE, "--onnx", "d", "--single-file"), "one ONNX file holds 2 GB")
     assert list(Path().iterdir()) == []
 
 
 def test_the_largest_gpt2_is_refused_as_one_file_by_its_number_of_parameters():
-    from gpt2x.export.onnx_directory import _check_size
+    from gpt2x.export.onnx_plan import check_size
 
     large = SimpleNamespace(parameters=1_557_611_200)
     with pytest.raises(ConversionError, match=r"would be 6.2 GB, and one ONNX file holds 2 GB"):
-        _check_size(large, ExportOptions(single_file=True))
-    _check_size(large, ExportOptions(("int8",), single_file=True))
+        check_size(large, ExportOptions(single_file=True))
+    check_size(large, ExportOptions(("int8",), single_file=True))
 
 
 # ------------------------------------------------------------------------------------- what clients read of config.json
@@ -185,7 +186,7 @@ def test_a_transformers_js_config_that_is_no_object_is_refused(tmp_path, gpt2x):
     done(gpt2x("convert", SHAKESPEARE, tmp_path / "m"))
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps({**config, "transformers.js_config": "x"}))
-    assert_refused(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m"), "transformers.js_config is no object")
+    assert_refused(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m"), "transformers.js_config is not an object")
 
 
 def test_weights_that_no_model_takes_any_more_go_with_force(tmp_path, gpt2x):

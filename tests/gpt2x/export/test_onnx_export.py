@@ -25,7 +25,8 @@ from gpt2x._version import __version__
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.export.onnx_graph import to_onnx, trace
 from gpt2x.load import model_of
-from gpt2x.precisions.weights import Piece, Weights
+from gpt2x.precisions import FP32
+from gpt2x.precisions.stored import Piece
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 FILES = [
@@ -59,7 +60,7 @@ def tiny_onnx(folder, config=TINY, seed=0, **options):
 def pieces_of(config):
     """Places of weights that are nowhere."""
     shapes = enumerate(config.shapes().items())
-    return Weights("fp32", {name: Piece("float32", shape, 8 * i, 8) for i, (name, shape) in shapes})
+    return {name: Piece("float32", shape, 8 * i, 8) for i, (name, shape) in shapes}
 
 
 # ------------------------------------------------------------------------------------------------------- the contract
@@ -256,7 +257,7 @@ def test_an_operator_without_translation_stops_the_export(monkeypatch):
 
     monkeypatch.setattr(model.MLP, "forward", lambda self, x: torch.erfinv(x))
     with pytest.raises(NotImplementedError, match=r"erfinv.*h.0.mlp.*has no translation to ONNX"):
-        to_onnx(TINY, pieces_of(TINY), {})
+        to_onnx(TINY, FP32, pieces_of(TINY), {})
 
 
 def test_tracing_leaves_the_models_own_attention_in_place():
@@ -483,7 +484,7 @@ def test_genai_config_is_the_documented_one(shakespeare):
 
 def test_the_1558m_shape_is_traced_in_seconds_without_its_weights():
     config = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
-    model = to_onnx(config, pieces_of(config), {})
+    model = to_onnx(config, FP32, pieces_of(config), {})
     assert len(model.graph.input) == 3 + 2 * 48
     assert len(model.SerializeToString()) < 300_000
 

@@ -12,6 +12,7 @@ from paths import ROOT
 from converters import GPT2Config
 from gpt2x import contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.precisions import PRECISIONS
 
 ROWS = json.loads((ROOT / "tests" / "versions" / "versions.json").read_text())
 DEFAULT = {(row["cache"], row["precision"]): row for row in ROWS if row["default"]}
@@ -19,7 +20,7 @@ CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=64, n_ctx=16, n_vocab=50, bos_to
 
 
 def test_the_table_has_every_precision_with_every_cache():
-    assert DEFAULT.keys() == {(cache, precision) for cache in contract.CACHES for precision in contract.SUFFIXES}
+    assert DEFAULT.keys() == {(cache, precision) for cache in contract.CACHES for precision in PRECISIONS}
 
 
 def test_every_minimum_of_the_table_was_found():
@@ -36,7 +37,7 @@ def test_a_model_asks_for_the_version_of_onnx_runtime_that_was_measured(row):
 
 @pytest.mark.parametrize("cache", contract.CACHES)
 def test_an_export_has_the_opset_and_the_version_of_the_table(cache, tmp_path):
-    precisions = tuple(contract.SUFFIXES)
+    precisions = tuple(PRECISIONS)
     export_onnx(random_checkpoint(CONFIG), tmp_path / "out", ExportOptions(precisions, cache), need_tokenizer=False)
     for precision in precisions:
         model = onnx.load(tmp_path / "out" / contract.model_file(precision), load_external_data=False)

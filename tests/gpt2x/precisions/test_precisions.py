@@ -19,9 +19,10 @@ from converters import ConversionError, LazyTensor, open_checkpoint, save_checkp
 from converters.errors import DestinationError, FormatError
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.precisions import PRECISIONS
 from gpt2x.precisions.quantize import RANGES, dequantize, pack4, quantize, unpack4
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
-from gpt2x.verify.metrics import BOUNDS
+from gpt2x.verify.metrics import CACHE8
 from gpt2x.verify.report import verify_export
 from gpt2x.verify.scenarios import feed, one_pass
 
@@ -376,15 +377,17 @@ def test_w8a8_is_within_its_bounds_with_every_activation(tmp_path, activation):
 
 
 def test_more_products_than_a_sum_of_32_bits_holds_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2x.precisions.weights.LONGEST", 255)
-    with pytest.raises(ConversionError, match="h.0.mlp.c_proj.weight sums 256 products, and w8a8 at most 255"):
+    monkeypatch.setattr("gpt2x.precisions.w8a8.LONGEST", 255)
+    with pytest.raises(
+        ConversionError, match="h.0.mlp.c_proj.weight: w8a8 sums at most 255 products, this matrix has 256"
+    ):
         export_onnx(gentle(), tmp_path / "d", ExportOptions(("w8a8",)), need_tokenizer=False)
 
 
 def test_the_commands_know_every_precision():
     from gpt2x.cli.source import PRECISION
 
-    assert list(PRECISION.choices) == list(contract.SUFFIXES) == list(ALL)
+    assert list(PRECISION.choices) == list(PRECISIONS) == list(ALL)
 
 
 # ------------------------------------------------------------------------------------------------------------ the gate
@@ -415,7 +418,7 @@ def test_a_single_broken_scale_is_seen(shakespeare, tmp_path, precision, gpt2x):
     path = broken(shakespeare, tmp_path, precision, "h.2.mlp.c_fc.weight_scale", lambda d: scaled(d, 77, 2))
     result = gpt2x("verify", SHAKESPEARE, path, "--precision", precision)
     assert result.exit_code == 1
-    assert re.search(r"h.2.mlp.c_fc.weight has a block that is (9|10)\d% off", result.stdout)
+    assert re.search(r"h.2.mlp.c_fc.weight has a block with a relative error of (9|10)\d%", result.stdout)
 
 
 def test_broken_scales_are_seen_in_the_logits_too(shakespeare, tmp_path):
@@ -430,14 +433,17 @@ def test_broken_scales_are_seen_in_the_logits_too(shakespeare, tmp_path):
 def test_a_changed_weight_that_is_not_quantised_is_seen(shakespeare, tmp_path, precision, name):
     path = broken(shakespeare, tmp_path, precision, name, lambda d: d[:1] + bytes([d[1] ^ 1]) + d[2:])
     report = verify_export(open_checkpoint(SHAKESPEARE), path, precision=precision)
-    assert f"{name} is not the source's" in next(c.result for c in report.checks if c.name == "weights")
+    assert f"{name} differs from the source" in next(c.result for c in report.checks if c.name == "weights")
 
 
 @pytest.mark.parametrize("precision", ["fp16", *QUANTISED])
 def test_bounds_are_wider_the_fewer_bits_there_are(precision):
-    order = list(BOUNDS)
-    before = BOUNDS[order[order.index(precision) - 1]]
-    assert all(value > vars(before)[name] for name, value in vars(BOUNDS[precision]).items())
+    in_order = [
+        CACHE8 if name == "cache" else PRECISIONS[name].bounds for name in ("fp32", "fp16", "cache", *QUANTISED)
+    ]
+    bounds = PRECISIONS[precision].bounds
+    before = in_order[in_order.index(bounds) - 1]
+    assert all(value > vars(before)[name] for name, value in vars(bounds).items())
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
@@ -497,7 +503,7 @@ def spoiled(value, name="h.1.mlp.c_fc.weight"):
 @pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])
 @pytest.mark.parametrize("precision", ["fp16", *QUANTISED])
 def test_what_is_not_a_number_is_refused_and_leaves_nothing(tmp_path, precision, value, name):
-    with pytest.raises(ConversionError, match=f"{name} holds NaN or infinity, which {precision} cannot"):
+    with pytest.raises(ConversionError, match=f"{name} holds NaN or infinity, which {precision} cannot represent"):
         export_onnx(spoiled(value, name), tmp_path / "d", ExportOptions((precision,)), need_tokenizer=False)
     assert not list(tmp_path.iterdir())
 
@@ -506,7 +512,7 @@ def test_weights_that_fp16_cannot_hold_are_refused(gpt2x, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     save_checkpoint(spoiled(70000.0), "m.safetensors")
     result = gpt2x("export", "m.safetensors", "--onnx", "d", "--precision", "fp16", "--no-tokenizer")
-    assert_refused(result, "h.1.mlp.c_fc.weight holds 70000; fp16 ends at 65504")
+    assert_refused(result, "h.1.mlp.c_fc.weight holds 70000, beyond fp16's largest value 65504")
     assert not Path("d").exists()
 
 
@@ -518,7 +524,9 @@ def test_numbers_in_the_midst_of_a_run_that_fp16_cannot_hold_are_refused(gpt2x, 
     tensors[name] = LazyTensor.of(tensors[name].read() * np.float32(1.2e5))
     save_checkpoint(replace(checkpoint, tensors=tensors), "m.safetensors")
     result = gpt2x("export", "m.safetensors", "--onnx", "d", "--precision", "fp16", "--no-tokenizer", "--no-verify")
-    assert_refused(result, "h.0.mlp.c_fc makes numbers of", "fp16 ends at 65504. Export this model as fp32 or int8.")
+    assert_refused(
+        result, "h.0.mlp.c_fc: activations reach", "fp16's largest value 65504. Export this model as fp32 or int8."
+    )
     assert not Path("d").exists()
     done(gpt2x("export", "m.safetensors", "--onnx", "e", "--no-tokenizer"))
 
@@ -564,6 +572,6 @@ def test_a_tiny_model_whose_blocks_are_never_full(tmp_path):
 def test_a_quantised_model_given_first_is_compared_with_the_weights_given_second(gpt2x, tmp_path):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("int8", "w8a8")))
     out = done(gpt2x("verify", tmp_path / "d", SHAKESPEARE, "--precision", "int8")).stdout
-    assert "weights         same       52 of 52 tensors, the worst block" in out
+    assert "weights         same       52 of 52 tensors, worst block" in out
     assert f"against {tmp_path / 'd'} (int8)\n" in out
     assert out.endswith("Within the bounds of its number format.\n")

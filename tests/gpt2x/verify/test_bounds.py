@@ -7,11 +7,12 @@ import pytest
 from converters import LazyTensor, open_checkpoint
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.precisions import PRECISIONS
 from gpt2x.precisions import weights as writing
 from gpt2x.runtimes.onnxruntime import OnnxDecoder, saturates
 from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.verify.exact_arithmetic import rounded_model
-from gpt2x.verify.metrics import BOUNDS, measure
+from gpt2x.verify.metrics import measure
 from gpt2x.verify.report import bounds_of, verify_export
 from gpt2x.verify.sample_text import sample_ids
 from gpt2x.verify.scenarios import Text as RunText
@@ -58,7 +59,7 @@ def test_exact_arithmetic_is_what_onnx_runtime_gives(shakespeare, text, precisio
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_the_bounds_are_about_three_times_what_is_measured(shakespeare, text, precision):
     found = measure(text.logits, one_pass(OnnxDecoder(shakespeare, precision=precision), text.ids))
-    assert 2 < BOUNDS[precision].kl_divergence / found.kl_divergence < 4
+    assert 2 < PRECISIONS[precision].bounds.kl_divergence / found.kl_divergence < 4
 
 
 @pytest.mark.slow
