@@ -3,15 +3,14 @@
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, random_checkpoint
+from checkpoints import random_checkpoint
+from paths import FIXTURES, ROOT
 
 from converters import WRITERS, save_checkpoint
 from gpt2x import SHAKESPEARE
 
-ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS
 from .source import check_before, local
 from .text import need, printable, progress_bar
 from .verify import read_text, table
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
     from ..export.onnx_directory import ExportOptions
     from ..verify.report import Report
+
+
+NAMES = ", ".join(PRECISIONS)
+QUANTIZED = ", ".join(name for name, precision in PRECISIONS.items() if precision.bits)
+BLOCKWISE = ", ".join(name for name, precision in PRECISIONS.items() if precision.block_sizes)
+INT8_CACHE = "inplace-int8"
 
 
 @click.command()
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
     "--precision",
     "precisions",
     metavar="LIST",
-    help="ONNX: fp32 (the default), fp16, int8, w8a8, int4, or several: fp32,int8. Each is a model of its own.",
+    help=f"ONNX: one or several of {NAMES}, separated by commas; each is a model of its own. Default: {DEFAULT}.",
 )
 @click.option(
     "--cache",
@@ -50,12 +57,12 @@ if TYPE_CHECKING:
 @click.option(
     "--calibrate",
     metavar="FILE",
-    help="ONNX: text to round int8, w8a8, int4 and an 8-bit cache by, like what the model will be given.",
+    help=f"ONNX: calibration text (GPTQ) for {QUANTIZED} and an int8 cache.",
 )
 @click.option(
     "--block-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
-    help="ONNX: how many weights of int8 and int4 share a scale (32).",
+    type=click.Choice([str(size) for size in BLOCKS]),
+    help=f"ONNX: how many weights share a scale, in {BLOCKWISE}. Default: {BLOCK}.",
 )
 @click.option(
     "--opset",
@@ -109,10 +116,11 @@ def export(
     if not onnx and (given := next((name for name, value in about.items() if value), None)):
         raise click.UsageError(f"{given} is about --onnx, which is not given")
     kinds = _precisions(precisions)
-    if block_size and not {"int8", "int4"} & set(kinds):
-        raise click.UsageError("--block-size is about int8 and int4")
-    if calibrate and not {"int8", "w8a8", "int4"} & set(kinds) and cache != "inplace-int8":
-        raise click.UsageError("--calibrate is about int8, w8a8 and int4")
+    chosen = [PRECISIONS[name] for name in kinds]
+    if block_size and not any(precision.block_sizes for precision in chosen):
+        raise click.UsageError(f"--block-size applies to {BLOCKWISE} only")
+    if calibrate and not any(precision.bits for precision in chosen) and cache != INT8_CACHE:
+        raise click.UsageError(f"--calibrate applies to {QUANTIZED} and an int8 cache only")
     if onnx and Path(onnx).suffix == ".onnx":
         raise click.UsageError(
             f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
@@ -145,7 +153,6 @@ def export(
     results = []
     if onnx:
         from ..export.onnx_directory import ExportOptions
-        from ..precisions.weights import BLOCK
 
         ids = _calibration(checkpoint, calibrate) if calibrate else None
         options = ExportOptions(
@@ -233,14 +240,18 @@ def _write(kind: str, destination: str, write: Callable[[], int]) -> dict[str, A
 
 def _precisions(text: str | None) -> tuple[str, ...]:
     """The precisions of a list, each once."""
-    from ..contract import SUFFIXES
+    parts = [part.strip() for part in (text or DEFAULT).split(",")]
+    for part in parts:
+        if part not in PRECISIONS:
+            raise click.UsageError(f"unknown precision {part!r}{_hint(part.lower())}")
+    return tuple(dict.fromkeys(parts))
 
-    names = tuple(dict.fromkeys(part.strip() for part in (text or "fp32").split(",")))
-    if unknown := [name for name in names if name not in SUFFIXES]:
-        meant = {"q8": "int8", "q4": "int4", "f16": "fp16", "f32": "fp32"}.get(unknown[0].lower(), unknown[0].lower())
-        hint = f": did you mean {meant}?" if meant in SUFFIXES else f"; known are {', '.join(SUFFIXES)}"
-        raise click.UsageError(f"unknown precision {unknown[0]!r}{hint}")
-    return names
+
+def _hint(part: str) -> str:
+    """The precision that may be meant: by another program's name for it, or in other case."""
+    others = {precision.transformers_js: name for name, precision in PRECISIONS.items()}
+    meant = part if part in PRECISIONS else others.get(part) or others.get(part.replace("f", "fp"))
+    return f": did you mean {meant}?" if meant else f"; known are {', '.join(PRECISIONS)}"
 
 
 def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:

@@ -21,6 +21,7 @@ from converters.io.publishing import writing
 
 from .. import contract
 from .._version import __version__
+from ..precisions import PRECISIONS
 from .common import SCHEMES, Want, Warn, cache_home
 
 PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
@@ -157,7 +158,7 @@ def _either(address: Address, folder: str, here: set[str], names: frozenset[str]
 
 def _weights_or_onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
     """Weights, or else the float32 model of an export: the others hold rounded weights, which are not converted."""
-    found, model = _weights(address, folder, here, names), contract.model_file("fp32")
+    found, model = _weights(address, folder, here, names), contract.model_file()
     if found or OURS not in here or model not in here:
         return found
     return Choice(folder, _file(folder + model, names).files, folder)
@@ -178,7 +179,7 @@ def _weights(address: Address, folder: str, here: set[str], names: frozenset[str
 
 
 def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    files = [file for file in map(contract.model_file, contract.SUFFIXES) if file in here]
+    files = [file for file in map(contract.model_file, PRECISIONS) if file in here]
     parts = tuple(part for file in files for part in _file(folder + file, names).files)
     return Choice(folder, parts, folder) if parts else None
 

@@ -32,6 +32,7 @@ from converters.io.reading import File, check_name
 from .. import contract
 from ..contract import Slot
 from ..memory import give_back
+from ..precisions import DEFAULT, PRECISIONS, Precision
 from .base import Ids, InputError, Logits, check_mask, check_tokens, whole
 from .kv_cache import RowCache
 
@@ -107,7 +108,7 @@ class OnnxDecoder:
         self.config = _config(self.path, self.metadata)
         self.last_only = self.metadata.get(contract.LOGITS) == "last"
         self.needs_optimizing = _needs_exact_products(self.metadata)  # the exact kernel comes with them
-        self.precision = self.metadata.get(contract.PRECISION, "fp32")
+        self.precision = self.metadata.get(contract.PRECISION, DEFAULT)
         if precision not in (None, self.precision):
             raise FormatError(f"{self.path}: its metadata say it is {self.precision[:50]}, not {precision}")
         self.cache_kind = self.metadata.get(contract.CACHE, "growing")
@@ -182,7 +183,7 @@ class OnnxDecoder:
 
     def _chunk(self, B: int) -> int:
         """How many tokens of a prompt go into one run: fewer where each gives logits, or attention reads 8-bit numbers."""
-        most = CHUNK // 2 if self.cache_kind == "inplace-int8" else CHUNK
+        most = CHUNK // 2 if contract.has_int8_cache(self.cache_kind) else CHUNK
         return most if self.last_only else max(16, min(most, LOGITS // (4 * B * self.n_vocab)))
 
     # -------------------------------------------------------------------------------------------- a growing cache
@@ -352,12 +353,12 @@ def find_model(path: str | Path, precision: str | None = None) -> Path:
         return File(path).path
     found = contract.models_in(path)
     if not found:
-        wanted = ", ".join((contract.model_file("fp32"), "model.onnx"))
+        wanted = ", ".join((contract.model_file(), "model.onnx"))
         raise FormatError(
             f"{path}: no ONNX model in this directory (looked for {wanted}, and models of other precisions): gpt2x export --onnx makes one"
         )
-    if precision is None and ("fp32" in found or len(found) == 1):
-        return found.get("fp32") or next(iter(found.values()))
+    if precision is None and (DEFAULT in found or len(found) == 1):
+        return found.get(DEFAULT) or next(iter(found.values()))
     if precision not in found:
         here = ", ".join(found)
         said = f"no {precision} model in this directory" if precision else "several models in this directory"
@@ -389,7 +390,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _open(
     path: Path, metadata: Mapping[str, str], threads: int | None, optimize: bool, providers: list[Provider]
 ) -> ort.InferenceSession:
-    if metadata.get(contract.PRECISION) == "fp32":
+    precision = _precision_of(metadata)
+    if precision is not None and precision.keeps_source:
         _check_weights(path)
     kind = metadata.get(contract.CACHE, "growing")
     options = ort.SessionOptions()
@@ -408,8 +410,14 @@ def _open(
 
 
 def _needs_exact_products(metadata: Mapping[str, str]) -> bool:
-    """Whether products of a w8a8 model that gpt2x 0.1.0 wrote would saturate here. (Since then, none can: ``PAIRS``.)"""
-    return metadata.get(contract.PRECISION) == "w8a8" and contract.PAIRS not in metadata and saturates()
+    """Whether integer products of a model that gpt2x 0.1.0 wrote would saturate here. (Since then, none can: ``PAIRS``.)"""
+    precision = _precision_of(metadata)
+    return precision is not None and precision.integer_products and contract.PAIRS not in metadata and saturates()
+
+
+def _precision_of(metadata: Mapping[str, str]) -> Precision | None:
+    """The precision that a model names. None if it names none, or an unknown one."""
+    return PRECISIONS.get(metadata.get(contract.PRECISION, ""))
 
 
 @cache
@@ -424,7 +432,7 @@ def saturates() -> bool:
 
 def _check_weights(path: Path) -> None:
     """Find a file of float32 weights that is truncated here, with a word on where: it is a safetensors file."""
-    for name in external_files(path) & {contract.data_file("fp32"), contract.OLD_WEIGHTS}:
+    for name in external_files(path) & {contract.data_file(), contract.OLD_WEIGHTS}:
         if (weights := path.with_name(name)).is_file():
             open_safetensors(weights)
 
@@ -481,7 +489,7 @@ def block_size(metadata: Mapping[str, str]) -> int | None:
 def _check_contract(model: OnnxDecoder) -> None:
     version = model.metadata.get(contract.CONTRACT, contract.CACHES.get(model.cache_kind))
     known = model.metadata.get(contract.LOGITS, "all") in ("all", "last") and version in contract.CACHES.values()
-    if not known or model.precision not in contract.SUFFIXES or model.cache_kind not in contract.CACHES:
+    if not known or model.precision not in PRECISIONS or model.cache_kind not in contract.CACHES:
         said = f"contract {version}, {model.precision}, {model.cache_kind} cache"[:100]
         raise CheckpointError(f"{model.path}: of a kind that this gpt2x does not know ({said}); is it a newer one's?")
     block_size(model.metadata)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..precisions import Bounds
 
 Array = NDArray[Any]
 
@@ -16,67 +18,18 @@ Array = NDArray[Any]
 BLOCK = 64  # positions that are compared at a time, so that memory stays small
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """How far logits may be apart. Errors are in shares of the largest logit.
-
-    A disagreement on the likeliest token, or on the five likeliest, counts where the yardstick's gap exceeds twice
-    ``max_abs_error``: under that it is a near tie, which rounding may decide either way.
-    """
-
-    max_abs_error: float = 1e-5  # of the largest logit of all
-    mean_abs_error: float = 2e-6
-    max_rel_error: float = 5e-5  # of the largest logit at the same position
-    mean_rel_error: float = 5e-6
-    kl_divergence: float = 1e-6  # nats, mean over positions
-    perplexity: float = 1e-5  # relative difference
-
-    def or_wider(self, metrics: Metrics, times: float) -> Bounds:
-        """The wider of these bounds and of so many times what exact arithmetic measures on a model."""
-        scale = metrics.max_logit or 1.0
-        apart = abs((metrics.perplexity_other or 1.0) / (metrics.perplexity or 1.0) - 1)
-        spread = math.sqrt(2 * metrics.kl_divergence / STEPS)  # of a mean over the fewest tokens that it is taken of
-        found = (
-            metrics.max_abs_error / scale,
-            metrics.mean_abs_error / scale,
-            metrics.max_rel_error,
-            metrics.mean_rel_error,
-            metrics.kl_divergence,
-            max(apart, spread),
-        )
-        return Bounds(*(max(own, times * value) for own, value in zip(astuple(self), found, strict=True)))
-
-
 FP32 = Bounds()
-
 
 # One pass against chunks of the same model.
 PREFILL = Bounds(1e-3, 2e-4, 5e-3, 5e-4, 1e-5, 1e-4)
 
 
-# Kind of numbers -> how far its logits may be from the source's, the narrowest first: about three times what was measured
-# on the model that ships with gpt2x (``docs/design.md`` lists it). fp16 was measured where it is computed in half floats, on
-# an emulated Neoverse N1; most x86 processors compute it in float32, with a hundredth of the KL. What each precision stores
-# is also compared with the source, block by block (``gpt2x.stored``).
-CACHE8 = "8-bit cache"
-
-
-BOUNDS = {
-    "fp32": FP32,
-    "fp16": Bounds(8e-3, 7e-4, 1.7e-2, 1.5e-3, 3e-5, 1.4e-3),
-    CACHE8: Bounds(1.2e-2, 2.5e-3, 2e-2, 2.5e-3, 4e-5, 3e-3),
-    "int8": Bounds(3e-2, 7e-3, 5.5e-2, 7e-3, 3e-4, 4e-3),
-    "w8a8": Bounds(5e-2, 8e-3, 8e-2, 8e-3, 6e-4, 6e-3),
-    "int4": Bounds(3e-1, 5e-2, 4.5e-1, 5e-2, 2.5e-2, 1e-1),
-}
-
+# Logits of any precision with an int8 KV cache. The bounds of precisions are in ``gpt2x.precisions``.
+CACHE8 = Bounds(1.2e-2, 2.5e-3, 2e-2, 2.5e-3, 4e-5, 3e-3)
 
 TIMES = 3  # a bound, as a multiple of what was measured
 
-
-# The same where exact arithmetic was measured: an ARM processor sums halves in halves, which loses three times as much.
-TIMES_EXACT = {"fp16": 9}
-
+STEPS = 64  # tokens that are fed one by one from the start
 
 FEW = 16  # positions, over which a mean is not one yet
 
@@ -233,4 +186,28 @@ def perplexity(logits: Array, targets: Sequence[int]) -> float:
     return float(np.exp(-np.concatenate(lost).mean()))
 
 
-STEPS = 64  # tokens that are fed one by one from the start
+def widened(bounds: Bounds, metrics: Metrics, times: float) -> Bounds:
+    """Bounds of at least ``times`` the error that exact arithmetic has on a model.
+
+    Args:
+        metrics: of exact arithmetic against the reference.
+    """
+    scale = metrics.max_logit or 1.0
+    ratio = (metrics.perplexity_other or 1.0) / (metrics.perplexity or 1.0)
+    # The standard deviation of a mean of so few positions: less than that cannot be told from chance.
+    spread = math.sqrt(2 * metrics.kl_divergence / STEPS)
+    measured = Bounds(
+        max_abs_error=metrics.max_abs_error / scale,
+        mean_abs_error=metrics.mean_abs_error / scale,
+        max_rel_error=metrics.max_rel_error,
+        mean_rel_error=metrics.mean_rel_error,
+        kl_divergence=metrics.kl_divergence,
+        perplexity=max(abs(ratio - 1), spread),
+    )
+    pairs = zip(astuple(bounds), astuple(measured), strict=True)
+    return Bounds(*(max(bound, times * error) for bound, error in pairs))
+
+
+def loosest(bounds: Iterable[Bounds]) -> Bounds:
+    """The bounds that allow the largest errors."""
+    return max(bounds, key=lambda one: one.max_abs_error)

@@ -16,14 +16,11 @@ from converters.io.reading import File
 from converters.tensors import F32
 
 from .. import contract
+from ..precisions import Precision
 from ..precisions.quantize import SLICE, dequantize, unpack4
-from ..precisions.weights import BITS, TABLES
+from ..precisions.stored import TABLES
 from ..runtimes.onnxruntime import block_size
 from .checks import Check
-
-# How far a block of weights may be from the source's. Rounding to nearest loses 1% and 10%; rounding by a text moves
-# weights further, those of small blocks too, to lose less in the end. A long column of w8a8 may hang on one large number.
-LOSSES = {"int8": 0.1, "w8a8": 0.25, "int4": 0.6}
 
 Array = NDArray[Any]
 
@@ -72,39 +69,52 @@ def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
         yield name, Stored(numbers, scale, given or len(numbers))  # or a whole column
 
 
-def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
-    """Every weight of an ONNX model, dequantised, against the checkpoint's: the worst block of each.
+def compare_stored(a: Checkpoint, path: Path, precision: Precision) -> Check:
+    """Compare every weight of an ONNX model, dequantized, with the checkpoint's.
 
     Raises:
-        FormatError: if the file of weights is not whole.
+        FormatError: if the file of weights is truncated.
     """
     calibrated = read_metadata(path).get(contract.ROUNDING) == "calibrated"
     tensors = a.cast(F32).tensors
-    faults, worst, bound = [], 0.0, LOSSES.get(precision, 0)
+    faults: list[str] = []
+    worst = 0.0  # error of a block, relative to the block
     for name, found in read_stored(path, a.config.shapes()):
-        expected = tensors[name].read()
         if found is None:
             faults.append(f"{name} is missing")
             continue
+        expected = tensors[name].read()
         if name in TABLES and found.scale is not None:
             expected = expected.T
-        if found.numbers.shape != expected.shape:
-            faults.append(f"{name} is {list(found.numbers.shape)}, not {list(expected.shape)}")
-        elif found.scale is None:
-            same = (found.numbers == expected.astype(found.numbers.dtype)).all()
-            faults += [] if same else [f"{name} is not the source's"]
-        elif not found.fits:
-            faults.append(f"{name} has scales {list(found.scale.shape)}, which are not of blocks of {found.block}")
-        else:
+        fault = _fault_of_layout(found, expected) or _fault_of_plain(found, expected)
+        if fault is None and found.scale is not None:
             lost = _loss(expected, found.values(), found.block, calibrated)
             worst = max(worst, lost)
-            if not lost <= bound:
-                faults.append(f"{name} has a block that is {lost:.0%} off (bound {bound:.0%})")
+            if not lost <= precision.worst_block:
+                fault = f"has a block with a relative error of {lost:.0%} (bound {precision.worst_block:.0%})"
+        if fault is not None:
+            faults.append(f"{name} {fault}")
     n = len(a.tensors)
-    result = (
-        f"{n} of {n} tensors, the worst block {worst:.1%} off" if precision in BITS else f"{n} of {n} tensors rounded"
-    )
-    return Check("weights", not faults, "; ".join(faults[:3]) or result, {"worst_block": worst, "failures": faults})
+    passed = f"worst block {worst:.1%} off" if precision.bits else "each rounded exactly"
+    result = "; ".join(faults[:3]) or f"{n} of {n} tensors, {passed}"
+    return Check("weights", not faults, result, {"worst_block": worst, "failures": faults})
+
+
+def _fault_of_layout(found: Stored, expected: Array) -> str | None:
+    """What is wrong with the shapes of a weight and its scales."""
+    if found.numbers.shape != expected.shape:
+        return f"is {list(found.numbers.shape)}, not {list(expected.shape)}"
+    if found.scale is not None and not found.fits:
+        return f"has scales {list(found.scale.shape)}, which do not match blocks of {found.block}"
+    return None
+
+
+def _fault_of_plain(found: Stored, expected: Array) -> str | None:
+    """What is wrong with the values of a weight that is not quantized."""
+    if found.scale is not None:
+        return None
+    same = (found.numbers == expected.astype(found.numbers.dtype)).all()
+    return None if same else "differs from the source"
 
 
 def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Array:

@@ -19,11 +19,13 @@ from converters.formats import WEIGHTS
 from converters.tensors import F32
 from converters.tokenizer import TokenizerFiles
 
+from .. import contract
+from ..precisions import DEFAULT, PRECISIONS, Bounds, Precision
 from ..runtimes.base import Subject
 from ..runtimes.opening import gpt2x_model, kind_of, open_subject
 from ..runtimes.transformers import Transformers, Uncached
 from .checks import Check
-from .metrics import BOUNDS, CACHE8, FP32, TIMES, TIMES_EXACT, Bounds, measure
+from .metrics import CACHE8, FP32, loosest, measure, widened
 from .sample_text import sample_ids
 from .scenarios import compare_runs, one_pass
 from .weights import _compare_files, compare_release, compare_weights, rounded_like
@@ -155,7 +157,7 @@ def _run_again(
         f"{precision} loses more on this model than on most: computed exactly, its KL divergence is "
         f"{found.kl_divergence:.1e}; the bounds are {times} times the exact result"
     )
-    bounds = bounds_of(subject).or_wider(found, times)
+    bounds = widened(bounds_of(subject), found, times)
     return [Check("bounds", None, said), *_runs(yardstick, subject, tokenizer, text, bounds)]
 
 
@@ -241,19 +243,19 @@ def _installed(module: str) -> bool:
 
 def precision_of(subject: Subject) -> str:
     """How a model stores its weights; all but some ONNX are fp32."""
-    return str(getattr(subject, "precision", "fp32"))
+    return str(getattr(subject, "precision", DEFAULT))
 
 
 def bounds_of(*subjects: Subject) -> Bounds:
     """How far two models may be apart: as far as the coarser's numbers, of weights or cache, let them."""
-    kinds = [precision_of(subject) for subject in subjects]
-    kinds += [CACHE8 for subject in subjects if getattr(subject, "cache_kind", "").endswith("int8")]
-    return BOUNDS[max(kinds, key=list(BOUNDS).index)]
+    found = [PRECISIONS[precision_of(subject)].bounds for subject in subjects]
+    found += [CACHE8 for subject in subjects if contract.has_int8_cache(getattr(subject, "cache_kind", ""))]
+    return loosest(found)
 
 
 def times_exact(subject: Subject) -> int:
     """A bound, as a multiple of what exact arithmetic gives in this precision."""
-    return TIMES_EXACT.get(precision_of(subject), TIMES)
+    return PRECISIONS[precision_of(subject)].exact_multiple
 
 
 # ------------------------------------------------------------------------------------------------- single checks
@@ -274,8 +276,9 @@ def _compare_beside(a: Checkpoint, b: Path, seen: Sequence[Path]) -> list[Check]
 
 def _compare_onnx(a: Checkpoint, b: Path, subject: Subject) -> list[Check]:
     """The weights that an ONNX model has by their names, and any others in its directory."""
-    if (stored := precision_of(subject)) != "fp32":
-        return [_compare_stored(a, subject, stored), *_compare_beside(a, b, a.files)]
+    precision = PRECISIONS[precision_of(subject)]
+    if not precision.keeps_source:
+        return [_compare_stored(a, subject, precision), *_compare_beside(a, b, a.files)]
     try:
         used = open_checkpoint(subject.path)  # type: ignore[attr-defined]
     except ConversionError as error:
@@ -284,7 +287,7 @@ def _compare_onnx(a: Checkpoint, b: Path, subject: Subject) -> list[Check]:
     return [*checks, compare_tokenizers(a, used)]
 
 
-def _compare_stored(a: Checkpoint, subject: Subject, precision: str) -> Check:
+def _compare_stored(a: Checkpoint, subject: Subject, precision: Precision) -> Check:
     """What an ONNX model of another precision than fp32 stores, against the checkpoint."""
     if not _installed("onnx"):
         return Check("weights", None, "not compared: needs onnx (pip install 'gpt2x[export]')")

@@ -15,9 +15,10 @@ from converters import CheckpointError
 
 from ..generation.loop import Generation
 from ..generation.sampling import Sampling
+from ..precisions import Bounds
 from ..runtimes.base import Decoder, Subject
 from .checks import Check
-from .metrics import FP32, PREFILL, STEPS, Array, Bounds, Metrics, measure
+from .metrics import FP32, PREFILL, STEPS, Array, Metrics, measure
 
 GREEDY_TOKENS = 200
 ROWS = 5  # of a batch

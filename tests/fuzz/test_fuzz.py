@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import worker
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
 from mutate import mutated
 from run import fuzz
 from seeds import HARMFUL, MAKERS, load_seeds, make_seeds, zipped

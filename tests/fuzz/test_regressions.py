@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, arrays_of, random_checkpoint
+from checkpoints import TINY, arrays_of, random_checkpoint
 from guard import MEMORY, status
 
 from converters import (
