@@ -292,7 +292,7 @@ def test_an_opset_that_a_precision_cannot_have_is_refused(tmp_path, gpt2x):
     result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--opset", 19)
     assert_refused(result, "opset 19 is too low for fp32 with --cache growing: 20 to 23 are supported")
     assert not (tmp_path / "d").exists()
-    with pytest.raises(ValueError, match="opset is 24; it can be 17 to 23"):
+    with pytest.raises(ValueError, match="opset is 24; it must be 17 to 23"):
         ExportOptions(opset=24)
 
 
