@@ -98,7 +98,7 @@ def test_a_single_file_above_2_gb_is_refused_before_anything_is_written(tmp_path
     monkeypatch.setattr("gpt2x.export.onnx_plan.MAX_SINGLE_FILE", 1_000_000)
     monkeypatch.chdir(tmp_path)
     refused = gpt2x("export", SHAKESPEARE, "--onnx", "d", "--single-file", "--precision", "fp32,int8")
-    assert_refused(refused, "onnx/model.onnx: would be 0.0 GB, and one ONNX file holds 2 GB: leave --single-file out")
+    assert_refused(refused, "onnx/model.onnx: would be 0.0 GB, and one ONNX file holds 2 GB: remove --single-file")
     assert list(Path().iterdir()) == []
     monkeypatch.setattr("gpt2x.export.onnx_plan.MAX_SINGLE_FILE", MAX_SINGLE_FILE)
     monkeypatch.setattr("gpt2x.export.single_file.MAX_SINGLE_FILE", 1_000_000)  # found out when it is written
