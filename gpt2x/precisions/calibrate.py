@@ -1,4 +1,4 @@
-"""The float32 model run on a calibration text: Hessians for GPTQ, scales of an int8 cache, and the largest activations."""
+"""The float32 model run on a calibration text: Hessians for GPTQ, scales of an int8 cache, largest activations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Hessians = dict[str, NDArray[np.float32]]
 def hessians(checkpoint: Checkpoint, ids: Sequence[int]) -> Iterator[Hessians]:
     """Canonical name of a matrix -> (K, K), the mean of ``x x^T`` over the rows that it is multiplied with.
 
-    Yields those of one transformer block at a time, so that no more are in memory; at last those of the logits, under the
-    name of their table.
+    Yields those of one transformer block at a time, so that no more are in memory; at last those of the logits, under
+    the name of their table.
     """
     model = model_of(checkpoint).eval()
     pieces = _pieces(checkpoint, ids)

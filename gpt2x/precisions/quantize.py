@@ -1,8 +1,8 @@
 """Quantization in blocks of integers that share a scale, for ONNX's ``DequantizeLinear``.
 
 A matrix (K, N) is split along K, the axis that a product sums over, into blocks of B values; a shorter last block has a
-scale of its own. There is no zero point: 8 bits are -127 to 127, 4 bits -8 to 7. Each block gets the scale with the smallest
-squared error, of a few near the one that just covers its largest value.
+scale of its own. There is no zero point: 8 bits are -127 to 127, 4 bits -8 to 7. Each block gets the scale with the
+smallest squared error, of a few near the one that just covers its largest value.
 
 With a Hessian, rounding errors are compensated by later values of the same column: GPTQ ("GPTQ: Accurate Post-Training
 Quantization for Generative Pre-trained Transformers", 2023).
@@ -43,9 +43,9 @@ def quantize(matrix: Array, bits: int, block: int, hessian: Array | None = None,
     Args:
         bits: 8 or 4.
         hessian: (K, K), the mean of ``x x^T`` over the inputs of the product, for GPTQ; None rounds to nearest.
-        paired: keep the sum of rows 2i and 2i + 1 of each column within -128 to 128 (8 bits, blocks of an even number of
-            rows). x86 processors without VNNI add two such products with uint8 activations in int16 (``vpmaddubsw``),
-            which saturates otherwise.
+        paired: keep the sum of rows 2i and 2i + 1 of each column within -128 to 128 (8 bits, blocks of an even number
+            of rows). x86 processors without VNNI add two such products with uint8 activations in int16
+            (``vpmaddubsw``), which saturates otherwise.
     """
     if hessian is None:
         method = partial(_nearest, paired=paired)
