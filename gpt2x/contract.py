@@ -39,8 +39,8 @@ ROUNDING = "gpt2x.rounding"  # of quantized precisions: "nearest", or "calibrate
 PAIRS = "gpt2x.pair_sums"  # of integer products: the largest sum of two adjacent weights; up to 128, int16 holds it
 RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the model
 
-# The first version of ONNX Runtime that has an opset, and that has the attention of a kind of cache. Precisions may need a
-# later one. ``make test-versions`` measures them all.
+# The first version of ONNX Runtime that has an opset, and that has the attention of a kind of cache. Precisions may
+# need a later one. ``make test-versions`` measures them all.
 OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 21), 23: (1, 23)}
 OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 28)}  # 1.27 gives wrong results in a batch
 

@@ -148,3 +148,9 @@ def test_the_training_example_trains_and_saves_what_can_be_used(gpt2x, tmp_path,
 def test_a_tiny_model_is_enough_for_every_format(tmp_path):
     for kind in WRITERS:
         save_checkpoint(random_checkpoint(), tmp_path / kind, kind)
+
+
+def test_the_list_of_commands_cuts_no_line(gpt2x):
+    lines = gpt2x("--help").stdout.split("Commands:")[1].split("Exit codes")[0].strip().splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)

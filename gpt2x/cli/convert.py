@@ -16,7 +16,7 @@ WRITTEN = ("safetensors", "bin", "hf", "tf", "nanogpt", "llmc", "gguf")
 DIRECTORIES = ("hf", "tf")
 
 
-@click.command()
+@click.command(short_help="Convert GPT-2 weights to another format.")
 @click.argument("src")
 @click.argument("dst")
 @click.option("--to", type=click.Choice(WRITTEN), help="Format of DST where its name does not say it.")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from converters import Format
 
 
-@click.command()
+@click.command(short_help="List the supported formats.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def formats(as_json: bool) -> None:
     """List the formats that are read and written, and what each can hold.

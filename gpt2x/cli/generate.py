@@ -9,7 +9,7 @@ import click
 from .source import PRECISION, runnable
 
 
-@click.command()
+@click.command(short_help="Continue a prompt.")
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(min=0), default=100, show_default=True)

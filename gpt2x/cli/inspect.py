@@ -14,7 +14,7 @@ from .source import PRECISION, runnable
 from .text import printable
 
 
-@click.command()
+@click.command(short_help="Show format, sizes, configuration and checksums of a model.")
 @click.argument("path")
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
 @click.option(

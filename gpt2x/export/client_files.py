@@ -85,8 +85,8 @@ def genai_config(config: GPT2Config, precision: str = DEFAULT, cache: str = "gro
 
 
 def with_transformers_js(config: bytes, where: Path, locations: Locations, cache: str) -> bytes:
-    """``config.json`` with what transformers.js must know of the models: which have their weights in a file beside them,
-    and which have a float16 cache. Everything else stays as it is.
+    """``config.json`` with what transformers.js must know of the models: which have their weights in a file beside
+    them, and which have a float16 cache. Everything else stays as it is.
 
     Args:
         where: the path for messages.

@@ -1,5 +1,5 @@
-"""The directory around an ONNX model, which ONNX Runtime, onnxruntime-genai, optimum and transformers.js load as it is, from
-a disk and from the Hub. It holds one copy of the weights.
+"""The directory around an ONNX model, which ONNX Runtime, onnxruntime-genai, optimum and transformers.js load as it
+is, from a disk and from the Hub. It holds one copy of the weights.
 
 An export plans (``onnx_plan``), writes into a staging directory, and publishes that in one step.
 """
@@ -49,8 +49,8 @@ def export_onnx(
 ) -> Exported:
     """Write a checkpoint as a directory with an ONNX model of each precision. All files appear at once, or none.
 
-    In the source's own directory, this adds ``onnx/`` and the files that are missing beside it. In a directory with other
-    precisions of the same model, it adds the new ones, and a README with all of them.
+    In the source's own directory, this adds ``onnx/`` and the files that are missing beside it. In a directory with
+    other precisions of the same model, it adds the new ones, and a README with all of them.
 
     Args:
         force: replace existing files.

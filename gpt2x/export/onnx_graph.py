@@ -1,7 +1,8 @@
 """GPT2 -> ONNX: the model is traced by ``torch.fx``, and one table translates its operators.
 
 No weight is read: the model is on the meta device, and an initializer names the place of its bytes in a file.
-Sources: ONNX's operator specifications (opset 17 to 23) and its external data format (``docs/ExternalData.md`` of onnx).
+Sources: ONNX's operator specifications (opset 17 to 23) and its external data format (``docs/ExternalData.md`` of
+onnx).
 """
 
 from __future__ import annotations
@@ -257,8 +258,8 @@ def _additive(g: Graph, mask: Value, dtype: str) -> Value:
 
 
 class InPlaceAttention:
-    """``GroupQueryAttention``, which writes new keys and values into the buffer of the cache. It takes q, k and v as one
-    tensor, and instead of a mask the number of tokens in each row.
+    """``GroupQueryAttention``, which writes new keys and values into the buffer of the cache. It takes q, k and v as
+    one tensor, and instead of a mask the number of tokens in each row.
 
     Args:
         scales: of keys and values in each layer, for an int8 cache.
@@ -303,8 +304,8 @@ def _lengths(g: Graph) -> tuple[Value, Value]:
 
 # --------------------------------------------------------------------------------------------------------- the table
 
-# torch's operator (a function, a method's name, or the class of a module) -> ONNX's. An operator that is neither here nor
-# among those that depend on the precision and the cache stops the export.
+# torch's operator (a function, a method's name, or the class of a module) -> ONNX's. An operator that is neither here
+# nor among those that depend on the precision and the cache stops the export.
 OPERATORS: dict[Any, Operator] = {
     getattr: _attribute,
     operator.getitem: _item,

@@ -1,4 +1,4 @@
-"""Which files an ONNX export writes, replaces and keeps. Everything that can be refused is refused here, before the work."""
+"""Which files an ONNX export writes, replaces and keeps. Whatever can be refused before the work is refused here."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Plan:
     superseded: list[str]
 
     def rivals(self, path: Path) -> list[str]:
-        """Files that stay in a directory and would be read together with the new ones. Empty if all are meant to stay."""
+        """Files that would stay and be read together with the new ones. Empty if all are meant to stay."""
         if self.kept:
             return []
         models = (path / "onnx").glob("*.onnx*") if (path / "onnx").is_dir() else []
@@ -134,7 +134,7 @@ def _check_model(request: Request) -> None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
     if contract.stays(options.cache) and checkpoint.config.head_dim % 8:
         raise ConfigError(
-            f"a cache in place needs a head dimension that is a multiple of 8 (GroupQueryAttention), and this model's is "
+            f"a cache in place (GroupQueryAttention) needs a head dimension that is a multiple of 8, this model has "
             f"{checkpoint.config.head_dim}: export it with --cache growing"
         )
     if path.name == "onnx" and any(path / "onnx" not in file.parents for file in models_in(path).values()):
@@ -284,9 +284,9 @@ def _large_files(request: Request, kept: bool) -> list[str]:
 
 def _check_large(request: Request, large: list[str]) -> None:
     """Refuse to replace models of a directory that is kept, unless ``force`` is given."""
-    existing = next((file for name in large if os.path.lexists(file := request.path / name)), None)
-    if existing is not None and not request.force:
-        raise DestinationError(f"{existing}: exists already; --force replaces it")
+    for file in (request.path / name for name in large):
+        if os.path.lexists(file) and not request.force:
+            raise DestinationError(f"{file}: exists already; --force replaces it")
 
 
 def _card_name(request: Request, kept: bool) -> str | None:

@@ -28,8 +28,8 @@ class ExportOptions:
         precisions: names of ``gpt2x.precisions.PRECISIONS``, a model for each; onnxruntime-genai runs the first.
         cache: one of ``contract.CACHES``.
         last: compute the logits of the last position only.
-        calibration: token ids for GPTQ and for the scales of an int8 cache. By default weights are rounded to nearest, and
-            the scales are chosen on a scene of Shakespeare's.
+        calibration: token ids for GPTQ and for the scales of an int8 cache. By default weights are rounded to nearest,
+            and the scales are chosen on a scene of Shakespeare's.
         block: how many weights share a scale, in precisions with a choice.
         opset: the ONNX opset; by default the lowest that has all operators.
         single_file: put the weights into each ``.onnx`` file, instead of into a file beside it.

@@ -39,13 +39,13 @@ class Blockwise(QuantizedPrecision):
         return round_inputs(model, lambda x, after_gelu: by_block(x, block))
 
 
-def _dequantize(g: Graph, numbers: Value, scales: Value, axis: int, length: int, block: int) -> Value:
+def _dequantize(g: Graph, numbers: Value, scales: Value, axis: int, length: int, block: int) -> Any:
     """Integers times the scales of their blocks, along an axis of this length, in float32."""
     if g.has_blocks:
-        return g.op("DequantizeLinear", numbers, scales, dtype="float32", axis=axis, block_size=block)  # type: ignore[no-any-return]
+        return g.op("DequantizeLinear", numbers, scales, dtype="float32", axis=axis, block_size=block)
     block_of_each = [i // block for i in range(length)]
     places = g.inline(f"blocks_of_{length}_by_{block}", block_of_each, "int64")
-    return g.op("Mul", g.cast(numbers, "float32"), g.op("Gather", scales, places, axis=axis))  # type: ignore[no-any-return]
+    return g.op("Mul", g.cast(numbers, "float32"), g.op("Gather", scales, places, axis=axis))
 
 
 INT8 = Blockwise(

@@ -114,7 +114,7 @@ class Graph:
         return self._shared[key]  # type: ignore[no-any-return]
 
     def values(self, *arguments: Any) -> list[Value]:
-        """Arguments as values of one dtype: numbers become constants, weights initializers. float32 wins over others."""
+        """Arguments as values of one dtype, float32 if any is. Numbers become constants, weights initializers."""
         found = [self.plain(a) if isinstance(a, Weight) else a for a in arguments]
         dtypes = [a.dtype for a in found if isinstance(a, Value)]
         dtype = "float32" if "float32" in dtypes else dtypes[0]

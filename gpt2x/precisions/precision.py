@@ -1,4 +1,4 @@
-"""The base class of all precisions: the facts of one, how it stores weights, and how the ONNX graph computes with them."""
+"""The base class of precisions: the facts of one, how it stores weights, how the ONNX graph computes with them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Bounds:
     """The largest errors of logits that pass. Absolute errors are relative to the largest logit.
 
-    Top-1 or top-5 disagreement counts only where the reference's gap exceeds twice ``max_abs_error``: a smaller gap is a
-    near tie, which rounding may decide either way.
+    Top-1 or top-5 disagreement counts only where the reference's gap exceeds twice ``max_abs_error``: a smaller gap is
+    a near tie, which rounding may decide either way.
     """
 
     max_abs_error: float = 1e-5  # relative to the largest logit of all positions
@@ -44,8 +44,8 @@ class Precision(ABC):
         transformers_js: transformers.js's name of this precision (its ``dtype`` option).
         about: one line for the model card.
         bytes_per_weight: the size of a weight in the file, without scales.
-        bounds: the largest errors of logits against the source: about three times what was measured on the shipped model
-            (``docs/design.md`` lists the figures).
+        bounds: the largest errors of logits against the source: about three times what was measured on the shipped
+            model (``docs/design.md`` lists the figures).
         exact_multiple: the same as a multiple of the error of exact arithmetic on the same model.
         worst_block: the largest root mean square error of a block of weights, relative to the block. 0 if no weight is
             quantized.
@@ -56,8 +56,9 @@ class Precision(ABC):
         integer_products: whether products are computed in integers: uint8 activations times int8 weights.
         for_cpu: whether it is useful on a CPU.
         min_opset: the first ONNX opset that has its data types.
-        runtime_by_opset: from this opset on, the first version of ONNX Runtime that runs it, if later than the opset's own.
-        runtime_by_cache: kind of cache -> the same, if later than the cache's own.
+        runtime_by_opset: from this opset on, the first version of ONNX Runtime that runs it, if later than that of
+            the opset.
+        runtime_by_cache: kind of cache -> the same, if later than that of the cache.
     """
 
     name: str

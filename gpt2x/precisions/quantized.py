@@ -111,10 +111,10 @@ def _parts(g: Graph, name: str, stored: Quantized) -> list[Value]:
     return [g.piece(name, stored.q), g.piece(f"{name}_scale", stored.scale)]
 
 
-def _gather(g: Graph, ids: Value, name: str, q: Piece) -> Value:
+def _gather(g: Graph, ids: Value, name: str, q: Piece) -> Any:
     """Rows of integers, (B, T, C), as int8."""
     if q.dtype != "int4":
-        return g.op("Gather", g.piece(name, q), ids, axis=0)  # type: ignore[no-any-return]
+        return g.op("Gather", g.piece(name, q), ids, axis=0)
     # Gather takes no int4: the same bytes are also an initializer of uint8, two values each.
     V, C = q.shape
     pairs_of_table = q._replace(dtype="uint8", shape=(V, C // 2))

@@ -52,8 +52,8 @@ def write_half(writer: Writer, name: str, array: NDArray[np.float32], largest: f
 def write_quantized(
     writer: Writer, name: str, array: NDArray[np.float32], bits: int, block: int, hessian: Any, paired: bool
 ) -> Quantized:
-    """Quantize a matrix and append its integers and scales. Arguments as of ``quantize``; a table is quantized along its
-    second axis.
+    """Quantize a matrix and append its integers and scales. Arguments as of ``quantize``; a table is quantized along
+    its second axis.
 
     Raises:
         ConversionError: if the Hessian is not finite.
@@ -82,7 +82,7 @@ def check_finite(name: str, array: NDArray[np.float32], precision: str) -> None:
 def with_hessians(
     checkpoint: Checkpoint, calibration: Sequence[int] | None
 ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Each weight's name, values, and Hessian (None without calibration): transformer blocks in order, then the rest."""
+    """Each weight's name, values and Hessian (None without calibration): blocks in order, then the rest."""
     in_order = sorted(checkpoint.tensors, key=lambda name: not name.startswith("h."))
     if not calibration:
         for name in in_order:

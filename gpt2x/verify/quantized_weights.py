@@ -1,4 +1,4 @@
-"""What an ONNX model stores of each weight, against the checkpoint that it was made from."""
+"""Compare the weights that an ONNX model stores with those of the checkpoint that it was made from."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Array = NDArray[Any]
 
 
 class Stored(NamedTuple):
-    """What a model stores of a weight: numbers, and their scales if it is quantised. Both (K, ...), K being the axis that a
-    product sums over, and ``block`` of which share a scale."""
+    """A weight as a model stores it: values, or integers and their scales if it is quantized. The first axis is the one that
+    a product sums over; ``block`` values along it share a scale."""
 
     numbers: Array
     scale: Array | None
@@ -40,18 +40,17 @@ class Stored(NamedTuple):
         return self.scale is None or self.scale.shape == (blocks, self.numbers.shape[1])
 
     def values(self) -> NDArray[np.float32]:
-        """What they stand for."""
+        """The weight, dequantized."""
         if self.scale is None:
             return self.numbers.astype(np.float32)
         return dequantize(self.numbers, self.scale, self.block)
 
 
 def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Stored | None]]:
-    """Each weight of an ONNX model in turn; None where it has none of this name. The tables of tokens are transposed, if
-    they are quantised.
+    """Each weight of an ONNX model in turn; None if the model has no weight of this name. Quantized tables are transposed.
 
     Raises:
-        FormatError: if the file of weights is not whole.
+        FormatError: if the file of weights is truncated.
     """
     model = onnx.load(path, load_external_data=False)
     initializers = {tensor.name.removesuffix("_pairs"): tensor for tensor in model.graph.initializer}
@@ -61,12 +60,13 @@ def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
         if name not in initializers:
             yield name, None
             continue
-        numbers, scale = _array(path, initializers[name], shape), None
+        numbers = _array(path, initializers[name], shape)
+        scale = None
         if f"{name}_scale" in initializers:
             scale = _array(path, initializers[f"{name}_scale"])
         if name in TABLES and scale is not None:
             numbers, scale = numbers.T, scale.T
-        yield name, Stored(numbers, scale, given or len(numbers))  # or a whole column
+        yield name, Stored(numbers, scale, given or len(numbers))  # without a block size, a column has one scale
 
 
 def compare_stored(a: Checkpoint, path: Path, precision: Precision) -> Check:
@@ -118,7 +118,7 @@ def _fault_of_plain(found: Stored, expected: Array) -> str | None:
 
 
 def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Array:
-    """An initializer in an external file; one of pairs of 4-bit numbers as those numbers, in their own shape."""
+    """An initializer, 4-bit integers unpacked to ``shape``."""
     facts = {entry.key: entry.value for entry in tensor.external_data}
     try:
         if not facts:
@@ -126,7 +126,7 @@ def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Arr
         file = File(path.parent / Path(facts.get("location", path.name)).name)
         return _numbers(tensor, file.read(int(facts["offset"]), int(facts["length"])), shape)
     except (KeyError, ValueError):
-        raise FormatError(f"{path}: {tensor.name[:100]} is not stored as gpt2x stores it") from None
+        raise FormatError(f"{path}: {tensor.name[:100]} is not stored in the way that gpt2x writes it") from None
 
 
 def _numbers(tensor: Any, data: bytes, shape: tuple[int, ...] | None) -> Array:
@@ -137,8 +137,8 @@ def _numbers(tensor: Any, data: bytes, shape: tuple[int, ...] | None) -> Array:
 
 
 def _loss(expected: Array, found: Array, block: int, column: bool) -> float:
-    """The largest error of any block along the first axis, (K, N) each: root of the mean square, as a share of the block's
-    own, or with ``column`` of its whole column's where that is larger. Of zeros, 0 or infinite."""
+    """The largest root mean square error of a block along the first axis of (K, N), relative to the root mean square of the
+    block, or with ``column`` to that of its column if it is larger. Of a block of zeros, 0 or infinity."""
     starts = np.arange(0, len(expected), block)
     lengths = np.diff([*starts, len(expected)])[:, None]
     worst = 0.0

@@ -99,7 +99,7 @@ def test_a_single_file_above_2_gb_is_refused_before_anything_is_written(tmp_path
     monkeypatch.setattr("gpt2x.export.onnx_plan.MAX_SINGLE_FILE", 1_000_000)
     monkeypatch.chdir(tmp_path)
     refused = gpt2x("export", SHAKESPEARE, "--onnx", "d", "--single-file", "--precision", "fp32,int8")
-    assert_refused(refused, "onnx/model.onnx: would be 0.0 GB, and one ONNX file holds 2 GB: leave --single-file out")
+    assert_refused(refused, "onnx/model.onnx: would be 0.0 GB, and one ONNX file holds 2 GB: remove --single-file")
     assert list(Path().iterdir()) == []
     monkeypatch.setattr("gpt2x.export.onnx_plan.MAX_SINGLE_FILE", MAX_SINGLE_FILE)
     monkeypatch.setattr("gpt2x.export.single_file.MAX_SINGLE_FILE", 1_000_000)  # found out when it is written
@@ -293,7 +293,7 @@ def test_an_opset_that_a_precision_cannot_have_is_refused(tmp_path, gpt2x):
     result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--opset", 19)
     assert_refused(result, "opset 19 is too low for fp32 with --cache growing: 20 to 23 are supported")
     assert not (tmp_path / "d").exists()
-    with pytest.raises(ValueError, match="opset is 24; it can be 17 to 23"):
+    with pytest.raises(ValueError, match="opset is 24; it must be 17 to 23"):
         ExportOptions(opset=24)
 
 
