@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,6 +17,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from converters import Checkpoint, GPT2Config, LazyTensor
+from converters.containers.container import Container
+from converters.opening.assemble import assemble as last_step
+from converters.opening.configure import Stated, resolve
+from converters.opening.recognise import recognise
+from converters.opening.unwrap import unwrap
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
@@ -41,6 +47,20 @@ def random_checkpoint(config: GPT2Config = TINY, seed: int = 0) -> Checkpoint:
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in config.shapes().items()}
     return Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
+
+
+def assemble(
+    container: Container,
+    stated: Mapping[str, Any],
+    stated_in: str,
+    *,
+    n_head: int | None = None,
+    n_vocab: int | None = None,
+    tie: bool = False,
+) -> Checkpoint:
+    """A checkpoint of an open container and a configuration: the steps of ``open_checkpoint`` between the two."""
+    parameters = recognise(unwrap(container), n_vocab)
+    return last_step(parameters, resolve(parameters, Stated(stated, stated_in), n_head), tie)
 
 
 def arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from conftest import TINY, arrays_of, assemble, assert_same_bytes, random_checkpoint
 
 from converters import (
     Checkpoint,
@@ -21,7 +21,8 @@ from converters import (
     open_checkpoint,
     save_checkpoint,
 )
-from converters.config import from_hf, from_hparams, to_hf, to_hparams
+from converters.config import from_hf, to_hf
+from converters.formats.tensorflow import from_hparams, to_hparams
 from converters.tensors import BF16, F16, F32, F64
 
 # -------------------------------------------------------------------------------------------------- the shard index
@@ -254,16 +255,13 @@ def test_heads_are_asked_for_where_nothing_states_them(tmp_path):
 
 def lazy(config):
     """A checkpoint of a published size without its gigabytes."""
-    import converters.checkpoint as module
     from converters.containers.container import Container
 
     def never():
         raise AssertionError("nothing is read")
 
     tensors = {name: LazyTensor(F32, shape, never) for name, shape in config.shapes().items()}
-    return lambda stated, n_head=None: module.assemble(
-        Container("m", "m", tensors), stated, "config.json", n_head=n_head
-    )
+    return lambda stated, n_head=None: assemble(Container("m", "m", tensors), stated, "config.json", n_head=n_head)
 
 
 @pytest.mark.parametrize(

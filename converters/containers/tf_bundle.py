@@ -293,12 +293,6 @@ def _check_tiling(places: list[tuple[slice, ...]], shape: tuple[int, ...], where
         raise FormatError(f"{where}: its slices leave a gap")
 
 
-# ------------------------------------------------------------------------------------ the table (LevelDB's format)
-
-
-# ------------------------------------------------------------------------------------------------ protobuf, in short
-
-
 # ------------------------------------------------------------------ the key of a slice (TensorFlow's "ordered code")
 
 

@@ -218,7 +218,7 @@ def _check_apart(targets: list[str]) -> None:
 
 
 def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:
-    from converters.formats import tokenizer_in
+    from converters.opening import tokenizer_in
 
     if without:
         return replace(checkpoint, tokenizer=None)

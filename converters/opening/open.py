@@ -1,0 +1,79 @@
+"""Step 2: open the container, recognised by its first bytes."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from ..containers import tf_bundle
+from ..containers.container import Container
+from ..containers.shard_index import open_shards
+from ..errors import FormatError
+from ..formats import FORMATS
+from ..formats.format import Opener
+from ..io.reading import File
+from .find import Source
+from .lookalikes import download_fault, lookalike_fault
+
+HEAD = 512  # bytes that tell the format
+
+
+def open_container(source: Source) -> Container:
+    """Open the file of weights, or the files that it names.
+
+    Raises:
+        FormatError: if it is not of a known format, or not valid.
+    """
+    if source.is_bundle:
+        return _open_bundle(source.weights)
+    if source.weights.name.endswith(".index.json"):
+        return open_shards(source.weights, open_file)
+    return open_file(source.weights)
+
+
+def open_file(path: Path) -> Container:
+    """Open one file of any format that its first bytes tell."""
+    file = File(path)
+    head = file.read(0, min(file.size, HEAD))
+    opener = _opener(head, file.size)
+    if opener and not opener.uncertain:
+        return opener.open(path)
+    fault = lookalike_fault(file, head)
+    if fault:
+        raise FormatError(f"{path}: {fault}")
+    by_suffix = _opener_of_suffix(path)
+    if by_suffix:
+        return by_suffix.open(path)
+    if opener:
+        return opener.open(path)
+    raise FormatError(f"{path}: unknown format; run 'gpt2x formats' for a list of those that are read")
+
+
+def _opener(head: bytes, size: int) -> Opener | None:
+    for entry in FORMATS:
+        for opener in entry.openers:
+            if opener.matches(head, size):
+                return opener
+    return None
+
+
+def _opener_of_suffix(path: Path) -> Opener | None:
+    """So that a damaged file is refused by the reader of its format, which says what is wrong."""
+    for entry in FORMATS:
+        if path.suffix in entry.suffixes and entry.suffix_decides:
+            return entry.openers[0]
+    return None
+
+
+def _open_bundle(prefix: Path) -> Container:
+    for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.*")):
+        if tf_bundle.prefix_of(path) == prefix and path.is_file():
+            _refuse_failed_download(path)
+    return tf_bundle.open_bundle(prefix)
+
+
+def _refuse_failed_download(path: Path) -> None:
+    file = File(path)
+    fault = download_fault(file.read(0, min(file.size, HEAD)))
+    if fault:
+        raise FormatError(f"{path}: {fault}")
