@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
-from .spec import GPT2Config
+from .spec import GPT2Config, with_inner
 
 # Hugging Face's key -> ours. The right-hand aliases are transformers' own (attribute_map).
 HF_KEYS = {
@@ -104,12 +104,6 @@ def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
         return GPT2Config(**fields)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def with_inner(fields: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says nothing of the feed-forward width says that it is four times the width."""
-    width = fields.get("n_embd")
-    return {"n_inner": 4 * width, **fields} if isinstance(width, int) else fields
 
 
 def to_hf(config: GPT2Config) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from click.testing import CliRunner, Result
 from converters import Checkpoint, GPT2Config, LazyTensor
 from converters.containers.container import Container
 from converters.opening.assemble import assemble as last_step
-from converters.opening.configure import Stated, resolve
+from converters.opening.read_configuration import Stated
 from converters.opening.recognise import recognise
+from converters.opening.resolve import resolve
 from converters.opening.unwrap import unwrap
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 

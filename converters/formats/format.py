@@ -42,10 +42,6 @@ class Embedded:
     codec: Codec
     complete: bool = True
 
-    def fields(self, where: str) -> dict[str, Any]:
-        """The fields of GPT2Config that it states."""
-        return self.codec.read(self.raw, where)
-
 
 @dataclass(frozen=True)
 class Opener:
@@ -135,8 +131,8 @@ class Format:
     suffix_decides: bool = False
     config_file: str = ""
     codec: Codec | None = None
-    embedded: Callable[[Container], Embedded | None] = lambda container: None
-    vocabulary: Callable[[Container], Callable[[], Vocabulary] | None] = lambda container: None
+    embedded: Callable[[Container], Embedded | None] | None = None
+    vocabulary: Callable[[Container], Callable[[], Vocabulary] | None] | None = None
     write: Callable[[Job], Written] | None = None
     write_suffixes: tuple[str, ...] = ()
     is_directory: bool = False

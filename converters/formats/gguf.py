@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..config import UNSUPPORTED, with_inner
+from ..config import UNSUPPORTED
 from ..containers.container import Container
 from ..dialects import GGUF as DIALECT
 from ..errors import CheckpointError, ConfigError, TokenizerError
 from ..io.publishing import new_file
-from ..spec import GPT2Config
+from ..spec import GPT2Config, with_inner
 from ..tensors import DTYPES, F32, DType, LazyTensor
 from ..tokenizer import END_OF_TEXT, Vocabulary
 from .format import FLOATS, Codec, Embedded, Format, Job, Opener, Written, starts_with
@@ -129,10 +129,11 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
         raise _not_gpt2s(where)
     if len(kinds) != len(tokens) or not _splits_text_as_gpt2(metadata):
         raise _not_gpt2s(where)
+    if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
+        raise TokenizerError(f"{where}: invalid tokens: duplicates, or not strings")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
-    are_strings = all(isinstance(token, str) for token in tokens)
-    if not are_strings or len(set(tokens)) != len(tokens) or any(len(pair) != 2 for pair in pairs):
-        raise TokenizerError(f"{where}: invalid tokens or merges: duplicates, or not strings")
+    if any(len(pair) != 2 for pair in pairs):
+        raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
     ids, added = {}, []
     for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind != UNUSED:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import with_inner
 from ..containers.container import Container
 from ..dialects import LLMC as DIALECT
 from ..io.publishing import new_file
-from ..spec import GPT2Config
+from ..spec import GPT2Config, with_inner
 from ..tensors import BF16, F32
 from .format import Codec, Embedded, Format, Job, Opener, Written, starts_with
 from .notes import refuse_float64

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import to_hf, with_inner
+from ..config import to_hf
 from ..containers.container import Container
 from ..dialects import NANOGPT as DIALECT
 from ..errors import ConfigError, FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import GPT2Config
+from ..spec import GPT2Config, with_inner
 from .format import FLOATS, LATER, Codec, Embedded, Format, Job, Written
 from .huggingface import CODEC as HF_CODEC
 

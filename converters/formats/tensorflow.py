@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..config import with_inner
 from ..dialects import OPENAI as DIALECT
 from ..errors import ConfigError
 from ..io.json import to_json
 from ..io.publishing import new_directory, write_small
-from ..spec import GPT2Config
+from ..spec import GPT2Config, with_inner
 from ..tokenizer import END_OF_TEXT, openai_files
 from .format import FLOATS, Codec, Format, Job, Written
 from .notes import NO_TOKENIZER, tokenizer_notes

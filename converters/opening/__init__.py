@@ -7,10 +7,11 @@ from pathlib import Path
 from ..checkpoint import Checkpoint
 from ..io.reading import reading
 from .assemble import assemble
-from .configure import read_configuration, resolve
 from .find import find
 from .open import open_container
+from .read_configuration import read_configuration
 from .recognise import recognise
+from .resolve import resolve
 from .tokenizer import add_tokenizer, tokenizer_in
 from .unwrap import unwrap
 

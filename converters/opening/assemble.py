@@ -1,4 +1,4 @@
-"""Step 6: assemble the checkpoint: settle whether ``lm_head`` is tied, and check every shape."""
+"""Step 7: assemble the checkpoint: settle whether ``lm_head`` is tied, and check every shape."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..checkpoint import Checkpoint, not_gpt2, same_bytes, shape_faults
 from ..errors import CheckpointError
 from ..spec import LM_HEAD, GPT2Config
 from ..tensors import LazyTensor
-from .configure import Resolved
 from .recognise import Parameters
+from .resolve import Resolved
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ def assemble(parameters: Parameters, resolved: Resolved, tie: bool = False) -> C
         CheckpointError: if a shape is not the configuration's, or an untied ``lm_head`` contradicts it.
     """
     container, dialect = parameters.container, parameters.dialect
+    notes = (*container.notes, *resolved.notes, *_notes(parameters, tie))
     head = _settle_head(parameters, resolved, tie)
     shapes = head.config.shapes()
     faults = list(shape_faults(head.tensors, shapes, f"its {resolved.stated_in or 'other tensors'}"))
     if faults:
-        raise not_gpt2(parameters.path, dialect.name, faults)
+        raise not_gpt2(container.path, dialect.name, faults)
     dropped = (LM_HEAD,) if head.is_dropped else ()
     return Checkpoint(
         config=head.config,
@@ -43,7 +44,7 @@ def assemble(parameters: Parameters, resolved: Resolved, tie: bool = False) -> C
         format=container.format,
         dialect=dialect.name,
         left_out=(*container.left_out, *parameters.left_out, *dropped),
-        notes=(*container.notes, *resolved.notes, *_notes(parameters, tie)),
+        notes=notes,
         stated=resolved.is_stated,
     )
 
@@ -78,6 +79,6 @@ def _settle_head(parameters: Parameters, resolved: Resolved, tie: bool) -> _Head
     else:
         reason = "GPT-2 ties them, and no configuration states otherwise"
     raise CheckpointError(
-        f"{parameters.path}: untied lm_head: {LM_HEAD} differs from wte.weight, but {reason}.\n"
+        f"{parameters.container.path}: untied lm_head: {LM_HEAD} differs from wte.weight, but {reason}.\n"
         "Pass --tie to drop it, or set tie_word_embeddings to false in config.json to keep it"
     )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..containers import tf_bundle
+from ..containers.tf_bundle import V1
 from ..errors import FormatError
 from ..formats import MODELS, OTHERS, SUFFIXES, WEIGHTS
 from ..io.json import read_json
-from ..io.reading import check_name, reading
+from ..io.reading import File, check_name, reading
+
+TF_SUFFIX = r"\.(index|data-\d{5}-of-\d{5})$"
+MAX_STATE = 1 << 16  # bytes of the file "checkpoint" that are searched
+MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,6 @@ class Source:
     is_directory: bool = False
     candidates: tuple[str, ...] = ()
 
-    def unread(self, files: Collection[Path]) -> list[str]:
-        """Files with weights in the directory that are not among ``files``."""
-        read = {self.weights.name, *(file.name for file in files)}
-        return [name for name in self.candidates if name not in read]
-
 
 def find(path: str | Path) -> Source:
     """Find the weights that a path stands for.
@@ -54,7 +53,7 @@ def find(path: str | Path) -> Source:
     with reading(path):
         if path.is_dir():
             return _in_directory(path)
-        prefix = tf_bundle.prefix_of(path)
+        prefix = _prefix_of(path)
         return Source(path, prefix or path, prefix is not None, _home(path))
 
 
@@ -69,7 +68,7 @@ def _weights_in(path: Path) -> tuple[Path, bool]:
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name, False
-    prefix = tf_bundle.find_prefix(path)
+    prefix = _prefix_in(path)
     if prefix:
         return prefix, True
     for name in (*OTHERS, *MODELS):
@@ -90,6 +89,60 @@ def _only_file(path: Path) -> Path:
     raise FormatError(
         f"{path}: no weights in this directory (looked for {looked}, and a single file with one of the suffixes {' '.join(SUFFIXES)})"
     )
+
+
+# ------------------------------------------------------------------------------------ prefixes of TensorFlow checkpoints
+
+
+def _prefix_of(path: Path) -> Path | None:
+    """The prefix that a path stands for: itself, its ``.index`` or one of its ``.data`` files; else None."""
+    name = re.sub(TF_SUFFIX, "", path.name)
+    if name in ("", ".", ".."):
+        return None
+    if name != path.name:
+        return path.with_name(name)
+    is_prefix = not path.exists() and Path(f"{path}.index").is_file()
+    return path if is_prefix else None
+
+
+def _prefix_in(directory: Path) -> Path | None:
+    """The TensorFlow checkpoint in a directory: the one that the file ``checkpoint`` names, else the only one.
+
+    Raises:
+        FormatError: if there are several and ``checkpoint`` names none of them, or it names one that is not there.
+    """
+    found = sorted(file.with_suffix("") for file in directory.glob("*.index") if file.is_file())
+    state = directory / "checkpoint"
+    named = _named_prefix(state) if state.is_file() else None
+    if named in found:
+        return named
+    if len(found) > 1:
+        names = ", ".join(prefix.name for prefix in found)
+        raise FormatError(f"{directory}: several checkpoints ({names}); pass the prefix of one of them")
+    if named is None:
+        return found[0] if found else None
+    if found:
+        raise FormatError(
+            f"{state}: names {named.name!r}, which is not here; pass the prefix {found[0]} to read that one"
+        )
+    if named.is_file():
+        raise FormatError(f"{named}: {V1}")
+    raise FormatError(f"{state}: names {named.name!r}, but {named.name}.index is missing")
+
+
+def _named_prefix(state: Path) -> Path | None:
+    """The prefix that the file ``checkpoint`` names. Often it is an absolute path of another machine: its last part counts."""
+    file = File(state)
+    text = file.read(0, min(file.size, MAX_STATE))
+    match = re.search(rb'^[ \t]*model_checkpoint_path:\s*"([^"\n]*)"', text, re.M)
+    if not match:
+        return None
+    name = re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1]
+    is_valid = name not in ("", ".", "..") and name.isprintable() and len(name) <= MAX_NAME
+    return state.with_name(name) if is_valid else None
+
+
+# ------------------------------------------------------------------------------------------------- beside the weights
 
 
 def _holds_weights(path: Path) -> bool:

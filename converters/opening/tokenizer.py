@@ -1,4 +1,4 @@
-"""Step 7: find the tokenizer, inside the weights or beside them, and the id of the end of text."""
+"""Step 8: find the tokenizer, inside the weights or beside them, and the id of the end of text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..containers.container import Container
 from ..dialects import OPENAI
-from ..errors import ConversionError, TokenizerError
+from ..errors import TokenizerError
 from ..formats import BY_NAME
 from ..formats.gguf import GGUF
 from ..io.reading import File
-from ..tokenizer import END_OF_TEXT, TokenizerFiles, find_tokenizer
-from .configure import Stated
+from ..tokenizer import TokenizerFiles, find_tokenizer
 from .find import Source
 from .open import HEAD, open_file
+from .read_configuration import Stated
 
 PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
 
@@ -36,56 +36,43 @@ def add_tokenizer(
     Raises:
         TokenizerError: if there is none in ``tokenizer``.
     """
-    found, notes = _choose(source, container, tokenizer)
-    config = replace(checkpoint.config, **_token_ids(checkpoint, stated, found))
-    notes = [*checkpoint.notes, *notes, *_remarks(checkpoint, source, container)]
-    return replace(checkpoint, config=config, tokenizer=found, notes=tuple(notes))
-
-
-def _choose(
-    source: Source, container: Container, tokenizer: str | Path | None
-) -> tuple[TokenizerFiles | None, list[str]]:
+    remarks = _remarks(checkpoint, source, container)
+    notes: list[str] = []
     if tokenizer:
-        return tokenizer_in(Path(tokenizer)), []
-    return _inside_or_beside(container, source.home)
+        found: TokenizerFiles | None = tokenizer_in(Path(tokenizer))
+    else:
+        found, notes = _inside_or_beside(container, source.home)
+    # The ids that no configuration states: the tokenizer's end of text, or else OpenAI's, which is the last token.
+    end = checkpoint.config.eos_token_id
+    if found:
+        end = found.end_of_text()
+    elif checkpoint.dialect == OPENAI.name:
+        end = checkpoint.config.n_vocab - 1
+    ids: dict[str, Any] = {key: end for key in ("bos_token_id", "eos_token_id") if key not in stated.fields}
+    config = replace(checkpoint.config, **ids)
+    return replace(checkpoint, config=config, tokenizer=found, notes=(*checkpoint.notes, *notes, *remarks))
+
+
+def _remarks(checkpoint: Checkpoint, source: Source, container: Container) -> list[str]:
+    read = {source.weights.name, *(file.name for file in container.files)}
+    remarks = [f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read]
+    if checkpoint.config.n_vocab == PADDED:
+        remarks.append(
+            f"the vocabulary is padded to {PADDED} rows, which take part in the softmax; pass --n-vocab 50257 to truncate it to GPT-2's tokens"
+        )
+    return remarks
 
 
 def _inside_or_beside(container: Container, directory: Path) -> tuple[TokenizerFiles | None, list[str]]:
     """The tokenizer in a file, or else that in a directory; and a note on one in the file that cannot be used."""
     entry = BY_NAME.get(container.format)
-    read = entry.vocabulary(container) if entry else None
+    read = entry.vocabulary(container) if entry and entry.vocabulary else None
     if read is None:
         return find_tokenizer(directory), []
     try:
         return TokenizerFiles(directory, None, None, None, read()), []
     except TokenizerError as error:
         return find_tokenizer(directory), [f"the tokenizer in it is not used: {error}"]
-
-
-def _token_ids(checkpoint: Checkpoint, stated: Stated, tokenizer: TokenizerFiles | None) -> dict[str, Any]:
-    """The ids that no configuration states: the tokenizer's end of text, or else OpenAI's, which is the last token."""
-    end = checkpoint.config.eos_token_id
-    if tokenizer:
-        end = _end_of_text(tokenizer)
-    elif checkpoint.dialect == OPENAI.name:
-        end = checkpoint.config.n_vocab - 1
-    return {key: end for key in ("bos_token_id", "eos_token_id") if key not in stated.fields}
-
-
-def _end_of_text(tokenizer: TokenizerFiles) -> int | None:
-    try:
-        return tokenizer.vocabulary().ids.get(END_OF_TEXT)
-    except ConversionError:  # whoever needs the tokenizer will report it
-        return None
-
-
-def _remarks(checkpoint: Checkpoint, source: Source, container: Container) -> list[str]:
-    remarks = [f"{source.path} also holds {name}, which was not read" for name in source.unread(container.files)]
-    if checkpoint.config.n_vocab == PADDED:
-        remarks.append(
-            f"the vocabulary is padded to {PADDED} rows, which take part in the softmax; pass --n-vocab 50257 to truncate it to GPT-2's tokens"
-        )
-    return remarks
 
 
 def tokenizer_in(path: Path) -> TokenizerFiles:

@@ -1,4 +1,4 @@
-"""Step 3: take off what training frameworks put around the tensors of a model."""
+"""Step 4: take off what training frameworks put around the tensors of a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..containers.container import Container
-from ..errors import CheckpointError, FormatError
+from ..errors import CheckpointError
 from ..formats.nanogpt import CONFIG_KEY, MODEL_ARGS
-from ..spec import LM_HEAD
 from ..tensors import LazyTensor
 
 MAX_NAME = 256
@@ -22,10 +21,8 @@ def unwrap(container: Container) -> Container:
 
     Raises:
         CheckpointError: if there are no tensors, quantized ones, or names that no GPT-2 has.
-        FormatError: if two parameters share memory.
     """
     _check_names(container)
-    _check_shared(container)
     left_out = tuple(name for name in container.left_out if name not in (CONFIG_KEY, MODEL_ARGS))
     return replace(container, tensors=_without_prefixes(container.tensors), left_out=left_out)
 
@@ -43,17 +40,6 @@ def _check_names(container: Container) -> None:
             raise CheckpointError(
                 f"{container.path}: not a GPT-2: the tensor name {name[:60]!r}... has {len(name)} characters"
             )
-
-
-def _check_shared(container: Container) -> None:
-    """Refuse one tensor under two names. Only ``lm_head`` may be another name of the token embedding."""
-    names: dict[int, str] = {}
-    for name, tensor in container.tensors.items():
-        if name.endswith(LM_HEAD) or not tensor.size:
-            continue
-        first = names.setdefault(id(tensor), name)
-        if first != name:
-            raise FormatError(f"{container.path}: {first} and {name} overlap: they are one tensor under two names")
 
 
 def _without_prefixes(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:

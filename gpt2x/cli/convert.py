@@ -14,7 +14,7 @@ from .text import printable, progress_bar
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
-class WrittenFormat(click.ParamType):
+class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
     """A format that is written. The registry is imported when a value or the help is needed, not before."""
 
     name = "format"
