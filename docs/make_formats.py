@@ -25,7 +25,6 @@ def formats() -> str:
             f.tokenizer, f.checksums or "none", "yes" if f.untied else "no",
         )
         for f in FORMATS
-        if f.what
     ]  # fmt: skip
     return table(head, rows)
 

@@ -263,7 +263,7 @@ def _check_apart(targets: list[str]) -> None:
 
 
 def _with_tokenizer(checkpoint: Checkpoint, request: Request) -> Checkpoint:
-    from converters.formats import tokenizer_in
+    from converters.opening import tokenizer_in
 
     if request.no_tokenizer:
         return replace(checkpoint, tokenizer=None)

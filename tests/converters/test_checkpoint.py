@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from checkpoints import TINY, arrays_of, assemble, assert_same_bytes, random_checkpoint
 
 from converters import (
     Checkpoint,
@@ -21,7 +21,8 @@ from converters import (
     open_checkpoint,
     save_checkpoint,
 )
-from converters.config import from_hf, from_hparams, to_hf, to_hparams
+from converters.config import from_hf, to_hf
+from converters.formats.tensorflow import from_hparams, to_hparams
 from converters.tensors import BF16, F16, F32, F64
 
 # -------------------------------------------------------------------------------------------------- the shard index
@@ -163,7 +164,7 @@ def test_a_missing_layer_between_others_is_refused(tmp_path):
         for name in [n for n in arrays if n.startswith("h.1.")]:
             arrays[name.replace("h.1.", "h.7.")] = arrays.pop(name)
 
-    with pytest.raises(CheckpointError, match="gap       no layer 1, but a layer 7"):
+    with pytest.raises(CheckpointError, match="gap       layer 1 is missing, but there is a layer 7"):
         opened(tmp_path, change)
 
 
@@ -192,7 +193,7 @@ def test_matrices_that_are_none_are_refused(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     safetensors.numpy.save_file({"bert.pooler": np.zeros(3, np.float32)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="none of its 1 tensors has a name of GPT-2"):
+    with pytest.raises(CheckpointError, match="none of its 1 tensors has a name of a GPT-2 parameter"):
         open_checkpoint(tmp_path / "m.safetensors")
 
 
@@ -249,21 +250,18 @@ def test_heads_are_asked_for_where_nothing_states_them(tmp_path):
         opened(tmp_path, lambda arrays: None, n_head=None)
     back = opened(tmp_path, lambda arrays: None)
     assert back.config.n_head == 2
-    assert back.notes == ("n_head is 2, as asked for",)
+    assert back.notes == ("n_head is 2, as given",)
 
 
 def lazy(config):
     """A checkpoint of a published size without its gigabytes."""
-    import converters.checkpoint as module
     from converters.containers.container import Container
 
     def never():
         raise AssertionError("nothing is read")
 
     tensors = {name: LazyTensor(F32, shape, never) for name, shape in config.shapes().items()}
-    return lambda stated, n_head=None: module.assemble(
-        Container("m", "m", tensors), stated, "config.json", n_head=n_head
-    )
+    return lambda stated, n_head=None: assemble(Container("m", "m", tensors), stated, "config.json", n_head=n_head)
 
 
 @pytest.mark.parametrize(
@@ -285,25 +283,25 @@ def test_a_published_size_is_recognised_and_said(size, layers, width, heads, par
 
 
 def test_other_heads_than_the_published_size_has_are_refused():
-    with pytest.raises(ConfigError, match="published 124M, which has 12 heads, but 16 are asked for"):
+    with pytest.raises(ConfigError, match="published 124M, which has 12 heads, but --n-head is 16"):
         lazy(GPT2Config())({}, n_head=16)
 
 
 def test_heads_that_contradict_the_configuration_are_refused():
-    with pytest.raises(ConfigError, match=r"n_head is 12 in config.json, but 16 is asked for"):
+    with pytest.raises(ConfigError, match=r"n_head is 12 in config.json, but --n-head is 16"):
         lazy(GPT2Config())({"n_head": 12}, n_head=16)
 
 
 def test_a_configuration_that_the_shapes_contradict_is_refused_with_every_contradiction():
     with pytest.raises(ConfigError) as error:
         lazy(GPT2Config())({"n_ctx": 512, "n_vocab": 50256, "n_head": 12})
-    assert "n_ctx is 1024 in the tensors, config.json says 512" in str(error.value)
-    assert "n_vocab is 50257 in the tensors, config.json says 50256" in str(error.value)
+    assert "n_ctx is 1024 in the tensors, 512 in config.json" in str(error.value)
+    assert "n_vocab is 50257 in the tensors, 50256 in config.json" in str(error.value)
 
 
 def test_a_configuration_without_a_feed_forward_width_means_four_times_the_width():
     narrow = lazy(GPT2Config(n_inner=1024))
-    with pytest.raises(ConfigError, match="n_inner is 1024 in the tensors, config.json says 3072"):
+    with pytest.raises(ConfigError, match="n_inner is 1024 in the tensors, 3072 in config.json"):
         narrow(from_hf({"n_embd": 768, "n_head": 12, "n_inner": None}, "config.json"))
     assert narrow(from_hf({"n_embd": 768, "n_head": 12, "n_inner": 1024}, "config.json")).config.n_inner == 1024
 
@@ -430,7 +428,7 @@ def test_two_configurations_that_disagree_are_refused(tmp_path, tiny):
         (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
         (b"\n  <html>", "a web page"),
         (b"\x1f\x8b\x08" + b"\0" * 40, "compressed archive"),
-        (b"hello, world, this is text", "not a format that gpt2x knows"),
+        (b"hello, world, this is text", "unknown format"),
         (b"\x80\x04\x95", "a pickle, but not one of torch.save"),
     ],
 )

@@ -1,10 +1,9 @@
 """Every dialect is complete, one-to-one and invertible; and the model of a checkpoint is found in its names."""
 
 import pytest
-from checkpoints import TINY, arrays_of, assert_same_bytes, random_checkpoint
+from checkpoints import TINY, arrays_of, assemble, assert_same_bytes, random_checkpoint
 
 from converters import Checkpoint, CheckpointError, GPT2Config
-from converters.checkpoint import assemble
 from converters.containers.container import Container
 from converters.dialects import DIALECTS, HF, OPENAI, places_of
 from converters.spec import SPEC, rows

@@ -226,7 +226,8 @@ def _onnx(folder: Path) -> None:
 
 
 def _config(folder: Path) -> None:
-    from converters.config import to_hf, to_hparams
+    from converters.config import to_hf
+    from converters.formats.tensorflow import to_hparams
 
     for name, words in (("config.json", to_hf), ("hparams.json", to_hparams)):
         place = _fixture(folder, "mlx/model.safetensors", "", (name,))

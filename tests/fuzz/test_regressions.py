@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TINY, arrays_of, random_checkpoint
+from checkpoints import TINY, arrays_of, assemble, random_checkpoint
 from guard import MEMORY, status
 
 from converters import (
@@ -20,14 +20,13 @@ from converters import (
     open_checkpoint,
     save_checkpoint,
 )
-from converters.checkpoint import assemble
 from converters.config import to_hf
 from converters.containers.container import Container
-from converters.containers.gguf import _vocabulary
 from converters.containers.onnx import open_onnx
 from converters.containers.tf_bundle import crc32c, open_bundle
 from converters.containers.torch_pickle import load_pickle
 from converters.dtypes import F32
+from converters.formats.gguf import read_vocabulary
 from converters.io.json import parse_json
 from converters.io.protobuf import varint
 from converters.io.sstable import MAGIC, mask
@@ -159,6 +158,6 @@ def test_an_onnx_tensor_field_with_a_wrong_wire_type_is_refused(tmp_path, number
 def test_a_gguf_vocabulary_that_is_not_a_list_is_refused(changes):
     sound = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"], "token_type": [1, 1, 1]}
     vocabulary = {f"tokenizer.ggml.{key}": value for key, value in sound.items()}
-    assert _vocabulary(vocabulary, "x").ids == {"a": 0, "b": 1, "ab": 2}
+    assert read_vocabulary(vocabulary, "x").ids == {"a": 0, "b": 1, "ab": 2}
     with pytest.raises(TokenizerError):
-        _vocabulary({**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}, "x")
+        read_vocabulary({**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}, "x")

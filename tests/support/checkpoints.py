@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from converters import Checkpoint, GPT2Config, LazyTensor
+from converters.containers.container import Container
+from converters.opening.assemble import assemble as last_step
+from converters.opening.read_configuration import Stated
+from converters.opening.recognise import recognise
+from converters.opening.resolve import resolve
+from converters.opening.unwrap import unwrap
 
 # No two dimensions are alike.
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=6, n_ctx=10, n_vocab=13, bos_token_id=12, eos_token_id=12)
@@ -46,6 +53,20 @@ def gentle(config: GPT2Config = SMALL, seed: int = 0) -> Checkpoint:
         gain = name.split(".")[-2].startswith("ln_") and name.endswith("weight")
         tensors[name] = LazyTensor.of((array + gain).astype(np.float32))
     return Checkpoint(config=config, tensors=tensors)
+
+
+def assemble(
+    container: Container,
+    stated: Mapping[str, Any],
+    stated_in: str,
+    *,
+    n_head: int | None = None,
+    n_vocab: int | None = None,
+    tie: bool = False,
+) -> Checkpoint:
+    """A checkpoint of an open container and a configuration: the steps of ``open_checkpoint`` between the two."""
+    parameters = recognise(unwrap(container), n_vocab)
+    return last_step(parameters, resolve(parameters, Stated(stated, stated_in), n_head), tie)
 
 
 def arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from paths import FIXTURES
 from converters import ChecksumError, ConversionError, LazyTensor, save_checkpoint
 from converters.containers.tf_bundle import open_bundle
 from converters.containers.torch_zip import open_torch_zip, write_torch_zip
+from converters.formats.torch import RECORD
 from converters.io.publishing import new_file
 from converters.io.sstable import FOOTER
 
@@ -26,7 +27,7 @@ FLIPS = (0x01, 0xFF)  # one bit, and all
 def everything(container):
     """All that a file says: its tensors' bytes, its configuration, and what it is said to hold besides."""
     tensors = {name: (t.dtype, t.shape, t.read().tobytes()) for name, t in container.tensors.items()}
-    return tensors, container.config, container.config_of, container.left_out
+    return tensors, container.metadata, container.left_out
 
 
 def flipped(path, places, flip):
@@ -107,12 +108,13 @@ LAZY = {name: LazyTensor.of(array) for name, array in ARRAYS.items()}
 
 def by_us(path):
     with new_file(path) as out:
-        write_torch_zip(out, LAZY, {"n_head": 2})
+        write_torch_zip(out, LAZY, records={RECORD: b'{"n_head": 2}'})
 
 
 def nanogpt(path):
     with new_file(path) as out:
-        write_torch_zip(out, LAZY, {"n_head": 2}, {"n_head": 2, "bias": True, "dropout": 0.5})
+        arguments = {"n_head": 2, "bias": True, "dropout": 0.5}
+        write_torch_zip(out, LAZY, beside={"model_args": arguments, "gpt2x_config": '{"n_head": 2}'})
 
 
 def by_torch(path):
@@ -144,7 +146,7 @@ def test_every_flipped_byte_of_a_zip_is_found_or_changes_nothing(tmp_path, write
     path = tmp_path / "m.bin"
     write(path)
     assert len(covered(path)) > 250
-    assert not covered(path) & set(unnoticed(path, lambda: open_torch_zip(path), flip))
+    assert not covered(path) & set(unnoticed(path, lambda: open_torch_zip(path, (RECORD,)), flip))
 
 
 def test_a_flipped_byte_of_a_number_is_a_checksum_that_differs(tmp_path):
@@ -152,7 +154,7 @@ def test_a_flipped_byte_of_a_number_is_a_checksum_that_differs(tmp_path):
     place = (tmp_path / "m.bin").read_bytes().index(ARRAYS["wte.weight"].tobytes())
     flipped(tmp_path / "m.bin", [place], 1)
     with pytest.raises(ChecksumError, match=r"m.bin: data/0: checksum is .* it is damaged"):
-        everything(open_torch_zip(tmp_path / "m.bin"))
+        everything(open_torch_zip(tmp_path / "m.bin", (RECORD,)))
 
 
 # ------------------------------------------------------------------------------------------------------ a conversion

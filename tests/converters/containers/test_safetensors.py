@@ -112,7 +112,7 @@ def test_the_headers_that_the_tests_write_are_sound(tmp_path):
 )  # fmt: skip
 def test_a_header_that_is_not_sound_is_refused(tmp_path, header, match):
     with pytest.raises(FormatError, match=match):
-        open_safetensors(header_file(tmp_path / "f.safetensors", header))
+        open_checkpoint(header_file(tmp_path / "f.safetensors", header))
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_an_overflowing_cast_is_refused(gpt2x):
 
 def test_another_head_count_than_stated_is_refused(gpt2x):
     assert_refused(
-        gpt2x("convert", "models/124M", "out.bin", "--n-head", 4), "n_head is 6 in hparams.json, but 4 is asked for"
+        gpt2x("convert", "models/124M", "out.bin", "--n-head", 4), "n_head is 6 in hparams.json, but --n-head is 4"
     )
 
 
