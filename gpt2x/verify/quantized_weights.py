@@ -18,7 +18,7 @@ from converters.tensors import F32
 from .. import contract
 from ..precisions.quantize import SLICE, dequantize, unpack4
 from ..precisions.weights import BITS, TABLES
-from ..runtimes.onnxruntime import block_size
+from ..runtimes.onnx_model import block_size
 from .checks import Check
 
 # How far a block of weights may be from the source's. Rounding to nearest loses 1% and 10%; rounding by a text moves
