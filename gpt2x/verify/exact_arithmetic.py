@@ -20,12 +20,12 @@ from ..load import model_of
 from ..model import GPT2, Attention
 from ..precisions import PRECISIONS
 from ..precisions.stored import TABLES
-from ..runtimes.base import Subject
+from ..runtimes.base import Decoder
 from ..runtimes.torch import TorchDecoder
 from .quantized_weights import read_stored
 
 
-def rounded_model(a: Checkpoint, subject: Any) -> Subject:
+def rounded_model(a: Checkpoint, subject: Any) -> Decoder:
     """The model of a checkpoint in a precision, in exact arithmetic.
 
     Args:

@@ -19,7 +19,7 @@ from .. import contract
 from ..precisions import Precision
 from ..precisions.quantize import SLICE, dequantize, unpack4
 from ..precisions.stored import TABLES
-from ..runtimes.onnxruntime import block_size
+from ..runtimes.onnx_model import block_size
 from .checks import Check
 
 Array = NDArray[Any]

@@ -68,7 +68,7 @@ EXPLAINED = {
     "left padding": "unequal prompts in one batch, padded on the left, then more tokens",
     "right padding": "unequal prompts in one batch, padded on the right, then more tokens",
     "ORT_DISABLE_ALL": "the ONNX graph as it is written; all else is run with ORT_ENABLE_ALL",
-    "greedy words": "the likeliest token again and again",
+    "greedy tokens": "the likeliest token at each step",
 }
 WORDS = {True: "same", False: "different", None: "unasked"}
 

@@ -21,7 +21,8 @@ from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.export.single_file import MAX_SINGLE_FILE
 from gpt2x.precisions import PRECISIONS
 from gpt2x.runtimes.batching import RunningBatch
-from gpt2x.runtimes.onnxruntime import OnnxDecoder, check_runtime
+from gpt2x.runtimes.onnx_model import check_runtime
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.verify.report import verify_export
 
 ALL = tuple(PRECISIONS)

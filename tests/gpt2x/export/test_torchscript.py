@@ -20,7 +20,7 @@ from gpt2x import SHAKESPEARE, Tokenizer, generate_text
 from gpt2x.export.torch_program import export_pt2, export_torchscript
 from gpt2x.load import from_pretrained, model_of
 from gpt2x.runtimes.base import InputError
-from gpt2x.runtimes.opening import gpt2x_model, open_subject
+from gpt2x.runtimes.opening import gpt2x_model, open_decoder
 from gpt2x.runtimes.torch import ModuleDecoder
 
 ALONE = """
@@ -86,7 +86,7 @@ def test_the_same_loop_generates_the_same_text_from_both_as_from_the_model(tmp_p
     tokenizer, prompts = Tokenizer.from_pretrained(SHAKESPEARE), ["ROMEO:", "The king is a good man and"]
     expected = generate_text(from_pretrained(SHAKESPEARE), tokenizer, prompts, 24, 0)
     for name in ("s.pt", "s.pt2"):
-        assert generate_text(open_subject(tmp_path / name), tokenizer, prompts, 24, 0) == expected
+        assert generate_text(open_decoder(tmp_path / name), tokenizer, prompts, 24, 0) == expected
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_one_flipped_bit_is_found(tiny_files, tmp_path, name):
     data[len(data) // 2] ^= 0x40
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ChecksumError, match="does not match its checksum"):
-        open_subject(tmp_path / name)
+        open_decoder(tmp_path / name)
 
 
 @pytest.fixture(scope="module", params=["m.pt", "m.pt2", "model"])
 def decoder(request, tiny_files):
-    return gpt2x_model(random_checkpoint()) if request.param == "model" else open_subject(tiny_files / request.param)
+    return gpt2x_model(random_checkpoint()) if request.param == "model" else open_decoder(tiny_files / request.param)
 
 
 def a(*rows):
@@ -228,11 +228,11 @@ ID, AT = a([1, 2]), a([0, 1])
         (a([1, -1]), None, AT, "token id -1 is outside"),
         (ID, None, a([9, 10]), "position 10 is outside the context of 10"),
         (a(1, 2), None, a(0, 1), "(batch, tokens) is needed"),
-        (a([1.0, 2.0]), None, AT, "whole numbers"),
+        (a([1.0, 2.0]), None, AT, "int64 is needed"),
         ([[1, 2], [1]], None, AT, "unequal lengths"),
-        (ID, None, a([0]), "position_ids are (1, 1), input_ids (1, 2)"),
-        (ID, a([1]), AT, "attention_mask is (1, 1), but 0 cached and 2 new tokens need (1, 2)"),
-        (a([1, 2], [3, 4]), a([1, 1]), a([0, 1], [0, 1]), "attention_mask is (1, 2)"),
+        (ID, None, a([0]), "position_ids have the shape (1, 1), input_ids (1, 2)"),
+        (ID, a([1]), AT, "attention_mask has the shape (1, 1), but 0 cached and 2 new tokens need (1, 2)"),
+        (a([1, 2], [3, 4]), a([1, 1]), a([0, 1], [0, 1]), "attention_mask has the shape (1, 2)"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(decoder, ids, mask, positions, words):
@@ -253,7 +253,7 @@ def test_tokens_that_do_not_fit_are_refused(decoder, ids, mask, positions, words
         (lambda past: "x", "not one that an earlier step returned"),
         (lambda past: [], "not one that an earlier step returned"),
         (lambda past: (layer for layer in past), "not one that an earlier step returned"),
-        (lambda past: [(k.numpy(), v.numpy()) for k, v in past], "the cache holds ndarray, not tensors of torch"),
+        (lambda past: [(k.numpy(), v.numpy()) for k, v in past], "the cache holds ndarray; torch.Tensor is needed"),
         (lambda past: [None] * 2, "not one that an earlier step returned"),
         (lambda past: 7, "not one that an earlier step returned"),
     ],
@@ -281,8 +281,8 @@ def test_a_configuration_of_other_layers_than_the_program_has(tmp_path):
     torch.jit.script(Interface(model_of(random_checkpoint()))).save(
         str(tmp_path / "m.pt"), _extra_files={"config.json": said}
     )
-    with pytest.raises(FormatError, match=r"the cache of 2 layers; its config\.json says 3"):
-        open_subject(tmp_path / "m.pt").run(ID, None, AT, None)
+    with pytest.raises(FormatError, match=r"a cache of 2 layers; its config\.json says 3"):
+        open_decoder(tmp_path / "m.pt").run(ID, None, AT, None)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_a_character_that_never_comes_whole_is_said_at_the_end(tokenizer):
 
 
 def test_the_model_is_told_apart_from_its_tokenizer_when_they_do_not_fit(tokenizer):
-    with pytest.raises(PromptError, match="is the tokenizer another model's"):
+    with pytest.raises(PromptError, match="does the tokenizer belong to another model"):
         generate_text(model_of(random_checkpoint()), tokenizer, "ROMEO:", 5)
 
 

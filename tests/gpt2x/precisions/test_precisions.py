@@ -231,7 +231,7 @@ def test_a_precision_that_is_not_there_is_named_with_those_that_are(gpt2x, tmp_p
     done(gpt2x("export", SHAKESPEARE, "--onnx", "d", "--precision", "int8,int4", "--no-verify"))
     with pytest.raises(FormatError, match="no fp16 model in this directory; it holds int8, int4"):
         OnnxDecoder("d", precision="fp16")
-    assert_refused(gpt2x("generate", "d", "ROMEO:"), "several models", "it holds int8, int4: say which (--precision")
+    assert_refused(gpt2x("generate", "d", "ROMEO:"), "several models", "it holds int8, int4: choose one (--precision")
     assert_refused(gpt2x("verify", SHAKESPEARE, "d", "--precision", "fp32"), "no fp32 model", "int8, int4")
     done(gpt2x("generate", "d", "ROMEO:", "--precision", "int4", "--max-new-tokens", "3"))
     out = done(gpt2x("inspect", "d")).stdout

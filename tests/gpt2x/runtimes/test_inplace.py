@@ -140,11 +140,11 @@ def test_a_row_may_go_on_from_anywhere_it_has_been(decoder):
 
 
 def test_a_model_that_gives_every_logit_takes_a_prompt_in_smaller_pieces_and_gives_the_same(decoder, monkeypatch):
-    from gpt2x.runtimes import onnxruntime as runtime
+    from gpt2x.runtimes import onnx_run
 
     ids = np.array([prompt(100)])
     whole, _ = decoder.run(ids, None, np.arange(100)[None], None)
-    monkeypatch.setattr(runtime, "LOGITS", 1)
+    monkeypatch.setattr(onnx_run, "LOGITS", 1)
     pieces, _ = decoder.run(ids, None, np.arange(100)[None], None)
     np.testing.assert_allclose(whole, pieces, atol=1e-5)
     assert whole.shape == (1, 100, 2048)
@@ -193,7 +193,12 @@ def test_threads_share_a_decoder_each_with_a_cache_of_its_own(decoder):
         ([[1]], None, [[7]], r"row 0 holds 5 tokens, and its new positions \[7\] do not follow"),
         ([[1, 2]], None, [[5, 7]], "do not follow"),
         ([[1, 2]], None, [[6, 5]], "do not follow"),
-        ([[1]], [[1, 1, 1]], [[5]], r"attention_mask is \(1, 3\), but 5 earlier and 1 new slots need \(1, 6\)"),
+        (
+            [[1]],
+            [[1, 1, 1]],
+            [[5]],
+            r"attention_mask has the shape \(1, 3\), but 5 earlier and 1 new slots need \(1, 6\)",
+        ),
         ([[1], [2]], None, [[5], [5]], "the cache has 1 rows, input_ids 2"),
         ([[1]], None, [[256]], "position 256 is outside the context of 256"),
     ],
@@ -305,7 +310,7 @@ def test_a_running_batch_says_what_is_wrong_and_goes_on(decoder, tmp_path):
         with pytest.raises(InputError, match=words):
             batch.step(tokens)
     batch.step({number: 1})
-    with pytest.raises(InputError, match=r"sequence 0 has filled the context of 256 tokens: let it leave"):
+    with pytest.raises(InputError, match=r"sequence 0 fills the context of 256 tokens: call leave"):
         batch.step({number: 1})
     for ids, words in (([], "the prompt is empty"), (prompt(257), "the prompt has 257 tokens"), ([-1], "token id -1")):
         with pytest.raises(InputError, match=words):

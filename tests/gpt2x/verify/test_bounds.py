@@ -9,7 +9,8 @@ from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.precisions import PRECISIONS
 from gpt2x.precisions import weights as writing
-from gpt2x.runtimes.onnxruntime import OnnxDecoder, saturates
+from gpt2x.runtimes.onnx_model import saturates
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.verify.exact_arithmetic import rounded_model
 from gpt2x.verify.metrics import measure
@@ -108,7 +109,7 @@ def test_an_old_w8a8_model_is_right_on_every_processor(old):
     not saturates(), reason="products do not saturate on this processor; make test-processors emulates one"
 )
 def test_verify_refuses_a_saturated_model(old, text, monkeypatch):
-    monkeypatch.setattr("gpt2x.runtimes.onnxruntime.EXACT", "session.not_asked_for")
+    monkeypatch.setattr("gpt2x.runtimes.onnx_model.EXACT", "session.not_asked_for")
     decoder = OnnxDecoder(old)
     check = compare_logits("full context", decoder, text, bounds_of(decoder))
     assert check.passed is False

@@ -6,24 +6,23 @@ import numpy as np
 import pytest
 from checkpoints import TINY, random_checkpoint
 
+from gpt2x.runtimes.base import Decoder
 from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.verify.metrics import FP32, measure, perplexity
-from gpt2x.verify.scenarios import SCENARIOS, Text, chunk_sizes, compare_logits, compare_runs, compare_words, verdict
+from gpt2x.verify.scenarios import SCENARIOS, Text, chunk_sizes, compare_greedy, compare_logits, compare_runs, verdict
 
 IDS = [3, 1, 12, 0, 7, 7, 2, 11, 5, 9]
 
 
-class Fixed:
-    """A model that gives these logits (V,) after everything."""
+class Fixed(Decoder):
+    """A model that returns these logits (V,) after every token."""
 
     def __init__(self, *logits, n_ctx=40):
-        self.row, self.n_ctx, self.n_vocab = np.array(logits, np.float32), n_ctx, len(logits)
+        self.row = np.array(logits, np.float32)
+        self.config = replace(TINY, n_ctx=n_ctx, n_vocab=len(logits))
 
     def run(self, input_ids, attention_mask, position_ids, cache):
         return np.tile(self.row, (*input_ids.shape, 1)), None
-
-    def step(self, input_ids, attention_mask, position_ids, cache):
-        return np.tile(self.row, (len(input_ids), 1)), None
 
 
 # ------------------------------------------------------------------------------------------------- every metric fails
@@ -136,20 +135,17 @@ def test_metrics_do_not_depend_on_how_many_positions_are_compared_at_a_time():
 # ----------------------------------------------------------------------------------------------- every scenario fails
 
 
-class Faulty:
+class Faulty(Decoder):
     """The tiny model with one fault in how it is run."""
 
     def __init__(self, fault, config=TINY):
-        self.right, self.fault = gpt2x_model(random_checkpoint(config)), fault
-        self.config, self.n_ctx, self.n_vocab = self.right.config, self.right.n_ctx, self.right.n_vocab
+        self.right = gpt2x_model(random_checkpoint(config))
+        self.fault = fault
+        self.config = self.right.config
 
     def run(self, input_ids, attention_mask, position_ids, cache):
         ids, mask, positions, cache = self.fault(input_ids, attention_mask, position_ids, cache)
         return self.right.run(ids, mask, positions, cache)
-
-    def step(self, *arguments):
-        logits, cache = self.run(*arguments)
-        return logits[:, -1], cache
 
 
 def forgets_the_cache(ids, mask, positions, cache):
@@ -243,7 +239,7 @@ def test_the_pieces_make_up_the_context(n):
 def test_a_sound_model_passes_every_scenario():
     model = gpt2x_model(random_checkpoint())
     assert {check.name: check.passed for check in compare_runs(model, model, IDS)} == dict.fromkeys(
-        [*SCENARIOS, "greedy words"], True
+        [*SCENARIOS, "greedy tokens"], True
     )
 
 
@@ -254,26 +250,26 @@ def test_a_context_of_a_few_tokens_is_enough(length):
     assert all(check.passed for check in compare_runs(model, model, IDS[:length]))
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------------- greedy decoding
 
 
-def test_a_clear_divergence_of_words_fails_and_a_near_tie_is_said_to_be_one():
+def test_a_clear_difference_of_greedy_tokens_fails_and_a_near_tie_is_reported_as_one():
     yardstick = Fixed(1.0, 2.0, 0.0)
-    clear = compare_words(yardstick, Fixed(3.0, 2.0, 0.0), [0], error=1e-6)
+    clear = compare_greedy(yardstick, Fixed(3.0, 2.0, 0.0), [0], error=1e-6)
     assert clear.passed is False
     assert clear.details["first_difference"] == 0
-    tie = compare_words(Fixed(1.0, 1.0 + 1e-6, 0.0), Fixed(1.0, 1.0 - 1e-7, 0.0), [0], error=1e-6)
+    tie = compare_greedy(Fixed(1.0, 1.0 + 1e-6, 0.0), Fixed(1.0, 1.0 - 1e-7, 0.0), [0], error=1e-6)
     assert tie.passed is True
     assert tie.details["near_tie"] is True
     assert "a near tie" in tie.result
 
 
-def test_logits_that_are_not_numbers_make_no_words():
-    check = compare_words(Fixed(1.0, 2.0), Fixed(1.0, np.nan), [0], error=1e-6)
+def test_logits_with_nan_give_no_greedy_tokens():
+    check = compare_greedy(Fixed(1.0, 2.0), Fixed(1.0, np.nan), [0], error=1e-6)
     assert check.passed is False
-    assert check.result == "none: the second one's logits are not all numbers"
+    assert check.result == "none: the second model's logits contain NaN or infinity"
 
 
-def test_words_run_as_far_as_the_context_allows_and_200_at_most():
-    assert compare_words(Fixed(1, 2, n_ctx=40), Fixed(1, 2, n_ctx=40), [0] * 4, 0).details["tokens"] == 36
-    assert compare_words(Fixed(1, 2, n_ctx=400), Fixed(1, 2, n_ctx=400), [0] * 4, 0).details["tokens"] == 200
+def test_greedy_tokens_fill_the_context_up_to_200():
+    assert compare_greedy(Fixed(1, 2, n_ctx=40), Fixed(1, 2, n_ctx=40), [0] * 4, 0).details["tokens"] == 36
+    assert compare_greedy(Fixed(1, 2, n_ctx=400), Fixed(1, 2, n_ctx=400), [0] * 4, 0).details["tokens"] == 200

@@ -90,7 +90,7 @@ def test_the_report_is_written_as_json(gpt2x):
         "run",
         "text",
         *SCENARIOS,
-        "greedy words",
+        "greedy tokens",
     ]
     assert json.loads(gpt2x("verify", "a.safetensors", "a.safetensors", "--json", "-").stdout) == report
 
@@ -130,7 +130,7 @@ def test_a_difference_is_found_named_and_exit_code_1(gpt2x, other, failing, word
     report = json.loads(Path("report.json").read_text())
     names = {check["name"] for check in report["checks"] if check["passed"] is False}
     failed = {"logits" if name in SCENARIOS else name for name in names}
-    assert failed - {"greedy words"} == failing  # tiny models may say the same words all the same
+    assert failed - {"greedy tokens"} == failing  # tiny models may generate the same tokens all the same
 
 
 ROUNDED = {"half.safetensors": "fp16", "brain.bin": "bf16", "half.gguf": "fp16", "q.gguf": "q8_0"}
@@ -141,7 +141,7 @@ def test_rounded_weights_are_proved_to_be_the_firsts_rounded(gpt2x, name):
     done(gpt2x("convert", SHAKESPEARE, name, "--dtype", ROUNDED[name]))
     plain = gpt2x("verify", SHAKESPEARE, name)
     assert plain.exit_code == 1
-    assert "--rounded rounds the first's values" in plain.stdout
+    assert "--rounded rounds the first model's values" in plain.stdout
     result = done(gpt2x("verify", SHAKESPEARE, name, "--rounded"))
     assert "52 of 52 tensors bit-identical" in result.stdout
     assert "DIFFERENT" not in result.stdout
@@ -165,7 +165,7 @@ def test_models_of_other_sizes_in_one_number_format_are_no_matter_of_rounding(gp
 
 def test_only_weights_are_compared_as_rounded(gpt2x):
     done(gpt2x("export", SHAKESPEARE, "--onnx", "onnx", "--precision", "int8", "--no-verify"))
-    assert_refused(gpt2x("verify", SHAKESPEARE, "onnx", "--rounded"), "rounding is compared of weights with weights")
+    assert_refused(gpt2x("verify", SHAKESPEARE, "onnx", "--rounded"), "--rounded compares weights with weights only")
     assert gpt2x("verify", "a.safetensors", "--rounded").exit_code == 2
 
 
