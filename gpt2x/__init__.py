@@ -37,7 +37,10 @@ _HOMES = {
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
 }  # fmt: skip
 # What is not installed with gpt2x itself -> the extra that installs it.
-_EXTRAS = {"h5py": "formats", "torch": "torch", "onnx": "export", "transformers": "verify", "huggingface_hub": "hub"}
+_EXTRAS = {
+    "h5py": "formats", "torch": "torch", "onnx": "export", "transformers": "verify", "huggingface_hub": "hub",
+    "httpx2": "hub", "filelock": "hub",
+}  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:

@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 SCHEMES = {
-    "hf": "hf://OWNER/NAME, with @REVISION and /FILE where they are meant",
+    "hf": "hf://OWNER/NAME, optionally with @REVISION and /FILE",
     "openai": "openai://124M, 355M, 774M or 1558M",
 }
 
-
 Want = Literal["weights", "onnx", "either"]
 
-
-Bar = Callable[[int], AbstractContextManager[Callable[[int], None] | None]]
-
+Advance = Callable[[int], None]  # moves a progress bar by so many bytes, which may be negative
+ProgressBar = Callable[[int], AbstractContextManager[Advance | None]]  # total bytes -> a context that shows a bar
 
 Warn = Callable[[str], None]
 
 
 def cache_home() -> Path:
-    """Where what is downloaded is kept: ``GPT2X_CACHE``, else ``gpt2x`` in the user's cache."""
-    if own := os.environ.get("GPT2X_CACHE"):
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "gpt2x"
+    """Return gpt2x's cache directory: ``GPT2X_CACHE``, or else ``gpt2x`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    if chosen := os.environ.get("GPT2X_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return user_cache.expanduser().absolute() / "gpt2x"

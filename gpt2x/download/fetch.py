@@ -1,9 +1,9 @@
-"""``hf://`` and ``openai://``: models that are fetched before they are opened.
+"""Download models that are named by an ``hf://`` or ``openai://`` address.
 
-    fetch("hf://openai-community/gpt2")     # from the Hugging Face Hub, into that library's own cache
-    fetch("openai://124M")                  # from OpenAI's public bucket, every checksum verified
+    fetch("hf://openai-community/gpt2")     # from the Hugging Face Hub, into huggingface_hub's cache
+    fetch("openai://124M")                  # from OpenAI's public bucket, with every checksum verified
 
-Nothing is requested unless such a name is given.
+Nothing is requested unless such an address is given.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 
 from converters import ConversionError
 
-from .common import SCHEMES, Bar, Want, Warn
+from .common import SCHEMES, ProgressBar, Want, Warn
 
 
 def fetch(
-    source: str | Path, *, want: Want = "weights", progress: Bar | None = None, warn: Warn | None = None
+    source: str | Path, *, want: Want = "weights", progress: ProgressBar | None = None, warn: Warn | None = None
 ) -> str | Path:
-    """The path of a model that may have to be downloaded first; anything but an address is given back unchanged.
+    """Return the local path of a model, which is downloaded first if ``source`` is an address.
 
     Args:
-        source: ``hf://owner/name[@revision][/file or folder]``, ``openai://124M``, or a path.
-        want: "either" takes the ONNX of a repository that gpt2x exported, or else weights; "onnx" insists on ONNX.
-        progress: makes a bar of so many bytes, a context that gives the function to advance it by, or None. (The
-            Hub's library draws its own, where stderr is a terminal.)
-        warn: called with a sentence where something is not as usual.
+        source: ``hf://OWNER/NAME[@REVISION][/FILE or folder]``, ``openai://124M``, or a path, which is returned unchanged.
+        want: "weights"; "onnx", the ONNX models of a repository that gpt2x exported; or "either", ONNX if it has some.
+        progress: called with a number of bytes; returns a context manager, whose value is called with each advance in
+            bytes, or is None. (huggingface_hub draws its own bar where stderr is a terminal.)
+        warn: called with a sentence for the user.
 
     Raises:
-        ConversionError: if the address is not sound, or what it names cannot be had; the message says what to do.
-        ModuleNotFoundError: for ``hf://``, where huggingface_hub is not installed.
+        ConversionError: if the address is not valid or the download fails; the message says what to do.
+        ModuleNotFoundError: if a library of the extra ``hub`` is not installed.
     """
     scheme, rest = split(source)
     if not scheme:
@@ -38,24 +38,28 @@ def fetch(
     if scheme == "hf":
         from . import hub
 
-        return hub.download(str(source), rest, want, warn or _silent)
+        return hub.download(str(source), rest, want, warn or _ignore)
     if scheme == "openai":
-        from . import openai as bucket
+        from . import openai
 
         if want == "onnx":
-            raise ConversionError(f"{source}: weights, and no ONNX: gpt2x export {source} --onnx DIR makes it of them")
-        return bucket.download(str(source), rest, progress, warn or _silent)
-    known = "; ".join(SCHEMES.values())
+            raise ConversionError(f"{source}: has weights, but no ONNX; export it: gpt2x export {source} --onnx DIR")
+        return openai.download(str(source), rest, progress, warn or _ignore)
+    supported = "; ".join(SCHEMES.values())
     raise ConversionError(
-        f"{str(source)[:200]}: gpt2x does not fetch {scheme[:20]}:// (known are {known}); download the file, and give its path"
+        f"{str(source)[:200]}: gpt2x cannot download from {scheme[:20]}:// (supported: {supported}); "
+        "download the file yourself and pass its path"
     )
 
 
 def split(source: str | Path) -> tuple[str, str]:
-    """The scheme and the rest of an address; of a path, an empty scheme and the path."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", str(source))
-    return (match[1].lower(), str(source)[match.end() :]) if match else ("", str(source))
+    """Return the scheme and the rest of an address; for a path, an empty scheme and the path."""
+    text = str(source)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if not match:
+        return "", text
+    return match[1].lower(), text[match.end() :]
 
 
-def _silent(sentence: str) -> None:
+def _ignore(sentence: str) -> None:
     pass

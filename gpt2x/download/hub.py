@@ -1,16 +1,16 @@
-"""``hf://``: one model of the Hugging Face Hub, through huggingface_hub and into its cache.
+"""``hf://``: download one model of the Hugging Face Hub, through huggingface_hub and into its cache.
 
-Of a repository only the configuration, the tokenizer and one kind of weights are downloaded. Which server is asked, as
-whom, where the files are kept and whether there is a network at all is that library's business: ``HF_ENDPOINT``,
-``HF_TOKEN``, ``HF_HOME``, ``HF_HUB_OFFLINE``.
+Only the configuration, the tokenizer and one kind of weights of a repository are downloaded. The server, the login, the
+cache and whether there is a network are huggingface_hub's matters: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``,
+``HF_HUB_OFFLINE``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .. import contract
 from .._version import __version__
 from ..precisions import PRECISIONS
 from .common import SCHEMES, Want, Warn, cache_home
+from .hub_errors import UnreachableError, translated
 
 PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
 PATH = rf"{PART}(?:/{PART})*"
@@ -30,7 +31,7 @@ ADDRESS = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>(?:refs/(?:pr|co
 
 OURS = "genai_config.json"  # beside every ONNX directory that gpt2x writes
 
-# What belongs to weights: the names that show that a folder has it, and all that is then taken from there.
+# Files that belong to weights, in groups: the names that show that a folder has a group, and all names of the group.
 COMPANIONS = (
     (("config.json", "hparams.json"), ("config.json", "hparams.json")),
     (("generation_config.json",), ("generation_config.json",)),
@@ -41,35 +42,10 @@ COMPANIONS = (
     ),
 )  # fmt: skip
 
-# What the library raises, by the names of its classes (which outlast its versions), the special before the general.
-REFUSED = {
-    "GatedRepoError": "is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN",
-    "DisabledRepoError": "has been disabled by the Hub",
-    "RepositoryNotFoundError": "no such repository on the Hub, or a private one: check the name, or log in (hf auth login) or set HF_TOKEN",
-    "RevisionNotFoundError": "the repository has no such revision: check what is behind the @",
-    "EntryNotFoundError": "the Hub lists a file that it does not have; try again later",
-}
-STATUS = {
-    401: "the Hub does not know this login: log in again (hf auth login), or correct or unset HF_TOKEN",
-    403: "the Hub does not allow it to this login: check HF_TOKEN, and the terms on the model's page",
-    404: "the server does not have it; is HF_ENDPOINT right?",
-    429: "the Hub has had too many requests from here: try again later, or log in (hf auth login)",
-}
-UNREACHABLE = {
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing is requested",
-    "ProxyError": "the Hub cannot be reached through the proxy",
-    "TimeoutException": "the Hub does not answer",
-    "Timeout": "the Hub does not answer",
-    "ConnectError": "the Hub cannot be reached",
-    "TransportError": "the connection to the Hub broke",
-    "ConnectionError": "the Hub cannot be reached",
-    "LocalEntryNotFoundError": "the Hub cannot be reached",
-}
-
 
 @dataclass(frozen=True)
 class Address:
-    """A model on the Hub, and the words that it was named by."""
+    """The parts of an address: ``hf://REPO@REVISION/PATH``."""
 
     source: str
     repo: str
@@ -79,17 +55,17 @@ class Address:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One commit of a repository: the names of its files, and how to have one on disk."""
+    """One commit of a repository: its files, and how to download one."""
 
     commit: str
     names: frozenset[str]
     get: Callable[[str], Path]
-    keep: Callable[[str], None]  # remember, by one file, that this is what the revision means
+    remember: Callable[[str], None]  # note in the Hub's cache, by way of one file, that the revision is this commit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is taken of a repository: the files, the folder they belong to ("" or "a/b/"), and which name is opened."""
+    """The weights to download: their folder ("" or "a/b/"), their files, and the name that is then opened."""
 
     folder: str
     files: tuple[str, ...]
@@ -97,41 +73,40 @@ class Choice:
 
 
 def download(source: str, rest: str, want: Want, warn: Warn) -> Path:
-    """Have a model of the Hub on disk.
+    """Return the local path of a model of the Hub.
 
     Raises:
         ConversionError: as ``gpt2x.fetch``.
+        ModuleNotFoundError: if huggingface_hub is not installed.
     """
     address = parse(source, rest)
     snapshot = _snapshot(address, warn)
     choice = _choose(address, snapshot.names, want)
-    beside = _companions(snapshot.names, choice.folder)
-    got = {name: snapshot.get(name) for name in beside.values()}
-    files = [*choice.files, *_shards(address, snapshot, choice)]  # weights last: where they are, all is
-    got |= {name: snapshot.get(name) for name in files}
-    snapshot.keep(next(iter(got)))
-    if choice.opened.endswith(".onnx") or all(name == choice.folder + base for base, name in beside.items()):
-        first = next(iter(got))
-        return got[first].parents[first.count("/")] / choice.opened
-    linked = {name.removeprefix(choice.folder): got[name] for name in files}
-    linked |= {base: got[name] for base, name in beside.items()}
-    return _linked(address, snapshot.commit, choice.folder, linked) / choice.opened.removeprefix(choice.folder)
+    companions = _companions(snapshot.names, choice.folder)
+    weights = [*choice.files, *_shards(address, snapshot, choice)]
+    # The weights come last: where they are, everything is.
+    paths = {name: snapshot.get(name) for name in (*companions.values(), *weights)}
+    snapshot.remember(next(iter(paths)))
+    if choice.opened.endswith(".onnx") or _all_in(choice.folder, companions):
+        return _root(paths) / choice.opened
+    return _view(address, snapshot.commit, choice, companions, paths)
 
 
 def parse(source: str, rest: str) -> Address:
-    """The parts of an address, each of plain characters.
+    """Return the parts of an address, each of plain characters.
 
     Raises:
-        ConversionError: if it is not of the form that it should have.
+        ConversionError: if the address is not valid.
     """
-    match = ADDRESS.fullmatch(rest) if len(rest) <= 400 and ".." not in rest else None
+    plain = len(rest) <= 400 and ".." not in rest
+    match = ADDRESS.fullmatch(rest) if plain else None
     if match and "--" not in match["repo"]:
         return Address(source, match["repo"], match["revision"] or "main", match["path"] or "")
     hint = " (GPT-2 small is hf://openai-community/gpt2)" if re.fullmatch(r"(distil)?gpt2[a-z-]*/?", rest) else ""
-    raise ConversionError(f"{source[:200]}: not the name of a model on the Hub, which is {SCHEMES['hf']}{hint}")
+    raise ConversionError(f"{source[:200]}: not a valid address of a model on the Hub, which is {SCHEMES['hf']}{hint}")
 
 
-# ----------------------------------------------------------------------------------------------- what is taken
+# -------------------------------------------------------------------------------------------- what is downloaded
 
 
 def _choose(address: Address, names: frozenset[str], want: Want) -> Choice:
@@ -142,13 +117,15 @@ def _choose(address: Address, names: frozenset[str], want: Want) -> Choice:
     folder = f"{address.path}/" if address.path else ""
     here = {name.removeprefix(folder) for name in names if name.startswith(folder)}
     if not here:
-        raise ConversionError(f"{address.source}: the repository has no {address.path or 'files'}{_some(names)}")
-    found = _ONNX_OR_WEIGHTS[want](address, folder, here, names)
-    if found is None:
-        kind = "ONNX model that gpt2x reads" if want == "onnx" else "weights under a name that gpt2x looks for"
-        advice = "export one: gpt2x export SRC --onnx DIR" if want == "onnx" else f"name a file: {_base(address)}/FILE"
-        raise ConversionError(f"{address.source}: no {kind}; {advice}{_some(here)}")
-    return found
+        raise ConversionError(f"{address.source}: the repository has no {address.path or 'files'}{_listing(names)}")
+    choice = _CHOOSERS[want](address, folder, here, names)
+    if choice:
+        return choice
+    if want == "onnx":
+        missing, advice = "ONNX model that gpt2x reads", "export one: gpt2x export SRC --onnx DIR"
+    else:
+        missing, advice = "weights under a known file name", f"name a file: {_base(address)}/FILE"
+    raise ConversionError(f"{address.source}: no {missing}; {advice}{_listing(here)}")
 
 
 def _either(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
@@ -157,34 +134,40 @@ def _either(address: Address, folder: str, here: set[str], names: frozenset[str]
 
 
 def _weights_or_onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    """Weights, or else the float32 model of an export: the others hold rounded weights, which are not converted."""
-    found, model = _weights(address, folder, here, names), contract.model_file()
-    if found or OURS not in here or model not in here:
-        return found
+    """Choose weights, or else the float32 model of an export. The weights of its other models are rounded."""
+    weights = _weights(address, folder, here, names)
+    model = contract.model_file()
+    if weights or OURS not in here or model not in here:
+        return weights
     return Choice(folder, _file(folder + model, names).files, folder)
 
 
 def _weights(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    if name := next((name for name in WEIGHTS if name in here), None):
-        return Choice(folder, (folder + name,), folder)
+    known = next((name for name in WEIGHTS if name in here), None)
+    if known:
+        return Choice(folder, (folder + known,), folder)
     direct = sorted(name for name in here if "/" not in name and re.fullmatch(PART, name))
-    prefixes = [name.removesuffix(".index") for name in direct if name.endswith(".index")]
-    prefixes = [p for p in prefixes if _data_files(folder + p, names)]
-    if prefix := _one(address, ["model.ckpt"] if "model.ckpt" in prefixes else prefixes):
+    prefix = _tensorflow_prefix(address, folder, direct, names)
+    if prefix:
         return _tensorflow(folder + prefix, names)
-    if name := _one(address, [name for name in direct if name.endswith(".gguf")]):
-        return _file(folder + name, names)
-    name = next((name for name in OTHERS if name in here), None)
-    return _file(folder + name, names) if name else None
+    gguf = _only(address, [name for name in direct if name.endswith(".gguf")])
+    other = gguf or next((name for name in OTHERS if name in here), None)
+    return _file(folder + other, names) if other else None
+
+
+def _tensorflow_prefix(address: Address, folder: str, direct: list[str], names: frozenset[str]) -> str | None:
+    indexes = [name.removesuffix(".index") for name in direct if name.endswith(".index")]
+    prefixes = [prefix for prefix in indexes if _data_files(folder + prefix, names)]
+    return "model.ckpt" if "model.ckpt" in prefixes else _only(address, prefixes)
 
 
 def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    files = [file for file in map(contract.model_file, PRECISIONS) if file in here]
-    parts = tuple(part for file in files for part in _file(folder + file, names).files)
-    return Choice(folder, parts, folder) if parts else None
+    models = [file for file in map(contract.model_file, PRECISIONS) if file in here]
+    files = tuple(part for model in models for part in _file(folder + model, names).files)
+    return Choice(folder, files, folder) if files else None
 
 
-_ONNX_OR_WEIGHTS: dict[Want, Callable[[Address, str, set[str], frozenset[str]], Choice | None]] = {
+_CHOOSERS: dict[Want, Callable[[Address, str, set[str], frozenset[str]], Choice | None]] = {
     "weights": _weights_or_onnx,
     "onnx": _onnx,
     "either": _either,
@@ -192,31 +175,34 @@ _ONNX_OR_WEIGHTS: dict[Want, Callable[[Address, str, set[str], frozenset[str]], 
 
 
 def _file(name: str, names: frozenset[str]) -> Choice:
-    """One file that was named, with the files that are parts of it."""
-    if prefix := re.fullmatch(r"(.+)\.(?:index|data-\d{5}-of-\d{5})", name):
+    """Choose one file, with the files that hold the rest of it."""
+    prefix = re.fullmatch(r"(.+)\.(?:index|data-\d{5}-of-\d{5})", name)
+    if prefix:
         return _tensorflow(prefix[1], names)
     folder = name[: name.rfind("/") + 1]
     if not name.endswith(".onnx"):
         return Choice(folder, (name,), name)
-    data = {f"{name}_data", f"{name}.data"} | (
-        {folder + contract.OLD_WEIGHTS} if name == f"{folder}model.onnx" else set()
-    )
-    return Choice(re.sub(r"(^|/)onnx/$", r"\1", folder), (name, *sorted(data & names)), name)
+    data = {f"{name}_data", f"{name}.data"}
+    if name == f"{folder}model.onnx":
+        data.add(folder + contract.OLD_WEIGHTS)
+    directory = re.sub(r"(^|/)onnx/$", r"\1", folder)
+    return Choice(directory, (name, *sorted(data & names)), name)
 
 
 def _tensorflow(prefix: str, names: frozenset[str]) -> Choice:
-    parts = (f"{prefix}.index", *_data_files(prefix, names))
-    return Choice(prefix[: prefix.rfind("/") + 1], tuple(p for p in parts if p in names), prefix)
+    files = (f"{prefix}.index", *_data_files(prefix, names))
+    folder = prefix[: prefix.rfind("/") + 1]
+    return Choice(folder, tuple(file for file in files if file in names), prefix)
 
 
 def _data_files(prefix: str, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if re.fullmatch(rf"{re.escape(prefix)}\.data-\d{{5}}-of-\d{{5}}", name))
 
 
-def _one(address: Address, found: list[str]) -> str | None:
+def _only(address: Address, found: list[str]) -> str | None:
     if len(found) > 1:
         raise ConversionError(
-            f"{address.source}: several files of weights; name one: {_base(address)}/FILE{_some(found)}"
+            f"{address.source}: several weight files; name one: {_base(address)}/FILE{_listing(found)}"
         )
     return found[0] if found else None
 
@@ -225,38 +211,47 @@ def _base(address: Address) -> str:
     return address.source.rstrip("/")
 
 
-def _some(names: Iterable[str]) -> str:
+def _listing(names: Iterable[str]) -> str:
     listed = sorted(name[:100] for name in names)
+    if not listed:
+        return ""
     more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
-    return f" (it has {', '.join(listed[:10])}{more})" if listed else ""
+    return f" (it has {', '.join(listed[:10])}{more})"
 
 
 def _shards(address: Address, snapshot: Snapshot, choice: Choice) -> list[str]:
-    """The files that a chosen index of shards names.
+    """Return the files that the chosen index of shards names.
 
     Raises:
-        UnsafeError: if one is no plain name of a file beside the index.
+        ConversionError: if the index has no names of files, or one of the files is missing.
+        UnsafeError: if a name is not that of a file beside the index.
     """
-    if not choice.files[0].endswith(".index.json"):
+    index = choice.files[0]
+    if not index.endswith(".index.json"):
         return []
-    named = read_json(snapshot.get(choice.files[0])).get("weight_map")
-    shards = set(named.values()) if isinstance(named, dict) and all(map(_is_text, named.values())) else set()
-    if not shards:
-        raise ConversionError(f"{address.source}: {choice.files[0]} has no weight_map of names to files")
-    for name in sorted(shards):
-        if len(name) > 200 or ".." in name or not re.fullmatch(PATH, name) or name.endswith((".json", ".index")):
-            raise UnsafeError(f"{address.source}: {choice.files[0]} points to {name[:200]!r}, which is not a file of weights beside it: refused")  # fmt: skip
-    if missing := sorted(name for name in shards if choice.folder + name not in snapshot.names):
-        raise ConversionError(f"{address.source}: {missing[0]}, which {choice.files[0]} names, is not there")
-    return sorted(choice.folder + name for name in shards)
+    shards = _shard_names(address, index, read_json(snapshot.get(index)).get("weight_map"))
+    for name in shards:
+        if not _is_shard(name):
+            raise UnsafeError(f"{address.source}: {index} names {name[:200]!r}, which is not a weight file beside it")
+        if choice.folder + name not in snapshot.names:
+            raise ConversionError(f"{address.source}: missing {name}, which {index} names")
+    return [choice.folder + name for name in shards]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+def _shard_names(address: Address, index: str, weight_map: object) -> list[str]:
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not values or not all(isinstance(value, str) for value in values):
+        raise ConversionError(f"{address.source}: {index} has no weight_map from tensors to files")
+    return sorted(set(values))
+
+
+def _is_shard(name: str) -> bool:
+    plain = len(name) <= 200 and ".." not in name and re.fullmatch(PATH, name)
+    return bool(plain) and not name.endswith((".json", ".index"))
 
 
 def _companions(names: frozenset[str], folder: str) -> dict[str, str]:
-    """Base name -> name of what belongs to the weights of a folder: from there, or else from the root."""
+    """Return base name -> name of the files that belong to the weights of a folder: from there, or else from the root."""
     found: dict[str, str] = {}
     for keys, group in COMPANIONS:
         home = folder if any(folder + key in names for key in keys) else ""
@@ -264,34 +259,50 @@ def _companions(names: frozenset[str], folder: str) -> dict[str, str]:
     return found
 
 
-def _linked(address: Address, commit: str, folder: str, files: Mapping[str, Path]) -> Path:
-    """A folder of links in which weights of a subfolder lie beside the configuration of the root."""
-    view = cache_home() / "hub" / address.repo.replace("/", "--") / commit / folder
-    for name, target in files.items():
-        link = view / name
+# --------------------------------------------------------------------------------------------------- local paths
+
+
+def _all_in(folder: str, companions: Mapping[str, str]) -> bool:
+    return all(name == folder + base for base, name in companions.items())
+
+
+def _root(paths: Mapping[str, Path]) -> Path:
+    """Return the local folder of a snapshot: that of any of its files, without the parts of its name."""
+    name, path = next(iter(paths.items()))
+    return path.parents[name.count("/")]
+
+
+def _view(
+    address: Address, commit: str, choice: Choice, companions: Mapping[str, str], paths: Mapping[str, Path]
+) -> Path:
+    """Make a folder of links, in which the weights of a subfolder lie beside the companions of the root."""
+    bases = {name: base for base, name in companions.items()}
+    view = cache_home() / "hub" / address.repo.replace("/", "--") / commit / choice.folder
+    for name, target in paths.items():
+        link = view / bases.get(name, name.removeprefix(choice.folder))
         with writing(link):
             link.parent.mkdir(parents=True, exist_ok=True)
             new = link.with_name(f".{os.urandom(4).hex()}.tmp")
             new.symlink_to(target.absolute())
             os.replace(new, link)
-    return view
+    return view / choice.opened.removeprefix(choice.folder)
 
 
 # ------------------------------------------------------------------------------------------- the Hub, or its cache
 
 
 def _snapshot(address: Address, warn: Warn) -> Snapshot:
-    """The commit that a revision means; where the Hub cannot be reached, the one that the cache has."""
+    """Return the commit of a revision; where the Hub cannot be reached, the one that is in the cache."""
     try:
         return _online(address)
-    except _UnreachableError as error:
+    except UnreachableError as error:
         cached = _cached(address)
         if cached is None:
             raise ConversionError(
-                f"{error}; and the Hub's cache does not have it whole. Is there a network? HF_ENDPOINT names a mirror"
+                f"{error}, and the Hub's cache does not have all of it. Is there a network? HF_ENDPOINT selects a mirror"
             ) from error
-        if not error.wanted:
-            warn(f"{error}; what the Hub's cache has of it is used")
+        if not error.intended:
+            warn(f"{error}; using what is in the Hub's cache")
         return cached
 
 
@@ -299,22 +310,25 @@ def _online(address: Address) -> Snapshot:
     import huggingface_hub
 
     api = huggingface_hub.HfApi(library_name="gpt2x", library_version=__version__)
-    with _translated(address):
+    with translated(address.source):
         info = api.model_info(address.repo, revision=address.revision)
     commit = str(info.sha)
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise ConversionError(f"{address.source}: the server does not answer as the Hub does; check HF_ENDPOINT")
+        raise ConversionError(f"{address.source}: the server's answer is not the Hub's: check HF_ENDPOINT")
 
     def get(name: str, revision: str = commit) -> Path:
-        with _translated(address):
+        with translated(address.source):
             return Path(api.hf_hub_download(address.repo, name, revision=revision))
 
-    def keep(name: str) -> None:
-        if address.revision != commit:
-            with suppress(ConversionError):  # all is there: this is the library's note for when there is no network
-                get(name, address.revision)
+    def remember(name: str) -> None:
+        if address.revision == commit:
+            return
+        # Everything is downloaded. Without this note, it would only not be found when there is no network.
+        with suppress(ConversionError):
+            get(name, address.revision)
 
-    return Snapshot(commit, _plain(file.rfilename for file in info.siblings or ()), get, keep)
+    names = _plain(file.rfilename for file in info.siblings or ())
+    return Snapshot(commit, names, get, remember)
 
 
 def _cached(address: Address) -> Snapshot | None:
@@ -324,7 +338,7 @@ def _cached(address: Address) -> Snapshot | None:
         found = huggingface_hub.snapshot_download(
             address.repo, revision=address.revision, local_files_only=True, allow_patterns=[]
         )
-    except Exception:  # whatever kept it from being found, it is not there
+    except Exception:  # whatever the reason, it is not in the cache
         return None
     folder = Path(found)
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -333,44 +347,3 @@ def _cached(address: Address) -> Snapshot | None:
 
 def _plain(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in names if ".." not in name and re.fullmatch(PATH, name))
-
-
-class _UnreachableError(ConversionError):
-    """There is no way to the Hub now; ``wanted`` if that is the user's wish."""
-
-    wanted = False
-
-
-@contextmanager
-def _translated(address: Address) -> Iterator[None]:
-    """Turn whatever the library raises into one sentence."""
-    try:
-        yield
-    except (ConversionError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # three HTTP libraries and a Rust one have been beneath it so far
-        raise _explained(address, error) from error
-
-
-def _explained(address: Address, error: Exception) -> ConversionError:
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    here = "LocalEntryNotFoundError" in kinds  # which says that the Hub was not even asked
-    if not here and (said := next((text for name, text in REFUSED.items() if name in kinds), None)):
-        return ConversionError(f"{address.source}: {said}")
-    if status in STATUS:
-        return ConversionError(f"{address.source}: {STATUS[status]}")
-    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        where = f"{error.filename}: " if error.filename else "the Hub's cache: "
-        return ConversionError(
-            f"{address.source}: {where}{os.strerror(error.errno)}; HF_HOME moves the cache elsewhere"
-        )
-    text = next((text for name, text in UNREACHABLE.items() if name in kinds), None)
-    if text or status is not None:
-        gone = _UnreachableError(
-            f"{address.source}: {text or f'the Hub answers with status {status}; try again later'}"
-        )
-        gone.wanted = "OfflineModeIsEnabled" in kinds
-        return gone
-    line = re.sub(r"\w+://\S+", "(an address)", str(error).strip().split("\n")[0])[:200]
-    return ConversionError(f"{address.source}: huggingface_hub gave up: {type(error).__name__}: {line}")

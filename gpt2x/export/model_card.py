@@ -1,4 +1,4 @@
-"""The model card of an exported directory: its contract, its files, and how each client loads it."""
+"""The model card of an exported directory: the contract, the files, and how each client loads them."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ tags: [gpt2, onnx]
 
 # GPT-2{size} for ONNX Runtime
 
-A GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, {n_embd} wide, {n_vocab:,} tokens, a context of {n_ctx:,}.
-{operators}. PyTorch is not needed.
+GPT-2 with a KV cache: {n_layer} layers, {n_head} heads, an embedding dimension of {n_embd}, a vocabulary of {n_vocab:,} tokens and a
+context of {n_ctx:,} tokens. {operators}. PyTorch is not needed.
 
 {precisions}
-The last column is the first version of ONNX Runtime that runs it; `gpt2x.onnxruntime` in the metadata of the ONNX file says it, too.
+The last column is the minimum version of ONNX Runtime. The ONNX file's metadata state it as `gpt2x.onnxruntime`.
 
 ## Contract
 
 {table}
-There are {n_layer} layers `{{i}}`, counted from 0: first key, then value of each layer in turn.
+`{{i}}` is the layer: there are {n_layer}, counted from 0. The order is key and value of layer 0, key and value of layer 1, and so on.
 
-{cache}- `position_ids` count the real tokens of a row from 0, whatever the padding. In padding, any value from 0 will do.
-- A row holds {n_ctx} tokens at most, prompt and continuation together; positions from {n_ctx} on are an error.
-- A prompt has at least one token; one{chunks} may come in one run or in several chunks.
-- `logits` are not normalised: softmax of `logits / temperature` is what to sample from.
+{cache}- `position_ids` count the tokens of a row from 0, without padding. For padding, any valid position is accepted.
+- A row can have at most {n_ctx} tokens, prompt and continuation together. Positions from {n_ctx} on are an error.
+- A prompt has at least one token. A prompt{chunks} can be given in one run or in several chunks.
+- `logits` are not normalized. To sample, use the softmax of `logits / temperature`.
 {padding}- {tokens}
 
 ## Client
 
-To be run in the directory that holds `onnx/`.
+Run this in the directory that contains `onnx/`.
 
 ```python
 {client}```
@@ -48,58 +48,58 @@ To be run in the directory that holds `onnx/`.
 ## Files
 
 {files}
-| client | how |
+| client | how to load it |
 | --- | --- |
 | onnxruntime | `InferenceSession("{model}")`{from_bytes} |
 | onnxruntime-genai {genai} | `og.Model(directory)` (`genai_config.json` names the model){needs} |
 | optimum {optimum} | `ORTModelForCausalLM.from_pretrained(directory{file_name})`{single} |
 | transformers.js {transformers_js} | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs} |
 {transformers}
-The versions are the first that load it. On the Hugging Face Hub, optimum and transformers.js take the repository's name
+The versions are minimum versions. To load from the Hugging Face Hub, pass the repository's name to optimum and transformers.js
 instead of `directory`.
 
-Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` hold the SHA-256 of its source.
-`gpt2x inspect` shows the contract, and `gpt2x verify SRC DIR` proves that nothing changed.
+Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` contain the SHA-256 of its source.
+`gpt2x inspect` shows the contract. `gpt2x verify SRC DIR` compares the model with its source.
 """
 
 TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors`) |\n"
 FROM_BYTES = {
-    True: "; or of its bytes",
+    True: "; or from the file's bytes",
     False: """; from bytes: `options.add_external_initializers_from_files_in_memory(["{data}"], [data], [len(data)])`, then \
 `InferenceSession(model, options)`""",
 }
 
 GROWING = """\
-- At first, `{past}` is 0: the cache is given empty. Each run returns the whole cache, `present.{{i}}.*`, which is
-  given to the next run as `past_key_values.{{i}}.*`.
-- `attention_mask` is 1 for a token and 0 for padding; it covers the cache and the new tokens. Causality is the graph's.
+- Start with an empty cache: `{past}` is 0. Each run returns the whole cache as `present.{{i}}.*`; pass it to the next run as
+  `past_key_values.{{i}}.*`.
+- `attention_mask` is 1 for a token and 0 for padding. It covers the cache and the new tokens. The graph applies the causal mask.
 """
 IN_PLACE = """\
 - This is contract 2: the cache can stay in place. Bind `past_key_values.{{i}}.*` and `present.{{i}}.*` to one buffer,
-  `[batch_size, {n_head}, capacity, {head_dim}]`, of any capacity up to {n_ctx}: a run writes what is new behind what each row
-  holds. A client that gives and takes separate arrays, at first empty ones, works too; each run then returns a longer cache.
-- `attention_mask` is `[batch_size, total_sequence_length]`, 1 for a token and 0 for padding **on the right**: a row's sum
-  is how many tokens it holds with the new ones. `total_sequence_length` is the longest row's, never the buffer's capacity.
-  Left padding, or holes, give wrong results without a word.
-- A batch of several rows takes its prompts in one run; after that, one token a row and run, which goes where a row's tokens
-  end, over what was padding.
+  `[batch_size, {n_head}, capacity, {head_dim}]`, with any capacity up to {n_ctx}. A run writes the new keys and values after
+  the tokens of each row. Separate arrays work too: start with empty ones; each run then returns a longer cache.
+- `attention_mask` is `[batch_size, total_sequence_length]`, 1 for a token and 0 for padding **on the right**. The sum of a row is
+  its number of tokens, with the new ones. `total_sequence_length` is that of the longest row, never the buffer's capacity.
+  Left padding, or padding between tokens, gives silently wrong results.
+- A batch of several rows needs its prompts in one run. After that, each run takes one token per row, and writes it after the
+  row's tokens, over the padding.
 """
 
-# Cache kind -> what is to be said of it alone.
+# Cache kind -> what applies to it only.
 OF_CACHE = {
     "growing": "",
     "inplace": """\
-- On a CPU, set `ORT_GQA_DISABLE_FLASH_ATTENTION=1` in the environment before the session is made: attention to a
+- On a CPU, set `ORT_GQA_DISABLE_FLASH_ATTENTION=1` in the environment before the session is created: attention to a
   long prompt then takes half the time (ONNX Runtime 1.31).
 """,
     "inplace-int8": """\
-- The cache holds 8-bit numbers; the scales are the model's own. It takes a quarter of the memory of float32.
+- The cache holds int8 values; their scales are stored in the model. It takes a quarter of the memory of float32.
 """,
 }
 
 LAST_IN_PLACE = """\
-- `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`, and a cache in place knows no padding on the left:
-  all prompts of one run must have one length. Prompts of other lengths go one at a time.
+- `logits` are returned for the last slot only, `[batch_size, 1, vocab_size]`, and a cache in place does not support left padding:
+  all prompts of one run must have the same length. Run prompts of different lengths one at a time.
 """
 
 CLIENT_IN_PLACE = """\
@@ -142,15 +142,15 @@ print({show})
 """
 
 ANY_PADDING = """\
-- `logits` are given for every new token. Padding may be left, right, or in the middle; of a row that is padded on the
-  right, the logits of its last real token are the ones that go on.
+- `logits` are returned for every new token. Padding can be on the left, on the right, or between tokens. For a row with padding on
+  the right, continue from the logits of its last token.
 """
 RIGHT_PADDING = """\
-- `logits` are given for every new token; of a row that is padded, the logits of its last real token are the ones that go on.
+- `logits` are returned for every new token. For a row with padding, continue from the logits of its last token.
 """
 LAST_ONLY = """\
-- `logits` are given for the last slot only, `[batch_size, 1, vocab_size]`: pad on the left or not at all.
-  onnxruntime-genai pads on the right: with it, give prompts of one length, or one prompt at a time.
+- `logits` are returned for the last slot only, `[batch_size, 1, vocab_size]`: pad on the left or not at all.
+  onnxruntime-genai pads on the right: pass it prompts of the same length, or one prompt at a time.
 """
 
 
@@ -166,28 +166,26 @@ def model_card(
     locations: Mapping[str, str | None],
     safetensors: bool = False,
 ) -> str:
-    """The README.md of an exported directory.
+    """Return the README.md of an exported directory.
 
     Args:
-        precisions: what the directory holds; the client runs the first.
-        source: what it was made from; any text.
-        runtimes: precision -> the first version of ONNX Runtime that runs it.
-        locations: precision -> the file in ``onnx/`` that its weights are in; None where they are in the model.
-        safetensors: whether ``model.safetensors`` lies beside, which ``transformers`` loads.
+        precisions: those in the directory; the example client runs the first.
+        source: the source's name, which may be any text.
+        runtimes: precision -> minimum version of ONNX Runtime.
+        locations: precision -> the file in ``onnx/`` that has its weights; None if they are inside the model.
+        safetensors: whether the directory has ``model.safetensors``, which ``transformers`` loads.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
     first, growing = precisions[0], not contract.stays(cache)
     return CARD.format(
         **sizes,
         size=f" {config.size_name}" if config.size_name else "",
-        operators="Standard ONNX operators only"
-        if growing
-        else "ONNX operators, and GroupQueryAttention of com.microsoft",
+        operators=_operators(growing),
         precisions=_precisions(precisions, runtimes),
         table=contract_table(config, last, precisions, cache),
         cache=(GROWING if growing else IN_PLACE).format(**sizes, past=contract.PAST) + OF_CACHE[cache],
-        padding=(LAST_ONLY if growing else LAST_IN_PLACE) if last else ANY_PADDING if growing else RIGHT_PADDING,
-        chunks="" if growing else " of a batch of one row",
+        padding=_padding(growing, last),
+        chunks="" if growing else " in a batch of one row",
         tokens=_special_tokens(config),
         client=client(config, tokenizer, first, cache),
         files="".join(_file_line(precision, locations[precision]) for precision in precisions),
@@ -208,6 +206,18 @@ def model_card(
     )
 
 
+def _operators(growing: bool) -> str:
+    if growing:
+        return "It uses standard ONNX operators only"
+    return "It uses ONNX operators, and GroupQueryAttention of com.microsoft"
+
+
+def _padding(growing: bool, last: bool) -> str:
+    if last:
+        return LAST_ONLY if growing else LAST_IN_PLACE
+    return ANY_PADDING if growing else RIGHT_PADDING
+
+
 def _precisions(precisions: Sequence[str], runtimes: Mapping[str, str]) -> str:
     rows = []
     for name in precisions:
@@ -223,20 +233,24 @@ def _since(client: str, cache: str) -> str:
 def _file_line(precision: str, location: str | None) -> str:
     model, data = contract.model_file(precision), f"onnx/{location}"
     if location is None:
-        return f"`{model}` holds its weights itself.\n"
-    return f"`{model}` is a graph; its weights lie in `{data}` (by offset), which must stay beside it.\n"
+        return f"`{model}` contains its weights.\n"
+    return f"`{model}` is the graph; its weights are in `{data}` (by offset), which must stay in the same folder.\n"
 
 
 def _special_tokens(config: GPT2Config) -> str:
     end, begin = config.eos_token_id, config.bos_token_id
     if end is None:
-        return "No token ends a text."
-    start = " Give it alone to begin a new text, for an empty prompt has no tokens." if begin == end else ""
-    return f"Token {end} ends a text.{start}"
+        return "There is no end-of-text token."
+    start = (
+        " To generate without a prompt, use it as the prompt: a prompt needs at least one token."
+        if begin == end
+        else ""
+    )
+    return f"The end-of-text token is {end}.{start}"
 
 
 def client(config: GPT2Config, tokenizer: bool, precision: str = DEFAULT, cache: str = "growing") -> str:
-    """A program that continues a text, to be run in the directory."""
+    """Return a program that continues a text, to run in the directory."""
     parts = {
         "load": 'from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file("tokenizer.json")',
         "prompt": 'tokenizer.encode("Once upon a time").ids',
@@ -252,13 +266,14 @@ def client(config: GPT2Config, tokenizer: bool, precision: str = DEFAULT, cache:
 def contract_table(
     config: GPT2Config, last: bool, precisions: Sequence[str] = (DEFAULT,), cache: str = "growing"
 ) -> str:
-    """The inputs and outputs, one line for all layers of the cache."""
+    """Return a table of the inputs and outputs, with one line for all layers of the cache."""
     first = precisions[0]
-    takes, gives = contract.inputs(config, first, cache), contract.outputs(config, last, first, cache)
-    rows = [_row("input", name, slot) for name, slot in takes.items() if _shown(name)]
-    rows += [_row("output", name, slot) for name, slot in gives.items() if _shown(name)]
+    inputs = contract.inputs(config, first, cache)
+    outputs = contract.outputs(config, last, first, cache)
+    rows = [_row("input", name, slot) for name, slot in inputs.items() if _shown(name)]
+    rows += [_row("output", name, slot) for name, slot in outputs.items() if _shown(name)]
     mixed = len({contract.cache_type(p, cache) for p in precisions}) > 1
-    note = "\nThe cache of `model_fp16.onnx` is float16, of the others float32.\n" if mixed else ""
+    note = "\nThe cache of `model_fp16.onnx` is float16, that of the others float32.\n" if mixed else ""
     return "| | name | type | shape |\n| --- | --- | --- | --- |\n" + "".join(rows) + note
 
 
@@ -273,6 +288,6 @@ def _row(kind: str, name: str, slot: Slot) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Any text as harmless Markdown: one line of code."""
+    """Return any text as safe Markdown: one line of code."""
     plain = "".join(c for c in text if c.isprintable() and c not in "`|")
     return f"`{html.escape(plain) or '?'}`"

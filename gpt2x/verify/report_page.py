@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: the table, and three plots as inline SVG."""
+"""A report as one self-contained HTML page: the table of checks, and three plots as inline SVG."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em;
 table {{ border-collapse: collapse; width: 100% }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3em .6em; text-align: left; vertical-align: top }}
 td.number {{ font-variant-numeric: tabular-nums; text-align: right }}
-.same {{ color: #06731f }} .different {{ color: #b00020; font-weight: bold }} .unasked {{ color: #777 }}
+.passed {{ color: #06731f }} .failed {{ color: #b00020; font-weight: bold }} .skipped {{ color: #777 }}
 code {{ overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
 </style>
-<h1>gpt2x verify: <span class="{verdict}">{verdict}</span></h1>
+<h1>gpt2x verify: <span class="{status}">{verdict}</span></h1>
 <p><code>{a}</code><br>against <code>{b}</code></p>
 <p>{conclusion}</p>
-<table><tr><th>check<th>verdict<th>result<th>what it is</tr>
+<table><tr><th>check<th>verdict<th>result<th>what was compared</tr>
 {checks}</table>
 <h2>Logits</h2>
-<p>Errors are of logits; relative errors are relative to the largest logit at the same position. KL divergence is in nats.
-Agreement is on the likeliest token, and on the set of the five likeliest. The first column is the share of its bound
-that the worst of these takes: over 100% fails.</p>
-<table><tr><th>check<th>of the bound{heads}</tr>
+<p>Errors are absolute differences of logits; relative errors are divided by the largest logit at the same position. KL
+divergence is in nats. Top-1 is the agreement on the most likely token, top-5 on the set of the five most likely tokens.
+"Share of bound" is the largest share of its bound that a metric reaches; above 100% the check fails.</p>
+<table><tr><th>check<th>share of bound{heads}</tr>
 {metrics}</table>
 {plots}
 <p>gpt2x {version}, Python {python}, {machine}, {date}</p>
@@ -56,37 +56,40 @@ COLUMNS = {
     "perplexity_other": "perplexity, other",
 }
 EXPLAINED = {
-    "configuration": "everything that decides shapes and arithmetic",
-    "weights": "every tensor, byte for byte; of other precisions, block by block",
-    "weights beside": "those in the directory that transformers would load in place of the ONNX model's",
+    "configuration": "all settings that determine shapes and arithmetic",
+    "weights": "every tensor, byte for byte; for other precisions, block by block",
+    "weights beside": "the weights in the directory that transformers would load instead of the ONNX model's",
     "tokenizer": "vocabulary and merges",
-    "full context": "as many tokens as the model takes, in one pass",
-    "one token": "a prompt of one token, on an empty cache",
-    "token by token": "each of the first tokens on the cache of those before it",
-    "chunks": "a full context in small and large pieces, then one by one to its last slot, each on the cache",
-    "batch rows": "five rows at once, each compared with itself alone",
-    "left padding": "unequal prompts in one batch, padded on the left, then more tokens",
-    "right padding": "unequal prompts in one batch, padded on the right, then more tokens",
-    "ORT_DISABLE_ALL": "the ONNX graph as it is written; all else is run with ORT_ENABLE_ALL",
+    "full context": "as many tokens as the context holds, in one pass",
+    "one token": "a prompt of one token, with an empty cache",
+    "token by token": "the first tokens one at a time, each with the cache of the tokens before it",
+    "chunks": "a full context in small and large chunks, then token by token up to the last slot, each with the cache",
+    "batch rows": "a batch of five rows, each compared with the same row alone",
+    "left padding": "prompts of different lengths in one batch, padded on the left, then more tokens",
+    "right padding": "prompts of different lengths in one batch, padded on the right, then more tokens",
+    "ORT_DISABLE_ALL": "the ONNX graph without optimization; all other checks use ORT_ENABLE_ALL",
     "greedy tokens": "the likeliest token at each step",
 }
-WORDS = {True: "same", False: "different", None: "unasked"}
+STATUS = {True: "passed", False: "failed", None: "skipped"}  # the class in the page's style
 
 
 def page(report: Report) -> str:
-    """The page. Whatever names a file brought are escaped.
+    """Return the page. Names that come from files are escaped.
 
     Raises:
-        ModuleNotFoundError: where matplotlib is missing.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     measured = [check for check in report.checks if "max_abs_error" in check.details]
-    worst = max((_share(check) for check in measured), default=0.0)
-    answer = "The two are the same, within the bounds." if report.passed else "The two are not shown to be the same."
+    verdict, conclusion = _verdict(report)
+    if measured:
+        worst = max(map(_share, measured))
+        conclusion += f" The worst metric reaches {worst:.0%} of its bound."
     return PAGE.format(
-        verdict=WORDS[report.passed],
+        verdict=verdict,
+        status=STATUS[report.passed],
         a=_escaped(report.a),
         b=_escaped(report.b),
-        conclusion=f"{answer} The worst figure takes {worst:.0%} of its bound." if measured else answer,
+        conclusion=conclusion,
         checks="".join(map(_check_row, report.checks)),
         heads="".join(f"<th>{head}" for head in COLUMNS.values()),
         metrics="".join(map(_metrics_row, measured)),
@@ -98,23 +101,48 @@ def page(report: Report) -> str:
     )
 
 
+def _verdict(report: Report) -> tuple[str, str]:
+    """Return the heading, and the sentence below it."""
+    if any(check.passed is False for check in report.checks):
+        return "different", "The two models differ."
+    if not report.passed:
+        return "nothing compared", "Nothing was compared."
+    if any(_is_rounded(check) for check in report.checks):
+        return "within bounds", "The two models agree within the bounds of the number format."
+    return "same", "The two models are the same."
+
+
+def _is_rounded(check: Check) -> bool:
+    """Whether a check allows for rounding, so that passing it means that the error is within bounds."""
+    return bool(check.details.get("inexact"))
+
+
+def _mark(check: Check) -> str:
+    """Return the verdict of one check, in the words of the table on the terminal."""
+    if check.details.get("near_tie"):
+        return "near tie"
+    if check.passed is None:
+        return ""
+    if not check.passed:
+        return "different"
+    return "within bounds" if _is_rounded(check) else "same"
+
+
 def _escaped(text: str) -> str:
-    """The same as text of a page: no markup, no control characters, and nothing that is no text."""
+    """Return text for the page: without markup, control characters and invalid Unicode."""
     return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def _share(check: Check) -> float:
-    """How much of its bound the worst metric takes; infinite where a figure is not a number."""
+    """Return the largest share of its bound that a metric reaches; infinite if one is NaN or infinite."""
     limits = check.details["limits"]
     shares = [check.details[name] / limit if limit else 0.0 for name, limit in limits.items()]
     return max((share if math.isfinite(share) else math.inf) for share in shares)
 
 
 def _check_row(check: Check) -> str:
-    word = WORDS[check.passed]
-    shown = "near tie" if check.details.get("near_tie") else "" if check.passed is None else word
     name, result, what = map(_escaped, (check.name, check.result, EXPLAINED.get(check.name, "")))
-    return f'<tr><td>{name}<td class="{word}">{shown}<td>{result}<td>{what}</tr>\n'
+    return f'<tr><td>{name}<td class="{STATUS[check.passed]}">{_mark(check)}<td>{result}<td>{what}</tr>\n'
 
 
 def _metrics_row(check: Check) -> str:
@@ -148,7 +176,7 @@ def _plots(measured: list[Check]) -> list[Plot]:
         axes.hist(exponents[np.isfinite(exponents)], bins=40)
         axes.axvline(np.log10(longest.details["limits"]["kl_divergence"]), color="red", linestyle=":", label="bound")
         axes.legend()
-        label = "log10 of nats (-18: none)"
+        label = "log10 of nats (-18: zero)"
         axes.set(title=f"KL divergence ({longest.name})", xlabel=label, ylabel="positions")
 
     def agreement(axes: Any) -> None:

@@ -23,7 +23,7 @@ import pytest
 from checkpoints import assert_same_bytes
 from client_programs import CLIENTS, PACKAGES, PROGRAMS, clients, needs_module, needs_node
 from commands import SEVERAL, Done, done
-from hub_server import running
+from hub_server import HANGS, environment, running, serving
 from paths import ROOT
 
 from converters import open_checkpoint
@@ -99,23 +99,13 @@ def hub(root):
 
 
 @pytest.fixture
-def environment(hub, tmp_path):
-    """Of a client that finds this Hub, and has cached nothing."""
-    kept = {key: value for key, value in os.environ.items() if not key.lower().startswith(("hf_", "hugging_face_"))}
-    kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
-    return {
-        **kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-
-
-@pytest.fixture
-def run(environment, tmp_path):
-    """Run a client's process, and return what it prints."""
+def run(hub, tmp_path):
+    """Run a client's process, which finds this Hub and has cached nothing, and return what it prints."""
+    client = environment(hub.url, tmp_path / "hf-home", OMP_NUM_THREADS="1")
 
     def run(*command):
         words = [str(word) for word in command]
-        result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+        result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=client, timeout=HANGS)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -243,15 +233,10 @@ class PageHandler(SimpleHTTPRequestHandler):
 @contextmanager
 def page_server():
     """A server of pages, whose ``answers`` are a queue."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), PageHandler) as server:
-        server.answers = queue.Queue()
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), PageHandler)
+    server.answers = queue.Queue()
+    with serving(server):
+        yield server
 
 
 @contextmanager
@@ -282,9 +267,9 @@ def answer_of_page(page, query, folder):
 
 def first_of(answers):
     try:
-        return answers.get(timeout=120)
+        return answers.get(timeout=HANGS)
     except queue.Empty:
-        return {"error": "the page sent nothing for two minutes"}
+        return {"error": f"the page sent nothing for {HANGS} seconds"}
 
 
 @needs_browser

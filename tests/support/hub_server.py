@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,8 +22,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.parse import unquote
 
 # Login -> what whoami says of it. "team" is an organization of the user "me".
@@ -33,6 +35,8 @@ LARGE = 10_000_000  # bytes from which a file is stored by LFS, and
 LFS_SUFFIXES = (".onnx", ".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".pt", ".zip")  # what always is
 SIGNATURE = "X-Signature=5ec4e7"  # of the address that a large file is sent to
 PIECE = 1 << 18
+
+HANGS = 600  # seconds after which a test gives up on a process or an answer
 
 # The headers that a page of another origin may read, as on the real Hub.
 EXPOSED = "X-Repo-Commit, X-Error-Code, X-Error-Message, ETag, Accept-Ranges, Content-Range, Content-Length, X-Linked-Size, X-Linked-ETag"
@@ -108,10 +112,11 @@ class Hub(ThreadingHTTPServer):
         return Path(self._objects.name, digest)
 
     def folder(self, repo: str) -> Path:
-        folder = self.root / repo
-        if not folder.is_dir():
-            raise ApiError(404, "Repository not found", "RepoNotFound")
-        return folder
+        """A repository's folder. Like the real Hub, it finds one whatever its capital letters are."""
+        for folder in self.root.glob("*/*"):
+            if folder.relative_to(self.root).as_posix().lower() == repo.lower():
+                return folder
+        raise ApiError(404, "Repository not found", "RepoNotFound")
 
     def files(self, repo: str) -> dict[str, Path]:
         """Name -> path of what a repository holds."""
@@ -264,10 +269,10 @@ class Handler(BaseHTTPRequestHandler):
         if wanted.get("type", "model") != "model":
             raise ApiError(400, "only models are kept here")
         url = f"{self.server.url}/{repo}"
-        try:
-            (self.server.root / repo).mkdir(parents=True)
-        except FileExistsError:
+        with suppress(ApiError):
+            self.server.folder(repo)
             return self.json({"error": "You already created this model repo", "url": url}, 409)
+        (self.server.root / repo).mkdir(parents=True)
         return self.json({"url": url, "name": repo, "id": "1"})
 
     def validate_yaml(self) -> None:
@@ -450,17 +455,43 @@ def digests(path: Path, size: int, changed: int) -> tuple[str, str]:
     return sha1.hexdigest(), sha256.hexdigest()
 
 
+Served = TypeVar("Served", bound=HTTPServer)
+
+
 @contextmanager
-def running(root: Path) -> Iterator[Hub]:
-    """A Hub on a free port, for as long as a test lasts."""
-    with Hub(root) as hub:
-        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+def serving(server: Served) -> Iterator[Served]:
+    """Let a server answer in a thread of its own, for as long as a test lasts."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield hub
+            yield server
         finally:
-            hub.shutdown()
+            server.shutdown()
             thread.join()
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Hub]:
+    """A Hub on a free port."""
+    with serving(Hub(root)) as hub:
+        yield hub
+
+
+def environment(url: str, home: Path, **more: str) -> dict[str, str]:
+    """The environment of a client that finds a Hub at ``url``, has no login, no proxy, and an empty cache in ``home``."""
+    kept = {key: value for key, value in os.environ.items() if not is_of_clients(key.lower())}
+    hub = {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return {**kept, **hub, **more}
+
+
+def is_of_clients(variable: str) -> bool:
+    return variable.startswith(("hf_", "hugging_face_")) or variable.endswith("_proxy")
 
 
 def main(arguments: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,21 +17,23 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2
 import pytest
 import safetensors.numpy
 from checkpoints import assert_same_bytes, random_checkpoint
 from commands import SEVERAL, Done, assert_refused, done
+from hub_server import HANGS, environment, serving
 from paths import ROOT
 
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, fetch
 from gpt2x.download import openai as bucket
+from gpt2x.download import transfer
 from gpt2x.download.hub import parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATA, INDEX = bucket.DATA, bucket.INDEX
 SIZE = (SHAKESPEARE / DATA).stat().st_size
-HANGS = 600  # seconds, after which a process is taken to have no end
 
 
 # ---------------------------------------------------------------------------------------------------- the server
@@ -183,15 +186,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(Server()) as server:
         for name in bucket.FILES:
             server.files[f"/124M/{name}"] = (SHAKESPEARE / name).read_bytes()
         yield server
         server.released.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +201,7 @@ def here(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("GPT2X_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bucket, "PAUSE", 0.001)
+    monkeypatch.setattr(transfer, "PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -229,7 +228,7 @@ def test_what_is_no_address_is_given_back_unchanged(source):
 
 @pytest.mark.parametrize("source", ["https://huggingface.co/gpt2", "ftp://x/y", "file:///etc/passwd", "s3://bucket/x"])
 def test_other_addresses_are_refused_and_the_known_ones_said(gpt2x, source):
-    assert_refused(gpt2x("convert", source, "out.bin"), "does not fetch", "hf://OWNER/NAME", "openai://124M")
+    assert_refused(gpt2x("convert", source, "out.bin"), "cannot download from", "hf://OWNER/NAME", "openai://124M")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_other_addresses_are_refused_and_the_known_ones_said(gpt2x, source):
      "a/b/%2e%2e", "/a/b", "a//b", "u:p@h/x", "a/b\\c", "a/b--c", "ä/b", "a/.b", "-a/b", "a..b/c", "a/b/c..d", "a/b/" + "c" * 400],
 )  # fmt: skip
 def test_an_address_of_odd_characters_is_refused_before_anything_is_asked(rest):
-    with pytest.raises(ConversionError, match="not the name of a model on the Hub"):
+    with pytest.raises(ConversionError, match="not a valid address of a model on the Hub"):
         fetch(f"hf://{rest}")
 
 
@@ -270,7 +269,9 @@ def test_a_plain_conversion_opens_no_socket_and_loads_no_client(tmp_path):
         from gpt2x.cli import main
         main(["convert", {str(SHAKESPEARE)!r}, "out"], standalone_mode=False)
         main(["inspect", "out"], standalone_mode=False)
-        assert not {{"huggingface_hub", "urllib.request", "http.client", "gpt2x.download.fetch"}} & set(sys.modules)
+        main(["--help"], standalone_mode=False)
+        loaded = {{"huggingface_hub", "httpx2", "filelock", "urllib.request", "http.client", "gpt2x.download.fetch"}}
+        assert not loaded & set(sys.modules)
         if "--provoke" in sys.argv:
             import socket
             socket.socket()
@@ -309,8 +310,9 @@ def test_what_is_there_is_verified_once_more_when_it_has_changed(mirror):
     assert f"/124M/{DATA}" in mirror.paths()
 
 
-def test_a_copy_of_the_cache_needs_no_network(monkeypatch, mirror):
+def test_a_copy_of_the_cache_needs_no_network_and_no_http_library(monkeypatch, mirror):
     shutil.copytree(SHAKESPEARE, cached().parent)
+    monkeypatch.setitem(sys.modules, "gpt2x.download.transfer", None)
     assert same_as_shipped(fetch("openai://124M"))
     assert mirror.asked == []
 
@@ -366,7 +368,7 @@ def test_a_file_that_changed_meanwhile_is_not_spliced(mirror, name, fault, reque
 
 def test_what_a_server_that_keeps_dropping_has_sent_is_kept(mirror):
     mirror.faults[f"/124M/{DATA}"] = ["dropped!"]
-    with pytest.raises(ConversionError, match="the same command goes on from there"):
+    with pytest.raises(ConversionError, match="run the same command again to resume"):
         fetch("openai://124M")
     assert cached(f"{DATA}.part").stat().st_size > SIZE // 2
     mirror.faults.clear()
@@ -386,7 +388,7 @@ def test_an_index_of_before_does_not_stand_in_the_way(mirror):
     cached().parent.mkdir(parents=True)
     save_checkpoint(random_checkpoint(), "tiny", "tf")
     shutil.copy(Path("tiny", INDEX), cached(INDEX))
-    refused("try once more")
+    refused("run the command again to download both")
     assert same_as_shipped(fetch("openai://124M"))
 
 
@@ -425,25 +427,25 @@ def refused(match, kind=ConversionError):
 @pytest.mark.parametrize(
     ("name", "fault", "match"),
     [
-        (DATA, "404", "404 .Not Found.; is GPT2X_OPENAI_URL right"),
+        (DATA, "404", "404 .Not Found.; is GPT2X_OPENAI_URL correct"),
         (DATA, "403", "403 .Forbidden."),
-        (DATA, "500", "500 .Internal Server Error., in 3 attempts"),
-        (DATA, "page", "a web page came"),
-        (DATA, "hidden page", "24 bytes there, and by its index 8,888,832"),
-        (DATA, "short", "8,888,732 bytes there, and by its index 8,888,832"),
-        (DATA, "endless", "sends more than the 8,888,832 bytes"),
-        (DATA, "compressed", "came compressed"),
-        (DATA, "to file:///etc/passwd", "redirects to somewhere that is not fetched from"),
-        (DATA, "to ftp://127.0.0.1/x", "redirects to somewhere that is not fetched from"),
-        (INDEX, "page", "a web page came"),
+        (DATA, "500", "500 .Internal Server Error. .3 attempts."),
+        (DATA, "page", "sent a web page instead of the file"),
+        (DATA, "hidden page", "8,888,832 bytes expected from the index, the server has 24"),
+        (DATA, "short", "8,888,832 bytes expected from the index, the server has 8,888,732"),
+        (DATA, "endless", "sends more than the limit of 8,888,832 bytes"),
+        (DATA, "compressed", "sent a compressed file"),
+        (DATA, "to file:///etc/passwd", "redirects to an address that gpt2x does not follow"),
+        (DATA, "to ftp://127.0.0.1/x", "redirects to an address that gpt2x does not follow"),
+        (INDEX, "page", "sent a web page instead of the file"),
         (INDEX, "hidden page", "24 bytes is too short for a TensorFlow index"),
-        (INDEX, "flipped", "what came is not the file that was asked for"),
-        (INDEX, "endless", "sends more than the 1,048,576 bytes"),
+        (INDEX, "flipped", "the downloaded file is not valid"),
+        (INDEX, "endless", "sends more than the limit of 1,048,576 bytes"),
         ("hparams.json", "hidden page", "not sound JSON"),
         ("encoder.json", "hidden page", "not sound JSON"),
         ("encoder.json", "404", "404 .Not Found."),
-        ("vocab.bpe", "hidden page", "not a table of merges"),
-        ("checkpoint", "hidden page", "not TensorFlow's note"),
+        ("vocab.bpe", "hidden page", "not a file of BPE merges"),
+        ("checkpoint", "hidden page", "not TensorFlow's checkpoint state file"),
     ],
 )
 def test_what_cannot_be_right_is_refused_and_not_kept(mirror, name, fault, match):
@@ -456,7 +458,7 @@ def test_what_cannot_be_right_is_refused_and_not_kept(mirror, name, fault, match
 @pytest.mark.parametrize(("name", "fault"), [(DATA, "short"), (INDEX, "flipped"), ("encoder.json", "hidden page")])
 def test_what_was_refused_does_not_stand_in_the_way_of_the_next_call(mirror, name, fault):
     mirror.faults[f"/124M/{name}"] = [fault]
-    refused("bytes there|not the file")
+    refused("bytes expected from the index|the downloaded file is not valid")
     assert same_as_shipped(fetch("openai://124M"))
 
 
@@ -468,7 +470,7 @@ def test_damage_is_found_by_its_checksum_and_fetched_anew_once(mirror):
     shutil.rmtree("cache")
     mirror.faults[f"/124M/{DATA}"] = ["flipped!"]
     mirror.asked.clear()
-    refused("checksum is .*\nFetched anew it is no better, and has been removed", ChecksumError)
+    refused("checksum is .*\nDownloading it again failed verification, too; the files were removed", ChecksumError)
     assert len(mirror.paths(DATA)) == 2
     assert not cached().exists()
 
@@ -485,18 +487,18 @@ def test_a_vocabulary_that_does_not_fit_is_refused(mirror):
     mirror.files["/124M/hparams.json"] = json.dumps(
         {"n_vocab": 2048, "n_ctx": 256, "n_embd": 192, "n_head": 6, "n_layer": 5}
     ).encode()
-    refused("no better, and has been removed")
+    refused("failed verification, too; the files were removed")
 
 
 def test_an_index_of_absurd_sizes_is_refused_before_anything_is_allocated(mirror, monkeypatch):
     monkeypatch.setattr(bucket, "MAX_DATA", SIZE - 1)
-    refused("that cannot be")
+    refused("invalid size of the data: 8,888,832 bytes")
     assert mirror.paths(DATA) == []
 
 
 def test_a_full_disk_is_seen_before_the_download(mirror, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5))
-    refused("5 bytes are free, and 8,888,832 are needed; GPT2X_CACHE")
+    refused("8,888,832 bytes needed, the disk has 5 free; GPT2X_CACHE")
     assert mirror.paths(DATA) == []
 
 
@@ -517,18 +519,80 @@ def test_redirects_between_web_servers_are_followed(mirror):
 
 def test_a_server_that_is_not_there_is_said_in_one_sentence(gpt2x, monkeypatch, server):
     monkeypatch.setenv("GPT2X_OPENAI_URL", "http://127.0.0.1:9")
-    assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot be reached: Connection refused, in 3 attempts")  # fmt: skip
+    assert_refused(gpt2x("inspect", "openai://124M"), "http://127.0.0.1:9/124M/checkpoint: cannot connect: Connection refused (3 attempts)")  # fmt: skip
     monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
     result = gpt2x("inspect", "openai://124M")
-    assert_refused(result, "cannot be reached")
+    assert_refused(result, "cannot connect")
     assert "secret" not in result.output
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:secret@127.0.0.1:9", "ftp://user:secret@h", "http://user:secret@h:port"]
+)
+def test_a_proxy_that_cannot_be_used_is_refused_without_showing_it(gpt2x, monkeypatch, proxy):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("all_proxy", proxy)
+    result = gpt2x("inspect", "openai://124M")
+    assert_refused(result, "http_proxy, https_proxy or all_proxy: unsupported proxy")
+    assert "secret" not in result.output
+
+
+def test_certificates_that_cannot_be_read_are_named(gpt2x, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "none.pem")
+    assert_refused(
+        gpt2x("inspect", "openai://124M"), "SSL_CERT_FILE or SSL_CERT_DIR: cannot read the certificates: No such file"
+    )
+
+
+def answer_with(monkeypatch, answer):
+    """Let a function answer every request, instead of a server."""
+    monkeypatch.setenv("GPT2X_OPENAI_URL", "https://mirror")
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", lambda transport, request: answer(request))
+
+
+def test_a_redirect_from_https_to_http_is_not_followed(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx2.Response(302, headers={"Location": "http://mirror/other"})
+
+    answer_with(monkeypatch, answer)
+    refused("https://mirror/124M/checkpoint: the server redirects to an address that gpt2x does not follow")
+    assert asked == ["https://mirror/124M/checkpoint"]
+
+
+def test_a_certificate_that_is_not_trusted_is_refused_at_once(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        cause = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        cause.verify_message = "self-signed certificate"
+        raise httpx2.ConnectError("certificate verify failed") from cause
+
+    answer_with(monkeypatch, answer)
+    refused("the server's certificate is not trusted: self-signed certificate")
+    assert len(asked) == 1
+
+
+def test_a_server_that_does_not_answer_in_time_is_tried_again(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(request.extensions["timeout"]["read"])
+        raise httpx2.ReadTimeout("timed out")
+
+    answer_with(monkeypatch, answer)
+    refused(r"the connection was lost: no answer in 30 seconds \(3 attempts\)")
+    assert asked == [30, 30, 30]
 
 
 @pytest.mark.parametrize("url", ["ftp://x/y", "file:///tmp", "http://u:secret@h/x", "https://h/x?sig=secret", "https:///x", "http://h:x/", "h/x", "http://a b"])  # fmt: skip
 def test_an_address_of_a_mirror_is_checked_and_never_shown(gpt2x, monkeypatch, url):
     monkeypatch.setenv("GPT2X_OPENAI_URL", url)
     result = gpt2x("inspect", "openai://124M")
-    assert_refused(result, "GPT2X_OPENAI_URL: http://HOST/FOLDER")
+    assert_refused(result, "GPT2X_OPENAI_URL: not a valid mirror; set it to http://HOST/FOLDER")
     assert "secret" not in result.output
 
 
@@ -652,11 +716,7 @@ def hf_files(tmp_path_factory):
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
     """Run ``gpt2x`` in a process of its own (the Hub's library reads its environment once), with the server as the Hub."""
-    environment = {
-        **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "error::ResourceWarning",
-    }  # fmt: skip
-    environment.pop("HF_TOKEN", None)
+    client = environment(server.url, tmp_path / "hf-home", PYTHONWARNINGS="error::ResourceWarning")
 
     def run(*args, **more):
         return Done(process([sys.executable, "-m", "gpt2x", *map(str, args)], more))
@@ -669,7 +729,7 @@ def hub(server, monkeypatch, tmp_path):
         ]
 
     def process(command, more):
-        return subprocess.run(command, capture_output=True, text=True, env={**environment, **more}, timeout=HANGS)
+        return subprocess.run(command, capture_output=True, text=True, env={**client, **more}, timeout=HANGS)
 
     run.all = run_all
     return run
@@ -703,9 +763,7 @@ def test_a_repository_is_fetched_converted_and_kept(server, hub, hf_files, tmp_p
     assert "hf://me/mine" in offline.stdout
     assert offline.stderr == ""
     unplugged = done(hub("inspect", "hf://me/mine", HF_ENDPOINT="http://127.0.0.1:9"))
-    assert (
-        "Warning: hf://me/mine: the Hub cannot be reached; what the Hub's cache has of it is used" in unplugged.stderr
-    )
+    assert "Warning: hf://me/mine: cannot connect to the Hub; using what is in the Hub's cache" in unplugged.stderr
 
 
 def test_shards_in_the_hubs_cache_are_opened(server, hub, hf_files, tmp_path):
@@ -764,7 +822,7 @@ def test_an_export_on_the_hub_is_run_by_onnx_runtime(server, hub, gpt2x):
 
 WRONG = (
     (None, "hf://me/none", "no such repository on the Hub, or a private one"),
-    ({"files": {"x": b""}, "gated": True}, "hf://me/gated", "is gated: accept its terms"),
+    ({"files": {"x": b""}, "gated": True}, "hf://me/gated", "gated repository: accept its terms"),
     ({"files": {"model.safetensors": b""}}, "hf://me/a@v9", "no such revision"),
     ({"files": {"model.safetensors": b""}}, "hf://me/b/model.bin", "no model.bin (it has model.safetensors)"),
     (
@@ -773,8 +831,8 @@ WRONG = (
         "name a file: hf://me/c/FILE (it has README.md, weights.pt)",
     ),
     ({"files": {"a.gguf": b"", "b.gguf": b""}}, "hf://me/d", "name one: hf://me/d/FILE (it has a.gguf, b.gguf)"),
-    ({"files": {}, "status": 403}, "hf://me/e", "does not allow it to this login"),
-    ({"files": {"model.safetensors": b""}, "sha": "../../x"}, "hf://me/f", "does not answer as the Hub does"),
+    ({"files": {}, "status": 403}, "hf://me/e", "this login has no access"),
+    ({"files": {"model.safetensors": b""}, "sha": "../../x"}, "hf://me/f", "the server's answer is not the Hub's"),
     ({"files": {"model.safetensors": b"", "config.json": None}}, "hf://me/g", "lists a file that it does not have"),
     ({"files": {}, "status": 500}, "hf://me/h", "the Hub answers with status 500"),
     ({"files": {}, "status": 429}, "hf://me/i", "too many requests"),
@@ -791,8 +849,8 @@ def test_what_the_hub_does_not_have_is_said_in_one_sentence(server, hub):
 
 
 def test_without_a_network_and_without_a_copy(hub):
-    assert_refused(hub("inspect", "hf://me/it", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set, so nothing is requested; and the Hub's cache does not have it")  # fmt: skip
-    assert_refused(hub("inspect", "hf://me/it", HF_ENDPOINT="http://127.0.0.1:9"), "the Hub cannot be reached; and the Hub's cache")  # fmt: skip
+    assert_refused(hub("inspect", "hf://me/it", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set, so nothing is requested, and the Hub's cache does not have all of it")  # fmt: skip
+    assert_refused(hub("inspect", "hf://me/it", HF_ENDPOINT="http://127.0.0.1:9"), "cannot connect to the Hub, and the Hub's cache")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "a/../../b.bin", "", "x\\y.bin", "config.json", "a b.bin"])
@@ -802,7 +860,7 @@ def test_an_index_that_points_elsewhere_is_refused(name, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"wte.weight": name}}))
     snapshot = Snapshot(COMMIT, frozenset({index.name, "config.json"}), tmp_path.joinpath, lambda name: None)
-    with pytest.raises(UnsafeError, match="which is not a file of weights beside it: refused"):
+    with pytest.raises(UnsafeError, match="which is not a weight file beside it"):
         _shards(parse("hf://o/n", "o/n"), snapshot, Choice("", (index.name,), ""))
 
 
@@ -819,10 +877,11 @@ def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_open
         every.remove(name)
 
 
-def test_a_download_without_its_library_says_what_to_install(tmp_path):
-    code = (
-        "import sys; sys.modules['huggingface_hub'] = None; from gpt2x.cli import main; main(['inspect', 'hf://a/b'])"
-    )
+@pytest.mark.parametrize(
+    ("source", "library"), [("hf://a/b", "huggingface_hub"), ("openai://124M", "httpx2"), ("openai://124M", "filelock")]
+)
+def test_a_download_without_its_library_says_what_to_install(source, library):
+    code = f"import sys; sys.modules[{library!r}] = None; from gpt2x.cli import main; main(['inspect', {source!r}])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert "this needs huggingface_hub: pip install 'gpt2x[hub]'" in result.stderr
+    assert f"this needs {library}: pip install 'gpt2x[hub]'" in result.stderr

@@ -198,7 +198,7 @@ def test_weights_that_no_model_takes_any_more_go_with_force(tmp_path, gpt2x):
     as_0_1_0(tmp_path / "old")
     done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "old", "--precision", "int8", "--no-verify"))
     assert transformers_js(tmp_path / "old") == {"use_external_data_format": {"model_quantized.onnx": True}}
-    assert "its weights lie in `onnx/model.safetensors`" in (tmp_path / "old/README.md").read_text()
+    assert "its weights are in `onnx/model.safetensors`" in (tmp_path / "old/README.md").read_text()
     done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "old", "--force", "--no-verify"))
     assert not (tmp_path / "old/onnx/model.safetensors").exists()
     assert not (tmp_path / "old/model.safetensors.index.json").exists()

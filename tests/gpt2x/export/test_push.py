@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import random_checkpoint
-from hub_server import SIGNATURE, running
+from hub_server import HANGS, SIGNATURE, environment, running
 
 from converters import DestinationError
 from gpt2x import export_onnx
@@ -75,22 +75,18 @@ SEVERAL = """if True:
 
 
 @pytest.fixture
-def environment(hub, tmp_path):
-    kept = {key: value for key, value in os.environ.items() if not key.lower().startswith(("hf_", "hugging_face_"))}
-    kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
-    return {
-        **kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "error::ResourceWarning",
-    }  # fmt: skip
+def client(hub, tmp_path):
+    """The environment of a client that finds this Hub, and has cached nothing."""
+    return environment(hub.url, tmp_path / "hf-home", PYTHONWARNINGS="error::ResourceWarning")
 
 
 @pytest.fixture
-def run(environment):
+def run(client):
     """Do several things in a process of its own, which takes less time: (action, login, name[, directory])."""
 
     def run(*steps, **more):
         command = [sys.executable, "-c", SEVERAL, json.dumps(steps, default=str)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**environment, **more}, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env={**client, **more}, timeout=HANGS)
         assert (done.returncode, done.stderr) == (0, "")
         return json.loads(done.stdout)
 
@@ -108,7 +104,7 @@ def paths(hub, part):
 # ------------------------------------------------------------------------------------------------------ uploads
 
 
-def test_a_directory_arrives_as_it_is_and_is_downloaded_again(hub, run, environment, exported, tmp_path):
+def test_a_directory_arrives_as_it_is_and_is_downloaded_again(hub, run, exported, tmp_path):
     directory = tmp_path / "export"
     shutil.copytree(exported, directory)
     unrelated = ("notes.txt", "checkpoint-500/optimizer.pt", "training_args.bin")
@@ -132,13 +128,11 @@ def test_a_passing_fault_is_overcome_and_no_address_with_a_signature_is_printed(
     assert [request.status for request in hub.requests if request.method == "PUT"].count(200) == 3
 
 
-def test_bars_are_drawn_on_a_terminal(hub, environment, exported):
+def test_bars_are_drawn_on_a_terminal(hub, client, exported):
     steps = json.dumps([["push", "hf_test", "me/x", str(exported)]])
     terminal, end = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    command = subprocess.Popen(
-        [sys.executable, "-c", SEVERAL, steps], stdout=subprocess.PIPE, stderr=end, env=environment
-    )
+    command = subprocess.Popen([sys.executable, "-c", SEVERAL, steps], stdout=subprocess.PIPE, stderr=end, env=client)
     os.close(end)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal
@@ -161,20 +155,23 @@ def test_bars_are_drawn_on_a_terminal(hub, environment, exported):
      "me/x.git", "me/ä", "me/" + "x" * 97, "m" * 97 + "/x", "hf://me/x", "https://huggingface.co/me/x", "me/x@main", "me\\x", "me/x?y"],
 )  # fmt: skip
 def test_a_name_that_no_repository_can_have_is_refused(name):
-    with pytest.raises(DestinationError, match=r"not the name of a repository on the Hub, which is OWNER/NAME"):
+    with pytest.raises(DestinationError, match=r"not a valid repository name, which is OWNER/NAME"):
         check_push(name)
-    with pytest.raises(DestinationError, match=r"not the name of a repository on the Hub, which is OWNER/NAME"):
+    with pytest.raises(DestinationError, match=r"not a valid repository name, which is OWNER/NAME"):
         push(Path(), name)
 
 
 REFUSED = (
     (None, "me/new", "me/new: uploading needs a login: log in (hf auth login) or set HF_TOKEN"),
-    ("hf_wrong", "me/new", "me/new: the Hub does not know this login: log in again (hf auth login), or correct or unset HF_TOKEN"),
-    ("hf_new\x01line", "me/new", "me/new: the Hub does not know this login"),
-    ("hf_é", "me/new", "me/new: the Hub does not know this login"),
-    ("hf_read", "me/new", "me/new: this login may only read"),
-    ("hf_test", "you/new", "you/new: you is not this login's: give its own name, me, or one of its organizations"),
+    ("hf_wrong", "me/new", "me/new: the Hub rejects this login: log in again (hf auth login), or correct or unset HF_TOKEN"),
+    ("hf_new\x01line", "me/new", "me/new: the Hub rejects this login"),
+    ("hf_é", "me/new", "me/new: the Hub rejects this login"),
+    ("hf_read", "me/new", "me/new: this login can only read"),
+    ("hf_test", "you/new", "you/new: you does not belong to this login: use its own name, me, or one of its organizations"),
+    ("hf_test", "Me/new", "Me/new: the owner's name on the Hub is me: use me/new"),
+    ("hf_fine", "TEAM/new", "TEAM/new: the owner's name on the Hub is team: use team/new"),
     ("hf_test", "me/there", "me/there: exists already on the Hub"),
+    ("hf_test", "me/There", "me/There: exists already on the Hub"),
     ("hf_fine", "you/there", "you/there: exists already on the Hub"),
 )  # fmt: skip
 
@@ -192,9 +189,9 @@ def test_what_cannot_be_uploaded_is_refused_in_one_line_before_anything_is_writt
 
 
 def test_logins_that_may_write_there_are_taken(hub, run, exported):
-    steps = [("check", "hf_test", "team/x"), ("check", "hf_test", "Me/x"), ("check", "hf_fine", "you/x")]
+    steps = [("check", "hf_test", "team/x"), ("check", "hf_test", "me/X"), ("check", "hf_fine", "you/x")]
     *checked, none = run(*steps, ("push", None, "me/x", exported))
-    assert checked == [None, None, None]  # of a fine-grained login, the Hub says only later what it may
+    assert checked == [None, None, None]  # what a fine-grained login can write to, the Hub says only when it is used
     assert none == "me/x: uploading needs a login: log in (hf auth login) or set HF_TOKEN"
     assert written(hub) == []
 
@@ -204,10 +201,10 @@ def test_a_hub_that_is_not_reached_is_said(run, exported):
     assert offline == ["me/x: HF_HUB_OFFLINE is set, so nothing is requested; unset it"]
     steps = ("check", "hf_test", "me/x"), ("push", "hf_test", "me/x", exported)
     check, upload = run(*steps, HF_ENDPOINT="http://127.0.0.1:9")
-    assert check == "me/x: the Hub cannot be reached; is there a network? HF_ENDPOINT names a mirror"
+    assert check == "me/x: cannot connect to the Hub; is there a network? HF_ENDPOINT selects a mirror"
     assert (
         upload
-        == f"{check}. Nothing was uploaded; {exported} is whole. Upload it with: hf upload OWNER/NAME '{exported}'"
+        == f"{check}. Nothing was uploaded; {exported} is complete. Upload it with: hf upload OWNER/NAME '{exported}'"
     )
 
 
@@ -241,14 +238,38 @@ def above(directory):
     directory.with_name("other").write_text("")
 
 
-@pytest.mark.parametrize("link", [outside, a_folder, nothing, above])
-def test_a_link_that_leaves_the_directory_is_not_followed(link, tmp_path):
+def the_configuration(directory):
+    (directory / "config.json").rename(directory.with_name("blob"))
+    (directory / "config.json").symlink_to("../blob")  # as in the Hub's cache
+
+
+@pytest.mark.parametrize(
+    ("link", "fault"),
+    [
+        (outside, "a link to a file outside of the directory, /etc/hostname"),
+        (a_folder, "a link to a folder"),
+        (nothing, "a broken link"),
+        (above, "a link to a file outside of the directory, /.*/other"),
+        (the_configuration, "a link to a file outside of the directory, /.*/blob"),
+    ],
+)
+def test_a_link_that_leaves_the_directory_is_not_followed(link, fault, tmp_path):
     directory = tmp_path / "export"
     (directory / "onnx").mkdir(parents=True)
     (directory / "config.json").write_text("{}")
     link(directory)
-    with pytest.raises(DestinationError, match=r"/x(\.bin)?: a link to a folder, or to outside of"):
+    with pytest.raises(
+        DestinationError, match=rf"/(x|x\.bin|config\.json): {fault}, which is not uploaded: replace it by a copy"
+    ):
         push(directory, "me/x")
+
+
+def test_a_file_without_permission_to_read_it_is_named_before_anything_is_written(hub, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "config.json")
+    with pytest.raises(DestinationError, match=r"config.json: no permission to read it: change its permissions"):
+        push(tmp_path, "me/x")
+    assert hub.requests == []
 
 
 def test_a_directory_of_nothing_or_of_odd_names_is_refused(tmp_path):
@@ -256,7 +277,7 @@ def test_a_directory_of_nothing_or_of_odd_names_is_refused(tmp_path):
         push(tmp_path / "none", "me/x")
     (tmp_path / "onnx").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/onnx/odd\xff")).touch()
-    with pytest.raises(DestinationError, match="not printable text"):
+    with pytest.raises(DestinationError, match="characters that are not printable"):
         push(tmp_path, "me/x")
 
 
@@ -265,7 +286,7 @@ def test_a_directory_of_nothing_or_of_odd_names_is_refused(tmp_path):
 BROKEN = (
     ("stored", "PUT /lfs/me/stored", 501, "the Hub answers with status 501"),
     ("denied", "PUT /lfs/me/denied", 403, "the Hub refuses the upload with status 403: This is a fault"),
-    ("closed", "PUT /lfs/me/closed", "close", "the connection to the Hub broke"),
+    ("closed", "PUT /lfs/me/closed", "close", "the connection to the Hub was lost"),
     (
         "moved",
         "POST /api/models/me/moved/preupload",
@@ -273,11 +294,11 @@ BROKEN = (
         "the Hub refuses the upload with status 400: This is a fault",
     ),
     ("commit", "POST /api/models/me/commit/commit", 500, "the Hub answers with status 500"),
-    ("lost", "POST /api/models/me/lost/commit", "close", "the connection to the Hub broke"),
+    ("lost", "POST /api/models/me/lost/commit", "close", "the connection to the Hub was lost"),
 )
 
 
-def test_an_upload_that_breaks_says_what_there_is_now_and_the_command_that_goes_on(hub, run, environment, exported):
+def test_an_upload_that_breaks_says_what_there_is_now_and_the_command_that_goes_on(hub, run, client, exported):
     before = contents(exported)
     for _, requests, fault, _ in BROKEN:
         hub.faults[requests] = itertools.repeat(fault)
@@ -285,7 +306,7 @@ def test_an_upload_that_breaks_says_what_there_is_now_and_the_command_that_goes_
     for error, (name, _, _, words) in zip(errors, BROKEN, strict=True):
         assert error.startswith(f"me/{name}: {words}"), error
         assert (
-            f". The repository exists now, and may be empty or incomplete; {exported} is whole. Upload it with: "
+            f". The repository exists now, and may be empty or incomplete; {exported} is complete. Upload it with: "
             in error
         )
         assert "hf_test" not in error
@@ -297,7 +318,7 @@ def test_an_upload_that_breaks_says_what_there_is_now_and_the_command_that_goes_
     hub.faults.clear()
     program, *arguments = shlex.split(errors[0].split("Upload it with: ")[1])
     command = [str(Path(sys.executable).with_name(program)), *arguments]
-    again = subprocess.run(command, capture_output=True, text=True, env={**environment, "HF_TOKEN": "hf_test"})
+    again = subprocess.run(command, capture_output=True, text=True, env={**client, "HF_TOKEN": "hf_test"})
     assert again.returncode == 0, again.stderr
     assert contents(hub.root / "me/stored") == before
 
@@ -306,9 +327,9 @@ def test_what_the_hub_itself_refuses_leaves_everything_alone(hub, run, exported)
     (hub.root / "me/x").mkdir(parents=True)
     (hub.root / "me/x/config.json").write_text("somebody made it meanwhile")
     there, denied = run(("push", "hf_test", "me/x", exported), ("push", "hf_fine", "you/x", exported))
-    nothing = f". Nothing was uploaded; {exported} is whole. Upload it with: hf upload OWNER/NAME '{exported}'"
+    nothing = f". Nothing was uploaded; {exported} is complete. Upload it with: hf upload OWNER/NAME '{exported}'"
     assert there.startswith("me/x: exists already on the Hub")
-    assert denied.startswith("you/x: this login may not create or change it: check OWNER")
+    assert denied.startswith("you/x: this login cannot create or change the repository: check OWNER")
     assert there.endswith(nothing)
     assert denied.endswith(nothing)
     assert contents(hub.root) == {"me/x/config.json": b"somebody made it meanwhile"}
@@ -318,7 +339,7 @@ def test_what_the_hub_itself_refuses_leaves_everything_alone(hub, run, exported)
 def test_a_mirror_without_xet_is_said(hub, run, exported):
     pytest.importorskip("hf_xet")
     (error,) = run(("push", "hf_test", "me/x", exported), HF_HUB_DISABLE_XET="0")
-    assert error.startswith("me/x: the Hub's storage of large files (Xet) cannot be reached; HF_HUB_DISABLE_XET=1")
+    assert error.startswith("me/x: cannot connect to the Hub's storage of large files (Xet): set HF_HUB_DISABLE_XET=1")
 
 
 # ------------------------------------------------------------------------------------------------- the local Hub
@@ -328,7 +349,7 @@ def ask(hub, path, method="GET", data=None, **headers):
     request = urllib.request.Request(hub.url + path, data, headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=20) as response:
+        with opener.open(request, timeout=HANGS) as response:
             return response.status, dict(response.headers), response.read()
     except urllib.error.HTTPError as error:
         with error:

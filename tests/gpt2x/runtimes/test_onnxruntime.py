@@ -412,7 +412,7 @@ def test_verify_sees_another_models_onnx(gpt2x, tmp_path, monkeypatch):
     } == set(failed)
     page = Path("r.html").read_text()
     assert page.count("<svg") == 3
-    assert 'class="different">different' in page
+    assert '<span class="failed">different</span>' in page
     assert "a/onnx/model.onnx against" in done(gpt2x("verify", "a", "a", "--runtime", "torch")).stdout
 
 
