@@ -15,7 +15,7 @@ test: $(VENV)/.ready check ## set up, then lint, type-check and test: what a cha
 	$(PYTEST)
 
 test-slow: $(VENV)/.ready ## the tests that prove more than a change needs
-	$(PYTEST) -m slow --ignore=tests/test_clients.py --ignore=tests/test_hub_clients.py
+	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py
 
 test-processors: $(VENV)/.ready $(VENV)-processors/.ready ## gpt2x on emulated processors: x86-64 without VNNI, and two of ARM
 	$(BIN)/python -m pytest -rs tests/processors
@@ -25,23 +25,24 @@ test-versions: $(VENV)/.ready ## old and new versions of the runtimes, and tools
 	$(BIN)/python -m pytest -rs tests/versions
 
 test-executorch: $(VENV)-executorch/.ready ## ExecuTorch lowers and runs the .pt2 that export wrote, in its own environment
-	$(VENV)-executorch/bin/python -m pytest -rs -m 'not huge' tests/test_torch_programs.py
+	$(VENV)-executorch/bin/python -m pytest -rs -m 'not huge' tests/gpt2x/export/test_torch_programs.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a live TensorFlow, in its own environment
-	$(VENV)-tensorflow/bin/python -m pytest tests/test_tensorflow.py
+	$(VENV)-tensorflow/bin/python -m pytest tests/peers/test_tensorflow.py
 
 test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
-	test -d $(VENV)-headers || sh tests/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
+	test -d $(VENV)-headers || sh tests/peers/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
 	-@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
-	$(BIN)/python -m pytest -rs -m 'not huge' tests/test_clients.py tests/test_hub_clients.py
+	$(BIN)/python -m pytest -rs -m 'not huge' tests/peers/test_clients.py tests/peers/test_hub_clients.py
 
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
-	$(BIN)/python -m pytest -rs tests/test_llama.py
+	$(BIN)/python -m pytest -rs tests/peers/test_llama.py
 
 test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-clients test-llama ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge

@@ -1,11 +1,11 @@
-"""A growing cache's two forms of attention: ONNX's ``Attention`` (opset 23) and ``MatMul`` with ``Softmax`` (the lowest
-opset, which older runtimes load). Prefill and decoding of GPT-2 small's shape with random weights.
+"""Compare two graphs for attention with a growing cache: ONNX's ``Attention`` operator (opset 23), and ``MatMul`` with
+``Softmax`` (the lowest opset, which older runtimes load). Prefill and decoding of GPT-2 small's shape with random weights.
 
     python benchmarks/attention.py [--threads 2] [--rounds 15]
 
-One process opens both forms in turn, round after round, anew each time: two sessions of one and the same file differ by up to a
-tenth, by where their weights happen to lie in memory. What is printed are the medians, and the median of each round's ratio of the
-lowest opset to opset 23, of speed: above 1, the lowest opset is the faster.
+One process measures both graphs alternately, in several rounds. Each round creates new sessions, because two sessions of the
+same file can differ by a tenth, depending on where their weights are in memory. It prints medians, and the median of the speed
+ratio of the lowest opset to opset 23 in each round. Above 1, the lowest opset is faster.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ FORMS = {"lowest opset": None, "opset 23": 23}
 
 
 class Times(NamedTuple):
-    """Of one run."""
+    """The speed of one run."""
 
     prefill: float  # seconds
-    decode: float  # tokens a second
+    decode: float  # tokens per second
 
 
 def random_model() -> Checkpoint:
-    """GPT-2 small's shape, with random weights."""
+    """Return a model of GPT-2 small's shape with random weights."""
     config, rng = GPT2Config(), np.random.default_rng(0)
     shapes = config.shapes().items()
     arrays = {name: (rng.standard_normal(shape, np.float32) * np.float32(0.02)) for name, shape in shapes}
@@ -45,7 +45,7 @@ def random_model() -> Checkpoint:
 
 
 def measure(decoder: OnnxDecoder, prompt: int) -> Times:
-    """A prompt, then single tokens."""
+    """Run a prompt, then decode NEW tokens one at a time."""
     ids = np.random.default_rng(1).integers(0, decoder.n_vocab, (1, prompt + NEW))
     places = np.arange(prompt + NEW)[None]
     start = time.perf_counter()
@@ -57,13 +57,13 @@ def measure(decoder: OnnxDecoder, prompt: int) -> Times:
 
 
 def rows(folder: Path, precision: str, threads: int | None, rounds: int) -> Iterator[str]:
-    """The table's rows of one precision."""
+    """Yield the table rows of one precision."""
     found: dict[tuple[str, int], list[Times]] = {(form, prompt): [] for form in FORMS for prompt in PROMPTS}
     for turn in range(rounds):
         for form in list(FORMS) if turn % 2 else list(FORMS)[::-1]:
             path = folder / form.replace(" ", "-")
             with OnnxDecoder(path, precision=precision, threads=threads) as decoder:
-                measure(decoder, PROMPTS[0])  # warms up
+                measure(decoder, PROMPTS[0])  # warm-up
                 for prompt in PROMPTS:
                     found[form, prompt].append(measure(decoder, prompt))
     for prompt in PROMPTS:
@@ -80,10 +80,10 @@ def rows(folder: Path, precision: str, threads: int | None, rounds: int) -> Iter
 
 
 @click.command()
-@click.option("--threads", type=int, help="Threads (default: one for each core).")
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--threads", type=int, help="Threads (default: one per core).")
+@click.option("--rounds", default=15, show_default=True, help="Rounds to take medians over.")
 def main(threads: int | None, rounds: int) -> None:
-    """Compare the two forms of attention."""
+    """Compare the speed of the two attention graphs."""
     with tempfile.TemporaryDirectory(prefix="gpt2x-attention-") as name:
         folder, model = Path(name), random_model()
         for form, opset in FORMS.items():

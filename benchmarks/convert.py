@@ -1,7 +1,7 @@
-"""Speed and memory of ``gpt2x convert``, beside ``cp`` and ``sync`` of the same file, in one run. ``make bench``.
+"""Measure speed and memory of ``gpt2x convert``, next to ``cp`` and ``sync`` of the same file. ``make bench`` runs it.
 
-Whole processes are timed, in turn, on a warm cache; medians and ratios are printed. Peak memory is the kernel's own
-figure for the process (ru_maxrss).
+Whole processes are timed, alternately, with a warm page cache. It prints medians and ratios. Peak memory is the kernel's
+number for the process (ru_maxrss).
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from converters.dialects import FLAX, KERAS
 from converters.tensors import F32
 
 SIZES = {"124M": GPT2Config(), "1558M": GPT2Config(n_layer=48, n_embd=1600, n_head=25)}
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as installed: compiled once
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
+}  # as for an installed package: bytecode is cached
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> LazyTensor:
-    """Random small floats, other ones for each name, made in chunks so that 6 GB need no memory."""
+    """Return random small floats, different for each name. They are generated in chunks, so 6 GB need little memory."""
     size = math.prod(shape)
 
     def stream():  # type: ignore[no-untyped-def]
@@ -45,9 +47,9 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def make(size: str, folder: Path) -> Path:
-    """A checkpoint of a published shape in OpenAI's layout.
+    """Write a checkpoint of a published shape in OpenAI's layout, and return its path.
 
-    In a process of its own: what this one once used would be counted as the peak of those it starts.
+    It runs in a forked process, because the memory of this process would count as peak memory of the processes it starts.
     """
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0
@@ -59,7 +61,7 @@ def make(size: str, folder: Path) -> Path:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds, and peak memory in MB, of one process."""
+    """Run one process. Return its seconds and its peak memory in MB."""
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
@@ -77,7 +79,7 @@ def copy(source: Path, target: Path) -> list[str]:
 def alternate(
     jobs: dict[str, Callable[[Path], list[str]]], target: Path, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """The median seconds and the greatest memory of each job, the jobs taking turns; the first round is not counted."""
+    """Run the jobs alternately. Return median seconds and maximum memory of each, without the first round."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     for i in range(rounds + 1):
         for name, command in jobs.items():
@@ -115,8 +117,8 @@ def conversions(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> No
 
 
 def every_format(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> None:
-    """Each reader to safetensors, and safetensors to each writer."""
-    print("\nTo and from every format, the same numbers\n")
+    """Measure each reader with safetensors as output, and each writer with safetensors as input."""
+    print("\nAll formats, the same weights\n")
     folder = folder / "formats"
     folder.mkdir()
     model = folder / "m.safetensors"
@@ -145,7 +147,7 @@ def every_format(gpt2x: list[str], source: Path, folder: Path, rounds: int) -> N
 
 
 def in_a_process(make_file: Callable[[Path, Path], None], model: Path, path: Path) -> None:
-    """Of its own, so that its memory is not counted as that of those which follow."""
+    """Make a file in a forked process, so that its memory does not count as that of the measured processes."""
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0
         return
@@ -170,7 +172,7 @@ def hdf5(model: Path, path: Path) -> None:
 
 
 def msgpack(model: Path, path: Path) -> None:
-    """As Flax packs it."""
+    """Write a file as Flax does."""
     import msgpack as library
 
     checkpoint = open_checkpoint(model)
@@ -186,7 +188,7 @@ def msgpack(model: Path, path: Path) -> None:
 
 
 def onnx(model: Path, path: Path) -> None:
-    """With everything in one file, and the output a transposed copy of the token embedding, as optimum has it."""
+    """Write one file with a transposed copy of the token embedding as ``lm_head``, as optimum does."""
     import onnx as library
 
     graph = library.GraphProto(name="weights")
@@ -214,18 +216,18 @@ print(f"\\nLoading safetensors into the model: {time.perf_counter() - start:.2f}
 
 
 @click.command()
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a temporary folder by default.")
-@click.option("--small", is_flag=True, help="Leave out the 6.2 GB checkpoint.")
-@click.option("--formats", is_flag=True, help="The conversions to and from every format alone.")
+@click.option("--rounds", default=7, show_default=True, help="Rounds to take medians over.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Working folder (default: a temporary folder).")
+@click.option("--small", is_flag=True, help="Skip the 6.2 GB checkpoint.")
+@click.option("--formats", is_flag=True, help="Measure only the table of all formats.")
 @click.option(
     "--gpt2x",
     "program",
     type=click.Path(path_type=Path),
-    help="The gpt2x to measure; by default the one beside this Python.",
+    help="gpt2x program to measure (default: the one of this Python).",
 )
 def main(rounds: int, folder: Path | None, small: bool, formats: bool, program: Path | None) -> None:
-    """Measure gpt2x convert beside cp and sync."""
+    """Measure gpt2x convert next to cp and sync."""
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
     )

@@ -1,12 +1,12 @@
-"""Prefill, decoding and memory of gpt2x's ONNX exports, beside transformers, optimum's graph, CTranslate2 and llama.cpp,
-in one run. ``make bench``.
+"""Measure prefill, decoding and memory of gpt2x's ONNX exports, next to transformers, optimum's graph, CTranslate2 and
+llama.cpp. ``make bench`` runs it.
 
-GPT-2 small's shape with random weights. Each model is held by a process of its own, in its peer's own environment. The
-processes stay loaded and take turns: while one works the others wait. All work with two threads, and all choose the
-likeliest token within the time that is measured. Medians, and ratios of medians. A MB is 10^6 bytes.
+The models have GPT-2 small's shape and random weights. Each runs in its own process, in its own environment. The processes
+stay loaded and take turns: while one works, the others wait. All use two threads, and the measured time includes greedy
+sampling. It prints medians and ratios of medians. A MB is 10^6 bytes.
 
-llama.cpp keeps its cache in half precision, as it does unless told otherwise; the other caches are float32. CTranslate2
-does not show its steps: a step is what generating 32 tokens more takes, divided by 32.
+llama.cpp's cache has half precision, its default; the other caches are float32. CTranslate2 does not expose single steps.
+There, a step is the time for 32 more tokens, divided by 32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpt2x.contract import data_file
 
 THREADS = 2
 
-# What gpt2x exports: the name, the options of the directory that it is in, the precision.
+# gpt2x's models: name, options of the directory, precision.
 IN_PLACE, IN_BYTES, GROWING = ("--cache", "inplace"), ("--cache", "inplace-int8"), ("--cache", "growing")
 IN_PLACE_128 = (*IN_PLACE, "--block-size", "128")
 VARIANTS = (
@@ -49,7 +49,7 @@ QUANTIZED = ("F32", "Q8_0", "Q4_0")  # llama.cpp's
 
 
 class Task(NamedTuple):
-    """So many tokens after so many, so many times at once."""
+    """Decode ``new`` tokens after a prompt of ``prompt`` tokens, for ``batch`` sequences at once."""
 
     prompt: int
     new: int = 32
@@ -68,7 +68,7 @@ IN_BATCHES = (
 )
 IN_FULL = ("gpt2x int8", "gpt2x w8a8", "gpt2x int8, 8-bit cache", "CTranslate2 int8", "llama.cpp Q8_0")
 
-# Whose decoding is compared with whose.
+# Which decoding speeds are compared: label, task, gpt2x's model, the peer's.
 RATIOS = (
     ("fp32", SHORT, "gpt2x fp32", "llama.cpp F32"),
     ("fp32", SHORT, "gpt2x fp32", "transformers, eager"),
@@ -95,9 +95,9 @@ RATIOS = (
     ("int8, 8-bit cache", LONG, "gpt2x int8, 8-bit cache", "CTranslate2 int8"),
 )
 
-# ------------------------------------------------------------------------------------------------- what workers run
+# -------------------------------------------------------------------------------------------------- code of the workers
 
-# A worker is BEGIN, the peer's own code, which defines PACKAGES and either a Peer or a measure() of its own, and END.
+# A worker's code is BEGIN, the peer's code, and END. The peer's code defines PACKAGES and either Peer or measure().
 BEGIN = f"""
 import json, sys, time
 import numpy as np
@@ -112,10 +112,10 @@ def prompts(prompt, batch):
     return np.random.default_rng(0).integers(VOCABULARY, size=(batch, prompt))
 
 def measure_peer(prompt, new, batch):
-    # seconds of the median of three prefills, and of each step after the last
+    # returns the median seconds of three prefills, and the seconds of each step after the last one
     ids, prefills, steps = prompts(prompt, batch), [], []
     for _ in range(3):
-        peer.cache = None  # before the next takes its room
+        peer.cache = None  # free the memory before the next prefill
         start = time.perf_counter()
         tokens = peer.step(ids, 0).argmax(-1)
         prefills.append(time.perf_counter() - start)
@@ -133,7 +133,7 @@ for line in sys.stdin:
     print(json.dumps({"prefill": prefill, "step": steps, "rss_mb": memory("VmRSS"), "peak_mb": memory("VmHWM")}), flush=True)
 """
 
-# In what follows, step() takes ids (B, T) and how many tokens are in the cache, and gives the last logits (B, V).
+# step() below takes ids (B, T) and the number of cached tokens, and returns the last logits (B, V).
 GPT2X = """
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 PACKAGES = ["gpt2x", "onnxruntime"]
@@ -226,7 +226,7 @@ class Peer:
         return np.ctypeslib.as_array(self.model._ctx.get_logits_ith(-1), (1, VOCABULARY))
 """
 
-# Its converter wants a tokenizer, so that it gets one: a word for each id.
+# CTranslate2's converter needs a tokenizer. This one has one word for each id.
 TO_CTRANSLATE2 = """
 import json, sys
 from pathlib import Path
@@ -244,11 +244,11 @@ for target, kind in zip(targets, ("float32", "int8")):
 """
 
 
-# ------------------------------------------------------------------------------------------------------------ workers
+# -------------------------------------------------------------------------------------------------------------- workers
 
 
 class Peer(NamedTuple):
-    """A model to be measured: the Python that runs it, the code, what the code is given."""
+    """A model to measure: the Python that runs it, the code, and the code's arguments."""
 
     python: Path
     code: str
@@ -275,13 +275,13 @@ class Bound(NamedTuple):
 
 
 def version_of(python: Path, package: str) -> str:
-    """Asked of another process, so that a worker's memory is the model's."""
+    """Return a package's version. Another process reads it, so that it does not add to the worker's memory."""
     code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
     return subprocess.run([python, "-P", "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 class Worker:
-    """A process with one model."""
+    """A process that holds one model."""
 
     def __init__(self, peer: Peer) -> None:
         code = BEGIN + peer.code + END
@@ -310,7 +310,7 @@ class Worker:
 def alternate(
     workers: dict[str, Worker], task: Task, rounds: int, last: Callable[[], None] = lambda: None
 ) -> dict[str, Result]:
-    """What each does, the workers taking turns, and ``last`` its own; the first round is not counted."""
+    """Run the workers alternately, and ``last`` after each round. Return a summary of each, without the first round."""
     seen: dict[str, list[Answer]] = {name: [] for name in workers}
     for i in range(rounds + 1):
         for name, worker in workers.items():
@@ -330,7 +330,7 @@ def summary(answers: list[Answer], task: Task) -> Result:
     )
 
 
-# ------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------------------------------- measurements
 
 
 def quietly(command: list[Any]) -> None:
@@ -338,7 +338,7 @@ def quietly(command: list[Any]) -> None:
 
 
 def gpt2x_peers(program: Path, source: Path, work: Path) -> dict[str, Peer]:
-    """Every variant; those of the same options are in one directory."""
+    """Export every variant. Variants with the same options share a directory."""
     folders: dict[tuple[str, ...], Path] = {}
     for _, options, _ in VARIANTS:
         if options not in folders:
@@ -376,7 +376,7 @@ def llama_peers(python: Path, source: Path, work: Path) -> dict[str, Peer]:
 
 
 class Bounds:
-    """How long it takes to read as many bytes of memory as each of gpt2x's files of weights has."""
+    """Measures how long it takes to read as many bytes from memory as each of gpt2x's weight files has."""
 
     def __init__(self, peers: dict[str, Peer]) -> None:
         files = {name: Path(peers[name].arguments[0]) / "onnx" / data_file(kind) for name, _, kind in VARIANTS}
@@ -384,17 +384,17 @@ class Bounds:
         self.seconds: dict[int, list[float]] = {size: [] for size in self.sizes.values()}
 
     def read(self) -> None:
-        """Once more, when it is their turn."""
+        """Measure every size once."""
         for size, seconds in self.seconds.items():
             seconds.append(streaming(size, THREADS))
 
     def found(self) -> dict[str, Bound]:
-        """Of every variant; the first round is not counted."""
+        """Return the bound of every variant, without the first round."""
         return {name: Bound(size, 1 / statistics.median(self.seconds[size][1:])) for name, size in self.sizes.items()}
 
 
 def full_context(peers: dict[str, Peer]) -> dict[str, Result]:
-    """Each in a new process that does nothing else, one after another."""
+    """Measure a full context, each model in a new process, one after another."""
     results = {}
     for name in IN_FULL:
         if name in peers:
@@ -405,7 +405,7 @@ def full_context(peers: dict[str, Peer]) -> dict[str, Result]:
 
 
 class Ratio(NamedTuple):
-    """Of speed or of memory: gpt2x's to the peer's."""
+    """Speed or memory of gpt2x, divided by the peer's."""
 
     what: str
     gpt2x: str
@@ -418,7 +418,7 @@ def is_ours(name: str) -> bool:
 
 
 def ratios(results: dict[Task, dict[str, Result]], full: dict[str, Result]) -> list[Ratio]:
-    """All that can be compared."""
+    """Return the ratios of all pairs that were measured."""
     found = []
     for what, task, ours, theirs in RATIOS:
         if {ours, theirs} <= results[task].keys():
@@ -429,7 +429,7 @@ def ratios(results: dict[Task, dict[str, Result]], full: dict[str, Result]) -> l
         ours = next(filter(is_ours, names))
         for theirs in [name for name in names if not is_ours(name)][:1]:
             times = results[task][theirs].prefill_ms / results[task][ours].prefill_ms
-            found.append(Ratio(f"prefill, the best of each, {said(task)}", ours, theirs, times))
+            found.append(Ratio(f"prefill, the fastest of each, {said(task)}", ours, theirs, times))
     for ours in filter(is_ours, full):
         for theirs in (name for name in full if not is_ours(name)):
             found.append(Ratio("peak memory", ours, theirs, full[ours].peak_mb / full[theirs].peak_mb))
@@ -437,7 +437,7 @@ def ratios(results: dict[Task, dict[str, Result]], full: dict[str, Result]) -> l
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- what is shown
+# --------------------------------------------------------------------------------------------------------------- output
 
 
 def said(task: Task) -> str:
@@ -445,7 +445,7 @@ def said(task: Task) -> str:
 
 
 def show(title: str, head: str, rows: list[str]) -> None:
-    """A table in Markdown."""
+    """Print a Markdown table."""
     print(f"\n{title}\n\n| {head} |\n" + "| --- " * (head.count("|") + 1) + "|")
     print("\n".join(f"| {row} |" for row in rows), flush=True)
 
@@ -462,8 +462,8 @@ def show_bounds(found: dict[str, Bound], results: dict[str, Result]) -> None:
     for name, (size, bound) in found.items():
         share = results[name].decode_tokens_per_s / bound
         rows.append(f"{name} | {size / 1e6:.0f} | {size * bound / 1e9:.1f} | {bound:.1f} | {share:.2f}")
-    head = "| weights, MB | memory read, GB/s | bound, tokens/s | decode at prompt 128, of the bound"
-    show("What the memory allows: every byte of gpt2x's weights read once a token", head, rows)
+    head = "| weights, MB | memory bandwidth, GB/s | bound, tokens/s | utilization, decode at prompt 128"
+    show("Memory-bandwidth bound: every byte of gpt2x's weights is read once per token", head, rows)
 
 
 def show_memory(full: dict[str, Result]) -> None:
@@ -474,14 +474,14 @@ def show_memory(full: dict[str, Result]) -> None:
 def show_ratios(found: list[Ratio]) -> None:
     rows = [f"{what} | {mine} | {theirs} | {ratio:.2f}" for what, mine, theirs, ratio in found]
     show(
-        "Speed as gpt2x's to the peer's (above 1 is faster), memory as gpt2x's to the peer's (below 1 is less)",
+        "gpt2x / peer: speed (above 1: gpt2x is faster), memory (below 1: gpt2x needs less)",
         "| gpt2x's | peer's | ratio",
         rows,
     )
 
 
 def plot(results: dict[Task, dict[str, Result]], found: dict[str, Bound], path: Path) -> None:
-    """Decoding of one row after both prompts, as bars, with a line where memory sets gpt2x's bound."""
+    """Plot the decoding speeds of one row after both prompts, and gpt2x's memory-bandwidth bounds."""
     from matplotlib.figure import Figure
 
     names = list(results[SHORT])[::-1]
@@ -499,8 +499,8 @@ def plot(results: dict[Task, dict[str, Result]], found: dict[str, Bound], path: 
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.1)
     axes.set_xlabel("tokens/s")
-    title = f"Decoding, GPT-2 small, {THREADS} threads: after {SHORT.prompt} tokens, and paler after {LONG.prompt}"
-    axes.set_title(title + "\nred: what reading the weights once a token allows", fontsize=10)
+    title = f"Decoding, GPT-2 small, {THREADS} threads: after {SHORT.prompt} tokens (pale: after {LONG.prompt})"
+    axes.set_title(title + "\nred: memory-bandwidth bound", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -527,20 +527,22 @@ PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--folder", type=PATH, help="Where to work; a temporary folder by default.")
-@click.option("--gpt2x", "program", type=PATH, default=Path(sys.executable).with_name("gpt2x"))
-@click.option("--transformers", type=PATH, help="A python with torch and transformers.")
-@click.option("--optimum", type=PATH, help="A python with optimum and onnxruntime, optimum-cli beside it.")
-@click.option("--ctranslate2", type=PATH, help="A python with ctranslate2, torch and transformers before 5.")
-@click.option("--llama", type=PATH, help="A python with llama-cpp-python, gguf and safetensors.")
-@click.option("--plot", "picture", type=PATH, help="Draw the decoding speeds to this PNG.")
-@click.option("--json", "answer", type=PATH, help="Write every figure to this file.")
+@click.option("--rounds", default=7, show_default=True, help="Rounds to take medians over.")
+@click.option("--folder", type=PATH, help="Working folder (default: a temporary folder).")
+@click.option(
+    "--gpt2x", "program", type=PATH, default=Path(sys.executable).with_name("gpt2x"), help="gpt2x program to measure."
+)
+@click.option("--transformers", type=PATH, help="Python with torch and transformers.")
+@click.option("--optimum", type=PATH, help="Python with optimum and onnxruntime; optimum-cli in the same folder.")
+@click.option("--ctranslate2", type=PATH, help="Python with ctranslate2, torch and transformers < 5.")
+@click.option("--llama", type=PATH, help="Python with llama-cpp-python, gguf and safetensors.")
+@click.option("--plot", "picture", type=PATH, help="Plot the decoding speeds to this PNG.")
+@click.option("--json", "answer", type=PATH, help="Write all results to this file.")
 def main(
     rounds: int, folder: Path | None, program: Path, transformers: Path | None, optimum: Path | None,
     ctranslate2: Path | None, llama: Path | None, picture: Path | None, answer: Path | None,
 ) -> None:  # fmt: skip
-    """Measure prefill, decoding and memory. A peer whose environment is not given is left out."""
+    """Measure prefill, decoding and memory. Programs without an option are skipped."""
     os.environ.update(QUIET)
     about: dict[str, Any] = {"machine": machine(THREADS), "rounds": rounds}
     print(", ".join(f"{name} {value}" for name, value in about["machine"].items() if name != "onnxruntime"))

@@ -1,7 +1,7 @@
-"""Exporting GPT-2 and running what was exported, beside optimum and mobius-onnx, in one run. ``make bench``.
+"""Measure exporting GPT-2 and running the exported models, next to optimum and mobius-onnx. ``make bench`` runs it.
 
-GPT-2 small's shape with random weights. Exports are whole processes, taking turns. Runs are processes that stay and
-take turns: each holds one model, and while one works the others wait. Medians, and ratios of medians.
+The models have GPT-2 small's shape and random weights. Exports are whole processes, run alternately. For decoding, each model
+stays loaded in its own process; while one works, the others wait. It prints medians and ratios of medians.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from convert import make, run
 
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-# One model in one process: reads "prompt new" lines, answers with the median seconds of three prefills and those of
-# each step after the last.
+# One model in one process. It reads lines "prompt new", and answers with the median seconds of three prefills and the seconds
+# of each step after the last one.
 WORKER = """
 import json, sys, time
 import numpy as np
@@ -85,7 +85,7 @@ for line in sys.stdin:
 
 
 class Worker:
-    """A process with one model."""
+    """A process that holds one model."""
 
     def __init__(self, kind: str, path: Path) -> None:
         command = [sys.executable, "-W", "ignore", "-c", WORKER, kind, str(path)]
@@ -95,7 +95,7 @@ class Worker:
         assert self.out.readline() == "ready\n"
 
     def __call__(self, prompt: int, new: int) -> list[float]:
-        """Seconds of the prefill, and of each step after it."""
+        """Return the seconds of the prefill, then of each step."""
         print(prompt, new, file=self.into, flush=True)
         result: list[float] = json.loads(self.out.readline())
         return result
@@ -107,7 +107,7 @@ class Worker:
 
 
 def alternate(workers: dict[str, Worker], prompt: int, new: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of the prefill and of a step, the workers taking turns; the first round is not counted."""
+    """Run the workers alternately. Return median seconds of prefill and step, without the first round."""
     seen: dict[str, list[list[float]]] = {name: [] for name in workers}
     for i in range(rounds + 1):
         for name, worker in workers.items():
@@ -121,7 +121,7 @@ def alternate(workers: dict[str, Worker], prompt: int, new: int, rounds: int) ->
 
 
 def exports(programs: dict[str, list[str]], target: Path, rounds: int) -> None:
-    """Whole processes that export the same directory."""
+    """Measure whole export processes."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     sizes: dict[str, int] = {}
     for i in range(rounds + 1):
@@ -132,7 +132,9 @@ def exports(programs: dict[str, list[str]], target: Path, rounds: int) -> None:
             sizes[name] = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
             shutil.rmtree(target)
     base = statistics.median(s for s, _ in seen["optimum"]) if "optimum" in seen else None
-    print("\n| export to ONNX | seconds | of optimum's | peak memory, MB | size, MB |\n| --- | --- | --- | --- | --- |")
+    print(
+        "\n| export to ONNX | seconds | relative to optimum | peak memory, MB | size, MB |\n| --- | --- | --- | --- | --- |"
+    )
     for name, results in seen.items():
         seconds, memory = statistics.median(s for s, _ in results), max(m for _, m in results)
         ratio = f"{seconds / base:.2f}" if base else "-"
@@ -140,8 +142,8 @@ def exports(programs: dict[str, list[str]], target: Path, rounds: int) -> None:
 
 
 def decoding(workers: dict[str, Worker], base: str, rounds: int, prompts: tuple[int, ...] = (128, 900)) -> None:
-    """Prefill and decoding of every worker, as ratios to one of them."""
-    print("\n| | prompt | prefill, ms | times as fast | decode, tokens/s | times as fast |\n" + "| --- " * 6 + "|")
+    """Measure prefill and decoding of every worker, and the speedup over one of them."""
+    print("\n| | prompt | prefill, ms | speedup | decode, tokens/s | speedup |\n" + "| --- " * 6 + "|")
     for prompt in prompts:
         results = alternate(workers, prompt, 32, rounds)
         for name, (prefill, step) in results.items():
@@ -153,16 +155,16 @@ def decoding(workers: dict[str, Worker], base: str, rounds: int, prompts: tuple[
 
 
 @click.command()
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a temporary folder by default.")
+@click.option("--rounds", default=7, show_default=True, help="Rounds to take medians over.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Working folder (default: a temporary folder).")
 @click.option("--gpt2x", "program", type=click.Path(path_type=Path), default=Path(sys.executable).with_name("gpt2x"))
-@click.option("--optimum", type=click.Path(path_type=Path), help="optimum-cli, in an environment of its own.")
-@click.option("--mobius", type=click.Path(path_type=Path), help="mobius, in an environment of its own.")
-@click.option("--small", is_flag=True, help="Leave out the 1558M shape.")
+@click.option("--optimum", type=click.Path(path_type=Path), help="optimum-cli, in its own environment.")
+@click.option("--mobius", type=click.Path(path_type=Path), help="mobius, in its own environment.")
+@click.option("--small", is_flag=True, help="Skip the 1558M shape.")
 def main(
     rounds: int, folder: Path | None, program: Path, optimum: Path | None, mobius: Path | None, small: bool
 ) -> None:
-    """Measure exports, and what was exported."""
+    """Measure exports, and the exported models."""
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
     )
@@ -184,7 +186,7 @@ def main(
         run([gpt2x, "export", str(source), "--onnx", str(work / "last"), "--logits", "last", *options])
         workers = {
             "gpt2x, plain loop": Worker("onnx", work / "ours/onnx/model.onnx"),
-            "gpt2x, its runtime, --logits last": Worker("runtime", work / "last"),
+            "gpt2x, OnnxDecoder, --logits last": Worker("runtime", work / "last"),
         }
         if optimum:
             run([*commands["optimum"][:-1], str(work / "optimum")])

@@ -1,11 +1,11 @@
-"""How far quantized models are from float32, on text they have not seen: gpt2x's precisions and llama.cpp's, of the model
-that ships with gpt2x, in one run.
+"""Compare the accuracy of quantized models with float32, on held-out text: gpt2x's precisions and llama.cpp's, for the model
+that ships with gpt2x.
 
     python benchmarks/fidelity.py --text shakespeare.txt --skip 1003954 --calibrate beginning.txt --llama PYTHON
 
-The text is cut into windows of 256 tokens, the model's context. The reference is gpt2x's model in torch; the divergence
-is KL(reference || other) of the next token, in nats, over every position. llama.cpp's cache is float32 here, so that its
-weights alone are compared.
+The text is split into windows of 256 tokens, the model's context. The reference is gpt2x's PyTorch model. The divergence is
+KL(reference || other) of the next-token distribution, in nats, over all positions. llama.cpp's cache is float32 here, so that
+only weights are compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WINDOW = 256
 CHARACTERS = 60_000
 QUANTIZED = ("F32", "Q8_0", "Q4_0")  # llama.cpp's
 
-# What gpt2x exports: the precisions, the options, whether also with --calibrate.
+# gpt2x's exports: precisions, options, and whether to export with --calibrate, too.
 IN_PLACE, IN_BYTES, GROWING = ("--cache", "inplace"), ("--cache", "inplace-int8"), ("--cache", "growing")
 EXPORTS = (
     (("fp32", "fp16"), IN_PLACE, False),
@@ -38,7 +38,7 @@ EXPORTS = (
     (("fp32", "fp16", "int8", "w8a8", "int4"), GROWING, False),
 )
 
-# Each is run with what it is to write last; ids are (windows, WINDOW), logits (windows, WINDOW, V) in float32.
+# The last argument of each program is its output file. ids: (windows, WINDOW); logits: (windows, WINDOW, V), float32.
 REFERENCE = """
 import sys
 from pathlib import Path
@@ -87,14 +87,14 @@ np.save(target, np.stack([logits(row) for row in ids]))
 
 
 class Found(NamedTuple):
-    """A model beside the reference."""
+    """A model, compared with the reference."""
 
     name: str
     size_mb: float
     mean_kl: float
     max_kl: float
     perplexity: float  # relative difference
-    agreement: float  # how often both hold the same token likeliest
+    agreement: float  # share of positions with the same most likely token
 
 
 def quietly(command: list[Any]) -> None:
@@ -109,7 +109,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def compare(name: str, size: int, ids: NDArray[Any], reference: Path, logits: Path) -> Found:
-    """Window after window."""
+    """Compare the logits of one model with the reference's, one window at a time."""
     ours, theirs = np.load(reference, mmap_mode="r"), np.load(logits, mmap_mode="r")
     assert ours.shape == theirs.shape == (*ids.shape, ours.shape[2]), (name, ours.shape, theirs.shape)
     divergence, losses, same = [], [], []
@@ -129,7 +129,7 @@ def export(python: Path, target: Path, precisions: tuple[str, ...], options: tup
 
 
 def called(precision: str, options: tuple[str, ...], calibrated: bool) -> str:
-    """``int8, block 32, calibrated``."""
+    """Return a model's name, such as ``gpt2x int8, block 32, calibrated``."""
     given = dict(zip(options[::2], options[1::2], strict=True))
     block = f", block {given['--block-size']}" if "--block-size" in given else ""
     cache = "" if given["--cache"] == "inplace" else f", {given['--cache']} cache"
@@ -137,7 +137,7 @@ def called(precision: str, options: tuple[str, ...], calibrated: bool) -> str:
 
 
 def weights_of(folder: Path, precision: str) -> int:
-    """Bytes of the file of weights; a small model may be one file with its graph."""
+    """Return the bytes of the weight file. A small model can have its weights in the graph's file."""
     data = folder / "onnx" / data_file(precision)
     return (data if data.is_file() else folder / model_file(precision)).stat().st_size
 
@@ -168,7 +168,7 @@ def llama_models(llama: Path, python: Path, work: Path, ids: Path, reference: Pa
 
 
 def show(found: list[Found]) -> None:
-    print("| | weights, MB | mean KL | greatest KL | perplexity | same likeliest token |\n" + "| --- " * 6 + "|")
+    print("| | weights, MB | KL | largest KL | perplexity | top-1 |\n" + "| --- " * 6 + "|")
     for f in found:
         print(
             f"| {f.name} | {f.size_mb:.2f} | {f.mean_kl:.2e} | {f.max_kl:.2e} | {f.perplexity:+.4%} | {f.agreement:.2%} |"
@@ -179,14 +179,14 @@ PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--text", type=PATH, required=True, help="Text that the model has not seen.")
-@click.option("--skip", default=0, show_default=True, help=f"Begin after so many characters; {CHARACTERS:,} are read.")
-@click.option("--calibrate", type=PATH, help="Text to round by, like the one it is measured on but not a part of it.")
-@click.option("--llama", type=PATH, help="A python with llama-cpp-python, gguf and safetensors.")
-@click.option("--gpt2x", "python", type=PATH, default=Path(sys.executable), help="A python with gpt2x[export].")
-@click.option("--json", "answer", type=PATH, help="Write every figure to this file.")
+@click.option("--text", type=PATH, required=True, help="Held-out text.")
+@click.option("--skip", default=0, show_default=True, help=f"Skip N characters, then read {CHARACTERS:,}.")
+@click.option("--calibrate", type=PATH, help="Calibration text (GPTQ), like --text but without overlap.")
+@click.option("--llama", type=PATH, help="Python with llama-cpp-python, gguf and safetensors.")
+@click.option("--gpt2x", "python", type=PATH, default=Path(sys.executable), help="Python with gpt2x[export].")
+@click.option("--json", "answer", type=PATH, help="Write all results to this file.")
 def main(text: Path, skip: int, calibrate: Path | None, llama: Path | None, python: Path, answer: Path | None) -> None:
-    """Compare quantized models with float32. What is not given is left out."""
+    """Compare quantized models with float32. Parts without an option are skipped."""
     with tempfile.TemporaryDirectory(prefix="gpt2x-fidelity-") as name:
         work = Path(name)
         ids, reference = work / "ids.npy", work / "reference.npy"

@@ -1,9 +1,10 @@
-"""Resident memory of one decoder over hundreds of requests of mixed lengths and batch sizes, beside plain ``session.run``.
+"""Measure the resident memory of one decoder over hundreds of requests of mixed lengths and batch sizes, next to plain
+``session.run``.
 
     python benchmarks/soak.py [--requests 550] [--cache growing|inplace] [DIR]
 
-Without DIR, a random model of 14 million parameters and a context of 1024 is exported. Each runs in a process of its own.
-The decoder should stay within 10% of what it has after 50 requests, and below 1.2 times what ``session.run`` has at last.
+Without DIR, it exports a random model of 14 million parameters and a context of 1024. Each runs in its own process. The decoder
+should stay within 10% of its memory after 50 requests, and below 1.2 times the final memory of ``session.run``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gpt2x import ExportOptions, export_onnx
 SETTLED = 50  # requests after which memory should not grow
 EVERY = 10
 
-# Run with the directory, how many requests, and "decoder" or "session". Prints the resident megabytes every ten requests.
+# Arguments: directory, number of requests, "decoder" or "session". Prints the resident megabytes after every ten requests.
 PROGRAM = """
 import json, os, sys
 import numpy as np
@@ -69,7 +70,7 @@ print(json.dumps(seen))
 
 
 def small_model(folder: Path, cache: str) -> Path:
-    """14 million parameters: large enough for the cache to weigh more than the weights."""
+    """Export a model of 14 million parameters. Its cache can be larger than its weights."""
     config = GPT2Config(n_layer=6, n_head=6, n_embd=384, n_ctx=1024, n_vocab=8192, bos_token_id=0, eos_token_id=0)
     rng = np.random.default_rng(0)
     arrays = {n: rng.standard_normal(shape, np.float32) * np.float32(0.02) for n, shape in config.shapes().items()}
@@ -79,7 +80,7 @@ def small_model(folder: Path, cache: str) -> Path:
 
 
 def memory(folder: Path, requests: int, which: str) -> list[float]:
-    """Resident megabytes after every ten requests."""
+    """Return the resident megabytes after every ten requests."""
     command = [sys.executable, "-c", PROGRAM, str(folder), str(requests), which]
     found: list[float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
@@ -87,17 +88,17 @@ def memory(folder: Path, requests: int, which: str) -> list[float]:
 
 @click.command()
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-@click.option("--requests", default=550, show_default=True)
+@click.option("--requests", default=550, show_default=True, help="Number of requests.")
 @click.option("--cache", type=click.Choice(["growing", "inplace"]), default="growing", show_default=True)
 def main(folder: Path | None, requests: int, cache: str) -> None:
-    """Watch the memory of a decoder and of plain session.run."""
+    """Measure the memory of OnnxDecoder and of plain session.run."""
     with tempfile.TemporaryDirectory(prefix="gpt2x-soak-") as name:
         folder = folder or small_model(Path(name) / "model", cache)
         for which in ("decoder", "session"):
             found = memory(folder, requests, which)
             settled = found[SETTLED // EVERY - 1 :]
             print(f"{which}: {found[0]:.0f} MB after {EVERY} requests, {settled[0]:.0f} after {SETTLED}, "
-                  f"{min(settled):.0f} to {max(settled):.0f} after that, {found[-1]:.0f} at last", flush=True)  # fmt: skip
+                  f"{min(settled):.0f} to {max(settled):.0f} after that, {found[-1]:.0f} at the end", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

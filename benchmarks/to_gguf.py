@@ -1,5 +1,5 @@
-"""A GPT-2 in Hugging Face's layout as GGUF for llama.cpp, by the ``gguf`` package. Every matrix takes the type that is
-asked for; positions, biases and norms are float32. There is no vocabulary in it: token ids go in and come out.
+"""Write a GPT-2 in Hugging Face's layout as a GGUF file for llama.cpp, with the ``gguf`` package. All matrices have the
+requested type; positions, biases and norms are float32. The file has no vocabulary, so llama.cpp takes and returns token ids.
 
     python benchmarks/to_gguf.py gpt2-hf/ gpt2-q8_0.gguf Q8_0
 """
@@ -50,7 +50,7 @@ def main(source: Path, target: Path, kind: str) -> None:
         matrix = array.ndim == 2 and name != "wpe.weight"
         array = array.astype(np.float32)
         if prefix and array.ndim == 2:
-            array = np.ascontiguousarray(array.T)  # llama.cpp keeps [out, in]
+            array = np.ascontiguousarray(array.T)  # llama.cpp stores [out, in]
         called = prefix + NAMES[known] + name.removeprefix(known)
         stored = Type[kind] if matrix else Type.F32
         writer.add_tensor(called, gguf.quants.quantize(array, stored), raw_dtype=stored)

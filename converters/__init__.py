@@ -21,8 +21,9 @@ from .errors import (
     UnknownHeadsError,
     UnsafeError,
 )
-from .formats import FORMATS, Format, open_checkpoint
-from .saving import WRITERS, save_checkpoint
+from .formats import FORMATS, WRITERS, Format
+from .opening import open_checkpoint
+from .saving import save_checkpoint
 from .spec import GPT2Config
 from .tensors import LazyTensor
 from .tokenizer import find_tokenizer

@@ -6,13 +6,11 @@ Sources: ``configuration_gpt2.py`` and ``configuration_utils.py`` of transformer
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .errors import ConfigError, UnknownHeadsError
-from .spec import PUBLISHED, GPT2Config
+from .errors import ConfigError
+from .spec import GPT2Config, with_inner
 
 # Hugging Face's key -> ours. The right-hand aliases are transformers' own (attribute_map).
 HF_KEYS = {
@@ -43,36 +41,6 @@ ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-HPARAMS_KEYS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-
-# nanoGPT's GPTConfig, the metadata of GGUF files (gguf-py's constants.py), and the header of llm.c's (its GPT2Config).
-NANOGPT_KEYS = {
-    "block_size": "n_ctx",
-    "vocab_size": "n_vocab",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
-GGUF_KEYS = {
-    "gpt2.vocab_size": "n_vocab",
-    "gpt2.context_length": "n_ctx",
-    "gpt2.embedding_length": "n_embd",
-    "gpt2.block_count": "n_layer",
-    "gpt2.attention.head_count": "n_head",
-    "gpt2.feed_forward_length": "n_inner",
-    "gpt2.attention.layer_norm_epsilon": "layer_norm_epsilon",
-    "tokenizer.ggml.bos_token_id": "bos_token_id",
-    "tokenizer.ggml.eos_token_id": "eos_token_id",
-    "tokenizer.ggml.padding_token_id": "pad_token_id",
-}
-LLMC_KEYS = {
-    "max_seq_len": "n_ctx",
-    "vocab_size": "n_vocab",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "channels": "n_embd",
-}
-
 # Keys that do not touch the logits of a language model: generation, training, bookkeeping.
 INERT = frozenset(
     """
@@ -92,6 +60,8 @@ INERT = frozenset(
 FOREIGN = frozenset(
     ["add_cross_attention", "attn_mult", "auto_map", "cross_attention_hidden_size", "embd_mult", "pruned_heads", "quantization_config", "rope_scaling", "sliding_window"]
 )  # fmt: skip
+
+UNSUPPORTED = "unsupported configuration"
 
 
 def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -116,11 +86,11 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{key} is not a key that gpt2x knows; if it does not change the arithmetic, remove it from the file"
             )
     if faults:
-        raise ConfigError.listing(f"{where}: not a configuration that can be taken over as it is", faults)
+        raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults)
     for name in ("bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), list):
             fields[name] = fields[name][0] if fields[name] else None
-    return _with_inner(fields)
+    return with_inner(fields)
 
 
 def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
@@ -136,12 +106,6 @@ def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _with_inner(fields: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says nothing of the feed-forward width says that it is four times the width."""
-    width = fields.get("n_embd")
-    return {"n_inner": 4 * width, **fields} if isinstance(width, int) else fields
-
-
 def to_hf(config: GPT2Config) -> dict[str, Any]:
     """The ``config.json`` of a configuration, as ``GPT2LMHeadModel`` reads it."""
     values = {key: getattr(config, name) for key, name in HF_KEYS.items()}
@@ -149,143 +113,3 @@ def to_hf(config: GPT2Config) -> dict[str, Any]:
     if config.pad_token_id is None:
         del values["pad_token_id"]
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": config.n_ctx, **values}
-
-
-def from_hparams(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The GPT2Config fields that an ``hparams.json`` states.
-
-    Raises:
-        ConfigError: if a key is missing or not OpenAI's.
-    """
-    missing, unknown = sorted(set(HPARAMS_KEYS) - set(raw)), sorted(set(raw) - set(HPARAMS_KEYS))
-    if missing or unknown:
-        faults = [f"{key} is missing" for key in missing] + [
-            f"{key} is not a key that OpenAI's GPT-2 has" for key in unknown
-        ]
-        raise ConfigError.listing(f"{where}: not the hparams of a GPT-2", faults)
-    return _with_inner({key: raw[key] for key in HPARAMS_KEYS})
-
-
-def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The GPT2Config fields that the ``model_args`` of a nanoGPT checkpoint state (its ``GPTConfig``).
-
-    Raises:
-        ConfigError: if they hold a key that nanoGPT does not have and that is not off.
-    """
-    if strange := [key for key, value in raw.items() if key not in (*NANOGPT_KEYS, "dropout", "bias") and value]:
-        facts = [f"{str(key)[:60]} is {str(raw[key])[:60]!r}" for key in strange]
-        raise ConfigError.listing(f"{where}: arguments of another model than nanoGPT's", facts)
-    fields = {name: raw[key] for key, name in NANOGPT_KEYS.items() if key in raw}
-    if isinstance(dropout := raw.get("dropout"), float | int):
-        fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    return _with_inner(fields)
-
-
-def to_model_args(config: GPT2Config) -> dict[str, Any]:
-    """nanoGPT's ``model_args`` of a configuration."""
-    sizes = {key: getattr(config, name) for key, name in NANOGPT_KEYS.items()}
-    return {**sizes, "bias": True, "dropout": 0.0}
-
-
-def from_gguf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The GPT2Config fields that the metadata of a GGUF file states.
-
-    Raises:
-        ConfigError: if it speaks of something that this GPT-2 does not have.
-    """
-    heads = raw.get("gpt2.attention.head_count")
-    faults = [
-        f"{key} is {str(value)[:60]}: it may change the arithmetic, and gpt2x does not know it"
-        for key, value in raw.items()
-        if key.startswith("gpt2.") and key not in GGUF_KEYS and (key, value) != ("gpt2.attention.head_count_kv", heads)
-    ]
-    if faults:
-        raise ConfigError.listing(f"{where}: not a configuration that can be taken over as it is", faults)
-    fields = {name: raw[key] for key, name in GGUF_KEYS.items() if key in raw}
-    if isinstance(epsilon := fields.get("layer_norm_epsilon"), float):
-        fields["layer_norm_epsilon"] = _shortest(epsilon)
-    return _with_inner(fields)
-
-
-def to_gguf(config: GPT2Config) -> dict[str, Any]:
-    """The metadata of a GGUF file that stands for a configuration; ids that it does not have are absent."""
-    values = {key: getattr(config, name) for key, name in GGUF_KEYS.items()}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _shortest(value: float) -> float:
-    """The decimal number that a float32 was made from: 1e-05 for 9.999999747378752e-06."""
-    if not math.isfinite(value) or abs(value) > 3e38:
-        return value
-    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
-    return next((c for c in candidates if struct.pack("<f", c) == struct.pack("<f", value)), value)
-
-
-def from_llmc(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The GPT2Config fields that the header of an llm.c file states."""
-    return _with_inner({name: raw[key] for key, name in LLMC_KEYS.items()})
-
-
-def to_llmc(config: GPT2Config) -> dict[str, int]:
-    """The header of an llm.c file that stands for a configuration, but for the padded vocabulary."""
-    return {key: getattr(config, name) for key, name in LLMC_KEYS.items()}
-
-
-def to_hparams(config: GPT2Config) -> dict[str, Any]:
-    """The ``hparams.json`` of a configuration."""
-    return {key: getattr(config, key) for key in HPARAMS_KEYS}
-
-
-PARSERS: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
-    "hf": from_hf,
-    "nanogpt": from_model_args,
-    "gguf": from_gguf,
-    "llmc": from_llmc,
-}
-
-
-def resolve(
-    stated: Mapping[str, Any], seen: Mapping[str, int], n_head: int | None, where: str, stated_in: str
-) -> tuple[GPT2Config, list[str]]:
-    """One configuration out of what a file states, what the shapes show, and what the user says; with notes.
-
-    Raises:
-        ConfigError: if they contradict one another, or ``n_head`` is nowhere.
-    """
-    faults = [
-        f"{name} is {value} in the tensors, {stated_in} says {stated[name]!r}"
-        for name, value in seen.items()
-        if stated.get(name, value) != value
-    ]
-    if n_head is not None and stated.get("n_head", n_head) != n_head:
-        faults.append(f"n_head is {stated['n_head']!r} in {stated_in}, but {n_head} is asked for")
-    if faults:
-        raise ConfigError.listing(f"{where}: the configuration and the tensors disagree", faults)
-    fields, notes = {**stated, **seen}, []
-    if "n_head" not in fields:
-        fields["n_head"], note = _heads(seen, n_head, where)
-        notes.append(note)
-    try:
-        return GPT2Config(**fields), notes
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _heads(seen: Mapping[str, int], n_head: int | None, where: str) -> tuple[int, str]:
-    name, published = PUBLISHED.get((seen["n_embd"], seen["n_layer"], seen["n_vocab"], seen["n_ctx"]), (None, n_head))
-    if published is None:
-        raise UnknownHeadsError(
-            f"{where}: the number of attention heads is not in the tensors, and no config.json or hparams.json is beside them.\n"
-            f"Give it: --n-head N (published models have heads of 64, which would be {max(1, seen['n_embd'] // 64)} of them here)"
-        )
-    if n_head not in (None, published):
-        raise ConfigError(
-            f"{where}: the tensors have the shapes of the published {name}, which has {published} heads, but {n_head} are asked for.\n"
-            "If it is another model, say so in a config.json beside it"
-        )
-    if name is None:
-        return published, f"n_head is {published}, as asked for"
-    return (
-        published,
-        f"n_head is {published}: no configuration is there, and the tensors have the shapes of the published {name}",
-    )

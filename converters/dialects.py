@@ -64,6 +64,25 @@ class Transposed(Same):
 MAX_PREFIXES = 4  # that are tried; a model has one
 
 
+@dataclass
+class ReadModel:
+    """What a dialect finds in the tensors of a file.
+
+    Args:
+        parameters: canonical name -> tensor in canonical layout.
+        left_out: known tensors that are not parameters.
+        faults: everything that is wrong, one line each.
+        n_layer: number of layers.
+        zero_biases: whether zeros stand for missing biases.
+    """
+
+    parameters: dict[str, LazyTensor] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    n_layer: int = 1
+    zero_biases: bool = False
+
+
 @dataclass(frozen=True)
 class Dialect:
     """One world's names. ``{i}`` stands for the layer.
@@ -145,11 +164,55 @@ class Dialect:
         layout = self.table[row]
         return layout.name.replace("{i}", str(layer)), layout
 
-    def read(self, name: str, prefix: str, tensor: LazyTensor) -> LazyTensor:
-        """A tensor of this dialect in the canonical layout."""
-        place = self.locate(name, prefix)
-        assert place
-        return (self.head_layout(name) or self.table[place[0]]).read(tensor)
+    def read(self, tensors: Mapping[str, LazyTensor], prefix: str) -> ReadModel:
+        """A whole model under canonical names and in canonical layout: the inverse of ``write``."""
+        model = ReadModel()
+        for name, tensor in tensors.items():
+            place = self.locate(name, prefix)
+            if place is not None:
+                self._add_parameter(model, name, tensor, place)
+            elif self.is_extra(name, prefix):
+                model.left_out.append(name)
+            else:
+                model.faults.append(f"unknown   {name[:200]}")
+        self._check_layers(model)
+        self._fill(model, prefix)
+        return model
+
+    def _add_parameter(self, model: ReadModel, name: str, tensor: LazyTensor, place: tuple[str, int]) -> None:
+        row, layer = place
+        canonical = row.replace("{i}", str(layer))
+        layout = self.head_layout(name) or self.table[row]
+        if not tensor.dtype.is_float:
+            model.faults.append(f"integers  {name} is {tensor.dtype}; a parameter must be float")
+            return
+        if canonical in model.parameters:
+            model.faults.append(f"duplicate {name} is {canonical}, and so is another tensor")
+        try:
+            model.parameters[canonical] = layout.read(tensor)
+        except CheckpointError as error:
+            model.parameters[canonical] = tensor
+            model.faults.append(f"shape     {error}")
+
+    def _check_layers(self, model: ReadModel) -> None:
+        """Count the layers; a gap between them is a fault."""
+        layers = sorted({int(name.split(".")[1]) for name in model.parameters if name.startswith("h.")})
+        model.n_layer = max(len(layers), 1)
+        for i, layer in enumerate(layers):
+            if layer != i:
+                model.faults.append(f"gap       layer {i} is missing, but there is a layer {layers[-1]}")
+                model.n_layer = max(i, 1)
+                return
+
+    def _fill(self, model: ReadModel, prefix: str) -> None:
+        """Put zeros for biases, if the dialect may lack them all; what else is missing is a fault."""
+        expected = {prefix + self.layout(name)[0]: name for _, _, name in rows(model.n_layer)}
+        if self.biasless:
+            zeros = _zero_biases(model.parameters, expected.values())
+            model.parameters |= zeros
+            model.zero_biases = bool(zeros)
+        missing = [f"missing   {name}" for name, canonical in expected.items() if canonical not in model.parameters]
+        model.faults = missing + model.faults
 
     def write(self, tensors: Mapping[str, LazyTensor], config: GPT2Config) -> dict[str, LazyTensor]:
         """A whole model under this dialect's names and layouts.
@@ -384,6 +447,14 @@ def _is_wide(layout: Same, c_attn: LazyTensor) -> bool:
     return len(shape) == 2 and shape[1] == 3 * shape[0]
 
 
-def expected_names(dialect: Dialect, prefix: str, n_layer: int) -> dict[str, str]:
-    """Name in the file -> canonical name, for the parameters of a tied model of this depth."""
-    return {prefix + dialect.layout(name)[0]: name for _, _, name in rows(n_layer)}
+def _zero_biases(tensors: Mapping[str, LazyTensor], names: Iterable[str]) -> dict[str, LazyTensor]:
+    """Zeros for every bias, if there is not a single one. Each has the length of the last axis of its weight."""
+    zeros = {}
+    for name in names:
+        if not name.endswith(".bias"):
+            continue
+        weight = tensors.get(name.removesuffix("bias") + "weight")
+        if name in tensors or weight is None or not weight.shape:
+            return {}
+        zeros[name] = LazyTensor.zeros(weight.dtype, weight.shape[-1:])
+    return zeros

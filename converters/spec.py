@@ -166,6 +166,12 @@ def rows(n_layer: int) -> Iterator[tuple[str, int, str]]:
     yield from ((row, -1, row) for row in SPEC if row.startswith("ln_f"))
 
 
+def with_inner(fields: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of the feed-forward width says that it is four times the width."""
+    width = fields.get("n_embd")
+    return {"n_inner": 4 * width, **fields} if isinstance(width, int) else fields
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

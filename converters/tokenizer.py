@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TokenizerError
+from .errors import ConversionError, TokenizerError
 from .io.json import read_json
 from .io.reading import File
 
@@ -50,6 +50,13 @@ class TokenizerFiles:
             TokenizerError: if this is not a byte-level BPE of GPT-2's kind.
         """
         return self._vocabulary
+
+    def end_of_text(self) -> int | None:
+        """The id of ``<|endoftext|>``; None without one, or if the tokenizer is invalid, which whoever needs it reports."""
+        try:
+            return self.vocabulary().ids.get(END_OF_TEXT)
+        except ConversionError:
+            return None
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/formats.md`` from the tables in the code:
+"""Generate the tables of ``docs/formats.md`` from the tables in the code:
 
 python docs/make_formats.py
 """
@@ -17,49 +17,48 @@ MARKS: dict[type[Same], str] = {Same: "", Transposed: " **T**", Lead1: " **1**"}
 
 
 def formats() -> str:
-    """The table of formats."""
-    head = ("name", "who writes it", "files", "read", "written", "ask for it", "configuration", "tokenizer", "checksums", "an output of its own")  # fmt: skip
+    """Return the table of formats."""
+    head = ("name", "format", "files", "dtypes read", "dtypes written", "how to write it", "configuration", "tokenizer", "checksums", "untied `lm_head`")  # fmt: skip
     rows = [
         (
             f"`{f.name}`", f.what, f.files, " ".join(f.reads), " ".join(f.writes) or "no", f.ask, f.configuration or "beside it",
             f.tokenizer, f.checksums or "none", "yes" if f.untied else "no",
         )
         for f in FORMATS
-        if f.what
     ]  # fmt: skip
     return table(head, rows)
 
 
 def names() -> str:
-    """The table of names and layouts."""
+    """Return the table of names and layouts."""
     head = ("canonical", "shape", *(dialect.name for dialect in DIALECTS))
     rows = [
         (f"`{row}`", f"[{', '.join(shape)}]", *(cell(dialect.table[row]) for dialect in DIALECTS))
         for row, shape in SPEC.items()
     ]
     rows.append((f"`{LM_HEAD}`, untied", "[V, C]", *(output(dialect) for dialect in DIALECTS)))
-    before = (", ".join(f"`{prefix}`" if prefix else "nothing" for prefix in dialect.prefixes) for dialect in DIALECTS)
-    return table(head, [*rows, ("*before the names*", "", *before)])
+    prefixes = (", ".join(f"`{prefix}`" if prefix else "none" for prefix in dialect.prefixes) for dialect in DIALECTS)
+    return table(head, [*rows, ("*prefix*", "", *prefixes)])
 
 
 def cell(layout: Same) -> str:
-    """A name, and the mark of its layout."""
+    """Return a tensor name and the mark of its layout."""
     return f"`{layout.name}`{MARKS[type(layout)]}"
 
 
 def output(dialect: Dialect) -> str:
-    """What an output of its own is called."""
-    return ", ".join(map(cell, dialect.lm_head)) or "cannot be"
+    """Return the names of an untied ``lm_head``."""
+    return ", ".join(map(cell, dialect.lm_head)) or "not supported"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables generated again."""
     for name, make in (("formats", formats), ("names", names)):
         text = re.sub(f"<!-- {name} -->\n.*?<!-- end -->", lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}<!-- end -->", text, flags=re.S)  # fmt: skip
     return text

@@ -1,9 +1,9 @@
-// A GPT-2 client in C++ with ONNX Runtime's C++ API: token ids in, token ids out as they are generated.
+// A GPT-2 client in C++ with ONNX Runtime's C++ API. It takes token ids, and prints token ids while they are generated.
 //
 //   g++ -std=c++17 -O2 client.cpp -I include/onnxruntime -l:libonnxruntime.so.1 -o client
 //   ./client gpt2-onnx/ --new 20 --temperature 0.8 --top-k 40 --seed 1 --threads 2 -- 33322 40 25
 //
-// It runs every precision and every kind of cache. The first argument may also be one of several models, such as
+// All precisions and kinds of cache work. The first argument is a directory or a model, such as
 // gpt2-onnx/onnx/model_q4.onnx.
 #include <onnxruntime_cxx_api.h>
 
@@ -21,15 +21,15 @@
 
 using Ids = std::vector<int64_t>;
 
-// The first model that is in the directory, or the path itself if it is no directory.
+// Return the first model that exists in the directory. A path that is not a directory is returned unchanged.
 std::filesystem::path find_model(const std::filesystem::path& path) {
     if (!std::filesystem::is_directory(path)) return path;
     for (auto name : {"model.onnx", "model_quantized.onnx", "model_int8.onnx", "model_q4.onnx", "model_fp16.onnx"})
         if (auto file = path / "onnx" / name; std::filesystem::exists(file)) return file;
-    throw std::runtime_error(path.string() + ": no model in onnx/; gpt2x export --onnx writes such a directory");
+    throw std::runtime_error(path.string() + ": no model in onnx/; create the directory with gpt2x export --onnx");
 }
 
-// One token of the top_k most probable (0: of all); temperature 0 is greedy.
+// Sample a token id. Temperature 0 is greedy decoding; top_k 0 keeps all tokens.
 int64_t sample(const float* logits, int64_t size, double temperature, int64_t top_k, std::mt19937_64& random) {
     if (temperature == 0) return std::max_element(logits, logits + size) - logits;
     Ids order(size);
@@ -48,7 +48,7 @@ int main(int argc, char** argv) try {
     const bool valid = std::all_of(options.begin(), options.end(), [](auto& option) { return option.second >= 0; });
     if (!valid || next + 1 >= argc || argv[next] != std::string("--")) {
         std::cerr << "usage: client DIR|MODEL.onnx [--new N] [--temperature T] [--top-k K] [--seed S] [--threads N] -- ID...\n"
-                     "every number is at least 0\n";
+                     "all numbers must be at least 0\n";
         return 2;
     }
     Ids ids;
@@ -58,7 +58,7 @@ int main(int argc, char** argv) try {
 
     const auto model = find_model(argv[1]);
     Ort::SessionOptions settings;
-    settings.SetIntraOpNumThreads(options["--threads"]);  // 0: one for each core
+    settings.SetIntraOpNumThreads(options["--threads"]);  // 0: one per core
     Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "gpt2");
     Ort::Session session(env, model.c_str(), settings);
     Ort::AllocatorWithDefaultOptions allocator;
@@ -74,17 +74,17 @@ int main(int argc, char** argv) try {
         const int64_t size[] = {1, static_cast<int64_t>(values.size())};
         return Ort::Value::CreateTensor<int64_t>(memory, values.data(), values.size(), size, 2);
     };
-    std::vector<Ort::Value> cache;  // of float, float16 or int8, as the model has it; empty at first
+    std::vector<Ort::Value> cache;  // float, float16 or int8, as the model declares; empty at first
     for (size_t i = 3; i < in.size(); i++) {
         auto type = session.GetInputTypeInfo(i);
         auto info = type.GetTensorTypeAndShapeInfo();
-        auto shape = info.GetShape();  // batch, heads, past, width
+        auto shape = info.GetShape();  // batch, heads, cached tokens, head size
         shape[0] = 1, shape[2] = 0;
         cache.push_back(Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), info.GetElementType()));
     }
 
     Ids mask;
-    for (int64_t made = 0; made < options["--new"]; made++) {  // prefill, then one token per run on the cache
+    for (int64_t step = 0; step < options["--new"]; step++) {  // prefill, then one token per run with the cache
         Ids positions(ids.size());
         std::iota(positions.begin(), positions.end(), mask.size());
         mask.resize(mask.size() + ids.size(), 1);

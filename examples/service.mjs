@@ -1,12 +1,12 @@
-// A GPT-2 service in Node: onnxruntime-node runs the model, @huggingface/tokenizers reads and writes the text.
+// A GPT-2 HTTP service in Node. onnxruntime-node runs the model, @huggingface/tokenizers encodes and decodes the text.
 //
 //   gpt2x export models/124M --onnx gpt2-onnx/
 //   npm install onnxruntime-node @huggingface/tokenizers
 //   node service.mjs gpt2-onnx/ --port 8000 --threads 2
 //   curl -N localhost:8000 -d '{"prompt": "ROMEO:", "max_new_tokens": 40, "temperature": 0.8, "top_k": 40}'
 //
-// It runs every precision and every kind of cache. `--model onnx/model_q4.onnx` selects one of several models.
-// The text is streamed as it is generated.
+// All precisions and kinds of cache work. `--model onnx/model_q4.onnx` selects one of several models.
+// The response is streamed while the text is generated.
 import { existsSync, readFileSync } from "node:fs";
 import { createServer } from "node:http";
 import { resolve } from "node:path";
@@ -16,17 +16,17 @@ import { InferenceSession, Tensor } from "onnxruntime-node";
 
 const MODELS = ["model.onnx", "model_quantized.onnx", "model_int8.onnx", "model_q4.onnx", "model_fp16.onnx"];
 const ARRAYS = { float32: Float32Array, float16: Uint16Array, int8: Int8Array };
-// onnxruntime-node 1.30 fails with the Float16Array of Node 24 (microsoft/onnxruntime#32323); without it, it uses Uint16Array.
+// onnxruntime-node 1.30 fails with Node 24's Float16Array (microsoft/onnxruntime#32323). Without Float16Array it uses Uint16Array.
 delete globalThis.Float16Array;
 
 const int64 = (values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 const range = (start, end) => Array.from({ length: end - start }, (_, i) => start + i);
 
-// The first of these files that is in the directory.
+// Return the first of these files that exists in the directory.
 function find(directory, names) {
   const found = names.map((name) => resolve(directory, name)).find(existsSync);
   if (found) return found;
-  throw new Error(`${directory}: no ${names.join(" or ")}; gpt2x export --onnx writes such a directory`);
+  throw new Error(`${directory}: no ${names.join(" or ")}; create the directory with gpt2x export --onnx`);
 }
 
 async function load(directory, model, threads) {
@@ -39,7 +39,7 @@ async function load(directory, model, threads) {
   return { tokenizer, session, caches, config: json("config.json") };
 }
 
-// Prefill, then one token per run on the cache.
+// Yield token ids: prefill the prompt, then decode one token per run with the KV cache.
 async function* tokens({ session, caches, config }, prompt, { max_new_tokens = 40, temperature = 1, top_k = 0 }) {
   if (!(prompt.length >= 1 && prompt.length <= config.n_positions))
     throw new Error(`the prompt has ${prompt.length} tokens; it must have 1 to ${config.n_positions}`);
@@ -64,7 +64,7 @@ async function* tokens({ session, caches, config }, prompt, { max_new_tokens = 4
   }
 }
 
-// One token; temperature 0 is greedy.
+// Sample a token id. Temperature 0 is greedy decoding; top_k 0 keeps all tokens.
 function sample(logits, temperature, top_k) {
   if (temperature === 0) return logits.reduce((best, x, i) => (x > logits[best] ? i : best), 0);
   const best = range(0, logits.length).sort((a, b) => logits[b] - logits[a]).slice(0, top_k || undefined);
@@ -73,14 +73,14 @@ function sample(logits, temperature, top_k) {
   return best[weights.findIndex((w) => (left -= w) < 0)] ?? best[0];
 }
 
-// The continuation in pieces of whole characters.
+// Yield the generated text in pieces that end at a character boundary.
 async function* text(model, prompt, options) {
   if (typeof prompt !== "string") throw new Error('the request must be a JSON object with a string "prompt"');
   let pending = [];
   for await (const token of tokens(model, model.tokenizer.encode(prompt).ids, options)) {
     pending.push(token);
     const piece = model.tokenizer.decode(pending, { clean_up_tokenization_spaces: false });
-    if (piece.endsWith("\ufffd")) continue; // perhaps the beginning of a character
+    if (piece.endsWith("\ufffd")) continue; // the last character may be incomplete
     yield piece;
     pending = [];
   }
@@ -90,13 +90,13 @@ async function answer(model, request, response) {
   try {
     let body = "";
     for await (const chunk of request) body += chunk;
-    const asked = JSON.parse(body);
+    const options = JSON.parse(body);
     response.setHeader("Content-Type", "text/plain; charset=utf-8");
-    for await (const piece of text(model, asked?.prompt, asked)) response.write(piece);
+    for await (const piece of text(model, options?.prompt, options)) response.write(piece);
     response.end();
   } catch (error) {
     if (!response.headersSent) return response.writeHead(400).end(`${error.message}\n`);
-    console.error(error); // in the middle of the text
+    console.error(error); // the response has started: close the connection
     response.destroy();
   }
 }

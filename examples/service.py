@@ -1,11 +1,11 @@
-"""A GPT-2 service in Python without PyTorch: onnxruntime, numpy and tokenizers, and nothing of gpt2x.
+"""A GPT-2 HTTP service in Python. It needs onnxruntime, numpy and tokenizers, but neither PyTorch nor gpt2x.
 
     gpt2x export models/124M --onnx gpt2-onnx/
     python examples/service.py gpt2-onnx/ --port 8000 --threads 2
     curl -N localhost:8000 -d '{"prompt": "ROMEO:", "max_new_tokens": 40, "temperature": 0.8, "top_k": 40, "seed": 1}'
 
-It runs every precision and every kind of cache. `--model onnx/model_q4.onnx` selects one of several models.
-The text is streamed as it is generated.
+All precisions and kinds of cache work. `--model onnx/model_q4.onnx` selects one of several models.
+The response is streamed while the text is generated.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Model:
         self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
 
     def tokens(self, prompt: list[int], count: int, temperature: float, top_k: int, seed: Any) -> Iterator[int]:
-        """Prefill, then one token per run on the cache."""
+        """Yield token ids: prefill the prompt, then decode one token per run with the KV cache."""
         context = self.config["n_positions"]
         if not 1 <= len(prompt) <= context:
             raise ValueError(f"the prompt has {len(prompt)} tokens; it must have 1 to {context}")
@@ -57,26 +57,26 @@ class Model:
             ids = np.array([[token]], np.int64)
 
     def text(self, prompt: str, *options: Any) -> Iterator[str]:
-        """The continuation in pieces of whole characters."""
+        """Yield the generated text in pieces that end at a character boundary."""
         pending: list[int] = []
         for token in self.tokens(self.tokenizer.encode(prompt).ids, *options):
             pending.append(token)
             piece = self.tokenizer.decode(pending)
-            if not piece.endswith("\ufffd"):  # perhaps the beginning of a character
+            if not piece.endswith("\ufffd"):  # otherwise the last character may be incomplete
                 yield piece
                 pending = []
 
 
 def find(directory: Path, *names: str) -> Path:
-    """The first of these files that is in the directory."""
+    """Return the first of these files that exists in the directory."""
     for name in names:
         if (directory / name).is_file():
             return directory / name
-    raise FileNotFoundError(f"{directory}: no {' or '.join(names)}; gpt2x export --onnx writes such a directory")
+    raise FileNotFoundError(f"{directory}: no {' or '.join(names)}; create the directory with gpt2x export --onnx")
 
 
 def sample(logits: Any, temperature: float, top_k: int, random: np.random.Generator) -> int:
-    """One token; temperature 0 is greedy."""
+    """Sample a token id. Temperature 0 is greedy decoding; top_k 0 keeps all tokens."""
     if temperature == 0:
         return int(logits.argmax())
     best = np.argsort(-logits)[: top_k or None]
@@ -84,19 +84,19 @@ def sample(logits: Any, temperature: float, top_k: int, random: np.random.Genera
     return int(random.choice(best, p=weights / weights.sum()))
 
 
-def read(body: bytes) -> list[Any]:
-    """The prompt and the options of a request."""
-    asked = json.loads(body)
-    if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
+def parse(body: bytes) -> list[Any]:
+    """Parse a request body. Return the prompt, max_new_tokens, temperature, top_k and seed."""
+    request = json.loads(body)
+    if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
         raise ValueError('the request must be a JSON object with a string "prompt"')
-    numbers = [asked.get("max_new_tokens", 40), asked.get("temperature", 1.0), asked.get("top_k", 0)]
+    numbers = [request.get("max_new_tokens", 40), request.get("temperature", 1.0), request.get("top_k", 0)]
     if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
         raise ValueError("max_new_tokens, temperature and top_k must be numbers of at least 0")
-    return [asked["prompt"], *numbers, asked.get("seed")]
+    return [request["prompt"], *numbers, request.get("seed")]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """POST JSON, get text."""
+    """Answer a POST request with JSON in its body by streaming text."""
 
     model: Model
     error_message_format, error_content_type = "%(explain)s\n", "text/plain; charset=utf-8"
@@ -104,8 +104,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            pieces = self.model.text(*read(body))
-            first = next(pieces, "")  # whatever is wrong with the request is raised here
+            pieces = self.model.text(*parse(body))
+            first = next(pieces, "")  # an invalid request raises here, before the headers are sent
         except Exception as error:
             self.send_error(400, explain=str(error))
             return
@@ -118,14 +118,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("place", metavar="port", type=int, nargs="?", default=8000)
+    parser = argparse.ArgumentParser(description="GPT-2 HTTP service")
+    parser.add_argument("directory", type=Path, help="directory that gpt2x export --onnx wrote")
+    parser.add_argument("positional_port", metavar="port", type=int, nargs="?", default=8000)
     parser.add_argument("--port", type=int)
-    parser.add_argument("--model", metavar="FILE", help="relative to the directory")
-    parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
+    parser.add_argument("--model", metavar="FILE", help="ONNX model to run, relative to the directory")
+    parser.add_argument("--threads", type=int, default=0, help="default: one per core")
     arguments = parser.parse_args()
-    port = arguments.place if arguments.port is None else arguments.port
+    port = arguments.positional_port if arguments.port is None else arguments.port
     try:
         Handler.model = Model(arguments.directory, arguments.model, arguments.threads)
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)

@@ -1,8 +1,8 @@
-"""Train a small GPT-2 on a text, with its own byte-level BPE, and save it in OpenAI's layout.
+"""Train a small GPT-2 and a byte-level BPE tokenizer on a text, and save them as a checkpoint in OpenAI's layout.
 
     python examples/train_shakespeare.py tinyshakespeare.txt --out models/shakespeare
 
-The model that ships with gpt2x (``gpt2x.SHAKESPEARE``, 2.2 million parameters) was made by this script with
+The model that ships with gpt2x (``gpt2x.SHAKESPEARE``, 2.2 million parameters) was trained by this script with
 ``--steps 1100`` on the "tiny Shakespeare" text. The defaults take ten to twenty minutes on two cores.
 """
 
@@ -31,7 +31,10 @@ END = "<|endoftext|>"
 
 
 def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """GPT-2's kind of BPE: 256 byte symbols, then the merges in order, ``<|endoftext|>`` last."""
+    """Train a BPE tokenizer with GPT-2's order of ids: 256 byte symbols, the merges, ``<|endoftext|>``.
+
+    Returns the vocabulary (token -> id) and the merges.
+    """
     tokenizer = tokenizers.Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     alphabet = sorted(ByteLevel.alphabet())
@@ -46,20 +49,21 @@ def train_bpe(text: str, n_vocab: int) -> tuple[dict[str, int], list[tuple[str, 
 
 
 def batch(ids: Tensor, size: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random windows of the text, and the same windows one token on: (B, T) each."""
+    """Return random windows of the text, and the same windows shifted by one token: (B, T) each."""
     starts = torch.randint(len(ids) - context, (size,), generator=generator)
     windows = torch.stack([ids[s : s + context + 1] for s in starts.tolist()])
     return windows[:, :-1], windows[:, 1:]
 
 
 def loss_of(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats per token."""
     logits, _ = model(inputs)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: GPT2, ids: Tensor) -> float:
-    """Mean nats a token over the whole held-out text, in windows of the context."""
+    """Return the mean loss in nats per token on the held-out text, in windows of the context size."""
     model.eval()
     n = model.n_ctx
     windows = ids[: (len(ids) - 1) // n * n + 1]
@@ -70,6 +74,7 @@ def held_out_loss(model: GPT2, ids: Tensor) -> float:
 
 
 def optimizer_of(model: GPT2, rate: float) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -77,14 +82,14 @@ def optimizer_of(model: GPT2, rate: float) -> torch.optim.AdamW:
 
 
 def schedule(step: int, steps: int, warmup: int = 50) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
+    """Return the learning-rate factor: linear warmup, then cosine decay to 0.05."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def train(model: GPT2, ids: Tensor, held_out: Tensor, steps: int, size: int, rate: float, seed: int) -> None:
-    """Adam on random windows; the best model by held-out loss is what remains."""
+    """Train with AdamW on random windows. Keep the weights with the lowest held-out loss."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = optimizer_of(model, rate)
     best, best_loss = model.state_dict(), math.inf
@@ -115,29 +120,31 @@ def train(model: GPT2, ids: Tensor, held_out: Tensor, steps: int, size: int, rat
 
 @click.command()
 @click.argument("text", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("shakespeare"), show_default=True)
-@click.option("--steps", default=900, show_default=True)
-@click.option("--batch-size", default=24, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("shakespeare"), show_default=True, help="Output directory."
+)
+@click.option("--steps", default=900, show_default=True, help="Training steps.")
+@click.option("--batch-size", default=24, show_default=True, help="Sequences per step.")
 @click.option("--rate", default=2e-3, show_default=True, help="Peak learning rate.")
-@click.option("--vocab", default=2048, show_default=True)
-@click.option("--context", default=256, show_default=True)
-@click.option("--width", default=192, show_default=True)
-@click.option("--layers", default=4, show_default=True)
-@click.option("--heads", default=6, show_default=True)
-@click.option("--dropout", default=0.15, show_default=True)
-@click.option("--seed", default=1, show_default=True)
+@click.option("--vocab", default=2048, show_default=True, help="Vocabulary size.")
+@click.option("--context", default=256, show_default=True, help="Context length in tokens.")
+@click.option("--width", default=192, show_default=True, help="Embedding size.")
+@click.option("--layers", default=4, show_default=True, help="Transformer blocks.")
+@click.option("--heads", default=6, show_default=True, help="Attention heads.")
+@click.option("--dropout", default=0.15, show_default=True, help="Dropout probability.")
+@click.option("--seed", default=1, show_default=True, help="Random seed.")
 def main(
     text: Path, out: Path, steps: int, batch_size: int, rate: float, vocab: int, context: int,
     width: int, layers: int, heads: int, dropout: float, seed: int,
 ) -> None:  # fmt: skip
-    """Train a small GPT-2 on TEXT and save it in OpenAI's layout."""
+    """Train a small GPT-2 on TEXT and save it as a checkpoint in OpenAI's layout."""
     torch.manual_seed(seed)
     words = text.read_text(encoding="utf-8")
     cut = len(words) * 9 // 10
     vocabulary, merges = train_bpe(words[:cut], vocab)
     tokenizer = Tokenizer(vocabulary, merges)
     ids, held_out = (torch.tensor(tokenizer.encode(part)) for part in (words[:cut], words[cut:]))
-    # Without attention dropout torch takes its fused kernel: 2.5 times as fast a step on a CPU.
+    # Without attention dropout, torch uses its fused attention kernel. A step is then 2.5 times as fast on a CPU.
     model = GPT2(vocab, width, layers, heads, 4 * width, context, dropout, attn_pdrop=0.0).train()
     n = sum(p.numel() for p in model.parameters())
     click.echo(f"{n:,} parameters; {len(ids):,} tokens, {len(held_out):,} held out")
@@ -146,7 +153,7 @@ def main(
 
 
 def save(model: GPT2, vocabulary: dict[str, int], merges: list[tuple[str, str]], out: Path) -> None:
-    """Write the model and its tokenizer in OpenAI's layout."""
+    """Write the model and its tokenizer as a checkpoint in OpenAI's layout."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "encoder.json").write_text(json.dumps(vocabulary))
         Path(folder, "vocab.bpe").write_text(

@@ -23,7 +23,8 @@ import numpy as np
 from converters import ConversionError
 
 from . import contract
-from .runtimes.onnxruntime import OnnxDecoder, find_model
+from .runtimes.onnx_model import find_model
+from .runtimes.onnxruntime import OnnxDecoder
 
 ROUNDS = 5  # prefills, and readings of memory
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from converters import Checkpoint, CheckpointError, LazyTensor, UnknownHeadsError, open_checkpoint
-from converters.formats import tokenizer_in
+from converters.opening import tokenizer_in
 from converters.spec import SIZES
 from converters.tensors import BF16, DTYPES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters.formats import tokenizer_in
+from converters.opening import tokenizer_in
 from converters.tokenizer import END_OF_TEXT, TokenizerFiles, Vocabulary, build
 
 

@@ -1,4 +1,4 @@
-"""What many tests share: a tiny GPT-2 of which no two dimensions are alike, and the files it makes."""
+"""Settings and fixtures of all tests. What they import is in ``support``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
 import pytest
+
+# Their assertions then show values, as those of the tests do.
+pytest.register_assert_rewrite("bundles", "checkpoints", "commands")
+
+from checkpoints import random_checkpoint
 from click.testing import CliRunner, Result
 
-from converters import Checkpoint, GPT2Config, LazyTensor
+from converters import Checkpoint
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 if importlib.util.find_spec("torch"):  # TensorFlow's environment has none
@@ -28,31 +31,6 @@ OnnxDecoder.__init__.__kwdefaults__["threads"] = 1
 
 # A shell that runs the tests in the background has Ctrl-C ignored, by them and by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-FIXTURES = Path(__file__).parent / "fixtures"
-RELEASE = Path(__file__).parents[2] / "shared/data/openai-117M"  # OpenAI's own; others may have a folder shared/, too
-TINY = GPT2Config(n_layer=2, n_head=2, n_embd=6, n_ctx=10, n_vocab=13, bos_token_id=12, eos_token_id=12)
-
-needs_shared = pytest.mark.skipif(not RELEASE.is_dir(), reason="the folder shared/ with OpenAI's own files is not here")
-
-
-def random_checkpoint(config: GPT2Config = TINY, seed: int = 0) -> Checkpoint:
-    """Every value random, biases and gains too."""
-    rng = np.random.default_rng(seed)
-    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in config.shapes().items()}
-    return Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
-
-
-def arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    return {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
-
-
-def assert_same_bytes(expected: Checkpoint, actual: Checkpoint) -> None:
-    assert {n: (t.dtype, t.shape) for n, t in expected.tensors.items()} == {
-        n: (t.dtype, t.shape) for n, t in actual.tensors.items()
-    }
-    for name, tensor in expected.tensors.items():
-        assert tensor.read().tobytes() == actual.tensors[name].read().tobytes(), name
 
 
 @pytest.fixture
@@ -69,19 +47,3 @@ def gpt2x() -> Callable[..., Result]:
         return CliRunner().invoke(main, [str(arg) for arg in args], prog_name="gpt2x")
 
     return run
-
-
-def done(result: Result) -> Result:
-    """The result of a command that must have succeeded."""
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    """One clear error on stderr, exit code 1, no traceback."""
-    assert result.exit_code == 1, result.output
-    assert result.stderr.startswith("Error: "), result.stderr
-    assert "Traceback" not in result.output
-    assert "fault in gpt2x" not in result.stderr, result.stderr
-    for word in words:
-        assert word in result.stderr

@@ -3,15 +3,14 @@
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, random_checkpoint
+from checkpoints import random_checkpoint
+from paths import FIXTURES, ROOT
 
 from converters import WRITERS, save_checkpoint
 from gpt2x import SHAKESPEARE
 
-ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -149,3 +148,9 @@ def test_the_training_example_trains_and_saves_what_can_be_used(gpt2x, tmp_path,
 def test_a_tiny_model_is_enough_for_every_format(tmp_path):
     for kind in WRITERS:
         save_checkpoint(random_checkpoint(), tmp_path / kind, kind)
+
+
+def test_the_list_of_commands_cuts_no_line(gpt2x):
+    lines = gpt2x("--help").stdout.split("Commands:")[1].split("Exit codes")[0].strip().splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)

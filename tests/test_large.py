@@ -5,7 +5,7 @@ import math
 import numpy as np
 import onnx
 import pytest
-from conftest import done
+from commands import done
 
 from converters import Checkpoint, GPT2Config, LazyTensor
 from converters.tensors import F32

@@ -1,15 +1,15 @@
 """Imports run one way, and what needs no torch loads none."""
 
-import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import gpt2x
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, cwd: Path) -> str:
@@ -44,19 +44,51 @@ def test_convert_and_inspect_load_no_torch(command, tmp_path):
     assert not {"torch", "transformers", "tensorflow", "tokenizers", "numpy"} & loaded
 
 
-def imports_of(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(str(node.module).split(".")[0])
-    return names
+# A file -> a line that breaks the contract of that name.
+BREACHES = {
+    "converters imports neither": ("converters/containers/gguf.py", "import torch"),
+    "containers know nothing": ("converters/containers/gguf.py", "from ..dialects import HF"),
+    "the layers of gpt2x": ("gpt2x/generation/sampling.py", "from ..cli.text import printable"),
+    "no circle of imports": ("converters/errors.py", "from .spec import GPT2Config"),
+}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "converters").glob("*.py")), ids=lambda p: p.name)
-def test_converters_know_nothing_of_gpt2x_or_torch(path):
-    assert not imports_of(path) & {"gpt2x", "torch", "transformers", "tensorflow", "converters"}
+def linted(folder: Path) -> subprocess.CompletedProcess[str]:
+    """import-linter's judgement of the packages in a folder, by the contracts of ``pyproject.toml``."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", code, "--no-cache", "--no-logo"]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}
+    )
+
+
+@pytest.fixture
+def packages(tmp_path):
+    pytest.importorskip("importlinter")
+    for name in ("converters", "gpt2x"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("shakespeare", "__pycache__"))
+    return tmp_path
+
+
+def test_imports_run_one_way(packages):
+    result = linted(packages)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("contract", BREACHES)
+def test_an_import_that_runs_the_other_way_is_found(packages, contract):
+    file, line = BREACHES[contract]
+    source = packages / file
+    source.write_text(
+        source.read_text().replace(
+            "from __future__ import annotations\n", f"from __future__ import annotations\n\n{line}\n"
+        )
+    )
+    result = linted(packages)
+    assert result.returncode == 1
+    broken = [row for row in result.stdout.splitlines() if row.endswith(" BROKEN") or " BROKEN (" in row]
+    assert any(row.startswith(contract) for row in broken), result.stdout
 
 
 def test_every_public_name_is_there():

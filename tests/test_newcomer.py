@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import arrays_of, assert_refused, assert_same_bytes, done, random_checkpoint
+from checkpoints import arrays_of, assert_same_bytes, random_checkpoint
+from commands import assert_refused, done
 
 from converters import CheckpointError, open_checkpoint, save_checkpoint
 from gpt2x import GPT2, SHAKESPEARE, Tokenizer, checkpoint_of, from_pretrained, load_model

@@ -1,36 +1,38 @@
-"""What every container gives back: named tensors, and what else was in the file."""
+"""What every container returns: named tensors, and what else the file holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..tensors import LazyTensor
-from ..tokenizer import Vocabulary
 
 
 @dataclass(frozen=True)
 class Container:
     """Named tensors, opened but not read.
 
-    ``config`` is a configuration that the file carries, in the words of ``config_of``, a key of ``config.PARSERS``.
-    ``left_out`` names what the file holds besides tensors (an optimizer's state, run data); ``notes`` says what is to be
-    known of it. ``parts`` are the files of weights where there are several. ``vocabulary`` gives the tokenizer of a
-    format that has one inside.
+    Args:
+        format: the name of the container's format.
+        path: the file.
+        tensors: name -> tensor.
+        metadata: key -> value of what the file holds besides tensors, as the file spells it.
+        left_out: names of what is neither a tensor nor metadata, such as an optimizer's state.
+        notes: what the user should know of the file.
+        parts: the files of weights, if there are several.
+        shards: the containers that this one is made of, if it is an index of them.
     """
 
     format: str
     path: Path
     tensors: Mapping[str, LazyTensor]
-    config: dict[str, Any] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    parts: tuple[Path, ...] = ()
-    config_of: str = "hf"
     notes: tuple[str, ...] = ()
-    vocabulary: Callable[[], Vocabulary] | None = None
+    parts: tuple[Path, ...] = ()
+    shards: tuple[Container, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:

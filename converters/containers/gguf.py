@@ -9,22 +9,20 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..dtypes import whole_items
-from ..errors import CheckpointError, FormatError, TokenizerError
+from ..errors import CheckpointError, FormatError
 from ..io.publishing import Output
 from ..io.reading import Cursor, File
 from ..tensors import BF16, F16, F32, F64, DType, LazyTensor
-from ..tokenizer import END_OF_TEXT, Vocabulary
 from .container import Container
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-ARCHITECTURE = "gpt2"
 ALIGNMENT = 32
 MAX_ITEMS = 1_000_000  # of metadata, tensors and arrays, as there are tokens in the largest vocabularies
 MAX_STRING = 1 << 20
@@ -39,23 +37,21 @@ UINT32, FLOAT32, INT32 = 4, 6, 5
 TYPES: dict[int, DType] = {0: F32, 1: F16, 28: F64, 30: BF16}
 Q8_0, BLOCK, BLOCK_BYTES = 8, 32, 34
 OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # fmt: skip
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's general.file_type
-
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
-TOKENS = "tokenizer.ggml.tokens"
-MERGES = "tokenizer.ggml.merges"
-KINDS = "tokenizer.ggml.token_type"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def open_gguf(path: Path) -> Container:
-    """Open a GGUF file of a GPT-2.
+def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None = None) -> Container:
+    """Open a GGUF file.
+
+    Args:
+        path: the file.
+        check: called with the metadata and the path before the tensors are looked at; it may raise.
 
     Raises:
-        FormatError: if any part of it is not sound.
-        CheckpointError: if it holds another kind of model, or types of numbers that are not read.
+        FormatError: if any part of it is invalid.
+        CheckpointError: if a tensor is of a type that is not read.
     """
     file = File(path)
     cursor = Cursor(file)
@@ -65,9 +61,8 @@ def open_gguf(path: Path) -> Container:
         raise FormatError(f"{path}: {'big-endian GGUF' if swapped else f'GGUF of version {version}'}; 2 and 3 are read")
     n_tensors, n_metadata = cursor.number("<Q"), cursor.number("<Q")
     metadata = _metadata(cursor, n_metadata)
-    architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise CheckpointError(f"{path}: a model of the architecture {str(architecture)[:60]!r}, not 'gpt2'")
+    if check:
+        check(metadata, str(path))
     infos = [_info(cursor) for _ in range(_count(n_tensors, cursor))]
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
@@ -77,15 +72,7 @@ def open_gguf(path: Path) -> Container:
     tensors = {info.name: _tensor(file, start, info) for info in infos}
     quantised = sum(info.kind == Q8_0 for info in infos)
     note = f"{quantised} tensors are quantised (Q8_0); what they stand for is read, not what they were made from"
-    return Container(
-        "gguf",
-        path,
-        tensors,
-        metadata,
-        config_of="gguf",
-        notes=(note,) if quantised else (),
-        vocabulary=(lambda: _vocabulary(metadata, str(path))) if TOKENS in metadata else None,
-    )
+    return Container("gguf", path, tensors, metadata, notes=(note,) if quantised else ())
 
 
 def _count(count: int, cursor: Cursor) -> int:
@@ -193,33 +180,6 @@ def _tensor(file: File, start: int, info: _Info) -> LazyTensor:
     return LazyTensor(F32, info.shape, stream, stored=("Q8_0", info.nbytes))
 
 
-def _vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
-    """The tokenizer in the metadata.
-
-    Raises:
-        TokenizerError: if it is not a byte-level BPE of GPT-2's kind.
-    """
-    found: list[Any] = [metadata.get(key) for key in (TOKENS, MERGES, KINDS)]
-    tokens, merges, kinds = found
-    kinds = [NORMAL] * len(tokens) if kinds is None and isinstance(tokens, list) else kinds
-    lists = all(isinstance(items, list) for items in (tokens, merges, kinds))
-    # Another way to cut a text into words, or to begin or end it.
-    other = metadata.get("tokenizer.ggml.pre", "gpt-2") not in ("gpt-2", "default")
-    adds = any(metadata.get(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos"))
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or other or adds or not lists or len(kinds) != len(tokens):
-        raise TokenizerError(f"{where}: its tokenizer is not a byte-level BPE of GPT-2's kind")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
-    if (
-        len(set(tokens)) != len(tokens)
-        or not all(isinstance(t, str) for t in tokens)
-        or any(len(p) != 2 for p in pairs)
-    ):
-        raise TokenizerError(f"{where}: its tokens or merges are not sound")
-    used = [(token, i, kind) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED]
-    added = tuple(token for token, _, kind in used if kind in (CONTROL, USER_DEFINED) and token != END_OF_TEXT)
-    return Vocabulary({token: i for token, i, _ in used}, [(a, b) for a, b in pairs], added)
-
-
 # ---------------------------------------------------------------------------------------------------- writing
 
 
@@ -293,27 +253,3 @@ def _typed(value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     return struct.pack("<II", UINT32, value) if isinstance(value, int) else struct.pack("<If", FLOAT32, value)
-
-
-def tokenizer_metadata(vocabulary: Vocabulary, n_vocab: int) -> dict[str, Any]:
-    """What llama.cpp asks for of a GPT-2's tokenizer; rows of the embedding without a token become unused ones.
-
-    Raises:
-        TokenizerError: if a token's id is not in the model's vocabulary.
-    """
-    names = {i: token for token, i in vocabulary.ids.items()}
-    if over := [i for i in names if i >= n_vocab]:
-        raise TokenizerError(f"the tokenizer has a token {max(over)}, the model only {n_vocab}")
-    special = {END_OF_TEXT, *vocabulary.added}
-    kinds = {i: CONTROL if token in special else NORMAL for i, token in names.items()}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        TOKENS: [names.get(i, f"[PAD{i}]") for i in range(n_vocab)],
-        KINDS: [kinds.get(i, UNUSED) for i in range(n_vocab)],
-        MERGES: [f"{a} {b}" for a, b in vocabulary.merges],
-        "tokenizer.ggml.add_bos_token": False,
-    }
-
-
-NO_TOKENIZER = {"tokenizer.ggml.model": "none"}

@@ -15,7 +15,6 @@ from pathlib import Path
 from ..errors import FormatError
 from ..io.publishing import Output
 from ..io.reading import File
-from ..spec import MAX_LAYERS
 from ..tensors import BF16, F32, DType, LazyTensor
 from .container import Container
 
@@ -23,6 +22,7 @@ MAGIC = 20240326
 HEADER = struct.Struct("<256i")
 VERSIONS = {3: F32, 5: BF16}  # 1 and 2 came before the padded vocabulary
 FIELDS = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels", "padded_vocab_size")
+MAX_LAYERS = 1000  # the largest of llm.c's models has 48
 MULTIPLE = 128  # what llm.c pads the vocabulary to
 
 # Array -> the size of one layer's, in symbols; V is the padded vocabulary. In the order of the file.
@@ -78,7 +78,7 @@ def open_llmc(path: Path) -> Container:
     behind = file.chunks(HEADER.size + tensors["wte"].nbytes, padding.nbytes - tensors["wte"].nbytes)
     used = any(chunk.count(0) != len(chunk) for chunk in behind)
     note = "padding of the token embedding was not zero; it is left out, as llm.c leaves it out"
-    return Container("llmc", path, tensors, config, config_of="llmc", notes=(note,) if used else ())
+    return Container("llmc", path, tensors, config, notes=(note,) if used else ())
 
 
 def _layout(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -16,7 +16,7 @@ from ..io.reading import Cursor, File
 from ..tensors import DTYPES, LazyTensor
 from .container import Container
 
-NDARRAY, COMPLEX, SCALAR = 1, 2, 3  # extension types of Flax
+NDARRAY, SCALAR = 1, 3  # extension types of Flax
 CHUNKED = "__msgpack_chunked_array__"
 MAX_DEPTH = 16
 MAX_ITEMS = 1_000_000

@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FormatError
-from ..io.json import parse_json
 from ..io.protobuf import read_varint
 from ..io.reading import Cursor, File, beside
 from ..tensors import DTYPES, LazyTensor
@@ -33,7 +32,6 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of fields
 # TensorProto.DataType -> ours.
 TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64", 16: "BF16"}  # fmt: skip
 QUANTISED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
-CONFIG = "gpt2x.config"  # of metadata_props: Hugging Face's config.json, in the models that gpt2x exports
 CONSTANT = "constant_"  # what the numbers in gpt2x's own graphs are called, such as shapes
 QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
 MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
@@ -45,8 +43,8 @@ MAX_RANK = 8
 MAX_FILES = 64
 
 
-def open_onnx(path: Path) -> Container:
-    """Open the initializers of an ONNX model.
+def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
+    """Open the initializers of an ONNX model, and the values of ``metadata_props`` whose keys are in ``keep``.
 
     Raises:
         FormatError: if the model is not sound.
@@ -60,7 +58,8 @@ def open_onnx(path: Path) -> Container:
     for number, part in _fields(Cursor(files.model)):
         if number == METADATA and isinstance(part, Cursor):
             key, value = _entry(part, where, MAX_METADATA)
-            metadata |= {key: value} if key == CONFIG else {}
+            if key in keep:
+                metadata[key] = value
         elif number == GRAPH and isinstance(part, Cursor):
             for inner, tensor_part in _fields(part):
                 if inner == INITIALIZER and isinstance(tensor_part, Cursor):
@@ -81,7 +80,7 @@ def open_onnx(path: Path) -> Container:
         "onnx",
         path,
         weights,
-        parse_json(metadata[CONFIG].encode(), f"{path}: its metadata") if CONFIG in metadata else None,
+        metadata,
         tuple(name for name in found if name not in weights and not name.startswith(CONSTANT)),
         parts=(path, *(other.path for other in files.others.values())),
     )

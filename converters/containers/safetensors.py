@@ -27,11 +27,6 @@ CONFIG_KEY = "config"  # of __metadata__: Hugging Face's config.json, so that a 
 OTHER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
-def looks_like(head: bytes, size: int) -> bool:
-    """Whether a file that begins so and has this size may be safetensors."""
-    return head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8
-
-
 def open_safetensors(path: Path) -> Container:
     """Open a safetensors file.
 
@@ -45,10 +40,7 @@ def open_safetensors(path: Path) -> Container:
         raise FormatError(f"{path}: __metadata__ is not a table of strings")
     tensors = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
     _check_cover(file, start, header)
-    config = (
-        parse_json(metadata[CONFIG_KEY].encode(), f"{path}: config in the metadata") if CONFIG_KEY in metadata else None
-    )
-    return Container("safetensors", path, tensors, config, metadata=metadata)
+    return Container("safetensors", path, tensors, metadata)
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:

@@ -39,17 +39,12 @@ def open_shards(path: Path, open_file: Callable[[Path], Container]) -> Container
             raise FormatError(f"{path}: {file} holds {unlisted[0]}, which the index does not put there")
     if missing := sorted(set(weight_map) - set(tensors)):
         raise FormatError(f"{path}: {missing[0]} is not in {weight_map[missing[0]]}, where the index puts it")
-    if odd := next((file for file, s in shards.items() if s.config_of != "hf" or s.vocabulary or s.notes), None):
-        raise FormatError(f"{path}: points to {odd!r}, which is no shard but a model of its own; convert that")
     first = next(iter(shards.values()))
-    config = next((shard.config for shard in shards.values() if shard.config), None)
-    if any(shard.config not in (None, config) for shard in shards.values()):
-        raise FormatError(f"{path}: its files carry configurations that disagree")
     return Container(
         f"{first.format} shards",
         path,
         tensors,
-        config,
-        sum((s.left_out for s in shards.values()), ()),
+        left_out=sum((shard.left_out for shard in shards.values()), ()),
         parts=tuple(shard.path for shard in shards.values()),
+        shards=tuple(shards.values()),
     )

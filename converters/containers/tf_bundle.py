@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,48 +29,6 @@ TYPES = {1: "F32", 2: "F64", 3: "I32", 4: "U8", 5: "I16", 6: "I8", 9: "I64", 10:
 TYPE_NUMBERS = {name: number for number, name in TYPES.items()}
 STRING = 7
 V1 = "a TensorFlow V1 checkpoint (one file, without an .index); save it again as V2 with tf.compat.v1.train.Saver"
-
-
-def prefix_of(path: Path) -> Path | None:
-    """The prefix that ``path`` stands for: itself, its ``.index``, one of its ``.data`` files, or None."""
-    name = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)
-    if name in ("", ".", "..") or (name == path.name and path.exists()):
-        return None
-    prefix = path.with_name(name)
-    return prefix if name != path.name or Path(f"{prefix}.index").is_file() else None
-
-
-def find_prefix(directory: Path) -> Path | None:
-    """The checkpoint in a directory: the one that the file ``checkpoint`` names, else the only one there.
-
-    Raises:
-        FormatError: if there are several and ``checkpoint`` names none of them, or names one elsewhere.
-    """
-    found = sorted(p.with_suffix("") for p in directory.glob("*.index") if p.is_file())
-    state = directory / "checkpoint"
-    named = _named_prefix(state) if state.is_file() else None
-    if named in found:
-        return named
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found)
-        raise FormatError(f"{directory}: several checkpoints ({names}); give the prefix of one")
-    if named and found:
-        raise FormatError(
-            f"{state}: names {named.name!r}, which is not here; give the prefix {found[0]} if that is meant"
-        )
-    if named and named.is_file():
-        raise FormatError(f"{named}: {V1}")
-    if named:
-        raise FormatError(f"{state}: names {named.name!r}, but {named.name}.index is not here")
-    return found[0] if found else None
-
-
-def _named_prefix(state: Path) -> Path | None:
-    # The name is often the absolute path of the machine that saved it: only its last component means anything here.
-    file = File(state)
-    match = re.search(rb'^[ \t]*model_checkpoint_path:\s*"([^"\n]*)"', file.read(0, min(file.size, 1 << 16)), re.M)
-    name = re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1] if match else ""
-    return None if name in ("", ".", "..") or not name.isprintable() or len(name) > 200 else state.with_name(name)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -291,12 +248,6 @@ def _check_tiling(places: list[tuple[slice, ...]], shape: tuple[int, ...], where
             raise FormatError(f"{where}: its slices overlap")
     if sum(math.prod(s.stop - s.start for s in place) for place in places) != math.prod(shape):
         raise FormatError(f"{where}: its slices leave a gap")
-
-
-# ------------------------------------------------------------------------------------ the table (LevelDB's format)
-
-
-# ------------------------------------------------------------------------------------------------ protobuf, in short
 
 
 # ------------------------------------------------------------------ the key of a slice (TensorFlow's "ordered code")

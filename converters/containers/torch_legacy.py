@@ -14,7 +14,7 @@ from ..errors import FormatError
 from ..io.reading import File
 from ..tensors import LazyTensor
 from .container import Container
-from .torch_pickle import Storage, check_overlaps, configuration, load_pickle, state_dict
+from .torch_pickle import Storage, check_overlaps, load_pickle, state_dict
 from .torch_zip import one_each, part_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -35,16 +35,15 @@ def open_torch_legacy(path: Path) -> Container:
             raise FormatError(f"{where}: written on a big-endian machine")
         described: dict[str, Storage] = {}
         saved = load_pickle(raw, where, described)
-        tensors, left_out = state_dict(saved, where)
+        found = state_dict(saved, where)
         keys = load_pickle(raw, where)
         start = raw.tell()
-    check_overlaps(tensors, where)
+    check_overlaps(found.tensors, where)
     storages = _storages(file, start, keys, described)
     if missing := sorted(set(described) - set(storages)):
         raise FormatError(f"{where}: the storage {missing[0]} is not in it")
-    config, words = configuration(saved, where)
-    lazy = one_each(tensors, lambda ref: part_of(storages[ref.storage.key], ref))
-    return Container("bin", path, lazy, config, left_out, config_of=words)
+    tensors = one_each(found.tensors, lambda ref: part_of(storages[ref.storage.key], ref))
+    return Container("bin", path, tensors, found.beside, left_out=tuple(map(str, found.beside)))
 
 
 def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:

@@ -13,13 +13,12 @@ import itertools
 import math
 import pickletools
 import struct
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
 from ..errors import CheckpointError, FormatError, UnsafeError
-from ..io.json import parse_json
 from ..tensors import DTYPES, DType
 
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
@@ -356,29 +355,33 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-TIED = "lm_head.weight"  # what PyTorch calls the second name of a tied tensor in a GPT-2
-MODEL_ARGS = "model_args"  # nanoGPT's configuration
-CONFIG_KEY = "gpt2x_config"  # beside it, Hugging Face's config.json, which says more
-PLAIN = (str, int, float, type(None))  # what a value of it may be; a list can hold itself many times over
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # Lightning, the PyTorch tutorials, nanoGPT
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # the keys of Lightning, of PyTorch's tutorials, of nanoGPT
 
 
-def state_dict(value: Any, where: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
-    """The named tensors of a saved object, and the names of what else it holds.
+@dataclass(frozen=True)
+class StateDict:
+    """The named tensors of a saved object, and what it holds beside them."""
+
+    tensors: dict[str, TensorRef]
+    beside: dict[Any, Any]
+
+
+def state_dict(value: Any, where: str) -> StateDict:
+    """Find the named tensors of a saved object.
 
     Raises:
-        CheckpointError: if it is no dict of tensors, nor a known wrapper of one.
+        CheckpointError: if it is neither a dict of tensors nor a known wrapper of one.
     """
-    left_out: list[str] = []
+    others: dict[Any, Any] = {}
     if isinstance(value, dict):
         for key in WRAPPERS:
             if isinstance(value.get(key), dict):
-                left_out = [str(other) for other in value if other not in (key, MODEL_ARGS, CONFIG_KEY)]
-                beside = [other for other, item in value.items() if other != key and _holds_tensors(other, item)]
-                if beside:
-                    raise CheckpointError(
-                        f"{where}: {beside[0]!r} and {key!r} both hold tensors of a model; save one of them alone"
-                    )
+                others = {other: item for other, item in value.items() if other != key}
+                for other, item in others.items():
+                    if _holds_tensors(other, item):
+                        raise CheckpointError(
+                            f"{where}: {other!r} and {key!r} both hold tensors of a model; save only one of them"
+                        )
                 value = value[key]
                 break
     if not isinstance(value, dict) or not value:
@@ -387,20 +390,7 @@ def state_dict(value: Any, where: str) -> tuple[dict[str, TensorRef], tuple[str,
         raise CheckpointError(
             f"{where}: {str(wrong[0])[:100]!r} is {_describe(value[wrong[0]])}, not a tensor: not a dict of tensors"
         )
-    return value, tuple(left_out)
-
-
-def configuration(value: Any, where: str) -> tuple[dict[str, Any] | None, str]:
-    """The configuration in a saved object, and in whose words it is: Hugging Face's or nanoGPT's."""
-    inside = value if isinstance(value, dict) else {}
-    if isinstance(text := inside.get(CONFIG_KEY), str):
-        return parse_json(text.encode(), f"{where}: {CONFIG_KEY}"), "hf"
-    arguments = inside.get(MODEL_ARGS)
-    if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
-        if wrong := [key for key, item in arguments.items() if not isinstance(item, PLAIN)]:
-            raise FormatError(f"{where}: {wrong[0][:100]!r} in its {MODEL_ARGS} is no plain value")
-        return arguments, "nanogpt"
-    return None, "hf"
+    return StateDict(value, others)
 
 
 def _holds_tensors(key: Any, value: Any) -> bool:
@@ -417,11 +407,11 @@ def _describe(value: Any) -> str:
 
 
 def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:
-    """Refuse tensors that share values; but ``lm_head.weight`` may be another tensor's second name."""
-    times = Counter(tensors.values())
-    tensors = {name: ref for name, ref in tensors.items() if not name.endswith(TIED) or times[ref] < 2}
+    """Refuse tensors that share a part of their values. One tensor may have several names."""
     spans = sorted(
-        (t.storage.key, t.offset, t.offset + math.prod(t.shape)) for t in tensors.values() if math.prod(t.shape)
+        (ref.storage.key, ref.offset, ref.offset + math.prod(ref.shape))
+        for ref in set(tensors.values())
+        if math.prod(ref.shape)
     )
     for (key, _, end), (other, start, _) in itertools.pairwise(spans):
         if key == other and start < end:

@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FormatError
-from ..io.json import parse_json
 from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, Checksum, LazyTensor
 from .container import Container
 from .torch_pickle import (
-    CONFIG_KEY,
     MAX_PICKLE,
     Storage,
     TensorRef,
     check_overlaps,
-    configuration,
     dump_pickle,
     load_pickle,
     state_dict,
@@ -37,7 +33,6 @@ from .torch_pickle import (
 
 LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
-CONFIG = "extra/config.json"  # torch.load passes it over; with it a lone .bin can be used alone
 MAX_MEMBERS = 100_000
 PROGRAMS = {  # kind -> a member that only such an archive has, and what it is called
     "pt2": ("/models/model.json", "a program of torch.export"),
@@ -45,8 +40,12 @@ PROGRAMS = {  # kind -> a member that only such an archive has, and what it is c
 }
 
 
-def open_torch_zip(path: Path) -> Container:
+def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
     """Open a ``.bin`` or ``.pt`` in the zip format.
+
+    Args:
+        path: the file.
+        records: names of small members that go into the metadata, as bytes, where the archive has them.
 
     Raises:
         UnsafeError: if its pickle asks for code.
@@ -60,15 +59,13 @@ def open_torch_zip(path: Path) -> Container:
         raise FormatError(f"{path}: written on a big-endian machine")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
     saved = load_pickle(pickle, f"{path}: data.pkl")
-    tensors, left_out = state_dict(saved, str(path))
+    found = state_dict(saved, str(path))
     if pickle.read(1):
         raise FormatError(f"{path}: data.pkl: bytes behind the pickle's end")
-    check_overlaps(tensors, str(path))
-    config, words = configuration(saved, str(path))
-    if CONFIG in members:
-        config, words = parse_json(_small(file, members, CONFIG), f"{path}: {CONFIG}"), "hf"
-    lazy = one_each(tensors, lambda ref: _tensor(file, members, ref))
-    return Container("bin", path, lazy, config, left_out, config_of=words)
+    check_overlaps(found.tensors, str(path))
+    metadata = {**found.beside, **{name: _small(file, members, name) for name in records if name in members}}
+    tensors = one_each(found.tensors, lambda ref: _tensor(file, members, ref))
+    return Container("bin", path, tensors, metadata, left_out=tuple(map(str, found.beside)))
 
 
 def program_in(names: Sequence[str]) -> str | None:
@@ -204,26 +201,32 @@ def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
 def write_torch_zip(
     out: Output,
     tensors: Mapping[str, LazyTensor],
-    config: dict[str, Any] | None = None,
-    model_args: dict[str, Any] | None = None,
+    *,
+    beside: Mapping[str, Any] | None = None,
+    records: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write what ``torch.load(weights_only=True)`` reads: an OrderedDict of tensors in a zip archive.
 
-    ``config`` goes into a member that torch passes over. With ``model_args`` the result is nanoGPT's: a dict that has
-    the tensors under ``model``, and the configuration beside them. One tensor under two names is stored once.
+    One tensor under two names is stored once.
+
+    Args:
+        out: the file.
+        tensors: name -> tensor.
+        beside: what lies beside the tensors. With it the result is a dict that has the tensors under ``model``, as in
+            a training checkpoint.
+        records: name -> contents of members that torch ignores.
     """
-    writer = _ZipWriter(out, "pytorch_model" if model_args is None else "ckpt")
+    writer = _ZipWriter(out, "pytorch_model" if beside is None else "ckpt")
     storages = {id(tensor): tensor for tensor in tensors.values()}
     keys = {one: str(i) for i, one in enumerate(storages)}
     refs = OrderedDict(
         (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size), 0, t.shape)) for name, t in tensors.items()
     )
-    said = {CONFIG_KEY: json.dumps(config)} if config else {}
-    saved = refs if model_args is None else {"model": refs, "model_args": model_args, **said}
+    saved = refs if beside is None else {"model": refs, **beside}
     writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))
     writer.add("byteorder", LazyTensor.of_bytes(b"little"))
-    if config and model_args is None:
-        writer.add(CONFIG, LazyTensor.of_bytes(json.dumps(config).encode()))
+    for name, data in (records or {}).items():
+        writer.add(name, LazyTensor.of_bytes(data))
     for one, tensor in storages.items():
         writer.add(f"data/{keys[one]}", tensor)
     writer.add("version", LazyTensor.of_bytes(b"3\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,8 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"values nested more than {MAX_DEPTH} deep")
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON file for people to read: indented, keys sorted."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -9,7 +9,7 @@ import queue
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DestinationError
@@ -160,6 +160,13 @@ def new_file(path: Path, force: bool = False) -> Iterator[Output]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_small(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of these names and contents."""
+    for name, data in files.items():
+        with new_file(directory / name) as out:
+            out.write(data)
 
 
 @contextlib.contextmanager

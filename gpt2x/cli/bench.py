@@ -17,7 +17,7 @@ HEAD = (
 )
 
 
-@click.command()
+@click.command(short_help="Measure speed and memory of ONNX models.")
 @click.argument("model")
 @click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens in each prompt.")
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded after it.")

@@ -12,14 +12,30 @@ from .source import check_before, is_remote, local
 from .text import printable, progress_bar
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-WRITTEN = ("safetensors", "bin", "hf", "tf", "nanogpt", "llmc", "gguf")
-DIRECTORIES = ("hf", "tf")
 
 
-@click.command()
+class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
+    """A format that is written. The registry is imported when a value or the help is needed, not before."""
+
+    name = "format"
+
+    @property
+    def _choice(self) -> click.Choice[str]:
+        from converters import WRITERS
+
+        return click.Choice(tuple(WRITERS))
+
+    def get_metavar(self, *arguments: Any, **options: Any) -> str | None:
+        return self._choice.get_metavar(*arguments, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self._choice.convert(value, param, ctx)
+
+
+@click.command(short_help="Convert GPT-2 weights to another format.")
 @click.argument("src")
 @click.argument("dst")
-@click.option("--to", type=click.Choice(WRITTEN), help="Format of DST where its name does not say it.")
+@click.option("--to", type=WrittenFormat(), help="Format of DST where its name does not say it.")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", *DTYPES]),
@@ -116,13 +132,14 @@ def _check_destination(
 ) -> None:
     """Refuse what nothing read will change: a DST that is an address, of a format that cannot be, or there already."""
     from converters import DestinationError
+    from converters.formats import BY_NAME
     from converters.saving import check_destination
 
     if is_remote(dst):
         raise DestinationError(f"{dst}: gpt2x uploads nothing; give a file or a directory")
     _, kind = check_destination(dst, to, dtype, max_shard_size)
     if is_remote(src):
-        check_before(src, dst, force=force, directory=kind in DIRECTORIES)
+        check_before(src, dst, force=force, directory=BY_NAME[kind].is_directory)
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ STEPS = (
 )
 
 
-@click.command()
+@click.command(short_help="Run an end-to-end demo on the model that ships with gpt2x.")
 @click.pass_context
 def demo(ctx: click.Context) -> None:
     """Walk the main road on the small model that ships with gpt2x.

@@ -1,4 +1,4 @@
-"""``gpt2x export``."""
+"""``gpt2x export``: plan, write, verify, publish."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
 from .source import check_before, local
 from .text import need, printable, progress_bar
 from .verify import read_text, table
@@ -23,72 +24,124 @@ if TYPE_CHECKING:
     from ..export.onnx_directory import ExportOptions
     from ..verify.report import Report
 
+QUANTIZED = ", ".join(name for name, precision in PRECISIONS.items() if precision.bits)
+BLOCKWISE = ", ".join(name for name, precision in PRECISIONS.items() if precision.block_sizes)
 
-@click.command()
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed. The defaults are those of options that were not given."""
+
+    src: str
+    onnx: str | None = None
+    torchscript: str | None = None
+    pt2: str | None = None
+    logits: str = "all"
+    precision: tuple[str, ...] | None = None
+    cache: str | None = None
+    calibrate: str | None = None
+    block_size: str | None = None
+    opset: int | None = None
+    single_file: bool = False
+    safetensors: bool = False
+    push: str | None = None
+    tokenizer: str | None = None
+    no_tokenizer: bool = False
+    no_verify: bool = False
+    n_head: int | None = None
+    tie: bool = False
+    force: bool = False
+    as_json: bool = False
+
+    @property
+    def targets(self) -> list[str]:
+        """The destinations."""
+        return [target for target in (self.onnx, self.torchscript, self.pt2) if target]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the precisions that are written."""
+        return self.precision or (DEFAULT,)
+
+    @property
+    def chosen(self) -> list[Precision]:
+        """These precisions as objects."""
+        return [PRECISIONS[name] for name in self.names]
+
+
+# Options that change only what --onnx writes.
+ONNX_ONLY = ("logits", "precision", "cache", "calibrate", "block_size", "opset", "single_file", "safetensors", "push")
+
+
+def _precisions(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """The precisions of a list, each once."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part not in PRECISIONS:
+            raise click.UsageError(f"unknown precision {part!r}{_hint(part.lower())}")
+    return tuple(dict.fromkeys(parts))
+
+
+def _hint(part: str) -> str:
+    """The precision that may be meant: by another program's name for it, or in other case."""
+    others = {precision.transformers_js: name for name, precision in PRECISIONS.items()}
+    meant = part if part in PRECISIONS else others.get(part) or others.get(part.replace("f", "fp"))
+    return f": did you mean {meant}?" if meant else f"; known are {', '.join(PRECISIONS)}"
+
+
+@click.command(short_help="Export to ONNX with a KV cache, TorchScript or torch.export.")
 @click.argument("src")
-@click.option("--onnx", metavar="DIR", help="Write a directory with an ONNX model, its weights and its tokenizer.")
-@click.option("--torchscript", metavar="FILE", help="Write TorchScript, which torch.jit.load reads.")
-@click.option("--pt2", metavar="FILE", help="Write a program of torch.export, which torch.export.load reads.")
+@click.option("--onnx", metavar="DIR", help="Write an ONNX directory: model, weights, tokenizer.")
+@click.option("--torchscript", metavar="FILE", help="Write TorchScript, for torch.jit.load.")
+@click.option("--pt2", metavar="FILE", help="Write a torch.export program, for torch.export.load.")
 @click.option(
     "--logits",
     type=click.Choice(["all", "last"]),
     default="all",
     show_default=True,
-    help="ONNX: logits of every position, or of the last only (for left or no padding).",
+    help="ONNX: logits of all positions, or of the last one only (then pad left, or not at all).",
 )
 @click.option(
     "--precision",
-    "precisions",
     metavar="LIST",
-    help="ONNX: fp32 (the default), fp16, int8, w8a8, int4, or several: fp32,int8. Each is a model of its own.",
+    callback=_precisions,
+    help=f"ONNX: {', '.join(PRECISIONS)}, or several separated by commas, a model for each (default: {DEFAULT}).",
 )
 @click.option(
     "--cache",
     type=click.Choice(["growing", "inplace", "inplace-int8"]),
-    help="ONNX: each run returns a longer cache (the default), or can write into the one it is given (faster; right padding only), which may hold 8-bit numbers (a quarter of the memory).",
+    help="ONNX: return a longer KV cache from each run (default: growing), or update it in place (faster; right padding only), in float or in int8 (a quarter of the memory).",
 )
 @click.option(
     "--calibrate",
     metavar="FILE",
-    help="ONNX: text to round int8, w8a8, int4 and an 8-bit cache by, like what the model will be given.",
+    help=f"ONNX: calibration text for {QUANTIZED} (GPTQ) and for an int8 cache.",
 )
 @click.option(
     "--block-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
-    help="ONNX: how many weights of int8 and int4 share a scale (32).",
+    type=click.Choice([str(size) for size in BLOCKS]),
+    help=f"ONNX: weights that share a scale, in {BLOCKWISE} (default: {BLOCK}).",
 )
 @click.option(
     "--opset",
     type=click.IntRange(17, 23),
     metavar="N",
-    help="ONNX opset, up to 23 (default: the lowest that the model needs, 20 or 21, so that older runtimes load it).",
+    help="ONNX: opset, up to 23 (default: the lowest that has all operators, 20 or 21).",
 )
-@click.option("--single-file", is_flag=True, help="ONNX: weights inside each .onnx file, which has 2 GB at most.")
+@click.option("--single-file", is_flag=True, help="ONNX: put the weights into each .onnx file (2 GB at most).")
 @click.option("--safetensors", is_flag=True, help="ONNX: add model.safetensors, for transformers.")
-@click.option(
-    "--push",
-    metavar="OWNER/NAME",
-    help="ONNX: upload the models, tokenizer, configuration and weights in DIR to the Hugging Face Hub, as a new repository.",
-)
-@click.option(
-    "--tokenizer",
-    "tokenizer_dir",
-    metavar="DIR",
-    help="Where the tokenizer is (a directory, or a GGUF file), if not beside the weights.",
-)
+@click.option("--push", metavar="OWNER/NAME", help="ONNX: upload DIR to the Hugging Face Hub, as a new repository.")
+@click.option("--tokenizer", metavar="DIR", help="Tokenizer directory or GGUF file (default: beside the weights).")
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
-@click.option("--no-verify", is_flag=True, help="Do not compare what was written with SRC.")
-@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside SRC says it.")
-@click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
+@click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
+@click.option("--tie", is_flag=True, help="Drop an untied lm_head.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
-def export(
-    ctx: click.Context, src: str, onnx: str | None, torchscript: str | None, pt2: str | None, logits: str,
-    precisions: str | None, cache: str | None, calibrate: str | None, block_size: str | None, opset: int | None,
-    single_file: bool, safetensors: bool, push: str | None, tokenizer_dir: str | None, no_tokenizer: bool,
-    no_verify: bool, n_head: int | None, tie: bool, force: bool, as_json: bool,
-) -> None:  # fmt: skip
+def export(ctx: click.Context, /, **options: Any) -> None:
     """Export the GPT-2 in SRC for other programs: ONNX with a KV cache, TorchScript, torch.export.
 
     \b
@@ -97,84 +150,238 @@ def export(
       gpt2x export models/124M --onnx gpt2-onnx/ --push me/my-gpt2
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
 
-    SRC is anything that convert reads. DIR is loaded as it is by ONNX Runtime, onnxruntime-genai, optimum and
-    transformers.js, from the disk and from the Hub; its README.md has the contract. What was written is compared with
-    SRC: exit code 1 when anything differs. Only what passed is uploaded.
+    SRC is anything that convert reads. ONNX Runtime, onnxruntime-genai, optimum and transformers.js load DIR, from disk
+    or from the Hub; its README.md documents the inputs and outputs. The result is compared with SRC: exit code 1 if it
+    differs. --push uploads it only if it passed.
     """
-    if not (onnx or torchscript or pt2):
-        raise click.UsageError("say what to write: --onnx DIR, --torchscript FILE or --pt2 FILE")
-    about = {"--logits": logits == "last", "--precision": precisions, "--cache": cache, "--calibrate": calibrate,
-             "--block-size": block_size, "--opset": opset, "--single-file": single_file,
-             "--safetensors": safetensors, "--push": push is not None}  # fmt: skip
-    if not onnx and (given := next((name for name, value in about.items() if value), None)):
-        raise click.UsageError(f"{given} is about --onnx, which is not given")
-    kinds = _precisions(precisions)
-    if block_size and not {"int8", "int4"} & set(kinds):
-        raise click.UsageError("--block-size is about int8 and int4")
-    if calibrate and not {"int8", "w8a8", "int4"} & set(kinds) and cache != "inplace-int8":
-        raise click.UsageError("--calibrate is about int8, w8a8 and int4")
-    if onnx and Path(onnx).suffix == ".onnx":
-        raise click.UsageError(
-            f"--onnx takes a directory (the model will be {onnx.removesuffix('.onnx')}/onnx/model.onnx)"
-        )
-    if push is not None and no_verify:
-        raise click.UsageError("--push uploads what was compared with SRC: leave --no-verify out")
-    if pt2 and Path(pt2).suffix != ".pt2":
-        raise click.UsageError("torch wants a name that ends in .pt2")
-    need("torch", *(["onnx"] if onnx else []), extra="export")
-    from converters import open_checkpoint
-    from converters.io.publishing import check_free
-
-    from ..contract import models_in
-    from ..verify.report import verify_export
-
-    for target in (onnx, torchscript, pt2):
-        if target:
-            check_before(src, target, force=force, directory=target == onnx)
-            _check_utf8(target)
-    if push is not None:
-        from ..export.push import check_push
-
-        check_push(push)
-    checkpoint = open_checkpoint(local(src), n_head=n_head, tie=tie)
-    checkpoint = _with_tokenizer(checkpoint, tokenizer_dir, no_tokenizer)
-    _check_apart([target for target in (onnx, torchscript, pt2) if target])
-    for target in (torchscript, pt2):
-        if target:
-            check_free(Path(target), force, directory=False)  # before any of them is written
-    results = []
-    if onnx:
-        from ..export.onnx_directory import ExportOptions
-        from ..precisions.weights import BLOCK
-
-        ids = _calibration(checkpoint, calibrate) if calibrate else None
-        options = ExportOptions(
-            kinds, cache or "growing", logits == "last", ids, int(block_size or BLOCK), opset, single_file, safetensors
-        )
-        results.append(_write("onnx", onnx, lambda: _export_onnx(checkpoint, onnx, options, force, no_tokenizer)))
-    if torchscript or pt2:
-        from ..export.torch_program import export_pt2, export_torchscript
-    if torchscript:
-        write = partial(export_torchscript, checkpoint, torchscript, force=force)
-        results.append(_write("torchscript", torchscript, write))
-    if pt2:
-        results.append(_write("pt2", pt2, partial(export_pt2, checkpoint, pt2, force=force)))
+    request = Request(**options)
+    _check_usage(request)
+    need("torch", *(["onnx"] if request.onnx else []), extra="export")
+    checkpoint = _plan(request)
+    results = _write(request, checkpoint)
     start = time.perf_counter()
-    if onnx and push:  # what was there already is uploaded, too
-        kinds = tuple(models_in(Path(onnx)))
-    written = [(r["destination"], p) for r in results for p in (kinds if r["format"] == "onnx" else (None,))]
-    reports = [] if no_verify else [verify_export(checkpoint, path, precision=p) for path, p in written]
-    seconds = round(time.perf_counter() - start, 3)
+    reports = [] if request.no_verify else _verify(request, checkpoint, results)
+    seconds = time.perf_counter() - start
     passed = all(report.passed for report in reports)
-    facts = {"source": src, "exports": results, "notes": list(checkpoint.notes)}
-    if not as_json:
+    facts = {"source": request.src, "exports": results, "notes": list(checkpoint.notes)}
+    if not request.as_json:
         _show(facts, reports, seconds)
-    if onnx and push and passed:
-        facts["pushed"] = _push(onnx, push)
-    if as_json:
+    if request.onnx and request.push and passed:
+        facts["pushed"] = _push(request.onnx, request.push)
+    if request.as_json:
         verified = [json.loads(report.to_json()) for report in reports]
         click.echo(json.dumps({**facts, "verify": verified}, indent=2))
     ctx.exit(0 if passed else 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def _check_usage(request: Request) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: naming them.
+    """
+    if not request.targets:
+        raise click.UsageError("nothing to write: give --onnx DIR, --torchscript FILE or --pt2 FILE")
+    defaults = {field.name: field.default for field in fields(Request)}
+    for name in ONNX_ONLY:
+        if not request.onnx and getattr(request, name) != defaults[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} applies to --onnx only")
+    if request.block_size and not any(precision.block_sizes for precision in request.chosen):
+        raise click.UsageError(f"--block-size applies to {BLOCKWISE} only")
+    if request.calibrate and not any(precision.bits for precision in request.chosen) and not _has_int8_cache(request):
+        raise click.UsageError(f"--calibrate applies to {QUANTIZED} and an int8 cache only")
+    if request.onnx and Path(request.onnx).suffix == ".onnx":
+        name = request.onnx.removesuffix(".onnx")
+        raise click.UsageError(f"--onnx takes a directory (the model will be {name}/onnx/model.onnx)")
+    if request.push is not None and request.no_verify:
+        raise click.UsageError("--push uploads only what was compared with SRC: remove --no-verify")
+    if request.pt2 and Path(request.pt2).suffix != ".pt2":
+        raise click.UsageError("--pt2 takes a file name that ends in .pt2")
+
+
+def _has_int8_cache(request: Request) -> bool:
+    from ..contract import has_int8_cache
+
+    return request.cache is not None and has_int8_cache(request.cache)
+
+
+def _plan(request: Request) -> Checkpoint:
+    """Check every destination, and open the source.
+
+    Raises:
+        ConversionError: if a destination cannot be written, or the source cannot be read.
+    """
+    from converters import open_checkpoint
+    from converters.io.publishing import check_free
+
+    for target in request.targets:
+        check_before(request.src, target, force=request.force, directory=target == request.onnx)
+        _check_utf8(target)
+    if request.push is not None:
+        from ..export.push import check_push
+
+        check_push(request.push)
+    checkpoint = open_checkpoint(local(request.src), n_head=request.n_head, tie=request.tie)
+    checkpoint = _with_tokenizer(checkpoint, request)
+    _check_apart(request.targets)
+    for file in (request.torchscript, request.pt2):
+        if file:
+            check_free(Path(file), request.force, directory=False)  # before any of them is written
+    return checkpoint
+
+
+def _check_utf8(target: str) -> None:
+    """Refuse a destination that ONNX Runtime and torch cannot open.
+
+    Raises:
+        DestinationError: if the path is not UTF-8.
+    """
+    from converters import DestinationError
+
+    try:
+        target.encode()
+    except UnicodeEncodeError:
+        raise DestinationError(f"{target}: ONNX Runtime and torch open only paths in UTF-8: choose another") from None
+
+
+def _check_apart(targets: list[str]) -> None:
+    """Refuse results with the same path, or with one inside another.
+
+    Raises:
+        UsageError: naming the two.
+    """
+    places = [Path(os.path.realpath(target)) for target in targets]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise click.UsageError(f"two results cannot have one name, {place.name}")
+        above = next((other for other in places if other in place.parents), None)
+        if above is not None:
+            raise click.UsageError(f"one result cannot be in another, {place.name} in {above.name}: write it beside it")
+
+
+def _with_tokenizer(checkpoint: Checkpoint, request: Request) -> Checkpoint:
+    from converters.opening import tokenizer_in
+
+    if request.no_tokenizer:
+        return replace(checkpoint, tokenizer=None)
+    if request.tokenizer is None:
+        return checkpoint
+    return replace(checkpoint, tokenizer=tokenizer_in(Path(request.tokenizer)))
+
+
+# ----------------------------------------------------------------------------------------------------------- write
+
+
+def _write(request: Request, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Write every result. Returns its facts, in the order of ``Request.targets``."""
+    results = []
+    if request.onnx:
+        options = _onnx_options(request, checkpoint)
+        results.append(_timed("onnx", request.onnx, lambda: _export_onnx(request, checkpoint, options)))
+    if request.torchscript or request.pt2:
+        from ..export.torch_program import export_pt2, export_torchscript
+    if request.torchscript:
+        write = partial(export_torchscript, checkpoint, request.torchscript, force=request.force)
+        results.append(_timed("torchscript", request.torchscript, write))
+    if request.pt2:
+        results.append(_timed("pt2", request.pt2, partial(export_pt2, checkpoint, request.pt2, force=request.force)))
+    return results
+
+
+def _timed(kind: str, destination: str, write: Callable[[], int]) -> dict[str, Any]:
+    start = time.perf_counter()
+    size = write()
+    return {"format": kind, "destination": destination, "bytes": size, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _onnx_options(request: Request, checkpoint: Checkpoint) -> ExportOptions:
+    from ..export.onnx_directory import ExportOptions
+
+    return ExportOptions(
+        precisions=request.names,
+        cache=request.cache or "growing",
+        last=request.logits == "last",
+        calibration=_calibration(checkpoint, request.calibrate) if request.calibrate else None,
+        block=int(request.block_size or BLOCK),
+        opset=request.opset,
+        single_file=request.single_file,
+        safetensors=request.safetensors,
+    )
+
+
+def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
+    """The token ids of a calibration text.
+
+    Raises:
+        ConversionError: if there is no tokenizer, or the text has no token ids of the model.
+    """
+    from converters import ConversionError
+
+    from ..tokenizer import Tokenizer
+
+    if checkpoint.tokenizer is None:
+        raise ConversionError("--calibrate needs a tokenizer for the text; say where one is: --tokenizer DIR")
+    ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path))
+    if not ids:
+        raise ConversionError(f"{path}: is empty")
+    if max(ids) >= checkpoint.config.n_vocab:
+        raise ConversionError(f"{path}: has token id {max(ids)}; the model's vocabulary is {checkpoint.config.n_vocab}")
+    if len(ids) < checkpoint.config.n_ctx:
+        _warn(f"{path} has {len(ids)} tokens; calibration needs some thousands")
+    return ids
+
+
+def _warn(sentence: str) -> None:
+    click.echo(printable(f"Warning: {sentence}"), err=True)
+
+
+def _export_onnx(request: Request, checkpoint: Checkpoint, options: ExportOptions) -> int:
+    from ..export.onnx_directory import export_onnx
+
+    assert request.onnx is not None
+    with progress_bar(4 * checkpoint.parameters * len(options.precisions)) as advance:
+        exported = export_onnx(
+            checkpoint,
+            request.onnx,
+            options,
+            force=request.force,
+            need_tokenizer=not request.no_tokenizer,
+            progress=advance,
+            warn=_warn,
+        )
+    return exported.bytes
+
+
+# ---------------------------------------------------------------------------------------------- verify and publish
+
+
+def _verify(request: Request, checkpoint: Checkpoint, results: list[dict[str, Any]]) -> list[Report]:
+    """Compare each result with the source: of ONNX, each precision."""
+    from ..contract import models_in
+    from ..verify.report import verify_export
+
+    reports = []
+    for result in results:
+        path = result["destination"]
+        precisions: tuple[str | None, ...] = (None,)
+        if result["format"] == "onnx":
+            # An upload includes the models that were in the directory already.
+            precisions = tuple(models_in(Path(path))) if request.push else request.names
+        reports += [verify_export(checkpoint, path, precision=precision) for precision in precisions]
+    return reports
+
+
+def _push(directory: str, name: str) -> str:
+    """Upload a directory. Returns its address."""
+    from ..export.push import push
+
+    click.echo(printable(f"Uploading {directory} to {name}"), err=True)
+    url = push(Path(directory), name)
+    click.echo(printable(f"Uploaded: {url}"), err=True)
+    return url
 
 
 def _show(facts: dict[str, Any], reports: list[Report], seconds: float) -> None:
@@ -185,98 +392,11 @@ def _show(facts: dict[str, Any], reports: list[Report], seconds: float) -> None:
         click.echo(f"Compared in {seconds:.1f} s.")
 
 
-def _push(directory: str, name: str) -> str:
-    """Upload a directory, and return where it is."""
-    from ..export.push import push
-
-    click.echo(printable(f"Uploading {directory} to {name}"), err=True)
-    url = push(Path(directory), name)
-    click.echo(printable(f"Uploaded: {url}"), err=True)
-    return url
-
-
-def _check_utf8(target: str) -> None:
-    """Refuse a destination that ONNX Runtime and torch cannot open, before anything is written."""
-    from converters import DestinationError
-
-    try:
-        target.encode()
-    except UnicodeEncodeError:
-        raise DestinationError(f"{target}: ONNX Runtime and torch open only paths in UTF-8: choose another") from None
-
-
-def _check_apart(targets: list[str]) -> None:
-    """Refuse results of one name, or of which one lies in another."""
-    places = [Path(os.path.realpath(target)) for target in targets]
-    for i, place in enumerate(places):
-        if place in places[:i]:
-            raise click.UsageError(f"two results cannot have one name, {place.name}")
-        if above := next((other for other in places if other in place.parents), None):
-            raise click.UsageError(
-                f"one result cannot lie in another, {place.name} in {above.name}: write it beside it"
-            )
-
-
-def _with_tokenizer(checkpoint: Checkpoint, directory: str | None, without: bool) -> Checkpoint:
-    from converters.formats import tokenizer_in
-
-    if without:
-        return replace(checkpoint, tokenizer=None)
-    return checkpoint if directory is None else replace(checkpoint, tokenizer=tokenizer_in(Path(directory)))
-
-
-def _write(kind: str, destination: str, write: Callable[[], int]) -> dict[str, Any]:
-    start = time.perf_counter()
-    size = write()
-    return {"format": kind, "destination": destination, "bytes": size, "seconds": round(time.perf_counter() - start, 3)}
-
-
-def _precisions(text: str | None) -> tuple[str, ...]:
-    """The precisions of a list, each once."""
-    from ..contract import SUFFIXES
-
-    names = tuple(dict.fromkeys(part.strip() for part in (text or "fp32").split(",")))
-    if unknown := [name for name in names if name not in SUFFIXES]:
-        meant = {"q8": "int8", "q4": "int4", "f16": "fp16", "f32": "fp32"}.get(unknown[0].lower(), unknown[0].lower())
-        hint = f": did you mean {meant}?" if meant in SUFFIXES else f"; known are {', '.join(SUFFIXES)}"
-        raise click.UsageError(f"unknown precision {unknown[0]!r}{hint}")
-    return names
-
-
-def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
-    from converters import ConversionError
-
-    from ..tokenizer import Tokenizer
-
-    if checkpoint.tokenizer is None:
-        raise ConversionError("--calibrate needs a tokenizer to read the text with; say where one is: --tokenizer DIR")
-    ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path))
-    if not ids or max(ids) >= checkpoint.config.n_vocab:
-        raise ConversionError(f"{path}: " + ("is empty" if not ids else "has tokens that the model does not know"))
-    if len(ids) < checkpoint.config.n_ctx:
-        click.echo(f"Warning: {path} has {len(ids)} tokens; some thousands are needed to round well", err=True)
-    return ids
-
-
-def _export_onnx(
-    checkpoint: Checkpoint, destination: str, options: ExportOptions, force: bool, without_tokenizer: bool
-) -> int:
-    from ..export.onnx_directory import export_onnx
-
-    def warn(sentence: str) -> None:
-        click.echo(printable(f"Warning: {sentence}"), err=True)
-
-    with progress_bar(4 * checkpoint.parameters * len(options.precisions)) as advance:
-        return export_onnx(
-            checkpoint, destination, options, force=force, need_tokenizer=not without_tokenizer,
-            progress=advance, warn=warn,
-        ).bytes  # fmt: skip
-
-
 def summary(facts: dict[str, Any]) -> str:
     """What was written, in a few lines."""
-    lines = [
-        f"{facts['source']} -> {e['destination']}\n  {e['format']}: {e['bytes']:,} bytes, {e['seconds']:.2f} s"
-        for e in facts["exports"]
-    ]
-    return "\n".join(lines + [f"  note: {note}" for note in facts["notes"]])
+    lines = []
+    for result in facts["exports"]:
+        lines.append(f"{facts['source']} -> {result['destination']}")
+        lines.append(f"  {result['format']}: {result['bytes']:,} bytes, {result['seconds']:.2f} s")
+    lines += [f"  note: {note}" for note in facts["notes"]]
+    return "\n".join(lines)

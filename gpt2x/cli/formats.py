@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,8 +10,12 @@ import click
 if TYPE_CHECKING:
     from converters import Format
 
+FIELDS = (
+    "name", "what", "files", "dialects", "reads", "writes", "ask", "configuration", "checksums", "tokenizer", "untied",
+)  # fmt: skip
 
-@click.command()
+
+@click.command(short_help="List the supported formats.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def formats(as_json: bool) -> None:
     """List the formats that are read and written, and what each can hold.
@@ -25,14 +28,15 @@ def formats(as_json: bool) -> None:
     """
     from converters import FORMATS
 
-    listed = [entry for entry in FORMATS if entry.what]
-    click.echo(json.dumps([facts(f) for f in listed], indent=2) if as_json else "\n".join(map(block, listed)))
+    if as_json:
+        click.echo(json.dumps([facts(entry) for entry in FORMATS], indent=2))
+    else:
+        click.echo("\n".join(map(block, FORMATS)))
 
 
 def facts(entry: Format) -> dict[str, Any]:
-    """What is to be said of a format."""
-    hidden = ("opener", "begins")
-    return {key: value for key, value in asdict(entry).items() if key not in hidden}
+    """What a format can hold, and how it is asked for."""
+    return {field: getattr(entry, field) for field in FIELDS}
 
 
 def block(entry: Format) -> str:

@@ -9,7 +9,7 @@ import click
 from .source import PRECISION, runnable
 
 
-@click.command()
+@click.command(short_help="Continue a prompt.")
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(min=0), default=100, show_default=True)
@@ -53,8 +53,7 @@ def generate(
 
     from ..generation.loop import Generation, stream_text
     from ..generation.sampling import Sampling
-    from ..generation.text import encode
-    from ..runtimes.opening import open_subject
+    from ..runtimes.opening import open_decoder
     from ..tokenizer import Tokenizer
 
     try:
@@ -66,10 +65,10 @@ def generate(
         tokenizer = Tokenizer.from_pretrained(tokenizer_dir or _home(model))  # first: a model takes longer to open
     except TokenizerError:
         if os.path.isdir(model):
-            open_subject(model, runtime, n_head=n_head, precision=precision)  # is there a model at all?
+            open_decoder(model, runtime, n_head=n_head, precision=precision)  # is there a model at all?
         raise
-    decoder = open_subject(model, runtime, n_head=n_head, precision=precision)
-    generation = Generation(decoder, [encode(tokenizer, prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
+    decoder = open_decoder(model, runtime, n_head=n_head, precision=precision)
+    generation = Generation(decoder, [tokenizer.encode(prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):
         click.echo(piece, nl=False)
     click.echo()

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
+from ..precisions import DEFAULT
 from .source import PRECISION, runnable
 from .text import printable
 
 
-@click.command()
+@click.command(short_help="Show format, sizes, configuration and checksums of a model.")
 @click.argument("path")
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
 @click.option(
@@ -61,7 +62,7 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     from ..runtimes.onnxruntime import OnnxDecoder
 
     here = contract.models_in(Path(path)) if Path(path).is_dir() else {}
-    if precision is None and len(here) > 1 and "fp32" not in here:
+    if precision is None and len(here) > 1 and DEFAULT not in here:
         precision = next(iter(here))  # one of them is shown, and the others are named
     model = OnnxDecoder(path, precision=precision, optimize=False)
     said = model.metadata.get

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..precisions import PRECISIONS
 from .text import printable, progress_bar
 
 if TYPE_CHECKING:
     from ..download.common import Want
 
 
-PRECISION = click.Choice(["fp32", "fp16", "int8", "w8a8", "int4"])  # contract.SUFFIXES, which takes time to import
+PRECISION = click.Choice(list(PRECISIONS))
 
 
 def is_remote(source: str) -> bool:

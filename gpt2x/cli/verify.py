@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..verify.report import Report
 
 
-@click.command()
+@click.command(short_help="Compare two models: weights, logits and greedy tokens.")
 @click.argument("a")
 @click.argument("b", required=False)
 @click.option(

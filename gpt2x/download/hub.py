@@ -21,6 +21,7 @@ from converters.io.publishing import writing
 
 from .. import contract
 from .._version import __version__
+from ..precisions import PRECISIONS
 from .common import SCHEMES, Want, Warn, cache_home
 from .hub_errors import UnreachableError, translated
 
@@ -135,7 +136,7 @@ def _either(address: Address, folder: str, here: set[str], names: frozenset[str]
 def _weights_or_onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
     """Choose weights, or else the float32 model of an export. The weights of its other models are rounded."""
     weights = _weights(address, folder, here, names)
-    model = contract.model_file("fp32")
+    model = contract.model_file()
     if weights or OURS not in here or model not in here:
         return weights
     return Choice(folder, _file(folder + model, names).files, folder)
@@ -161,7 +162,7 @@ def _tensorflow_prefix(address: Address, folder: str, direct: list[str], names: 
 
 
 def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    models = [file for file in map(contract.model_file, contract.SUFFIXES) if file in here]
+    models = [file for file in map(contract.model_file, PRECISIONS) if file in here]
     files = tuple(part for model in models for part in _file(folder + model, names).files)
     return Choice(folder, files, folder) if files else None
 

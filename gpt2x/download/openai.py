@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters import ConversionError, DestinationError, FormatError, open_checkpoint
-from converters.config import from_hparams
 from converters.containers.tf_bundle import Entry, open_bundle
-from converters.formats import tokenizer_in
+from converters.formats.tensorflow import from_hparams
 from converters.io.json import read_json
 from converters.io.protobuf import Fields
 from converters.io.publishing import writing
 from converters.io.reading import File
 from converters.io.sstable import read_table
+from converters.opening import tokenizer_in
 
 from .common import SCHEMES, Advance, ProgressBar, Warn, cache_home
 

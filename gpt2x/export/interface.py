@@ -1,4 +1,4 @@
-"""What every export offers: new tokens, mask, positions and cache in; logits and cache out."""
+"""The interface of every export: tokens, attention mask, positions and KV cache in; logits and KV cache out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from ..model import GPT2
 
 
 class Interface(nn.Module):
-    """A ``GPT2`` with every input required.
+    """A ``GPT2`` whose inputs are all required.
 
-    ``forward(input_ids, attention_mask, position_ids, past) -> (logits, present)``: int64 (B, T), (B, P + T) and (B, T),
-    and a (key, value) a layer, each (B, H, P, D), P being 0 at first; logits (B, T, V), or (B, 1, V) with ``last``.
+    ``forward(input_ids, attention_mask, position_ids, past) -> (logits, present)``. The first three are int64 (B, T),
+    (B, P + T) and (B, T). ``past`` has a (key, value) for each layer, (B, H, P, D) each; P is 0 at first. The logits are
+    (B, T, V), or (B, 1, V) with ``last``.
     """
 
     def __init__(self, model: GPT2, last: bool = False) -> None:
@@ -32,7 +33,7 @@ class Interface(nn.Module):
 
 
 def example_inputs(config: GPT2Config, B: int = 2, T: int = 3, P: int = 4) -> tuple[object, ...]:
-    """Inputs of the right shapes and types, on torch's default device."""
+    """Inputs of the right shapes and dtypes, on torch's default device."""
     size = (B, config.n_head, P, config.head_dim)
     past = [(torch.zeros(size), torch.zeros(size)) for _ in range(config.n_layer)]
     tokens = torch.zeros(B, T, dtype=torch.int64)
@@ -40,7 +41,7 @@ def example_inputs(config: GPT2Config, B: int = 2, T: int = 3, P: int = 4) -> tu
 
 
 def dynamic_shapes(config: GPT2Config) -> tuple[object, ...]:
-    """Which sizes of the inputs vary, for ``torch.export``: the batch and all lengths."""
+    """The dynamic dimensions of the inputs, for ``torch.export``: the batch and all lengths."""
     dynamic = torch.export.Dim.DYNAMIC
     tokens, cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
     return tokens, tokens, tokens, [(cache, cache)] * config.n_layer

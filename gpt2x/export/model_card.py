@@ -10,6 +10,7 @@ from converters.spec import GPT2Config
 from .. import contract
 from .._version import __version__
 from ..contract import Slot
+from ..precisions import DEFAULT, PRECISIONS
 
 CARD = """\
 ---
@@ -103,15 +104,6 @@ LAST_IN_PLACE = """\
   left padding: all prompts of one run must have the same length. Run prompts of different lengths one at a time.
 """
 
-DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "w8a8": "int8", "int4": "q4"}  # transformers.js's names
-ABOUT = {
-    "fp32": "float32, bit for bit the source's",
-    "fp16": "weights and cache in float16; norms, softmax and logits in float32. For GPUs: a CPU only loses time with it",
-    "int8": "weights in blocks of 8-bit numbers that share a scale",
-    "w8a8": "8-bit weights with a scale a column, multiplied as integers with activations of 8 bits: the fastest prompts and batches. Exact on every processor",
-    "int4": "weights in blocks of 4-bit numbers that share a scale",
-}
-
 CLIENT_IN_PLACE = """\
 import numpy as np, onnxruntime as ort
 {load}
@@ -167,7 +159,7 @@ LAST_ONLY = """\
 def model_card(
     config: GPT2Config,
     *,
-    precisions: Sequence[str] = ("fp32",),
+    precisions: Sequence[str] = (DEFAULT,),
     cache: str = "growing",
     last: bool,
     tokenizer: bool,
@@ -205,9 +197,9 @@ def model_card(
         transformers_js=_since("transformers.js", cache),
         model=contract.model_file(first),
         file_name=""
-        if tuple(precisions) == ("fp32",)
+        if tuple(precisions) == (DEFAULT,)
         else f', file_name="{contract.model_file(first).removeprefix("onnx/")}"',
-        dtype=DTYPES[first],
+        dtype=PRECISIONS[first].transformers_js,
         single="" if growing else ", one prompt at a time (batches are padded on the left)",
         needs="" if tokenizer else ", once a tokenizer is added",
         transformers=TRANSFORMERS if safetensors else "",
@@ -229,7 +221,10 @@ def _padding(growing: bool, last: bool) -> str:
 
 
 def _precisions(precisions: Sequence[str], runtimes: Mapping[str, str]) -> str:
-    rows = [f"| {p} | `{contract.model_file(p)}` | {DTYPES[p]} | {ABOUT[p]} | {runtimes[p]} |\n" for p in precisions]
+    rows = []
+    for name in precisions:
+        p = PRECISIONS[name]
+        rows.append(f"| {name} | `{p.model_file}` | {p.transformers_js} | {p.about} | {runtimes[name]} |\n")
     return "| precision | model | transformers.js's dtype | | ONNX Runtime |\n" + "| --- " * 5 + "|\n" + "".join(rows)
 
 
@@ -256,7 +251,7 @@ def _special_tokens(config: GPT2Config) -> str:
     return f"The end-of-text token is {end}.{start}"
 
 
-def client(config: GPT2Config, tokenizer: bool, precision: str = "fp32", cache: str = "growing") -> str:
+def client(config: GPT2Config, tokenizer: bool, precision: str = DEFAULT, cache: str = "growing") -> str:
     """Return a program that continues a text, to run in the directory."""
     parts = {
         "load": 'from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file("tokenizer.json")',
@@ -271,7 +266,7 @@ def client(config: GPT2Config, tokenizer: bool, precision: str = "fp32", cache: 
 
 
 def contract_table(
-    config: GPT2Config, last: bool, precisions: Sequence[str] = ("fp32",), cache: str = "growing"
+    config: GPT2Config, last: bool, precisions: Sequence[str] = (DEFAULT,), cache: str = "growing"
 ) -> str:
     """Return a table of the inputs and outputs, with one line for all layers of the cache."""
     first = precisions[0]

@@ -1,6 +1,6 @@
-"""An ONNX model and its weights in one file, for clients that take bytes: browsers, Android, Java, serverless functions.
+"""An ONNX model and its weights in one file, for clients that load bytes: browsers, Android, Java, serverless functions.
 
-The file is one protobuf message, and is written as it is read: memory does not grow with the model. Source:
+The file is one protobuf message. Weights are copied in chunks, so memory does not grow with the model. Source:
 ``onnx.proto`` of the ONNX project, and protobuf's encoding.
 """
 
@@ -22,10 +22,11 @@ GRAPH, INITIALIZER, RAW_DATA = (bytes([number << 3 | 2]) for number in (7, 5, 9)
 
 
 def write_single_file(out: Output, model: onnx.ModelProto, data: Path, name: str) -> None:
-    """Write a model whose external data all lie in one file, with the data inside.
+    """Write a model together with its external data, which is all in one file.
 
     Args:
-        name: what an error calls the file.
+        data: the file with the external data.
+        name: of the result, for messages.
 
     Raises:
         ConversionError: if the file would be larger than protobuf allows.
@@ -48,15 +49,15 @@ def write_single_file(out: Output, model: onnx.ModelProto, data: Path, name: str
 
 
 def too_large(name: str, size: int) -> ConversionError:
-    """The error for a model that one file cannot hold."""
+    """The error for a model that exceeds the size of one file."""
     return ConversionError(
-        f"{name}: would be {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: leave --single-file out, or choose a "
-        "precision of fewer bits"
+        f"{name}: would be {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: remove --single-file, or choose a "
+        "precision with fewer bits"
     )
 
 
 def _parts(tensor: TensorProto) -> tuple[bytes, int, int]:
-    """What comes before an initializer's external data in the file, and where these lie: offset and length."""
+    """The bytes that precede an initializer's data in the result, and the offset and length of that data."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     offset, length = int(place.get("offset", 0)), int(place.get("length", 0))
     inline = _copy(tensor)

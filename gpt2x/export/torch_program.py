@@ -1,4 +1,4 @@
-"""GPT-2 as a file that torch runs without gpt2x: TorchScript, and ``torch.export``'s ``.pt2``. One interface for both.
+"""GPT-2 as a file that torch runs without gpt2x: TorchScript, and ``torch.export``'s ``.pt2``, with the same interface.
 
 Both hold ``config.json`` (Hugging Face's) among their extra files.
 """
@@ -24,21 +24,21 @@ from ..load import model_of
 from .interface import Interface, dynamic_shapes, example_inputs
 
 CONFIG = "config.json"
-WHOLE = ".gpt2.whole"  # beside the result for a while; up to its last dot, torch makes it the folder in the archive
-PROGRAM = 100_000  # bytes a layer, more than the program takes beside its weights
+WHOLE = ".gpt2.whole"  # a temporary file; torch names the folder in the archive after it, up to the last dot
+PROGRAM = 100_000  # bytes for each layer, more than a program needs beside its weights
 
 
 def export_torchscript(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> int:
     """Write a checkpoint as TorchScript: scripted, not traced, for any batch and any lengths.
 
-    ``torch.jit.load`` gives a module whose ``forward(input_ids, attention_mask, position_ids, past)`` is
+    ``torch.jit.load`` returns a module whose ``forward(input_ids, attention_mask, position_ids, past)`` is
     ``gpt2x.export.interface.Interface``'s.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
+        DestinationError: if the destination exists or cannot be written. The old file then stays.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export, which --pt2 is for
@@ -54,17 +54,17 @@ def export_pt2(checkpoint: Checkpoint, path: str | Path, *, force: bool = False)
         The size of the file in bytes.
 
     Raises:
-        DestinationError: if the destination exists or cannot be written; there is the old file or the new one.
+        DestinationError: if the destination exists or cannot be written. The old file then stays.
     """
     config = checkpoint.config
     model = _interface(checkpoint)
-    # Otherwise the sizes 0 and 1 are taken for constants, and an empty cache or a single token is refused.
+    # Otherwise torch takes sizes 0 and 1 for constants, and refuses an empty cache or a single token.
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(
             model, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
         )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # the paths of this machine
+        node.meta.pop("stack_trace", None)  # holds paths of this machine
     _drop_constraints_on_sums(program.range_constraints)
     return _save(checkpoint, path, force, lambda file: torch.export.save(program, file, extra_files=_extra(config)))
 
@@ -81,14 +81,14 @@ def _drop_constraints_on_sums(constraints: dict[Any, Any]) -> None:
 
 
 def _interface(checkpoint: Checkpoint) -> Interface:
-    """For inference: a cache that remembered gradients would grow with every token."""
+    """For inference: with gradients, the memory of a cache would grow with every token."""
     return Interface(model_of(checkpoint)).eval().requires_grad_(False)
 
 
 def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable[[str], Any], copies: int = 1) -> int:
     if any(file.exists() and Path(path).exists() and file.samefile(path) for file in checkpoint.files):
-        raise DestinationError(f"{path}: is the source itself; write it elsewhere")
-    # Where torch cannot write, it ends the process.
+        raise DestinationError(f"{path}: is the source itself: choose another path")
+    # torch ends the process if it cannot write, so the room is checked first.
     size = 4 * checkpoint.parameters + PROGRAM * (checkpoint.config.n_layer + 4)
     with staged_file(Path(path), [size] * copies, force) as staged:
         write(str(staged))
@@ -96,7 +96,7 @@ def _save(checkpoint: Checkpoint, path: str | Path, force: bool, write: Callable
 
 
 def _without_paths(save: Callable[..., Any], path: str, extra: dict[str, Any]) -> None:
-    """Save TorchScript without its tables of source lines, which hold the paths of this machine."""
+    """Save TorchScript without its debug tables, which hold paths of this machine."""
     whole = str(Path(path).with_name(WHOLE))
     save(whole, _extra_files=extra)
     with ZipFile(whole) as source, ZipFile(path, "w", ZIP_STORED) as target:

@@ -1,7 +1,8 @@
-"""Sampling and the decode loop, once for every runtime: anything that has ``step`` and ``n_ctx``. numpy only."""
+"""The decode loop for every runtime. numpy only."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -13,7 +14,9 @@ from ..memory import give_back
 from ..runtimes.base import EMPTY, Decoder, Ids, Logits, PromptError
 from ..runtimes.opening import as_decoder
 from .sampling import Sampling
-from .text import TextStream, encode, end_of
+from .text import TextStream, text_tokenizer
+
+log = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length", "context"]
 
@@ -22,14 +25,15 @@ Finish = Literal["stop", "length", "context"]
 class Generation:
     """A run of the decode loop over a batch of prompts of any lengths. Iterate over it once.
 
-    Each item is the new token of every row, None for rows that have ended. ``finish`` then says why each ended:
+    Each item is the new token of every row, None for rows that have ended. ``finish`` then holds the reason for each row:
     "stop" (``<|endoftext|>``, which is not among the items), "length", or "context".
 
     Args:
         decoder: the model.
-        prompts: token ids, at least one a row.
-        max_new_tokens: at most so many a row.
-        eos_token_id: ends a row; None for never.
+        prompts: token ids, at least one for each row.
+        max_new_tokens: the limit for each row.
+        sampling: how the next token is chosen.
+        eos_token_id: the token that ends a row; None for no such token.
 
     Raises:
         PromptError: if a prompt is empty, longer than the context, or holds an id outside the vocabulary.
@@ -44,20 +48,26 @@ class Generation:
     def __post_init__(self) -> None:
         self.finish: list[Finish | None] = [None] * len(self.prompts)
         for prompt in self.prompts:
-            if not len(prompt):
-                raise PromptError(EMPTY)
-            if len(prompt) > self.decoder.n_ctx:
-                raise PromptError(f"the prompt has {len(prompt)} tokens; the model's context is {self.decoder.n_ctx}")
-            if wrong := [i for i in prompt if not 0 <= i < self.decoder.n_vocab]:
+            self._check(prompt)
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        n_ctx, n_vocab = self.decoder.n_ctx, self.decoder.n_vocab
+        if not len(prompt):
+            raise PromptError(EMPTY)
+        if len(prompt) > n_ctx:
+            raise PromptError(f"the prompt has {len(prompt)} tokens; the model's context is {n_ctx}")
+        for token in prompt:
+            if not 0 <= token < n_vocab:
                 raise PromptError(
-                    f"token id {wrong[0]} is outside the model's vocabulary of {self.decoder.n_vocab}: is the tokenizer another model's?"
+                    f"token id {token} is outside the model's vocabulary of {n_vocab}: does the tokenizer belong to "
+                    "another model?"
                 )
 
     def __iter__(self) -> Iterator[list[int | None]]:
         try:
             yield from self._steps()
         finally:
-            give_back()  # the cache, whose sizes are of this batch alone: memory would grow with each new one
+            give_back()  # the cache's memory: its sizes fit this batch alone, and the next would need new memory
 
     def _steps(self) -> Iterator[list[int | None]]:
         lengths = np.array([len(prompt) for prompt in self.prompts])  # (B,)
@@ -69,8 +79,12 @@ class Generation:
         for step in range(self.max_new_tokens + 1):
             self._end_at(lengths, step)
             if all(self.finish):
+                log.info("ended after %d steps: %s", step, ", ".join(map(str, self.finish)))
                 return
-            logits, cache = self.decoder.step(ids, mask if padded else None, positions, cache)
+            seen = mask if padded else None
+            logits, cache = self.decoder.step(ids, seen, positions, cache)
+            if step == 0:
+                log.info("%d prompts of up to %d tokens were read", *ids.shape)
             tokens = [self._next(row, logits[row], generators[row]) for row in range(len(lengths))]
             yield tokens
             ids = np.array([[0 if token is None else token] for token in tokens])
@@ -80,9 +94,11 @@ class Generation:
 
     def _end_at(self, lengths: NDArray[Any], step: int) -> None:
         for row, length in enumerate(lengths):
-            if self.finish[row] is None and step >= self.max_new_tokens:
+            if self.finish[row] is not None:
+                continue
+            if step >= self.max_new_tokens:
                 self.finish[row] = "length"
-            elif self.finish[row] is None and length >= self.decoder.n_ctx:
+            elif length >= self.decoder.n_ctx:
                 self.finish[row] = "context"
 
     def _next(self, row: int, logits: Logits, generator: np.random.Generator) -> int | None:
@@ -173,30 +189,35 @@ def generate_text(
 
     Args:
         model: a ``GPT2``, or any other runtime of gpt2x.
-        tokenizer: gpt2x's ``Tokenizer``, or GPT-2's from transformers or tokenizers.
+        tokenizer: gpt2x's ``Tokenizer``, or GPT-2's of transformers, tokenizers or tiktoken.
         input_text: a prompt, or a list of prompts of any lengths.
-        max_len: new tokens at most. A row ends earlier at ``<|endoftext|>`` or when the context is full.
-        temperature: 0 is greedy.
-        top_k: None or 0 is off.
-        top_p: None or 1 is off.
-        seed: makes the result repeatable.
-        stream: give an iterator over the pieces of the same text, the prompt first (a list of pieces a step for a
-            list of prompts).
+        max_len: the maximum number of new tokens. A row ends earlier at ``<|endoftext|>`` or when the context is full.
+        temperature: 0 for greedy decoding.
+        top_k: None or 0 to disable.
+        top_p: None or 1 to disable.
+        seed: makes the result reproducible.
+        stream: return an iterator over the pieces of the same text, the prompt first (for a list of prompts, each item
+            is a list of pieces).
 
     Returns:
         Prompt and continuation; a list for a list.
 
     Raises:
         PromptError: if a prompt is empty, longer than the context, or does not fit the model.
-        ValueError: if ``temperature``, ``top_k``, ``top_p`` or ``max_len`` mean nothing.
+        ValueError: if ``temperature``, ``top_k``, ``top_p`` or ``max_len`` is out of range.
     """
     prompts = [input_text] if isinstance(input_text, str) else list(input_text)
     if max_len < 0:
         raise ValueError(f"max_len is {max_len}; it must be 0 or more")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
-    generation = Generation(as_decoder(model), ids, max_len, sampling, end_of(tokenizer, model))
-    pieces = stream_text(generation, tokenizer, prompts)
+    texts = text_tokenizer(tokenizer)
+    decoder = as_decoder(model)
+    ids = [texts.encode(prompt) for prompt in prompts]
+    end = texts.eos_token_id
+    if end is None:
+        end = decoder.config.eos_token_id
+    generation = Generation(decoder, ids, max_len, sampling, end)
+    pieces = stream_text(generation, texts, prompts)
     if isinstance(input_text, str):
         single = (step[0] for step in pieces)
         return single if stream else "".join(single)
@@ -204,7 +225,7 @@ def generate_text(
 
 
 def stream_text(generation: Generation, tokenizer: Any, prompts: list[str]) -> Iterator[list[str]]:
-    """The text of a generation, piece by piece: the prompts first, then a piece a row and step."""
+    """Yield the text of a generation in pieces: the prompts first, then one piece for each row and step."""
     yield list(prompts)
     streams = [TextStream(tokenizer) for _ in prompts]
     for tokens in generation:

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Choosing the next token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from converters import CheckpointError
 
 from ..runtimes.base import Logits
 
-NOT_NUMBERS = "the model's logits are not numbers: its weights are damaged, or too large for their number format"
+NOT_FINITE = "the logits contain NaN or infinity: the weights are damaged, or too large for their dtype"
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Sampling:
     """How the next token is chosen: temperature, then top-k, then top-p.
 
     Args:
-        temperature: 0 is greedy.
-        top_k: keep the k likeliest (and those tied with the last of them); None or 0 is off.
-        top_p: keep the likeliest whose probabilities first reach p; None or 1 is off.
-        seed: makes the choice repeatable; row i of a batch has a stream of its own.
+        temperature: 0 for greedy decoding.
+        top_k: keep the k likeliest tokens, and those tied with the last of them; None or 0 to disable.
+        top_p: nucleus sampling: keep the fewest likeliest tokens whose probabilities reach p; None or 1 to disable.
+        seed: makes the choice reproducible; each row of a batch has its own random stream.
 
     Raises:
-        ValueError: for a value that means nothing.
+        ValueError: if a value is out of range.
     """
 
     temperature: float = 1.0
@@ -37,31 +37,31 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be a finite number of 0 or more")
         if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (disabled) or more")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be between 0 and 1 (off)")
+            raise ValueError(f"top_p is {self.top_p}; it must be between 0 and 1 (disabled)")
 
     def generators(self, n: int) -> list[np.random.Generator]:
-        """One stream of random numbers a row."""
+        """One random stream for each row."""
         seeds = np.random.SeedSequence(self.seed).spawn(n)
         return [np.random.default_rng(seed) for seed in seeds]
 
     def choose(self, logits: Logits, generator: np.random.Generator) -> int:
-        """One token id out of one row of logits (V,).
+        """Choose a token id from the logits (V,) of one row.
 
         Raises:
-            CheckpointError: if the logits are not numbers.
+            CheckpointError: if the logits contain NaN or infinity.
         """
-        best = int(logits.argmax())  # of a NaN, where there is one
+        best = int(logits.argmax())  # the index of a NaN, if there is one
         if not np.isfinite(logits[best]):
-            raise CheckpointError(NOT_NUMBERS)
+            raise CheckpointError(NOT_FINITE)
         if self.temperature == 0:
             return best
         p = self.probabilities(logits)
         return int(generator.choice(len(p), p=p))
 
     def probabilities(self, logits: Logits) -> NDArray[np.float64]:
-        """The distribution that is sampled from, (V,)."""
+        """The distribution to sample from, (V,)."""
         x: NDArray[np.float64] = logits.astype(np.float64)
         x = (x - x.max()) / max(self.temperature, 1e-300)
         if self.top_k and self.top_k < len(x):
@@ -71,6 +71,6 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             order = np.argsort(-p, kind="stable")
             before = np.cumsum(p[order]) - p[order]
-            p[order[1:][before[1:] >= self.top_p]] = 0  # the likeliest always stays
+            p[order[1:][before[1:] >= self.top_p]] = 0  # the likeliest token always stays
             p /= p.sum()
         return p

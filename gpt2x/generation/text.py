@@ -1,44 +1,68 @@
-"""Text to token ids and back, as it is generated."""
+"""Text to token ids and back, while it is generated."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 
-class TextStream:
-    """Tokens in, text out, as soon as whole characters are there."""
+class TextTokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class ForeignTokenizer:
+    """The tokenizer of another library (transformers, tokenizers, tiktoken) as a ``TextTokenizer``.
+
+    These libraries share no base class, and differ in three points:
+
+    - ``tokenizers`` encodes to an object with ``ids``, the others to the ids themselves.
+    - transformers may remove the spaces before punctuation, unless ``clean_up_tokenization_spaces`` is false.
+    - Only transformers has ``eos_token_id``.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        cleans_up = hasattr(tokenizer, "clean_up_tokenization_spaces")
+        self._decode_options = {"clean_up_tokenization_spaces": False} if cleans_up else {}
+        end = getattr(tokenizer, "eos_token_id", None)
+        self.eos_token_id: int | None = end if isinstance(end, int) else None
+
+    def encode(self, text: str) -> list[int]:
+        encoded = self.tokenizer.encode(text)
+        return list(getattr(encoded, "ids", encoded))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, **self._decode_options))
+
+
+def text_tokenizer(tokenizer: Any) -> TextTokenizer:
+    """Return gpt2x's own tokenizer as it is, and any other behind an adapter."""
+    from ..tokenizer import Tokenizer
+
+    if isinstance(tokenizer, Tokenizer | ForeignTokenizer):
+        return tokenizer
+    return ForeignTokenizer(tokenizer)
+
+
+class TextStream:
+    """Tokens in, text out, as soon as characters are complete."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = text_tokenizer(tokenizer)
         self.pending: list[int] = []
 
     def push(self, token: int | None) -> str:
-        """The text that one more token completes; None flushes what is left."""
+        """Return the text that one more token completes; None returns what is left."""
         if token is not None:
             self.pending.append(token)
-        text = decode(self.tokenizer, self.pending) if self.pending else ""
-        if token is not None and text.endswith("\ufffd"):  # perhaps the beginning of a character
+        text = self.tokenizer.decode(self.pending) if self.pending else ""
+        # U+FFFD at the end may be the first bytes of a character.
+        if token is not None and text.endswith("\ufffd"):
             return ""
         self.pending = []
         return text
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids from gpt2x's tokenizer, transformers' or a bare ``tokenizers.Tokenizer``."""
-    ids = tokenizer.encode(text)
-    return list(getattr(ids, "ids", ids))
-
-
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text, exactly: transformers may be set to tidy the spaces before punctuation."""
-    if hasattr(tokenizer, "clean_up_tokenization_spaces"):
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return str(tokenizer.decode(ids))
-
-
-def end_of(tokenizer: Any, model: Any) -> int | None:
-    """The id that ends a text: the tokenizer's word, else the model's."""
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end is None:
-        end = getattr(getattr(model, "config", None), "eos_token_id", None)
-    return end if isinstance(end, int) else None

@@ -1,7 +1,8 @@
-"""What every runtime is: the decoder's protocol, and checked inputs."""
+"""The protocol of every runtime, and the checks of what a runtime is given."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 
 from converters import GPT2Config
 
+from ..precisions import DEFAULT
+
 Array = NDArray[Any]
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-EMPTY = "the prompt is empty: give at least one token (<|endoftext|> starts a new text)"
+EMPTY = "the prompt is empty: pass at least one token (<|endoftext|> starts a new text)"
 
 
 class InputError(ValueError):
@@ -24,86 +27,119 @@ class PromptError(InputError):
 
 
 class Decoder(Protocol):
-    """A model as one step of decoding."""
+    """A GPT-2 that runs, and what it declares about itself.
 
-    n_ctx: int
-    n_vocab: int
+    A runtime is a subclass that sets ``config`` and ``runtime``, implements ``run``, and overrides each default that does
+    not hold for it. The decode loop itself calls only ``step``, and reads ``n_ctx`` and ``n_vocab``.
+    """
 
-    def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
-        """Feed new tokens.
+    config: GPT2Config
+    runtime: str
+    """What runs the model, for reports: "model.onnx in ONNX Runtime 1.31.1"."""
+    path: Path | None = None
+    """The file of the model; None for weights that are already in memory."""
+    precision: str = DEFAULT
+    """How the weights are stored."""
+    cache_kind: str = "growing"
+    """What a step does with the cache: a key of ``gpt2x.contract.CACHES``."""
+    last_only: bool = False
+    """Whether ``run`` returns only the logits of the last position."""
+
+    @property
+    def n_ctx(self) -> int:
+        """The context length in tokens."""
+        return self.config.n_ctx
+
+    @property
+    def n_vocab(self) -> int:
+        """The size of the vocabulary."""
+        return self.config.n_vocab
+
+    def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
+        """Run the model on new tokens.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, P + T), 0 for padding, or None where there is none.
+            attention_mask: (B, P + T), 0 for padding; None if there is no padding.
             position_ids: (B, T).
-            cache: what the step before returned; None at first.
+            cache: what the previous call returned, of P tokens; None for the first call.
 
         Returns:
-            The logits of the last position (B, V), and the cache.
+            The logits (B, T, V), or (B, 1, V) if ``last_only``, and the cache of P + T tokens.
         """
         ...
 
+    def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
+        """As ``run``, but returns the logits of the last position only, (B, V)."""
+        logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
+        return logits[:, -1], cache
 
-class Subject(Decoder, Protocol):
-    """A decoder that also gives the logits of every new token."""
-
-    config: GPT2Config
-    runtime: str  # what runs it
-
-    def run(self, input_ids: Array, attention_mask: Array | None, position_ids: Array, cache: Any) -> tuple[Array, Any]:
-        """As ``step``, but logits (B, T, V); (B, 1, V) where the subject's ``last_only`` is true."""
-        ...
+    def unoptimized(self) -> Decoder | None:
+        """The same model with graph optimizations disabled; None if the runtime has none to disable, or needs them."""
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
 def check_tokens(input_ids: Any, position_ids: Any, n_vocab: int, n_ctx: int) -> tuple[Ids, Ids]:
-    """Both as int64: of one shape (B, T), and within the vocabulary and the context.
+    """Return both as int64, of the same shape (B, T), within the vocabulary and the context.
 
     Raises:
         InputError: if they are not.
     """
-    ids, positions = whole(input_ids, "input_ids"), whole(position_ids, "position_ids")
+    ids = as_int64(input_ids, "input_ids")
+    positions = as_int64(position_ids, "position_ids")
     if ids.ndim != 2:
-        raise InputError(f"input_ids are {ids.shape}; (batch, tokens) is needed")
+        raise InputError(f"input_ids have the shape {ids.shape}; (batch, tokens) is needed")
     if 0 in ids.shape:
         raise InputError(EMPTY)
     if positions.shape != ids.shape:
-        raise InputError(f"position_ids are {positions.shape}, input_ids {ids.shape}: they must have one shape")
-    _check_range(ids, n_vocab, "token id", "the vocabulary")
-    _check_range(positions, n_ctx, "position", "the context")
+        raise InputError(f"position_ids have the shape {positions.shape}, input_ids {ids.shape}: they must be the same")
+    _check_range(ids, n_vocab, "token id", "vocabulary")
+    _check_range(positions, n_ctx, "position", "context")
     return ids, positions
 
 
 def check_mask(attention_mask: Any, B: int, P: int, T: int) -> Ids:
-    """A mask (B, P + T) as int64, ones where there is none.
+    """Return a mask (B, P + T) as int64; ones if there is none.
 
     Raises:
-        InputError: if it is of another shape.
+        InputError: if it has another shape.
     """
-    mask = np.ones((B, P + T), np.int64) if attention_mask is None else whole(attention_mask, "attention_mask")
+    if attention_mask is None:
+        return np.ones((B, P + T), np.int64)
+    mask = as_int64(attention_mask, "attention_mask")
     if mask.shape != (B, P + T):
-        raise InputError(f"attention_mask is {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}")
+        raise InputError(
+            f"attention_mask has the shape {mask.shape}, but {P} cached and {T} new tokens need {(B, P + T)}"
+        )
     return mask
 
 
-def whole(array: Any, name: str) -> Ids:
-    """Whole numbers as contiguous int64.
+def as_int64(array: Any, name: str) -> Ids:
+    """Return integers as a contiguous int64 array.
 
     Raises:
-        InputError: if they are none.
+        InputError: if they are not integers, or do not fit into int64.
     """
     try:
         found = np.asarray(array)
     except ValueError:
-        raise InputError(f"{name} have rows of unequal lengths; pad them") from None
-    if found.dtype.kind not in "biu" or (found.dtype == np.uint64 and (found > np.iinfo(np.int64).max).any()):
-        raise InputError(f"{name} are {found.dtype} {found.shape}; whole numbers of 64 bits are needed")
+        raise InputError(f"{name} has rows of unequal lengths; pad them") from None
+    if found.dtype.kind not in "biu" or _overflows(found):
+        raise InputError(f"{name} is {found.dtype} {found.shape}; int64 is needed")
     return np.asarray(found, np.int64, order="C")
 
 
-def _check_range(values: NDArray[np.int64], limit: int, what: str, of: str) -> None:
-    if values.view(np.uint64).max() >= limit:  # negative ones are large there
-        low, high = int(values.min()), int(values.max())
-        raise InputError(f"{what} {low if low < 0 else high} is outside {of} of {limit}")
+def _overflows(array: Array) -> bool:
+    return array.dtype == np.uint64 and bool((array > np.iinfo(np.int64).max).any())
+
+
+def _check_range(values: Ids, limit: int, what: str, of: str) -> None:
+    # As uint64, a negative number is larger than any limit.
+    if values.view(np.uint64).max() < limit:
+        return
+    low, high = int(values.min()), int(values.max())
+    wrong = low if low < 0 else high
+    raise InputError(f"{what} {wrong} is outside the {of} of {limit}")

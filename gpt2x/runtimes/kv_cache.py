@@ -1,11 +1,12 @@
-"""A cache that stays where it is: rows of keys and values of any lengths, which a model of contract 2 writes into.
+"""A cache in place: rows of keys and values of any lengths, which a model of contract 2 writes into.
 
-In such a cache the slot of a token is its position. So a row may go on from anywhere up to its length, and what was
-behind is forgotten. numpy only.
+In such a cache the slot of a token is its position. So a row may continue from anywhere up to its length, and what was
+behind that position is dropped. numpy only.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,68 +16,88 @@ from numpy.typing import NDArray
 from ..memory import give_back
 from .base import InputError
 
-LEAST = 64  # tokens that room is made for at first
+log = logging.getLogger(__name__)
+
+LEAST = 64  # tokens of the first allocation
 
 
 class RowCache:
     """Keys and values of each layer in turn, each (rows, H, capacity, D), and how many tokens each row holds.
 
-    Room doubles as it is needed: of tokens up to ``n_ctx``, of rows without end.
+    Capacity doubles when it is needed: of tokens up to ``n_ctx``, of rows without a limit.
     """
 
     def __init__(self, rows: int, *, tensors: int, n_head: int, head_dim: int, n_ctx: int, dtype: Any) -> None:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
-        self.bound: Any = None  # what a model keeps from step to step of its binding to these buffers
-        self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, padding among them
-        self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None while there was none
+        self.bound: Any = None  # a model's binding to these buffers, kept from step to step
+        self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, with padding
+        self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None without any padding
         self.lengths = np.zeros(rows, np.int64)
         self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
 
     @property
     def capacity(self) -> int:
-        """How many tokens a row has room for: the last buffer grows last."""
+        """How many tokens fit into a row. The last buffer grows last."""
         return int(self.buffers[-1].shape[2])
 
     @property
     def nbytes(self) -> int:
-        """What the buffers take."""
+        """The size of the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows of so many tokens. If memory ends on the way, what is there stays good."""
+        """Make room for so many rows of so many tokens. If memory runs out, the cache stays valid."""
         had_rows, had_tokens = len(self.lengths), self.capacity
-        new_rows = had_rows if rows <= had_rows else max(rows, 2 * had_rows)
-        new_tokens = had_tokens or LEAST
-        while new_tokens < tokens:
-            new_tokens *= 2
-        new_tokens = had_tokens if tokens <= had_tokens else min(self.n_ctx, new_tokens)
+        new_rows = self._grown_rows(rows)
+        new_tokens = self._grown_tokens(tokens)
         if (new_rows, new_tokens) == (had_rows, had_tokens):
             return
         self.bound = None
-        used = int(self.lengths.max(initial=0))
-        for i, old in enumerate(self.buffers):  # one after another, so that only one is there twice
-            if old.shape[0] < new_rows or old.shape[2] < new_tokens:  # the others grew before memory ended
-                new = np.zeros((new_rows, old.shape[1], new_tokens, old.shape[3]), old.dtype)
-                new[:had_rows, :, :used] = old[:had_rows, :, :used]
-                self.buffers[i] = new
+        # One buffer after another, so that only one exists twice.
+        for i, old in enumerate(self.buffers):
+            self.buffers[i] = self._grown(old, new_rows, new_tokens)
         self.lengths = np.concatenate((self.lengths, np.zeros(new_rows - had_rows, np.int64)))
+        log.debug("cache: %d rows of %d tokens, %.1f MB", new_rows, new_tokens, self.nbytes / 1e6)
         if had_tokens:
-            give_back()  # what smaller buffers took
+            give_back()  # the memory of the smaller buffers
+
+    def _grown_rows(self, rows: int) -> int:
+        had = len(self.lengths)
+        return had if rows <= had else max(rows, 2 * had)
+
+    def _grown_tokens(self, tokens: int) -> int:
+        if tokens <= self.capacity:
+            return self.capacity
+        grown = self.capacity or LEAST
+        while grown < tokens:
+            grown *= 2
+        return min(self.n_ctx, grown)
+
+    def _grown(self, old: NDArray[Any], rows: int, tokens: int) -> NDArray[Any]:
+        # It may have grown already, before memory ran out in an earlier call.
+        if old.shape[0] >= rows and old.shape[2] >= tokens:
+            return old
+        had_rows = len(self.lengths)
+        used = int(self.lengths.max(initial=0))
+        new = np.zeros((rows, old.shape[1], tokens, old.shape[3]), old.dtype)
+        new[:had_rows, :, :used] = old[:had_rows, :, :used]
+        return new
 
     def move(self, source: int, target: int) -> None:
-        """Put one row's tokens in another's place."""
+        """Move one row's tokens into another row."""
         n = int(self.lengths[source])
         for buffer in self.buffers:
             buffer[target, :, :n] = buffer[source, :, :n]
         self.lengths[target] = n
 
     def see(self, real: NDArray[np.bool_] | None, slots: int) -> None:
-        """Remember that so many slots came: which of them hold tokens (rows, slots), or None if all do."""
+        """Remember new slots, and which of them hold tokens (rows, slots); None if all do."""
         if real is not None or self.mask is not None:
             rows = len(self.lengths)
             earlier = np.ones((rows, self.seen), bool) if self.mask is None else self.mask
-            self.mask = np.concatenate((earlier, np.ones((rows, slots), bool) if real is None else real), 1)
+            new = np.ones((rows, slots), bool) if real is None else real
+            self.mask = np.concatenate((earlier, new), 1)
         self.seen += slots
 
     def check(self, row: int, positions: NDArray[np.int64]) -> None:
@@ -85,14 +106,17 @@ class RowCache:
         Raises:
             InputError: if they leave a gap.
         """
-        first = int(positions[0])
-        if first > self.lengths[row] or (len(positions) > 1 and (np.diff(positions) != 1).any()):
+        gap = int(positions[0]) > self.lengths[row]
+        jump = bool((np.diff(positions) != 1).any())
+        if gap or jump:
             raise InputError(
                 f"row {row} holds {self.lengths[row]} tokens, and its new positions {_few(positions)} do not follow: "
-                "in a cache that stays in place, a token's slot is its position"
+                "in a cache in place, a token's slot is its position"
             )
 
 
 def _few(numbers: Sequence[int] | NDArray[Any]) -> str:
-    shown = ", ".join(str(int(number)) for number in numbers[:5])
-    return f"[{shown}{', ...' if len(numbers) > 5 else ''}]"
+    shown = [str(int(number)) for number in numbers[:5]]
+    if len(numbers) > 5:
+        shown.append("...")
+    return f"[{', '.join(shown)}]"

@@ -1,7 +1,9 @@
-"""Whatever can be run and compared, opened by what it is: weights, TorchScript, ``.pt2``, ONNX."""
+"""Opening anything that runs by what a path holds: weights, TorchScript, ``.pt2``, ONNX."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,15 @@ from converters.containers.torch_zip import PROGRAMS, program_in
 from converters.io.reading import check_name
 
 from ..contract import has_onnx
-from .base import Decoder, Subject
+from .base import Decoder
+
+log = logging.getLogger(__name__)
 
 NAMES = {"weights": "weights", "onnx": "ONNX", **{kind: name for kind, (_, name) in PROGRAMS.items()}}
 
 
 def kind_of(path: str | Path) -> str:
-    """What a path holds, of ``NAMES``. Of a directory that has ONNX, the ONNX is meant."""
+    """Return what a path holds, a key of ``NAMES``. A directory with weights and ONNX is "onnx"."""
     path = Path(path)
     check_name(path)
     if has_onnx(path):
@@ -32,41 +36,59 @@ def _members(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, ValueError, OSError):
-        return []  # whoever opens it as weights says what is wrong
+        return []  # opening it as weights reports the fault
 
 
-def open_subject(
-    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
-) -> Subject:
-    """Open anything that can be run.
+def run_kind(path: str | Path, runtime: str | None) -> str:
+    """Return what of a path is run, a key of ``NAMES``.
 
     Args:
-        runtime: "torch" runs the weights of a directory that has ONNX as well; "onnx" insists on ONNX.
+        runtime: "torch" runs the weights of a directory that also has ONNX; "onnx" insists on ONNX; None prefers ONNX.
+
+    Raises:
+        FormatError: if torch is asked for, and the path is an ONNX file.
+    """
+    kind = kind_of(path)
+    if runtime == "onnx":
+        return "onnx"
+    if kind == "onnx" and runtime == "torch":
+        if Path(path).suffix == ".onnx":
+            raise FormatError(f"{path}: an ONNX model, which torch does not run")
+        return "weights"
+    return kind
+
+
+def open_decoder(
+    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
+) -> Decoder:
+    """Open anything that runs.
+
+    Args:
+        runtime: as for ``run_kind``.
+        n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
-    kind = kind_of(path)
-    if runtime == "onnx" or (kind == "onnx" and runtime is None):
+    kind = run_kind(path, runtime)
+    log.info("%s: run as %s", path, NAMES[kind])
+    if kind == "onnx":
         from .onnxruntime import OnnxDecoder
 
         return OnnxDecoder(path, precision=precision)
-    if kind == "onnx" and Path(path).suffix == ".onnx":
-        raise FormatError(f"{path}: an ONNX model, which torch does not run")
     if precision is not None:
-        meant = NAMES["weights" if kind == "onnx" else kind]
-        raise FormatError(f"{path}: precisions are for ONNX, and this would be run as {meant}")
+        raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
+    if kind == "weights":
+        return gpt2x_model(open_checkpoint(path, n_head=n_head))
     from .torch import ModuleDecoder
 
     if kind == "torchscript":
         return ModuleDecoder.from_torchscript(path)
-    if kind == "pt2":
-        return ModuleDecoder.from_pt2(path)
-    return gpt2x_model(open_checkpoint(path, n_head=n_head))
+    return ModuleDecoder.from_pt2(path)
 
 
-def gpt2x_model(checkpoint: Checkpoint) -> Subject:
+def gpt2x_model(checkpoint: Checkpoint) -> Decoder:
     """gpt2x's own model of a checkpoint."""
     from ..load import model_of
     from .torch import TorchDecoder
@@ -75,8 +97,9 @@ def gpt2x_model(checkpoint: Checkpoint) -> Subject:
 
 
 def as_decoder(model: Any) -> Decoder:
-    """A runtime as it is; a torch ``GPT2`` as a runtime."""
-    if hasattr(model, "step"):
+    """Return a torch module as a decoder; any other model is one already."""
+    torch = sys.modules.get("torch")  # whoever has a module has imported it
+    if torch is None or not isinstance(model, torch.nn.Module):
         return model  # type: ignore[no-any-return]
     from .torch import TorchDecoder
 

@@ -1,4 +1,4 @@
-"""GPT-2 in float64 numpy, as plainly as it can be written: the yardstick for every faster one."""
+"""GPT-2 in float64 numpy, written as plainly as possible: the reference for every faster runtime."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from converters import Checkpoint
 from converters.arrays import cast_array
 from converters.tensors import F64
+
+from .base import Decoder, Ids
 
 Array = NDArray[np.float64]
 
@@ -50,14 +52,21 @@ class Reference:
 
     def _attention(self, x: Array, layer: int) -> Any:
         c, (T, C) = self.config, x.shape
-        q, k, v = self._linear(x, f"h.{layer}.attn.c_attn").reshape(T, 3, c.n_head, C // c.n_head).transpose(1, 2, 0, 3)
-        scale = (c.head_dim**-0.5 if c.scale_attn_weights else 1) / (
-            layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
-        )
-        scores = np.where(np.tri(T, dtype=bool), q @ k.transpose(0, 2, 1) * scale, -np.inf)  # (H, T, T)
+        qkv = self._linear(x, f"h.{layer}.attn.c_attn").reshape(T, 3, c.n_head, C // c.n_head)
+        q, k, v = qkv.transpose(1, 2, 0, 3)  # (H, T, D) each
+        scores = q @ k.transpose(0, 2, 1) * self._scale(layer)  # (H, T, T)
+        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y = (weights / weights.sum(-1, keepdims=True)) @ v  # (H, T, D)
         return self._linear(y.transpose(1, 0, 2).reshape(T, C), f"h.{layer}.attn.c_proj")
+
+    def _scale(self, layer: int) -> float:
+        scale = 1.0
+        if self.config.scale_attn_weights:
+            scale = self.config.head_dim**-0.5
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        return scale
 
     def _linear(self, x: Array, name: str) -> Any:
         return x @ self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
@@ -66,3 +75,19 @@ class Reference:
         centred = x - x.mean(-1, keepdims=True)
         normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
         return normal * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
+
+
+class ReferenceDecoder(Decoder):
+    """The reference as a runtime, for one row without padding. Each step computes the whole row again."""
+
+    runtime = "gpt2x's reference in float64"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.reference = Reference(checkpoint)
+        self.config = checkpoint.config
+
+    def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Any, Any]:
+        """As ``Decoder.run``, with logits in float64. The cache is the list of the tokens so far."""
+        ids = [*(cache or []), *input_ids[0].tolist()]
+        logits = np.asarray(self.reference(ids))
+        return logits[None, -input_ids.shape[1] :], ids

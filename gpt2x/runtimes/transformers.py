@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+from converters import Checkpoint
 
-from converters import Checkpoint, GPT2Config
+from .base import Decoder, Ids
 
-from .base import Array
-
-
-class Uncached:
-    """A function from ids to logits as a subject that computes everything anew at each step, for one row."""
-
-    def __init__(self, logits: Callable[[Sequence[int]], Array], config: GPT2Config) -> None:
-        self.logits, self.config, self.n_ctx, self.n_vocab = logits, config, config.n_ctx, config.n_vocab
-        self.runtime = "gpt2x's reference in float64"
-
-    def run(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
-        """As ``Subject.run``."""
-        ids = [*(cache or []), *input_ids[0].tolist()]
-        return np.asarray(self.logits(ids))[None, -input_ids.shape[1] :], ids
-
-    def step(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
-        """As ``Decoder.step``."""
-        logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
-        return logits[:, -1], cache
+# Keys of config.json that transformers' GPT2Config does not take as arguments.
+NOT_ARGUMENTS = ("architectures", "model_type", "n_ctx")
 
 
-class Transformers:
+class Transformers(Decoder):
     """transformers' ``GPT2LMHeadModel`` with the weights of a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         import torch
         import transformers
-        from transformers import GPT2Config, GPT2LMHeadModel
 
-        from converters.config import to_hf
-
-        from ..load import state_of
-
-        config = GPT2Config(
-            **{k: v for k, v in to_hf(checkpoint.config).items() if k not in ("architectures", "model_type", "n_ctx")}
-        )
-        config._attn_implementation = "eager"
-        with torch.device("meta"):
-            self.model = GPT2LMHeadModel(config)
-        state = {
-            name if name.startswith("lm_head") else f"transformer.{name}": t.float()
-            for name, t in state_of(checkpoint).items()
-        }
-        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-        self.model.load_state_dict(state, assign=True, strict=True)
-        self.model.tie_weights()
-        self.model.eval()
+        self.model = _language_model(checkpoint)
         self.runtime = f"transformers {transformers.__version__}, in torch {torch.__version__}"
         self.config = checkpoint.config
-        self.n_ctx, self.n_vocab = checkpoint.config.n_ctx, checkpoint.config.n_vocab
 
-    def run(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
-        """As ``Subject.run``."""
+    def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Any, Any]:
+        """As ``Decoder.run``. The cache is transformers' own."""
         import torch
 
         mask = None if attention_mask is None else torch.from_numpy(attention_mask)
@@ -75,7 +38,30 @@ class Transformers:
             )
         return out.logits.numpy(), out.past_key_values
 
-    def step(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Any]:
-        """As ``Decoder.step``."""
-        logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
-        return logits[:, -1], cache
+
+def _language_model(checkpoint: Checkpoint) -> Any:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from converters.config import to_hf
+
+    values = to_hf(checkpoint.config)
+    config = GPT2Config(**{key: value for key, value in values.items() if key not in NOT_ARGUMENTS})
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    model.load_state_dict(_state(checkpoint), assign=True, strict=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """transformers' names -> float32 tensors."""
+    from ..load import state_of
+
+    state = {}
+    for name, tensor in state_of(checkpoint).items():
+        theirs = name if name.startswith("lm_head") else f"transformer.{name}"
+        state[theirs] = tensor.float()
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    return state

@@ -1,93 +1,39 @@
-"""How far two models' logits are apart, and how far they may be."""
+"""How much the logits of two models differ, and how much they may differ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..precisions import FP32 as FP32_PRECISION
+from ..precisions import Bounds
+
 Array = NDArray[Any]
 
+FP32 = FP32_PRECISION.bounds
+# A model against itself: one pass against chunks.
+PREFILL = Bounds(1e-3, 2e-4, 5e-3, 5e-4, 1e-5, 1e-4)
+# Any precision with an int8 KV cache. The bounds of precisions are in ``gpt2x.precisions``.
+CACHE8 = Bounds(1.2e-2, 2.5e-3, 2e-2, 2.5e-3, 4e-5, 3e-3)
 
 BLOCK = 64  # positions that are compared at a time, so that memory stays small
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far logits may be apart. Errors are in shares of the largest logit.
-
-    A disagreement on the likeliest token, or on the five likeliest, counts where the yardstick's gap exceeds twice
-    ``max_abs_error``: under that it is a near tie, which rounding may decide either way.
-    """
-
-    max_abs_error: float = 1e-5  # of the largest logit of all
-    mean_abs_error: float = 2e-6
-    max_rel_error: float = 5e-5  # of the largest logit at the same position
-    mean_rel_error: float = 5e-6
-    kl_divergence: float = 1e-6  # nats, mean over positions
-    perplexity: float = 1e-5  # relative difference
-
-    def or_wider(self, metrics: Metrics, times: float) -> Bounds:
-        """The wider of these bounds and of so many times what exact arithmetic measures on a model."""
-        scale = metrics.max_logit or 1.0
-        apart = abs((metrics.perplexity_other or 1.0) / (metrics.perplexity or 1.0) - 1)
-        spread = math.sqrt(2 * metrics.kl_divergence / STEPS)  # of a mean over the fewest tokens that it is taken of
-        found = (
-            metrics.max_abs_error / scale,
-            metrics.mean_abs_error / scale,
-            metrics.max_rel_error,
-            metrics.mean_rel_error,
-            metrics.kl_divergence,
-            max(apart, spread),
-        )
-        return Bounds(*(max(own, times * value) for own, value in zip(astuple(self), found, strict=True)))
-
-
-FP32 = Bounds()
-
-
-# One pass against chunks of the same model.
-PREFILL = Bounds(1e-3, 2e-4, 5e-3, 5e-4, 1e-5, 1e-4)
-
-
-# Kind of numbers -> how far its logits may be from the source's, the narrowest first: about three times what was measured
-# on the model that ships with gpt2x (``docs/design.md`` lists it). fp16 was measured where it is computed in half floats, on
-# an emulated Neoverse N1; most x86 processors compute it in float32, with a hundredth of the KL. What each precision stores
-# is also compared with the source, block by block (``gpt2x.stored``).
-CACHE8 = "8-bit cache"
-
-
-BOUNDS = {
-    "fp32": FP32,
-    "fp16": Bounds(8e-3, 7e-4, 1.7e-2, 1.5e-3, 3e-5, 1.4e-3),
-    CACHE8: Bounds(1.2e-2, 2.5e-3, 2e-2, 2.5e-3, 4e-5, 3e-3),
-    "int8": Bounds(3e-2, 7e-3, 5.5e-2, 7e-3, 3e-4, 4e-3),
-    "w8a8": Bounds(5e-2, 8e-3, 8e-2, 8e-3, 6e-4, 6e-3),
-    "int4": Bounds(3e-1, 5e-2, 4.5e-1, 5e-2, 2.5e-2, 1e-1),
-}
-
-
-TIMES = 3  # a bound, as a multiple of what was measured
-
-
-# The same where exact arithmetic was measured: an ARM processor sums halves in halves, which loses three times as much.
-TIMES_EXACT = {"fp16": 9}
-
-
-FEW = 16  # positions, over which a mean is not one yet
+STEPS = 64  # tokens of the token-by-token comparison
+FEW = 16  # a mean over fewer positions varies much,
+FEW_FACTOR = 3  # so its bound is this many times larger
 
 
 @dataclass
 class Metrics:
-    """How far apart two sets of logits are.
+    """How much two sets of logits differ.
 
-    ``max_rel_error`` and ``mean_rel_error`` are relative to the largest logit at the same position. KL divergence is of
-    the yardstick's distribution from the other's, in nats. ``top1_gap`` is the widest gap between the yardstick's first
-    and second token where the two disagree on the first; ``top5_gap`` likewise between its fifth and sixth.
+    ``max_rel_error`` and ``mean_rel_error`` are relative to the largest logit at the same position. The KL divergence is of
+    the other distribution from the reference's, in nats. ``top1_gap`` is the largest gap between the reference's first and
+    second logit where top-1 disagrees; ``top5_gap`` likewise between its fifth and sixth.
     """
 
     positions: int
@@ -102,49 +48,57 @@ class Metrics:
     top5_agreement: float
     top1_gap: float
     top5_gap: float
-    perplexity: float | None = None  # the yardstick's
+    perplexity: float | None = None  # the reference's
     perplexity_other: float | None = None
     error_by_position: list[float] = field(default_factory=list, repr=False)
     kl_by_position: list[float] = field(default_factory=list, repr=False)
 
     def limits(self, bounds: Bounds) -> dict[str, float]:
-        """The largest value that each metric may have, in its own unit."""
+        """The largest value of each metric that passes, in the metric's unit."""
+        kl_factor = FEW_FACTOR if self.positions < FEW else 1
         return {
             "max_abs_error": bounds.max_abs_error * self.max_logit,
             "mean_abs_error": bounds.mean_abs_error * self.max_logit,
             "max_rel_error": bounds.max_rel_error,
             "mean_rel_error": bounds.mean_rel_error,
-            "kl_divergence": bounds.kl_divergence * (TIMES if self.positions < FEW else 1),
+            "kl_divergence": bounds.kl_divergence * kl_factor,
         }
 
     def failures(self, bounds: Bounds = FP32) -> list[str]:
-        """What is out of bounds, by the name of the metric."""
+        """A message for each metric that is out of bounds."""
         if not np.isfinite(self.max_logit):
-            return ["the first one's logits are not all numbers: nothing can be compared"]
+            return ["the first model's logits contain NaN or infinity: nothing can be compared"]
         if not np.isfinite(self.max_abs_error):
-            return ["max_abs_error is not a number: the second one's logits are not all numbers"]
+            return ["max_abs_error is not finite: the second model's logits contain NaN or infinity"]
         limits = self.limits(bounds)
-        values = {name: getattr(self, name) for name in limits}
-        faults = [f"{n} is {values[n]:.2e} (bound {limits[n]:.2e})" for n in limits if not values[n] <= limits[n]]
-        near = 2 * limits["max_abs_error"]
-        for name, share, gap in (
+        faults = []
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not value <= limit:
+                faults.append(f"{name} is {value:.2e} (bound {limit:.2e})")
+        near_tie = 2 * limits["max_abs_error"]
+        for name, agreement, gap in (
             ("top1_agreement", self.top1_agreement, self.top1_gap),
             ("top5_agreement", self.top5_agreement, self.top5_gap),
         ):
-            if not gap <= near:
-                faults.append(f"{name} is {share:.2%}, with a gap of {gap:.2e} (bound {near:.2e})")
+            if not gap <= near_tie:
+                faults.append(f"{name} is {agreement:.2%}, with a gap of {gap:.2e} (bound {near_tie:.2e})")
         if self.perplexity is not None and self.perplexity_other is not None:
-            apart = abs(self.perplexity_other / self.perplexity - 1)
-            if not apart <= bounds.perplexity:
+            difference = abs(self.perplexity_other / self.perplexity - 1)
+            if not difference <= bounds.perplexity:
                 faults.append(f"perplexity is {self.perplexity_other:.6g}, not {self.perplexity:.6g}")
         return faults
 
 
 def measure(expected: Array, found: Array, targets: Sequence[int] | None = None) -> Metrics:
-    """Compare logits (N, V) with the yardstick's; ``targets`` are the tokens that came after the first of them."""
+    """Compare logits (N, V) with the reference's (N, V).
+
+    Args:
+        targets: the next tokens of the first positions, for the perplexity.
+    """
     parts = [_Part.of(expected[i : i + BLOCK], found[i : i + BLOCK]) for i in range(0, len(expected), BLOCK)]
     error, mean, largest, kl, gap1, gap5, same1, same5 = (
-        np.concatenate([getattr(p, f) for p in parts]) for f in _Part.__dataclass_fields__
+        np.concatenate([getattr(part, name) for part in parts]) for name in _Part.__dataclass_fields__
     )
     scale = np.where(largest > 0, largest, 1)
     with np.errstate(invalid="ignore"):
@@ -167,7 +121,8 @@ def measure(expected: Array, found: Array, targets: Sequence[int] | None = None)
     )
     if targets is not None and len(targets):
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            metrics.perplexity, metrics.perplexity_other = (perplexity(x, targets) for x in (expected, found))
+            metrics.perplexity = perplexity(expected, targets)
+            metrics.perplexity_other = perplexity(found, targets)
     return metrics
 
 
@@ -177,7 +132,7 @@ def _rounded(values: Array) -> list[float]:
 
 @dataclass
 class _Part:
-    """Some positions' figures, an array of one a position each."""
+    """The metrics of some positions: arrays of one value for each."""
 
     error: Array
     mean: Array
@@ -192,19 +147,19 @@ class _Part:
     def of(cls, expected: Array, found: Array) -> _Part:
         x, y = expected.astype(np.float64), found.astype(np.float64)  # (n, V)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            apart = np.abs(x - y)
+            difference = np.abs(x - y)
             p, q = log_softmax(x), log_softmax(y)
-            kl = np.maximum((np.exp(p) * (p - q)).sum(1), 0)  # rounding makes tiny ones negative
+            kl = np.maximum((np.exp(p) * (p - q)).sum(1), 0)  # rounding can make tiny ones negative
         best, other = top(x, 6), top(y, 6)  # (n, 6)
         logits = np.take_along_axis(x, best, 1)
         gap1, gap5 = (_gap(logits, k) for k in (1, 5))
         same1 = best[:, 0] == other[:, 0]
         same5 = (np.sort(best[:, :5], 1) == np.sort(other[:, :5], 1)).all(1)
-        return cls(apart.max(1), apart.mean(1), np.abs(x).max(1), kl, gap1, gap5, same1, same5)
+        return cls(difference.max(1), difference.mean(1), np.abs(x).max(1), kl, gap1, gap5, same1, same5)
 
 
 def top(logits: Array, k: int) -> Array:
-    """The k likeliest tokens of each row, the likeliest first: (n, V) -> (n, k), or (n, V) where there are fewer."""
+    """The k most likely tokens of each row, in order: (n, V) -> (n, k), or (n, V) if there are fewer."""
     k = min(k, logits.shape[1])
     some = np.argpartition(-logits, k - 1, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(logits, some, 1), axis=1, kind="stable")
@@ -212,25 +167,52 @@ def top(logits: Array, k: int) -> Array:
 
 
 def _gap(logits: Array, k: int) -> Array:
-    """How far the k-th likeliest is from the next: sorted logits (n, m) -> (n,)."""
-    return logits[:, k - 1] - logits[:, k] if logits.shape[1] > k else np.full(len(logits), np.inf)
+    """The difference between the k-th logit and the next: sorted logits (n, m) -> (n,). Infinity if there is no next."""
+    if logits.shape[1] <= k:
+        return np.full(len(logits), np.inf)
+    gap: Array = logits[:, k - 1] - logits[:, k]
+    return gap
 
 
 def log_softmax(x: Array) -> Array:
-    """Logits (n, V) as logarithms of probabilities."""
+    """Logits (n, V) as log probabilities."""
     shifted = x - x.max(1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return result
 
 
 def perplexity(logits: Array, targets: Sequence[int]) -> float:
-    """How surprised logits (N, V) are by the N or fewer tokens that came next."""
-    lost = [
-        log_softmax(logits[i : i + BLOCK].astype(np.float64))[np.arange(len(t)), list(t)]
-        for i in range(0, len(targets), BLOCK)
-        if (t := targets[i : i + BLOCK])
-    ]
-    return float(np.exp(-np.concatenate(lost).mean()))
+    """Perplexity of logits (N, V) on the N or fewer tokens that come next."""
+    losses = []
+    for start in range(0, len(targets), BLOCK):
+        block = list(targets[start : start + BLOCK])
+        log_probabilities = log_softmax(logits[start : start + BLOCK].astype(np.float64))
+        losses.append(log_probabilities[np.arange(len(block)), block])
+    return float(np.exp(-np.concatenate(losses).mean()))
 
 
-STEPS = 64  # tokens that are fed one by one from the start
+def widened(bounds: Bounds, metrics: Metrics, times: float) -> Bounds:
+    """Bounds of at least ``times`` the error that exact arithmetic has on a model.
+
+    Args:
+        metrics: of exact arithmetic against the reference.
+    """
+    scale = metrics.max_logit or 1.0
+    ratio = (metrics.perplexity_other or 1.0) / (metrics.perplexity or 1.0)
+    # The standard deviation of a mean of so few positions: less than that cannot be told from chance.
+    spread = math.sqrt(2 * metrics.kl_divergence / STEPS)
+    measured = Bounds(
+        max_abs_error=metrics.max_abs_error / scale,
+        mean_abs_error=metrics.mean_abs_error / scale,
+        max_rel_error=metrics.max_rel_error,
+        mean_rel_error=metrics.mean_rel_error,
+        kl_divergence=metrics.kl_divergence,
+        perplexity=max(abs(ratio - 1), spread),
+    )
+    pairs = zip(astuple(bounds), astuple(measured), strict=True)
+    return Bounds(*(max(bound, times * error) for bound, error in pairs))
+
+
+def loosest(bounds: Iterable[Bounds]) -> Bounds:
+    """The bounds that allow the largest errors."""
+    return max(bounds, key=lambda one: one.max_abs_error)

@@ -1,4 +1,4 @@
-"""What an ONNX model stores of each weight, against the checkpoint that it was made from."""
+"""Compare the weights that an ONNX model stores with those of the checkpoint that it was made from."""
 
 from __future__ import annotations
 
@@ -16,21 +16,18 @@ from converters.io.reading import File
 from converters.tensors import F32
 
 from .. import contract
+from ..precisions import Precision
 from ..precisions.quantize import SLICE, dequantize, unpack4
-from ..precisions.weights import BITS, TABLES
-from ..runtimes.onnxruntime import block_size
+from ..precisions.stored import TABLES
+from ..runtimes.onnx_model import block_size
 from .checks import Check
-
-# How far a block of weights may be from the source's. Rounding to nearest loses 1% and 10%; rounding by a text moves
-# weights further, those of small blocks too, to lose less in the end. A long column of w8a8 may hang on one large number.
-LOSSES = {"int8": 0.1, "w8a8": 0.25, "int4": 0.6}
 
 Array = NDArray[Any]
 
 
 class Stored(NamedTuple):
-    """What a model stores of a weight: numbers, and their scales if it is quantised. Both (K, ...), K being the axis that a
-    product sums over, and ``block`` of which share a scale."""
+    """A weight as a model stores it: values, or integers and their scales if it is quantized. The first axis is the one that
+    a product sums over; ``block`` values along it share a scale."""
 
     numbers: Array
     scale: Array | None
@@ -43,18 +40,17 @@ class Stored(NamedTuple):
         return self.scale is None or self.scale.shape == (blocks, self.numbers.shape[1])
 
     def values(self) -> NDArray[np.float32]:
-        """What they stand for."""
+        """The weight, dequantized."""
         if self.scale is None:
             return self.numbers.astype(np.float32)
         return dequantize(self.numbers, self.scale, self.block)
 
 
 def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Stored | None]]:
-    """Each weight of an ONNX model in turn; None where it has none of this name. The tables of tokens are transposed, if
-    they are quantised.
+    """Each weight of an ONNX model in turn; None if the model has no weight of this name. Quantized tables are transposed.
 
     Raises:
-        FormatError: if the file of weights is not whole.
+        FormatError: if the file of weights is truncated.
     """
     model = onnx.load(path, load_external_data=False)
     initializers = {tensor.name.removesuffix("_pairs"): tensor for tensor in model.graph.initializer}
@@ -64,51 +60,65 @@ def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
         if name not in initializers:
             yield name, None
             continue
-        numbers, scale = _array(path, initializers[name], shape), None
+        numbers = _array(path, initializers[name], shape)
+        scale = None
         if f"{name}_scale" in initializers:
             scale = _array(path, initializers[f"{name}_scale"])
         if name in TABLES and scale is not None:
             numbers, scale = numbers.T, scale.T
-        yield name, Stored(numbers, scale, given or len(numbers))  # or a whole column
+        yield name, Stored(numbers, scale, given or len(numbers))  # without a block size, a column has one scale
 
 
-def compare_stored(a: Checkpoint, path: Path, precision: str) -> Check:
-    """Every weight of an ONNX model, dequantised, against the checkpoint's: the worst block of each.
+def compare_stored(a: Checkpoint, path: Path, precision: Precision) -> Check:
+    """Compare every weight of an ONNX model, dequantized, with the checkpoint's.
 
     Raises:
-        FormatError: if the file of weights is not whole.
+        FormatError: if the file of weights is truncated.
     """
     calibrated = read_metadata(path).get(contract.ROUNDING) == "calibrated"
     tensors = a.cast(F32).tensors
-    faults, worst, bound = [], 0.0, LOSSES.get(precision, 0)
+    faults: list[str] = []
+    worst = 0.0  # error of a block, relative to the block
     for name, found in read_stored(path, a.config.shapes()):
-        expected = tensors[name].read()
         if found is None:
             faults.append(f"{name} is missing")
             continue
+        expected = tensors[name].read()
         if name in TABLES and found.scale is not None:
             expected = expected.T
-        if found.numbers.shape != expected.shape:
-            faults.append(f"{name} is {list(found.numbers.shape)}, not {list(expected.shape)}")
-        elif found.scale is None:
-            same = (found.numbers == expected.astype(found.numbers.dtype)).all()
-            faults += [] if same else [f"{name} is not the source's"]
-        elif not found.fits:
-            faults.append(f"{name} has scales {list(found.scale.shape)}, which are not of blocks of {found.block}")
-        else:
+        fault = _fault_of_layout(found, expected) or _fault_of_plain(found, expected)
+        if fault is None and found.scale is not None:
             lost = _loss(expected, found.values(), found.block, calibrated)
             worst = max(worst, lost)
-            if not lost <= bound:
-                faults.append(f"{name} has a block that is {lost:.0%} off (bound {bound:.0%})")
+            if not lost <= precision.worst_block:
+                fault = f"has a block with a relative error of {lost:.0%} (bound {precision.worst_block:.0%})"
+        if fault is not None:
+            faults.append(f"{name} {fault}")
     n = len(a.tensors)
-    result = (
-        f"{n} of {n} tensors, the worst block {worst:.1%} off" if precision in BITS else f"{n} of {n} tensors rounded"
-    )
-    return Check("weights", not faults, "; ".join(faults[:3]) or result, {"worst_block": worst, "failures": faults})
+    passed = f"worst block {worst:.1%} off" if precision.bits else "each rounded exactly"
+    result = "; ".join(faults[:3]) or f"{n} of {n} tensors, {passed}"
+    return Check("weights", not faults, result, {"worst_block": worst, "failures": faults})
+
+
+def _fault_of_layout(found: Stored, expected: Array) -> str | None:
+    """What is wrong with the shapes of a weight and its scales."""
+    if found.numbers.shape != expected.shape:
+        return f"is {list(found.numbers.shape)}, not {list(expected.shape)}"
+    if found.scale is not None and not found.fits:
+        return f"has scales {list(found.scale.shape)}, which do not match blocks of {found.block}"
+    return None
+
+
+def _fault_of_plain(found: Stored, expected: Array) -> str | None:
+    """What is wrong with the values of a weight that is not quantized."""
+    if found.scale is not None:
+        return None
+    same = (found.numbers == expected.astype(found.numbers.dtype)).all()
+    return None if same else "differs from the source"
 
 
 def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Array:
-    """An initializer in an external file; one of pairs of 4-bit numbers as those numbers, in their own shape."""
+    """An initializer, 4-bit integers unpacked to ``shape``."""
     facts = {entry.key: entry.value for entry in tensor.external_data}
     try:
         if not facts:
@@ -116,7 +126,7 @@ def _array(path: Path, tensor: Any, shape: tuple[int, ...] | None = None) -> Arr
         file = File(path.parent / Path(facts.get("location", path.name)).name)
         return _numbers(tensor, file.read(int(facts["offset"]), int(facts["length"])), shape)
     except (KeyError, ValueError):
-        raise FormatError(f"{path}: {tensor.name[:100]} is not stored as gpt2x stores it") from None
+        raise FormatError(f"{path}: {tensor.name[:100]} is not stored in the way that gpt2x writes it") from None
 
 
 def _numbers(tensor: Any, data: bytes, shape: tuple[int, ...] | None) -> Array:
@@ -127,8 +137,8 @@ def _numbers(tensor: Any, data: bytes, shape: tuple[int, ...] | None) -> Array:
 
 
 def _loss(expected: Array, found: Array, block: int, column: bool) -> float:
-    """The largest error of any block along the first axis, (K, N) each: root of the mean square, as a share of the block's
-    own, or with ``column`` of its whole column's where that is larger. Of zeros, 0 or infinite."""
+    """The largest root mean square error of a block along the first axis of (K, N), relative to the root mean square of the
+    block, or with ``column`` to that of its column if it is larger. Of a block of zeros, 0 or infinity."""
     starts = np.arange(0, len(expected), block)
     lengths = np.diff([*starts, len(expected)])[:, None]
     worst = 0.0

@@ -1,12 +1,14 @@
-"""Proof that two GPT-2s are one: the same weights, the same logits, the same words.
+"""Prove that two GPT-2s are the same: the same weights, the same logits, the same greedy tokens.
 
-Weights are compared as bytes and need no torch. How models are run against each other is in ``gpt2x.verify.scenarios``.
+Each kind of pair goes through the same steps: open both, compare what the files hold, run both, report. Weights are compared
+as bytes, without torch. ``gpt2x.verify.scenarios`` runs the models.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,19 +21,27 @@ from converters.formats import WEIGHTS
 from converters.tensors import F32
 from converters.tokenizer import TokenizerFiles
 
-from ..runtimes.base import Subject
-from ..runtimes.opening import gpt2x_model, kind_of, open_subject
-from ..runtimes.transformers import Transformers, Uncached
+from .. import contract
+from ..precisions import PRECISIONS, Bounds, Precision
+from ..runtimes.base import Decoder
+from ..runtimes.opening import gpt2x_model, kind_of, open_decoder
+from ..runtimes.reference import ReferenceDecoder
+from ..runtimes.transformers import Transformers
 from .checks import Check
-from .metrics import BOUNDS, CACHE8, FP32, TIMES, TIMES_EXACT, Bounds, measure
+from .metrics import CACHE8, FP32, loosest, measure, widened
 from .sample_text import sample_ids
 from .scenarios import compare_runs, one_pass
 from .weights import _compare_files, compare_release, compare_weights, rounded_like
 
+log = logging.getLogger(__name__)
+
+# Two models that differ here do not take the same tokens, so that their logits cannot be compared.
+TOKEN_SIZES = ("n_vocab", "n_ctx")
+
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, and what came out."""
+    """What was compared, and the results."""
 
     a: str
     b: str
@@ -39,25 +49,27 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared and nothing differed."""
+        """Whether something was compared and no check failed."""
         answers = [check.passed for check in self.checks]
         return True in answers and False not in answers
 
     def to_json(self) -> str:
-        """The report for machines."""
+        """The report as JSON."""
         return json.dumps(_finite({"passed": self.passed, **asdict(self)}), indent=2, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity: null."""
+    """The same value with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-# ------------------------------------------------------------------------------------------------- whole reports
+# ------------------------------------------------------------------------------------------------- pairs of models
 
 
 def verify(
@@ -72,166 +84,202 @@ def verify(
 ) -> Report:
     """Compare any two of: weights, TorchScript, ``.pt2``, ONNX.
 
-    Of a directory with weights and ONNX, ``a`` means the weights and ``b`` the ONNX.
+    If a directory has weights and ONNX, ``a`` means the weights and ``b`` the ONNX.
 
     Args:
-        text: what to run them on; by default a scene of Shakespeare's.
-        runtime: "torch" takes the weights of ``b``, too; "onnx" insists on its ONNX.
-        n_head: attention heads, where nothing beside the weights says it.
-        precision: which ONNX model of ``b``, or of ``a`` if only that has some; by default fp32, or else the only one.
-        rounded: compare the weights of ``b`` with those of ``a`` rounded as ``b`` stores each.
+        text: the text to run both on; by default a scene of Shakespeare.
+        runtime: "torch" uses the weights of ``b``, too; "onnx" insists on its ONNX.
+        n_head: attention heads, if nothing beside the weights says it.
+        precision: which ONNX model of ``b``, or of ``a`` if only ``a`` has any; by default fp32, or else the only one.
+        rounded: compare the weights of ``b`` with those of ``a`` after rounding them to the dtypes of ``b``.
 
     Raises:
-        ConversionError: if one of them cannot be opened, or what is to be rounded is no weights.
+        ConversionError: if one of them cannot be opened, or ``rounded`` is asked of anything but weights.
     """
-    first = _weights_of(a, n_head, insist=kind_of(a) == "weights")
-    other = "onnx" if runtime == "onnx" else "weights" if runtime == "torch" and Path(b).is_dir() else kind_of(b)
-    if rounded and (first is None or other != "weights"):
-        raise ConversionError(f"{b if first else a}: rounding is compared of weights with weights; leave --rounded out")
-    if kind_of(a) == "onnx" and other == "weights" and runtime is None and not rounded:
-        return verify_export(open_checkpoint(b, n_head=n_head), a, text, precision)  # what can be wrong is run
-    if first is None:
-        second = open_subject(b, runtime, n_head=n_head, precision=precision)
-        return _verify_runs(a, b, open_subject(a, n_head=n_head), second, text, n_head)
-    if other == "weights":
-        return verify_checkpoints(first, open_checkpoint(b, n_head=n_head), text, rounded)
-    report = verify_export(first, b, text, precision)
-    if kind_of(a) == "onnx" and Path(a).resolve() != Path(b).resolve():
-        report.checks.append(Check("ONNX of the first", None, "not run: its weights were; give it as the second"))
-    return report
+    first = _weights_of(a, n_head)
+    second_kind = _kind_of_second(b, runtime)
+    if rounded and (first is None or second_kind != "weights"):
+        raise ConversionError(f"{b if first else a}: --rounded compares weights with weights only: leave it out")
+    match kind_of(a), second_kind:
+        case "onnx", "weights" if runtime is None and not rounded:
+            # A directory with both may be the first. Its ONNX is what can be wrong.
+            return verify_export(open_checkpoint(b, n_head=n_head), a, text, precision)
+        case _ if first is None:
+            second = open_decoder(b, runtime, n_head=n_head, precision=precision)
+            return _verify_programs(a, b, open_decoder(a, n_head=n_head), second, text, n_head)
+        case _, "weights":
+            return verify_checkpoints(first, open_checkpoint(b, n_head=n_head), text, rounded)
+        case "onnx", _ if Path(a).resolve() != Path(b).resolve():
+            report = verify_export(first, b, text, precision)
+            remark = Check("ONNX of the first", None, "not run: its weights were compared; pass it as the second")
+            return replace(report, checks=[*report.checks, remark])
+        case _:
+            return verify_export(first, b, text, precision)
 
 
-def _weights_of(path: str | Path, n_head: int | None, insist: bool = False) -> Checkpoint | None:
-    """The weights that a path holds; None where it holds none and that is no fault."""
-    if not insist and not Path(path).is_dir():
+def _weights_of(path: str | Path, n_head: int | None) -> Checkpoint | None:
+    """The weights of a path; None if it holds a program, or a directory of ONNX without weights."""
+    if kind_of(path) == "weights":
+        return open_checkpoint(path, n_head=n_head)
+    if not Path(path).is_dir():
         return None
     try:
         return open_checkpoint(path, n_head=n_head)
     except ConversionError:
-        if insist:
-            raise
         return None
 
 
-def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precision: str | None = None) -> Report:
-    """A checkpoint against what it was exported to. The weights of ONNX are compared as well: those of fp32 byte by byte,
-    other precisions' block by block.
+def _kind_of_second(path: str | Path, runtime: str | None) -> str:
+    if runtime == "onnx":
+        return "onnx"
+    if runtime == "torch" and Path(path).is_dir():
+        return "weights"
+    return kind_of(path)
 
-    Where torch is missing, the yardstick is the float64 reference, which is slow.
+
+def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precision: str | None = None) -> Report:
+    """Compare a checkpoint with what it was exported to.
+
+    The weights in ONNX are compared as well: byte by byte in fp32, block by block in other precisions. Without torch, the
+    reference is the float64 one, which is slow.
     """
-    names = str(a.source), f"{b} ({precision})" if precision else str(b)
-    subject = open_subject(b, precision=precision)
-    checks = [_same_configs(a.config, subject.config)]
+    model = open_decoder(b, precision=precision)
+    checks = [compare_configs(a.config, model.config)]
     if kind_of(b) == "onnx":
-        checks += _compare_onnx(a, Path(b), subject)
-    if not a.config.differences(subject.config, ("n_vocab", "n_ctx")):
-        yardstick = gpt2x_model(a) if _installed("torch") else _reference(a)
-        tokenizer = a.tokenizer or _tokenizer_of(b)
-        ran = _runs(yardstick, subject, tokenizer, text)
-        inexact = bounds_of(subject) != FP32 and not _failed(checks)  # what it stores is the source's, rounded
-        if inexact and _failed(ran):
-            ran = _run_again(a, yardstick, subject, tokenizer, text) or ran
-        checks += ran
-    return Report(*names, checks)
+        checks += _compare_onnx(a, Path(b), model)
+    if not a.config.differences(model.config, TOKEN_SIZES):
+        checks += _run_export(a, b, model, text, faithful=not _failed(checks))
+    name = f"{b} ({precision})" if precision else str(b)
+    return Report(str(a.source), name, checks)
+
+
+def _run_export(a: Checkpoint, b: str | Path, model: Decoder, text: str | None, *, faithful: bool) -> list[Check]:
+    """Run a checkpoint and its export.
+
+    Some models lose more in few bits than others. If one is out of its precision's bounds, and its weights are
+    ``faithful``, the source's after rounding, the bounds are measured on this very model, and it is run again.
+    """
+    reference = gpt2x_model(a) if _installed("torch") else ReferenceDecoder(a)
+    tokenizer = a.tokenizer or _tokenizer_of(b)
+    checks = _run(reference, model, tokenizer, text)
+    inexact = bounds_of(model) != FP32
+    measurable = _installed("torch") and _installed("onnx")
+    if inexact and faithful and measurable and _failed(checks):
+        bounds, remark = _measured_bounds(a, reference, model, tokenizer, text)
+        return [remark, *_run(reference, model, tokenizer, text, bounds)]
+    return checks
+
+
+def _measured_bounds(
+    a: Checkpoint, reference: Decoder, model: Decoder, tokenizer: TokenizerFiles | None, text: str | None
+) -> tuple[Bounds, Check]:
+    """Bounds by what exact arithmetic loses on this model, and a remark for the report."""
+    from .exact_arithmetic import rounded_model
+
+    log.info("out of the bounds of %s: measuring what exact arithmetic loses", model.precision)
+    ids, _ = sample_ids(reference.config, tokenizer, text)
+    exact = measure(one_pass(reference, ids), one_pass(rounded_model(a, model), ids), ids[1:])
+    times = times_exact(model)
+    remark = (
+        f"{model.precision} loses more on this model than on most: computed exactly, its KL divergence is "
+        f"{exact.kl_divergence:.1e}; the bounds are {times} times the exact result"
+    )
+    return widened(bounds_of(model), exact, times), Check("bounds", None, remark)
+
+
+def _verify_programs(
+    a: str | Path, b: str | Path, first: Decoder, second: Decoder, text: str | None, n_head: int | None
+) -> Report:
+    """Compare two models of which the first is not a checkpoint. If the second is, it is the reference."""
+    weights = _compare_files(first.path or a, second.path or b, n_head)
+    checks = [compare_configs(first.config, second.config), weights]
+    if not first.config.differences(second.config, TOKEN_SIZES):
+        reference, model = (second, first) if kind_of(b) == "weights" else (first, second)
+        checks += _run(reference, model, _tokenizer_of(a, b), text)
+    return Report(str(a), str(b), checks)
+
+
+def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None, rounded: bool = False) -> Report:
+    """Compare two checkpoints: configuration, weights, tokenizer, logits and greedy tokens.
+
+    Args:
+        rounded: round the first's weights as ``rounded_like`` does.
+    """
+    checks = [compare_configs(a.config, b.config)]
+    if rounded:
+        a = rounded_like(a, b)
+        checks.append(_rounding(b))
+    elif _dtypes_differ(a, b):
+        remark = "the files hold different dtypes; --rounded rounds the first model's values to the second's dtypes"
+        checks.append(Check("rounding", None, remark))
+    checks += [compare_weights(a, b), compare_tokenizers(a, b)]
+    if a.config.differences(b.config, TOKEN_SIZES):
+        checks.append(Check("logits", None, "not compared: vocabulary or context length differ"))
+    elif not _installed("torch"):
+        checks.append(Check("logits", None, needs_torch()))
+    else:
+        checks += _run(gpt2x_model(a), gpt2x_model(b), a.tokenizer, text)
+    return Report(str(a.source), str(b.source), checks)
+
+
+def _rounding(b: Checkpoint) -> Check:
+    counts = Counter(dtype for dtype, _ in b.stored.values())
+    dtypes = ", ".join(f"{n} in {dtype}" for dtype, n in counts.items())
+    return Check("rounding", None, f"the first model's tensors are rounded to the second's dtypes: {dtypes}")
+
+
+def _dtypes_differ(a: Checkpoint, b: Checkpoint) -> bool:
+    shared = a.tensors.keys() & b.tensors.keys()
+    return any(a.stored[name][0] != b.stored[name][0] for name in shared)
+
+
+def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
+    """Compare gpt2x's model of a checkpoint with transformers, or with the float64 reference if that is missing."""
+    if not _installed("torch"):
+        return Report(str(a.source), "nothing", [Check("logits", None, needs_torch())])
+    if _installed("transformers"):
+        return Report(str(a.source), "transformers", _run(Transformers(a), gpt2x_model(a), a.tokenizer, text))
+    return Report(str(a.source), "float64 reference", _run(ReferenceDecoder(a), gpt2x_model(a), a.tokenizer, text))
+
+
+def verify_release(a: Checkpoint) -> Report:
+    """Compare a checkpoint with the checksums of OpenAI's 124M release."""
+    return Report(str(a.source), "openai-124M", [compare_release(a)])
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+def _run(
+    reference: Decoder,
+    model: Decoder,
+    tokenizer: TokenizerFiles | None,
+    text: str | None,
+    bounds: Bounds | None = None,
+) -> list[Check]:
+    """Run both on a full context, and state what runs on which tokens."""
+    ids, described = sample_ids(reference.config, tokenizer, text)
+    runtimes = f"{model.runtime} against {reference.runtime}"
+    log.info("running %s on %d tokens", runtimes, len(ids))
+    checks = compare_runs(reference, model, ids, bounds or bounds_of(reference, model))
+    return [Check("run", None, runtimes), Check("text", None, described), *checks]
 
 
 def _failed(checks: Sequence[Check]) -> bool:
     return any(check.passed is False for check in checks)
 
 
-def _run_again(
-    a: Checkpoint, yardstick: Subject, subject: Subject, tokenizer: TokenizerFiles | None, text: str | None
-) -> list[Check]:
-    """Judge a model that is out of its precision's bounds by what exact arithmetic gives on this very model: some lose more
-    in few bits than others. Nothing where that cannot be computed."""
-    if not (_installed("torch") and _installed("onnx")):
-        return []
-    from .exact_arithmetic import rounded_model
-
-    ids, _ = sample_ids(yardstick.config, tokenizer, text)
-    found = measure(one_pass(yardstick, ids), one_pass(rounded_model(a, subject), ids), ids[1:])
-    precision, times = precision_of(subject), times_exact(subject)
-    said = (
-        f"{precision} loses more on this model than on most: computed exactly, its KL divergence is "
-        f"{found.kl_divergence:.1e}; the bounds are {times} times the exact result"
-    )
-    bounds = bounds_of(subject).or_wider(found, times)
-    return [Check("bounds", None, said), *_runs(yardstick, subject, tokenizer, text, bounds)]
-
-
-def _reference(a: Checkpoint) -> Subject:
-    from ..runtimes.reference import Reference
-
-    return Uncached(Reference(a), a.config)
-
-
-def _verify_runs(
-    a: str | Path, b: str | Path, first: Subject, second: Subject, text: str | None, n_head: int | None
-) -> Report:
-    """Two of which the first is no checkpoint. A checkpoint is the better yardstick, on whichever side it is."""
-    weights = _compare_files(getattr(first, "path", a), getattr(second, "path", b), n_head)
-    checks = [_same_configs(first.config, second.config), weights]
-    if not first.config.differences(second.config, ("n_vocab", "n_ctx")):
-        yardstick, subject = (second, first) if kind_of(b) == "weights" else (first, second)
-        checks += _runs(yardstick, subject, _tokenizer_of(a, b), text)
-    return Report(str(a), str(b), checks)
-
-
 def _tokenizer_of(*paths: str | Path) -> TokenizerFiles | None:
-    folders = (Path(path) if Path(path).is_dir() else Path(path).parent for path in paths)
-    return next((found for folder in folders if (found := find_tokenizer(folder))), None)
-
-
-def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None, rounded: bool = False) -> Report:
-    """Two checkpoints: configuration, weights, tokenizer, logits and words; ``rounded`` as ``rounded_like`` does."""
-    checks = [_same_configs(a.config, b.config)]
-    if rounded:
-        a = rounded_like(a, b)
-        said = ", ".join(f"{n} in {kind}" for kind, n in Counter(kind for kind, _ in b.stored.values()).items())
-        checks += [Check("rounding", None, f"the first's tensors are rounded as the second's file holds them: {said}")]
-    elif any(a.stored[name][0] != b.stored[name][0] for name in a.tensors.keys() & b.tensors.keys()):
-        said = "the two files hold other number formats; --rounded rounds the first's values as the second's file does"
-        checks += [Check("rounding", None, said)]
-    checks += [compare_weights(a, b), compare_tokenizers(a, b)]
-    if a.config.differences(b.config, ("n_vocab", "n_ctx")):
-        checks += [Check("logits", None, "not compared: the models take different tokens")]
-    elif not _installed("torch"):
-        checks += [Check("logits", None, needs_torch())]
-    else:
-        checks += _runs(gpt2x_model(a), gpt2x_model(b), a.tokenizer, text)
-    return Report(str(a.source), str(b.source), checks)
-
-
-def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
-    """A checkpoint run by gpt2x against transformers, or the float64 reference where that is missing."""
-    if not _installed("torch"):
-        return Report(str(a.source), "nothing", [Check("logits", None, needs_torch())])
-    if _installed("transformers"):
-        return Report(str(a.source), "transformers", _runs(Transformers(a), gpt2x_model(a), a.tokenizer, text))
-    return Report(str(a.source), "float64 reference", _runs(_reference(a), gpt2x_model(a), a.tokenizer, text))
-
-
-def verify_release(a: Checkpoint) -> Report:
-    """A checkpoint against the checksums of OpenAI's 124M release: needs nothing but the table."""
-    return Report(str(a.source), "openai-124M", [compare_release(a)])
-
-
-def _runs(
-    yardstick: Subject,
-    subject: Subject,
-    tokenizer: TokenizerFiles | None,
-    text: str | None,
-    bounds: Bounds | None = None,
-) -> list[Check]:
-    """Both run on a full context, and a word on which tokens these are."""
-    ids, said = sample_ids(yardstick.config, tokenizer, text)
-    ran = f"{subject.runtime} against {yardstick.runtime}"
-    checks = compare_runs(yardstick, subject, ids, bounds or bounds_of(yardstick, subject))
-    return [Check("run", None, ran), Check("text", None, said), *checks]
+    """The first tokenizer in the directories of these paths."""
+    for path in map(Path, paths):
+        found = find_tokenizer(path if path.is_dir() else path.parent)
+        if found:
+            return found
+    return None
 
 
 def needs_torch() -> str:
-    """What to say where torch is missing."""
+    """The result of a check that needs torch, if torch is missing."""
     return "not compared: needs torch (pip install 'gpt2x[torch]')"
 
 
@@ -239,73 +287,75 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def precision_of(subject: Subject) -> str:
-    """How a model stores its weights; all but some ONNX are fp32."""
-    return str(getattr(subject, "precision", "fp32"))
+def bounds_of(*models: Decoder) -> Bounds:
+    """The bounds for models that are compared: the widest of their precisions, and of an 8-bit cache."""
+    found = [PRECISIONS[model.precision].bounds for model in models]
+    if any(contract.has_int8_cache(model.cache_kind) for model in models):
+        found.append(CACHE8)
+    return loosest(found)
 
 
-def bounds_of(*subjects: Subject) -> Bounds:
-    """How far two models may be apart: as far as the coarser's numbers, of weights or cache, let them."""
-    kinds = [precision_of(subject) for subject in subjects]
-    kinds += [CACHE8 for subject in subjects if getattr(subject, "cache_kind", "").endswith("int8")]
-    return BOUNDS[max(kinds, key=list(BOUNDS).index)]
+def times_exact(model: Decoder) -> int:
+    """A bound, as a multiple of what exact arithmetic loses in this precision."""
+    return PRECISIONS[model.precision].exact_multiple
 
 
-def times_exact(subject: Subject) -> int:
-    """A bound, as a multiple of what exact arithmetic gives in this precision."""
-    return TIMES_EXACT.get(precision_of(subject), TIMES)
+# -------------------------------------------------------------------------------------------------- what files hold
 
 
-# ------------------------------------------------------------------------------------------------- single checks
-
-
-def _compare_beside(a: Checkpoint, b: Path, seen: Sequence[Path]) -> list[Check]:
-    """The weights in the directory of an ONNX model, which transformers loads, if they are in files that are not seen yet."""
-    if not any((b / name).is_file() for name in WEIGHTS):
-        return []
-    try:
-        home = open_checkpoint(b)
-    except ConversionError as error:
-        return [Check("weights beside", False, str(error).splitlines()[0])]
-    if {file.resolve() for file in home.files} <= {file.resolve() for file in seen}:
-        return []
-    return [replace(compare_weights(a.cast(F32), home.cast(F32)), name="weights beside")]
-
-
-def _compare_onnx(a: Checkpoint, b: Path, subject: Subject) -> list[Check]:
-    """The weights that an ONNX model has by their names, and any others in its directory."""
-    if (stored := precision_of(subject)) != "fp32":
-        return [_compare_stored(a, subject, stored), *_compare_beside(a, b, a.files)]
-    try:
-        used = open_checkpoint(subject.path)  # type: ignore[attr-defined]
-    except ConversionError as error:
-        return [Check("weights", None, f"not compared: {str(error).splitlines()[0]}")]
-    checks = [compare_weights(a.cast(F32), used.cast(F32)), *_compare_beside(a, b, (*a.files, *used.files))]
-    return [*checks, compare_tokenizers(a, used)]
-
-
-def _compare_stored(a: Checkpoint, subject: Subject, precision: str) -> Check:
-    """What an ONNX model of another precision than fp32 stores, against the checkpoint."""
-    if not _installed("onnx"):
-        return Check("weights", None, "not compared: needs onnx (pip install 'gpt2x[export]')")
-    from .quantized_weights import compare_stored
-
-    return compare_stored(a, subject.path, precision)  # type: ignore[attr-defined]
-
-
-def _same_configs(a: GPT2Config, b: GPT2Config) -> Check:
-    """Everything that decides shapes and arithmetic."""
+def compare_configs(a: GPT2Config, b: GPT2Config) -> Check:
+    """Compare everything that decides shapes and arithmetic."""
     differences = a.differences(b)
     return Check("configuration", not differences, "; ".join(differences) or "the same", {"differences": differences})
 
 
 def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> Check:
-    """The vocabularies and merges beside the two."""
+    """Compare the vocabularies and merges beside two checkpoints."""
+    if not a.tokenizer and not b.tokenizer:
+        return Check("tokenizer", None, "not compared: neither has one")
     if not a.tokenizer or not b.tokenizer:
-        return Check(
-            "tokenizer",
-            None,
-            "not compared: " + ("neither has one" if not (a.tokenizer or b.tokenizer) else "only one has one"),
-        )
+        return Check("tokenizer", None, "not compared: only one has one")
     same = a.tokenizer.vocabulary() == b.tokenizer.vocabulary()
     return Check("tokenizer", same, "the same vocabulary and merges" if same else "the vocabularies or merges differ")
+
+
+def _compare_onnx(a: Checkpoint, b: Path, model: Decoder) -> list[Check]:
+    """Compare the weights in an ONNX model, by their names, and any others in its directory."""
+    path = model.path
+    assert path is not None  # an ONNX model comes from a file
+    precision = PRECISIONS[model.precision]
+    if not precision.keeps_source:
+        return [_compare_stored(a, path, precision), *_compare_beside(a, b, a.files)]
+    try:
+        used = open_checkpoint(path)
+    except ConversionError as error:
+        return [Check("weights", None, f"not compared: {_first_line(error)}")]
+    weights = compare_weights(a.cast(F32), used.cast(F32))
+    return [weights, *_compare_beside(a, b, (*a.files, *used.files)), compare_tokenizers(a, used)]
+
+
+def _compare_stored(a: Checkpoint, path: Path, precision: Precision) -> Check:
+    """Compare the rounded weights in an ONNX model with the checkpoint's."""
+    if not _installed("onnx"):
+        return Check("weights", None, "not compared: needs onnx (pip install 'gpt2x[export]')")
+    from .quantized_weights import compare_stored
+
+    return compare_stored(a, path, precision)
+
+
+def _compare_beside(a: Checkpoint, b: Path, seen: Sequence[Path]) -> list[Check]:
+    """Compare the weights in an ONNX model's directory, which transformers loads, if none of their files was compared yet."""
+    if not any((b / name).is_file() for name in WEIGHTS):
+        return []
+    try:
+        beside = open_checkpoint(b)
+    except ConversionError as error:
+        return [Check("weights beside", False, _first_line(error))]
+    files = {file.resolve() for file in beside.files}
+    if files <= {file.resolve() for file in seen}:
+        return []
+    return [replace(compare_weights(a.cast(F32), beside.cast(F32)), name="weights beside")]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,13 +1,14 @@
-"""Two models on the same tokens, in every way that a model is used: one pass, step by step, in chunks, padded, batched.
+"""Two models on the same tokens, in every way a model is used: one pass, token by token, in chunks, padded, batched.
 
-One of the two, the yardstick, only ever runs a plain row in one pass. The other must give the same logits whichever way
-it is run. numpy only.
+One of the two, the reference, only runs a single row in one pass. The other, the model under test, must return the same
+logits in every scenario. numpy only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,141 +16,220 @@ from converters import CheckpointError
 
 from ..generation.loop import Generation
 from ..generation.sampling import Sampling
-from ..runtimes.base import Decoder, Subject
+from ..precisions import Bounds
+from ..runtimes.base import Decoder
 from .checks import Check
-from .metrics import FP32, PREFILL, STEPS, Array, Bounds, Metrics, measure
+from .metrics import FP32, PREFILL, STEPS, Array, Metrics, measure
 
+GREEDY = "greedy tokens"
 GREEDY_TOKENS = 200
+GREEDY_PROMPT = 32  # tokens
 ROWS = 5  # of a batch
 
 
-# ----------------------------------------------------------------------------------------------------------- metrics
+# --------------------------------------------------------------------------------------------------- running a model
+
+
+def one_pass(model: Decoder, ids: Sequence[int]) -> Array:
+    """The logits after each token of one row, (T, V). A model that returns only the last runs token by token."""
+    if model.last_only:
+        return np.concatenate(list(feed(model, ids, [1] * len(ids))))
+    return _run_row(model, ids)
+
+
+def feed(model: Decoder, ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Array]:
+    """Run one row in pieces of these sizes. Yields the logits (t or 1, V) after each piece."""
+    cache: Any = None
+    start = 0
+    for size in sizes:
+        end = start + size
+        logits, cache = model.run(np.array([ids[start:end]]), None, np.arange(start, end)[None], cache)
+        yield logits[0]
+        start = end
+
+
+def _run_row(model: Decoder, ids: Sequence[int]) -> Array:
+    """Run one row in one pass. Returns the logits (T or 1, V)."""
+    logits, _ = model.run(np.array([ids]), None, np.arange(len(ids))[None], None)
+    return np.asarray(logits[0])
+
+
+@dataclass
+class Row:
+    """A prompt, and the reference's logits (N, V) after each of its N tokens."""
+
+    ids: list[int]
+    logits: Array
+
+
+class Text:
+    """The tokens to compare on, and the reference's logits after each of them."""
+
+    def __init__(self, reference: Decoder, ids: Sequence[int]) -> None:
+        self.reference = reference
+        self.ids = list(ids)
+        self.logits = one_pass(reference, self.ids)  # (N, V)
+
+    def row(self, start: int, length: int) -> Row:
+        """A prompt out of the text."""
+        ids = self.ids[start : start + length]
+        if start == 0:
+            return Row(ids, self.logits[:length])
+        return Row(ids, one_pass(self.reference, ids))
 
 
 # --------------------------------------------------------------------------------------------------------- scenarios
 
 
-class Text:
-    """Tokens to compare on, and the yardstick's logits after each of them."""
-
-    def __init__(self, yardstick: Subject, ids: Sequence[int]) -> None:
-        self.yardstick, self.ids = yardstick, list(ids)
-        self.logits = one_pass(yardstick, self.ids)  # (N, V)
-
-    def row(self, start: int, length: int) -> tuple[list[int], Array]:
-        """A prompt out of the middle of the text, and its logits."""
-        ids = self.ids[start : start + length]
-        return ids, self.logits[:length] if start == 0 else one_pass(self.yardstick, ids)
-
-
 @dataclass
 class Found:
-    """What a scenario gave: the yardstick's logits (N, V), the subject's, and the tokens that came next, if known."""
+    """The result of a scenario: logits (N, V) of the reference and of the model, and the next tokens, if known."""
 
     expected: Array
     found: Array
     targets: Sequence[int] | None = None
 
 
-def one_pass(subject: Subject, ids: Sequence[int]) -> Array:
-    """The logits after each token of one row, (T, V); fed one by one where the model gives the last only."""
-    if getattr(subject, "last_only", False):
-        return np.concatenate(list(feed(subject, ids, [1] * len(ids))))
-    logits, _ = subject.run(np.array([ids]), None, np.arange(len(ids))[None], None)
-    return np.asarray(logits[0])
+@dataclass
+class _Pairs:
+    """Logits of the reference and of the model, collected in pieces."""
+
+    expected: list[Array] = field(default_factory=list)
+    found: list[Array] = field(default_factory=list)
+
+    def add(self, expected: Array, found: Array) -> None:
+        self.expected.append(expected)
+        self.found.append(found)
+
+    def joined(self) -> Found:
+        return Found(np.concatenate(self.expected), np.concatenate(self.found))
 
 
-def feed(subject: Subject, ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Array]:
-    """One row in pieces of these sizes: the logits (t or 1, V) after each piece."""
-    cache, start = None, 0
-    for size in sizes:
-        end = start + size
-        logits, cache = subject.run(np.array([ids[start:end]]), None, np.arange(start, end)[None], cache)
-        yield logits[0]
-        start = end
+def _full_context(model: Decoder, text: Text) -> Found:
+    found = _run_row(model, text.ids)
+    if model.last_only:
+        return Found(text.logits[-1:], found)
+    return Found(text.logits, found, text.ids[1:])
 
 
-def _full_context(subject: Subject, text: Text) -> Found:
-    if getattr(subject, "last_only", False):
-        logits, _ = subject.run(np.array([text.ids]), None, np.arange(len(text.ids))[None], None)
-        return Found(text.logits[-1:], logits[0])
-    return Found(text.logits, one_pass(subject, text.ids), text.ids[1:])
+def _one_token(model: Decoder, text: Text) -> Found:
+    return Found(text.logits[:1], _run_row(model, text.ids[:1]))
 
 
-def _one_token(subject: Subject, text: Text) -> Found:
-    return Found(text.logits[:1], one_pass(subject, text.ids[:1]))
-
-
-def _token_by_token(subject: Subject, text: Text) -> Found:
+def _token_by_token(model: Decoder, text: Text) -> Found:
     n = min(STEPS, len(text.ids))
-    return _in_pieces(subject, text, [1] * n)
+    return _in_pieces(model, text, [1] * n)
 
 
-def _chunks(subject: Subject, text: Text) -> Found:
-    return _in_pieces(subject, text, chunk_sizes(len(text.ids)))
+def _chunks(model: Decoder, text: Text) -> Found:
+    return _in_pieces(model, text, chunk_sizes(len(text.ids)))
 
 
 def chunk_sizes(n: int) -> list[int]:
-    """How a full context of n tokens is cut: a few small pieces, two large ones, and one by one up to the last slot."""
+    """How a full context of n tokens is split: a few small pieces, two large ones, then one by one up to the last slot."""
     sizes: list[int] = []
     for small in (3, 1, 7, 2, 20):
-        sizes += [small] if sum(sizes) + small <= n // 2 else []
+        if sum(sizes) + small <= n // 2:
+            sizes.append(small)
     rest = n - sum(sizes)
     ones = min(STEPS // 4, rest // 2)
     second = (rest - ones) // 3
-    return [*sizes, rest - ones - second, *([second] if second else []), *[1] * ones]
+    sizes.append(rest - ones - second)
+    if second:
+        sizes.append(second)
+    return sizes + [1] * ones
 
 
-def _in_pieces(subject: Subject, text: Text, sizes: Sequence[int]) -> Found:
-    """The beginning of the text in pieces, against the yardstick's one pass."""
-    n, last = sum(sizes), getattr(subject, "last_only", False)
-    expected = text.logits[np.cumsum(sizes) - 1] if last else text.logits[:n]
-    found, filled = np.empty_like(expected), 0
-    for logits in feed(subject, text.ids, sizes):
+def _in_pieces(model: Decoder, text: Text, sizes: Sequence[int]) -> Found:
+    """The beginning of the text in pieces, against the reference's single pass."""
+    n = sum(sizes)
+    if model.last_only:
+        expected, targets = text.logits[np.cumsum(sizes) - 1], None
+    else:
+        expected, targets = text.logits[:n], text.ids[1 : n + 1]
+    found = np.empty_like(expected)
+    filled = 0
+    for logits in feed(model, text.ids, sizes):
         found[filled : filled + len(logits)] = logits
         filled += len(logits)
-    return Found(expected, found, None if last else text.ids[1 : n + 1])
+    return Found(expected, found, targets)
 
 
-def _batch(subject: Subject, text: Text) -> Found:
+def _batch(model: Decoder, text: Text) -> Found:
+    """Rows of equal lengths from different places of the text in one batch."""
     n = max(1, min(16, len(text.ids) // 3))
-    rows = [text.row(i * n % (len(text.ids) - n + 1), n) for i in range(ROWS)]
-    logits, _ = subject.run(np.array([ids for ids, _ in rows]), None, np.tile(np.arange(n), (ROWS, 1)), None)
-    return Found(np.concatenate([e[-logits.shape[1] :] for _, e in rows]), np.concatenate(list(logits)))
+    starts = [i * n % (len(text.ids) - n + 1) for i in range(ROWS)]
+    rows = [text.row(start, n) for start in starts]
+    ids = np.array([row.ids for row in rows])
+    logits, _ = model.run(ids, None, np.tile(np.arange(n), (ROWS, 1)), None)  # (ROWS, n or 1, V)
+    pairs = _Pairs()
+    for row, found in zip(rows, logits, strict=True):
+        pairs.add(row.logits[-len(found) :], found)
+    return pairs.joined()
 
 
-def _left_padding(subject: Subject, text: Text) -> Found:
-    return _padded(subject, text, left=True)
+def _left_padding(model: Decoder, text: Text) -> Found:
+    return _padded(model, text, left=True)
 
 
-def _right_padding(subject: Subject, text: Text) -> Found:
-    return _padded(subject, text, left=False)
+def _right_padding(model: Decoder, text: Text) -> Found:
+    return _padded(model, text, left=False)
 
 
-def _padded(subject: Subject, text: Text, left: bool) -> Found:
-    """Three prompts of unequal lengths in one batch, then some more tokens each: the mask has holes then."""
-    longest = max(1, min(STEPS, len(text.ids)) * 2 // 3)
-    more = min(8, len(text.ids) - longest)
-    lengths = [longest, 1, max(1, longest // 2)]
-    rows = [text.row(0, length + more) for length in lengths]
-    ids, mask = np.zeros((3, longest), np.int64), np.zeros((3, longest), np.int64)
-    for i, length in enumerate(lengths):
-        place = slice(longest - length, longest) if left else slice(0, length)
-        ids[i, place], mask[i, place] = rows[i][0][:length], 1
+@dataclass
+class _PaddedRow:
+    """A prompt of ``length`` tokens in a padded batch. The tokens behind it are fed one by one."""
+
+    row: Row
+    length: int
+    place: slice  # where the prompt is in the batch
+
+
+def _padded(model: Decoder, text: Text, left: bool) -> Found:
+    """Three prompts of unequal lengths in one batch, then some more tokens each: with padding on the right, the mask then
+    has holes."""
+    rows, width, more = _padded_rows(text, left)
+    pairs = _Pairs()
+    ids, mask = _batch_of(rows, width)
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    logits, cache = subject.run(ids, mask, positions, None)
-    last_only = logits.shape[1] == 1 < longest
-    pairs = [(rows[i][1][n - 1 : n], logits[i]) if last_only else (rows[i][1][:n], logits[i][mask[i] == 1])
-             for i, n in enumerate(lengths)]  # fmt: skip
+    logits, cache = model.run(ids, mask, positions, None)
+    for padded, found in zip(rows, logits, strict=True):
+        if model.last_only:
+            pairs.add(padded.row.logits[padded.length - 1 : padded.length], found)
+        else:
+            pairs.add(padded.row.logits[: padded.length], found[padded.place])
     for step in range(more):
-        ids = np.array([[row[length + step]] for (row, _), length in zip(rows, lengths, strict=True)])
+        ids = np.array([[padded.row.ids[padded.length + step]] for padded in rows])
         mask = np.concatenate((mask, np.ones_like(ids)), 1)
-        logits, cache = subject.run(ids, mask, np.array(lengths)[:, None] + step, cache)
-        pairs += [(rows[i][1][n + step][None], logits[i]) for i, n in enumerate(lengths)]
-    return Found(np.concatenate([e for e, _ in pairs]), np.concatenate([f for _, f in pairs]))
+        positions = np.array([[padded.length + step] for padded in rows])
+        logits, cache = model.run(ids, mask, positions, cache)
+        for padded, found in zip(rows, logits, strict=True):
+            pairs.add(padded.row.logits[padded.length + step][None], found)
+    return pairs.joined()
 
 
-Scenario = Callable[[Subject, Text], Found]
+def _padded_rows(text: Text, left: bool) -> tuple[list[_PaddedRow], int, int]:
+    """The rows, the width of their batch, and how many more tokens each row has."""
+    width = max(1, min(STEPS, len(text.ids)) * 2 // 3)
+    more = min(8, len(text.ids) - width)
+    rows = []
+    for length in (width, 1, max(1, width // 2)):
+        place = slice(width - length, width) if left else slice(0, length)
+        rows.append(_PaddedRow(text.row(0, length + more), length, place))
+    return rows, width, more
+
+
+def _batch_of(rows: Sequence[_PaddedRow], width: int) -> tuple[Array, Array]:
+    """Token ids and attention mask, (B, width) each."""
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros_like(ids)
+    for i, padded in enumerate(rows):
+        ids[i, padded.place] = padded.row.ids[: padded.length]
+        mask[i, padded.place] = 1
+    return ids, mask
+
+
+Scenario = Callable[[Decoder, Text], Found]
 SCENARIOS: dict[str, Scenario] = {
     "full context": _full_context,
     "one token": _one_token,
@@ -161,102 +241,109 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def compare_runs(yardstick: Subject, subject: Subject, ids: Sequence[int], bounds: Bounds = FP32) -> list[Check]:
-    """Every scenario, then greedy words. ``ids`` are at most a full context."""
-    text = Text(yardstick, ids)
-    checks = [compare_logits(name, subject, text, bounds) for name in SCENARIOS]
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def compare_runs(reference: Decoder, model: Decoder, ids: Sequence[int], bounds: Bounds = FP32) -> list[Check]:
+    """Run every scenario, then greedy decoding. ``ids`` are at most a full context."""
+    text = Text(reference, ids)
+    checks = [compare_logits(name, model, text, bounds) for name in SCENARIOS]
     if bounds != FP32:
-        checks.append(compare_prefill(subject, text.ids))
-    plain = getattr(subject, "unoptimized", None)
-    if plain is not None and not subject.needs_optimizing:  # type: ignore[attr-defined]
-        checks.append(compare_logits("full context", plain(), text, bounds, called="ORT_DISABLE_ALL"))
-    seen = [c.details for c in checks if c.details]
-    allowed = bounds.max_abs_error * max((d["max_logit"] for d in seen), default=0.0)
-    error = min(allowed, max((d["max_abs_error"] for d in seen), default=0.0))
-    return [*checks, compare_words(yardstick, subject, text.ids, error)]
+        checks.append(compare_prefill(model, text.ids))
+    unoptimized = model.unoptimized()
+    if unoptimized is not None:
+        checks.append(compare_logits("full context", unoptimized, text, bounds, called="ORT_DISABLE_ALL"))
+    return [*checks, compare_greedy(reference, model, text.ids, _error(checks, bounds))]
 
 
-def compare_prefill(subject: Subject, ids: Sequence[int]) -> Check:
-    """A prompt in chunks, each of a quarter, against the same model's one pass: what is lost in rounding must not hang on
-    how a prompt is cut."""
+def _error(checks: Sequence[Check], bounds: Bounds) -> float:
+    """The largest error of a logit, but not more than its bound."""
+    measured = [check.details for check in checks if check.details]
+    largest = max((details["max_logit"] for details in measured), default=0.0)
+    error = max((details["max_abs_error"] for details in measured), default=0.0)
+    return float(min(bounds.max_abs_error * largest, error))
+
+
+def compare_prefill(model: Decoder, ids: Sequence[int]) -> Check:
+    """A prompt in four chunks against the same model's single pass: rounding must not depend on how a prompt is split."""
     size = -(-len(ids) // 4)
-    pieces = [min(size, len(ids) - start) for start in range(0, len(ids), size)]
-    found = list(feed(subject, ids, pieces))
-    if getattr(subject, "last_only", False):
-        whole, _ = subject.run(np.array([ids]), None, np.arange(len(ids))[None], None)
-        metrics = measure(whole[0], found[-1])
-    else:
-        metrics = measure(one_pass(subject, ids), np.concatenate(found))
-    return verdict("chunked prefill", metrics, PREFILL)
+    sizes = [min(size, len(ids) - start) for start in range(0, len(ids), size)]
+    chunks = list(feed(model, ids, sizes))
+    found = chunks[-1] if model.last_only else np.concatenate(chunks)
+    return verdict("chunked prefill", measure(_run_row(model, ids), found), PREFILL)
 
 
 def compare_logits(
-    scenario: str, subject: Subject, text: Text, bounds: Bounds = FP32, *, called: str | None = None
+    scenario: str, model: Decoder, text: Text, bounds: Bounds = FP32, *, called: str | None = None
 ) -> Check:
-    """One scenario's logits against the yardstick's."""
+    """The logits of one scenario against the reference's."""
     name = called or scenario
-    if getattr(subject, "last_only", False) and scenario == "right padding":
-        return Check(name, None, "not asked: this model gives the logits of the last slot only")
-    seen = SCENARIOS[scenario](subject, text)
-    metrics = measure(seen.expected, seen.found, seen.targets)
-    return verdict(name, metrics, bounds)
+    if model.last_only and scenario == "right padding":
+        return Check(name, None, "skipped: this model returns the logits of the last slot only")
+    result = SCENARIOS[scenario](model, text)
+    return verdict(name, measure(result.expected, result.found, result.targets), bounds)
 
 
 def verdict(name: str, metrics: Metrics, bounds: Bounds = FP32) -> Check:
-    """A check out of metrics: what failed, or how close it was."""
-    faults = metrics.failures(bounds)
-    share = metrics.max_abs_error / metrics.max_logit if metrics.max_logit else 0.0
-    close = (
-        "bit-identical"
-        if metrics.max_abs_error == 0
-        else f"error {share:.1e} of the largest logit, KL {metrics.kl_divergence:.1e}"
-    )
-    places = f"{metrics.positions} position{'s' if metrics.positions > 1 else ''}"
-    result = "; ".join(faults) if faults else f"{close}, {places}"
-    return Check(
-        name,
-        not faults,
-        result,
-        {**asdict(metrics), "limits": metrics.limits(bounds), "failures": faults, "inexact": bounds != FP32},
-    )
+    """A check from metrics: what failed, or how large the error is."""
+    failures = metrics.failures(bounds)
+    result = "; ".join(failures) if failures else _summary(metrics)
+    details = {
+        **asdict(metrics),
+        "limits": metrics.limits(bounds),
+        "failures": failures,
+        "inexact": bounds != FP32,
+    }
+    return Check(name, not failures, result, details)
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+def _summary(metrics: Metrics) -> str:
+    error = "bit-identical"
+    if metrics.max_abs_error:
+        share = metrics.max_abs_error / metrics.max_logit if metrics.max_logit else 0.0
+        error = f"error {share:.1e} of the largest logit, KL {metrics.kl_divergence:.1e}"
+    plural = "s" if metrics.positions > 1 else ""
+    return f"{error}, {metrics.positions} position{plural}"
 
 
-def compare_words(yardstick: Decoder, subject: Decoder, prompt: Sequence[int], error: float) -> Check:
-    """Greedy tokens, as long as the context allows, up to 200.
+# ---------------------------------------------------------------------------------------------------- greedy decoding
 
-    A divergence counts where the yardstick's gap between first and second exceeds twice ``error``, the logits' largest
-    (and no more than its bound); under that it is a near tie, which rounding may decide either way.
+
+def compare_greedy(reference: Decoder, model: Decoder, prompt: Sequence[int], error: float) -> Check:
+    """Compare greedy tokens, as many as fit into the context, up to 200.
+
+    A difference counts if the reference's gap between its first and second token exceeds twice ``error``, the largest
+    error of a logit (limited by its bound). Below that it is a near tie, which rounding may decide either way.
     """
-    prompt = list(prompt[: max(1, min(32, yardstick.n_ctx // 2))])
-    n = min(GREEDY_TOKENS, yardstick.n_ctx - len(prompt))
-    words = []
-    for which, decoder in (("first", yardstick), ("second", subject)):
+    prompt = list(prompt[: max(1, min(GREEDY_PROMPT, reference.n_ctx // 2))])
+    n = min(GREEDY_TOKENS, reference.n_ctx - len(prompt))
+    details: dict[str, Any] = {"tokens": n, "first_difference": None}
+    generated = []
+    for which, decoder in (("first", reference), ("second", model)):
         try:
-            words.append(greedy(decoder, prompt, n))
+            generated.append(greedy(decoder, prompt, n))
         except CheckpointError:
-            result = f"none: the {which} one's logits are not all numbers"
-            return Check("greedy words", False, result, {"tokens": n, "first_difference": None})
-    theirs, ours = words
-    first = next((i for i, (x, y) in enumerate(zip(ours, theirs, strict=True)) if x != y), None)
-    if first is None:
-        return Check("greedy words", True, f"{n} of {n} tokens the same", {"tokens": n, "first_difference": None})
-    gap = top_gap(yardstick, [*prompt, *theirs[:first]])
+            return Check(GREEDY, False, f"none: the {which} model's logits contain NaN or infinity", details)
+    expected, found = generated
+    differing = [i for i in range(n) if expected[i] != found[i]]
+    if not differing:
+        return Check(GREEDY, True, f"{n} of {n} tokens the same", details)
+    first = differing[0]
+    gap = top_gap(reference, [*prompt, *expected[:first]])
     tie = gap <= 2 * error
-    result = f"differ from token {first} of {n} (gap {gap:.2e}{', a near tie' if tie else ''})"
-    return Check("greedy words", tie, result, {"tokens": n, "first_difference": first, "gap": gap, "near_tie": tie})
+    remark = ", a near tie" if tie else ""
+    details = {"tokens": n, "first_difference": first, "gap": gap, "near_tie": tie}
+    return Check(GREEDY, tie, f"differ from token {first} of {n} (gap {gap:.2e}{remark})", details)
 
 
 def greedy(decoder: Decoder, prompt: list[int], n: int) -> list[int]:
-    """Greedy tokens after a prompt; never stops at an end of text."""
+    """Return n greedy tokens after a prompt; an end of text does not stop them."""
     generation = Generation(decoder, [prompt], n, Sampling(temperature=0))
     return [token for (token,) in generation if token is not None]
 
 
 def top_gap(decoder: Decoder, ids: list[int]) -> float:
-    """How far the likeliest next token's logit is from the second's."""
+    """The difference between the two largest logits of the next token."""
     logits, _ = decoder.step(np.array([ids]), None, np.arange(len(ids))[None], None)
     second, first = np.sort(logits[0])[-2:]
     return float(first - second)

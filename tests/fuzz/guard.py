@@ -1,4 +1,4 @@
-"""What a reader may never do, watched from inside its own process."""
+"""Detect, from inside the process, what a reader must never do."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS = 10
-WALL_SECONDS = 60  # HDF5's listing may take as long
+WALL_SECONDS = 60  # the HDF5 listing can take that long
 MEMORY = 256 << 20
 
-# Events of Python's audit table that may occur: about objects, not about the world outside.
+# Events of Python's audit table that are allowed, because they only concern objects of the process.
 HARMLESS = ("object.", "builtins.id", "sys._getframe", "sys._current_frames", "sys.unraisablehook", "gc.", "cpython.", "array.", "time.sleep", "_thread.start")  # fmt: skip
 ON_FILES = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk", "shutil.rmtree")  # fmt: skip
-STARTS = ("subprocess.Popen", "os.posix_spawn")  # the second comes after the first since Python 3.13
+STARTS = ("subprocess.Popen", "os.posix_spawn")  # since Python 3.13, the second follows the first
 
 
 class Violation(BaseException):
-    """Something that no file may bring about. No ``except Exception`` catches it."""
+    """Something that no file may cause. It is a BaseException, so that ``except Exception`` does not catch it."""
 
 
 class Guard:
-    """Watches one case at a time: files, network, programs, code, imports, memory and time.
+    """Monitors one case at a time: files, network, subprocesses, code, imports, memory and time.
 
-    It can be had once a process, for an audit hook stays for good.
+    Create one per process, because an audit hook cannot be removed.
     """
 
     def __init__(self, programs: tuple[str, ...] = ()) -> None:
-        self.programs = programs  # scripts that may be run by Python in a process of their own
+        self.programs = programs  # scripts that may run in a Python subprocess
         self.folder: Path | None = None
         self.seen: list[str] = []
         sys.addaudithook(self._audit)
-        sys.unraisablehook = lambda fault: self.seen.append(f"an error nobody sees: {fault.exc_value!r}")
+        sys.unraisablehook = lambda fault: self.seen.append(f"an unraisable error: {fault.exc_value!r}")
         threading.excepthook = lambda fault: self.seen.append(f"an error in a thread: {fault.exc_value!r}")
         signal.signal(signal.SIGPROF, self._late)
         signal.signal(signal.SIGALRM, self._late)
-        limit = status("VmData") + MEMORY  # what is asked for, touched or not: more is a MemoryError
+        limit = status("VmData") + MEMORY  # counts allocated memory, used or not: beyond it is a MemoryError
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
     @contextlib.contextmanager
     def watching(self, folder: Path) -> Iterator[None]:
-        """Run one case in its folder, the working directory meanwhile.
+        """Monitor one case. Its folder is the working directory.
 
         Raises:
-            Violation: if it does what is not allowed, then or at the end.
+            Violation: if the case does something that is not allowed.
         """
         os.chdir(folder)
         self.seen = []
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
         before = status("VmHWM")
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
@@ -71,7 +71,7 @@ class Guard:
             raise Violation("; ".join(self.seen))
 
     def _late(self, number: int, frame: object) -> None:
-        self._stop("does not come to an end")
+        self._stop("timeout")
 
     def _stop(self, fault: str) -> None:
         self.seen.append(fault)
@@ -96,13 +96,13 @@ class Guard:
 
 
 def status(what: str) -> int:
-    """Bytes that the kernel counts for this process."""
+    """Return a field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:"))) << 10
 
 
 def attempt(guard: Guard, folder: Path, action: Callable[[], str]) -> tuple[str, str]:
-    """Do it under guard: ("done" or "fault", the words for it)."""
+    """Run an action under the guard. Return ("done", its result) or ("fault", a description)."""
     try:
         with guard.watching(folder):
             words = action()

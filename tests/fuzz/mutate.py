@@ -1,8 +1,7 @@
-"""Files changed at random: bits, bytes, lengths, offsets, pieces of one another; blindly, and knowing what they are.
+"""Mutate files at random: bits, bytes, lengths, offsets, parts of other files; without and with knowledge of the format.
 
-Everything is drawn from one ``random.Random``, so that a number names a case for good. ``shrink.py`` lets Hypothesis be
-that ``Random``, which then makes a case that fails as simple as it can; ``run.py`` is faster, and outlives a reader that
-kills its process.
+All choices come from one ``random.Random``, so that a case number is reproducible. ``shrink.py`` passes Hypothesis's ``Random``,
+which shrinks a failing case to a minimal one. ``run.py`` is faster, and continues after a reader that kills its process.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from converters.tensors import crc32c
 
 POWERS = [2**n for n in (7, 8, 15, 16, 24, 31, 32, 40, 62, 63, 64)]
 NUMBERS = [0, 1, 2, 3, 5, 16, 100, *(n + d for n in POWERS for d in (-1, 0, 1))]
-# What the formats are made of: instructions of pickles, codes of MessagePack, tags of protobufs, signatures, globals.
+# Tokens of the formats: pickle opcodes, MessagePack codes, protobuf tags, magic numbers, pickle globals.
 PIECES = [
     b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"GGUF", b"\x89HDF\r\n\x1a\n", b"TREE", b"HEAP", b"SNOD",
     b"(", b")", b"]", b"}", b"t", b"R", b"Q", b"b", b"s", b"u", b"e", b"\x85", b"\x86", b"\x87", b"\x93", b"\x94", b".",
@@ -40,7 +39,7 @@ PIECES = [
 
 
 def mutated(rng: random.Random, seeds: list[Seed]) -> tuple[Seed, dict[str, bytes], bool]:
-    """A seed, its files after some changes, and whether checksums were made to fit again."""
+    """Return a seed, its files after mutation, and whether checksums were repaired."""
     seed = rng.choice(seeds)
     name = rng.choice(seed.changed)
     data = seed.files[name]
@@ -56,18 +55,18 @@ def mutated(rng: random.Random, seeds: list[Seed]) -> tuple[Seed, dict[str, byte
     return seed, changed, False
 
 
-# ---------------------------------------------------------------------------------------------------- blind changes
+# ---------------------------------------------------------------------------- mutations without knowledge of the format
 
 
 def blind(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
-    """One change, or a few."""
+    """Apply one mutation or several."""
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3, 6))):
         data = rng.choice(CHANGES)(rng, data, rng.choice(others))
     return data
 
 
 def place(rng: random.Random, size: int) -> int:
-    """A place in a file; its head and its tail, where lengths and offsets are, more often than its middle."""
+    """Return an offset in a file. Head and tail, where lengths and offsets are, are more likely than the middle."""
     near = int(size ** rng.random()) if size else 0
     return min(max(0, rng.choice((near, near, size - near, rng.randrange(size + 1)))), max(0, size - 1))
 
@@ -121,7 +120,7 @@ def _doubled(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def _number(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A length or an offset of another size: overwritten, or what is there plus a little."""
+    """Replace an integer by another value, or by a value near the old one."""
     at, width, order = place(rng, len(data)), rng.choice((1, 2, 4, 8)), rng.choice(("little", "little", "big"))
     here = int.from_bytes(data[at : at + width], order)
     value = rng.choice(
@@ -132,7 +131,7 @@ def _number(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def _varint(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """The number of variable length that may be here, replaced by another."""
+    """Replace the varint that may be at this offset."""
     at = place(rng, len(data))
     end = next((i + 1 for i in range(at, min(at + 10, len(data))) if data[i] < 0x80), at)
     return data[:at] + varint(rng.choice(NUMBERS)) + data[end:]
@@ -143,11 +142,11 @@ CHANGES: list[Callable[[random.Random, bytes, bytes], bytes]] = [
 ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- changes that know the format
+# ------------------------------------------------------------------------------- mutations with knowledge of the format
 
 
 def _structured(rng: random.Random, name: str, data: bytes) -> bytes | None:
-    """A file whose parts were changed while the whole still fits together, in half of the cases where that can be."""
+    """Mutate a part of a file and keep the container valid. Return None in half of the cases, or for other formats."""
     if rng.random() < 0.5:
         return None
     if name.endswith(".json"):
@@ -172,7 +171,7 @@ MARKS = {'"SURROGATE"': '"\\ud800"', '"TWICE"': '{"a": 1, "a": 2}'}
 
 
 def changed_json(rng: random.Random, data: bytes) -> bytes:
-    """A JSON document with some of its values, or of its keys, changed."""
+    """Mutate some values or keys of a JSON document."""
     document = json.loads(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         _change_node(rng, document)
@@ -212,7 +211,7 @@ def _nodes(value: object):
 
 
 def _changed_zip(rng: random.Random, data: bytes) -> bytes:
-    """An archive with one member changed, its name or its contents, and every checksum right."""
+    """Mutate the name or the contents of one zip member, and keep all checksums valid."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     at = rng.choice(
@@ -227,19 +226,19 @@ def _changed_zip(rng: random.Random, data: bytes) -> bytes:
     with zipfile.ZipFile(out, "w") as archive:
         for name, contents in members:
             info = zipfile.ZipInfo("x")
-            info.filename = name  # past its own cleaning
+            info.filename = name  # bypasses the sanitizing of names in ZipInfo
             _add(archive, info, contents)
     return out.getvalue()
 
 
 def _add(archive: zipfile.ZipFile, info: zipfile.ZipInfo, contents: bytes) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a name is there twice
+        warnings.simplefilter("ignore")  # duplicate name
         archive.writestr(info, contents)
 
 
 class _Memory:
-    """As much of an ``Output`` as writing an index takes."""
+    """The part of the ``Output`` interface that writing an index needs."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -253,7 +252,7 @@ class _Memory:
 
 
 def _changed_index(rng: random.Random, data: bytes) -> bytes:
-    """An index with one entry changed, and every checksum of its own right."""
+    """Mutate one entry of an index, and keep the checksums of the index valid."""
     entries = dict(_entries(data))
     key = rng.choice(list(entries))
     if rng.random() < 0.8:
@@ -272,7 +271,7 @@ def _handles(data: bytes, at: int) -> tuple[tuple[int, int], int]:
 
 
 def _blocks(data: bytes) -> list[tuple[int, int]]:
-    """Offset and size of the blocks of a sound index: the metaindex, the index, and its blocks."""
+    """Return offset and size of the blocks of a valid index: metaindex, index, and data blocks."""
     meta, at = _handles(data, len(data) - FOOTER)
     index, _ = _handles(data, at)
     return [meta, index, *(_handles(value, 0)[0] for _, value in _pairs(data, index))]
@@ -296,11 +295,11 @@ def _entries(data: bytes):
         yield from _pairs(data, block)
 
 
-# ---------------------------------------------------------------------------------------------- checksums that fit
+# -------------------------------------------------------------------------------------------------- repairing checksums
 
 
 def _repaired(seed: Seed, changed: dict[str, bytes]) -> dict[str, bytes]:
-    """The same files with the checksums of changed bytes put right, so that what lies behind them is reached."""
+    """Recompute the checksums of mutated bytes, so that readers get past the checksum test."""
     files = {n: _repaired_zip(data) if data[:2] == b"PK" else data for n, data in changed.items()}
     for name in files:
         if name.endswith(".index"):
@@ -322,7 +321,7 @@ def _repaired_zip(data: bytes) -> bytes:
 
 
 def _repaired_index(data: bytes, seed: Seed, files: dict[str, bytes]) -> bytes:
-    """Of blocks that are where they were in the seed; and of tensors, if the index itself is unchanged."""
+    """Recompute the checksums of blocks at their original offsets; and of tensors, if the index itself is unchanged."""
     original = next(seed.files[n] for n in seed.files if n.endswith(".index"))
     if data == original:
         return _with_new_sums(data, files)

@@ -1,10 +1,10 @@
-"""Fuzz every reader for as long as you like, or try one case again.
+"""Fuzz every reader for a given time, or repeat one case.
 
     python tests/fuzz/run.py --minutes 10
     python tests/fuzz/run.py --case tf:123
 
-A number names a case for good: the same number makes the same file, as long as the seeds and the mutations are the
-same. What fails is kept, with the file that did it.
+A case number is reproducible: the same number makes the same file, as long as seeds and mutations do not change. The files of a
+failing case are kept.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ sys.path.insert(1, str(Path(__file__).parents[2]))
 from seeds import MAKERS, make_seeds
 
 WORKER = Path(__file__).with_name("worker.py")
-SILENCE = 100  # seconds of wall time in which a worker must say something
-ROUND = dict.fromkeys(MAKERS, 200) | {"hdf5": 20}  # cases in a row, of a long run
+SILENCE = 100  # seconds without output after which a worker is killed
+ROUND = dict.fromkeys(MAKERS, 200) | {"hdf5": 20}  # cases of one format per round of a long run
 WORKERS = 2
 
 
 @dataclass
 class Result:
-    """What came of many cases: how often what, and the faults in words."""
+    """The result of many cases: a count of each outcome, and descriptions of the faults."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    grown: int = 0  # bytes of memory, at most
+    grown: int = 0  # maximum memory of a case, in bytes
 
     def add(self, other: Result) -> None:
         self.outcomes += other.outcomes
@@ -50,7 +50,7 @@ class Result:
 
 
 def fuzz(seeds: Path, kept: Path, name: str, first: int, count: int, workers: int = WORKERS) -> Result:
-    """Try the cases ``first`` to ``first + count`` of one format, in some processes at once."""
+    """Run the cases ``first`` to ``first + count`` of one format, in several processes."""
     result = Result()
     with ThreadPoolExecutor(workers) as pool:
         jobs = [
@@ -62,7 +62,7 @@ def fuzz(seeds: Path, kept: Path, name: str, first: int, count: int, workers: in
 
 
 def _work(seeds: Path, kept: Path, name: str, first: int, count: int, step: int) -> Result:
-    """One worker, and another one after it where it dies or falls silent over a case."""
+    """Run one worker. If it dies or hangs on a case, record a fault and start another worker after that case."""
     result, end = Result(), first + count
     while first < end:
         command = [sys.executable, str(WORKER), *map(str, (seeds, kept, name, first, end - first, step))]
@@ -70,7 +70,7 @@ def _work(seeds: Path, kept: Path, name: str, first: int, count: int, step: int)
         if not fault:
             break
         if not begun:
-            raise RuntimeError(f"the worker for {name} does not begin: {fault}")
+            raise RuntimeError(f"the worker for {name} does not start: {fault}")
         result.faults.append(f"{name}:{begun['begun']}: {fault}")
         shutil.copytree(begun["folder"], kept / f"{name}-{begun['begun']}", dirs_exist_ok=True)
         first = begun["begun"] + step
@@ -78,7 +78,7 @@ def _work(seeds: Path, kept: Path, name: str, first: int, count: int, step: int)
 
 
 def _listen(command: list[str], name: str, result: Result) -> tuple[dict[str, Any], str]:
-    """The last case that a worker began, and what became of the worker if it did not come to its end."""
+    """Return the last case that a worker started, and an error if the worker did not finish."""
     begun: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+") as errors:
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -93,7 +93,7 @@ def _listen(command: list[str], name: str, result: Result) -> tuple[dict[str, An
 
 
 def _lines(worker: subprocess.Popen[str]) -> Iterator[str]:
-    """What a worker says, until it ends; one that is silent for long is killed."""
+    """Yield the output lines of a worker. Kill it if it prints nothing for SILENCE seconds."""
     heard = [time.monotonic()]
     done = threading.Event()
 
@@ -119,17 +119,20 @@ def _count(said: dict[str, Any], name: str, result: Result) -> None:
         result.faults.append(f"{name}:{said['case']}: {said['words']}")
 
 
-# ----------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--minutes", type=float, default=10, help="how long; default 10")
-    options.add_argument("--seed", type=int, help="where to begin, a million cases apart; drawn at random by default")
-    options.add_argument("--format", choices=MAKERS, action="append", help="this one alone; may be given again")
-    options.add_argument("--case", metavar="FORMAT:NUMBER", help="try this one case again, and show what comes of it")
+    options.add_argument("--minutes", type=float, default=10, help="duration (default: 10)")
+    options.add_argument("--seed", type=int, help="start at case SEED * 1,000,000 (default: random)")
+    options.add_argument("--format", choices=MAKERS, action="append", help="fuzz only this format (repeatable)")
+    options.add_argument("--case", metavar="FORMAT:NUMBER", help="repeat one case and print its result")
     options.add_argument(
-        "--kept", type=Path, default=Path(tempfile.gettempdir(), "gpt2x-fuzz"), help="where to keep what fails"
+        "--kept",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "gpt2x-fuzz"),
+        help="folder for the files of failing cases",
     )
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-seeds-") as folder:
@@ -138,12 +141,12 @@ def main() -> int:
             name, number = given.case.split(":")
             return _report({name: fuzz(Path(folder), given.kept, name, int(number), 1)}, given.kept)
         seed = random.randrange(1, 10**6) if given.seed is None else given.seed
-        print(f"seed {seed}: cases {seed}000000 and after", flush=True)
+        print(f"seed {seed}: cases from {seed}000000", flush=True)
         return _report(_long(Path(folder), given.kept, given.format or list(MAKERS), seed, given.minutes), given.kept)
 
 
 def _long(seeds: Path, kept: Path, names: list[str], seed: int, minutes: float) -> dict[str, Result]:
-    """Round after round over the formats, until the time is up."""
+    """Fuzz the formats in turn, until the time is over."""
     results = {name: Result() for name in names}
     number, end = dict.fromkeys(names, seed * 10**6), time.monotonic() + 60 * minutes
     while True:
@@ -154,13 +157,18 @@ def _long(seeds: Path, kept: Path, names: list[str], seed: int, minutes: float) 
             number[name] += ROUND[name]
             results[name].add(found)
             for fault in found.faults:
-                print(fault, f"  again: python tests/fuzz/run.py --case {fault.split(': ')[0]}\n", sep="\n", flush=True)
+                print(
+                    fault,
+                    f"  to repeat: python tests/fuzz/run.py --case {fault.split(': ')[0]}\n",
+                    sep="\n",
+                    flush=True,
+                )
 
 
 def _report(results: dict[str, Result], kept: Path) -> int:
     for name, result in results.items():
         said = ", ".join(f"{count} {words}" for words, count in result.outcomes.most_common())
-        print(f"{name:12} {sum(result.outcomes.values()):7} cases, {result.grown >> 20} MB at most: {said}")
+        print(f"{name:12} {sum(result.outcomes.values()):7} cases, {result.grown >> 20} MB maximum: {said}")
     faults = [fault for result in results.values() for fault in result.faults]
     if faults:
         print(f"{len(faults)} faults; the files are in {kept}. The first:", faults[0], sep="\n")

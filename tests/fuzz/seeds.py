@@ -1,4 +1,4 @@
-"""Small sound files of every format, and a few that are made to do harm: what the fuzzer starts from."""
+"""Seed files for the fuzzer: small valid files of every format, and some malicious ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ META = "seed.json"
 
 @dataclass(frozen=True)
 class Seed:
-    """Files by name, which of them to open ("" is their directory), and which of them to change.
+    """Files by name, the file to open ("" is their directory), and the files to mutate.
 
-    ``sound`` says whether they are to be read as they are, or to be refused.
+    ``sound`` is True if the unchanged files must be read, False if they must be refused.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Seed:
 
 
 def load_seeds(folder: Path) -> list[Seed]:
-    """The seeds of one format that ``make_seeds`` wrote, in a fixed order."""
+    """Return the seeds of one format that ``make_seeds`` wrote, in a fixed order."""
     seeds = []
     for place in sorted(folder.iterdir()):
         meta = json.loads((place / META).read_bytes())
@@ -41,7 +41,7 @@ def load_seeds(folder: Path) -> list[Seed]:
 
 
 def make_seeds(folder: Path) -> None:
-    """Write the seeds of every format: ``folder/FORMAT/SEED/files``. The weights are everywhere those of ``tf_plain``."""
+    """Write the seeds of every format: ``folder/FORMAT/SEED/files``. All have the weights of ``tf_plain``."""
     for name, make in MAKERS.items():
         (folder / name).mkdir(parents=True)
         make(folder / name)
@@ -52,7 +52,7 @@ def _meta(place: Path, target: str, changed: tuple[str, ...] = (), sound: bool =
 
 
 def _fixture(folder: Path, path: str, target: str, changed: tuple[str, ...] = (), extra: str = "") -> Path:
-    """A copy of a fixture: a file, or all that is in a directory."""
+    """Copy a fixture: a file, or all files of a directory."""
     place = folder / path.replace("/", "-")
     source = FIXTURES / path
     if source.is_dir():
@@ -73,7 +73,7 @@ def _plain():
 
 
 def _saved(folder: Path, name: str, file: str, to: str, **options: object) -> Path:
-    """The weights of ``tf_plain`` in another format, as our own writer has them."""
+    """Write the weights of ``tf_plain`` in another format, with gpt2x's writer."""
     from converters import save_checkpoint
 
     (folder / name).mkdir()
@@ -82,7 +82,7 @@ def _saved(folder: Path, name: str, file: str, to: str, **options: object) -> Pa
     return folder / name
 
 
-# ------------------------------------------------------------------------------------------------ format by format
+# -------------------------------------------------------------------------------------------------------------- formats
 
 
 def _tf(folder: Path) -> None:
@@ -111,7 +111,7 @@ def _zip(folder: Path) -> None:
 
 
 def _zip64(source: Path, place: Path) -> None:
-    """The same archive with the wide form of its end, as those of more than 4 GiB have it."""
+    """Write the same archive with a zip64 end record, as archives of more than 4 GiB have."""
     data = source.read_bytes()
     body = data[: data.rindex(b"PK\x05\x06")]
     body = body[: body.rindex(b"PK\x06\x06")] if b"PK\x06\x06" in body else body
@@ -146,7 +146,7 @@ def _text(text: bytes) -> bytes:
     return b"X" + len(text).to_bytes(4, "little") + text
 
 
-# Pickles that would leave a file named "fuzzed" behind if anything in them were called.
+# Pickles that create a file named "fuzzed" if anything in them is called.
 HARMFUL = {
     "system": b"\x80\x02cos\nsystem\n" + _text(b"touch fuzzed") + b"\x85R.",
     "eval": b"\x80\x02cbuiltins\neval\n" + _text(b"open('fuzzed', 'w')") + b"\x85R.",
@@ -159,7 +159,7 @@ HARMFUL = {
 
 
 def zipped(pickle: bytes) -> bytes:
-    """An archive of torch.save's with this pickle in it."""
+    """Return a torch.save archive with this pickle."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, data in (("m/data.pkl", pickle), ("m/version", b"3\n")):
@@ -226,7 +226,8 @@ def _onnx(folder: Path) -> None:
 
 
 def _config(folder: Path) -> None:
-    from converters.config import to_hf, to_hparams
+    from converters.config import to_hf
+    from converters.formats.tensorflow import to_hparams
 
     for name, words in (("config.json", to_hf), ("hparams.json", to_hparams)):
         place = _fixture(folder, "mlx/model.safetensors", "", (name,))

@@ -1,4 +1,4 @@
-"""The same cases drawn by Hypothesis, which makes what fails as simple as it can, and tries it first the next time.
+"""Run cases drawn by Hypothesis. It shrinks a failing case to a minimal one, and runs it first the next time.
 
 python tests/fuzz/shrink.py --examples 500 gguf onnx
 """
@@ -25,10 +25,10 @@ from worker import CHECKSUMMED, case, warm_up
 
 
 def shrink(name: str, examples: int, seeds_folder: Path, guard: Guard) -> None:
-    """Try some cases of one format.
+    """Run some cases of one format.
 
     Raises:
-        AssertionError: over the simplest case that fails, with the blob that names it.
+        AssertionError: for the minimal failing case, with the blob that reproduces it.
     """
     with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
         seeds = load_seeds(seeds_folder / name)
@@ -39,7 +39,7 @@ def shrink(name: str, examples: int, seeds_folder: Path, guard: Guard) -> None:
         @given(st.randoms(use_true_random=False))
         def every_case_is_read_or_refused(rng: random.Random) -> None:
             folder = Path(tempfile.mkdtemp(dir=top))
-            with contextlib.chdir(top):  # the guard changes it
+            with contextlib.chdir(top):  # the guard changes the working directory
                 outcome, words = attempt(guard, folder, case(rng, seeds, folder, known))
             shutil.rmtree(folder)
             assert outcome != "fault", f"{name}: {words}"
@@ -49,8 +49,8 @@ def shrink(name: str, examples: int, seeds_folder: Path, guard: Guard) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", default=list(MAKERS))
-    parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("formats", nargs="*", default=list(MAKERS), help="default: all")
+    parser.add_argument("--examples", type=int, default=300, help="cases of each format (default: 300)")
     arguments = parser.parse_args()
     warnings.simplefilter("error")
     os.fsync = lambda descriptor: None
@@ -59,7 +59,7 @@ def main() -> None:
         guard = Guard(("hdf5_listing.py",))
         for name in arguments.formats:
             shrink(name, arguments.examples, Path(folder), guard)
-            print(f"{name}: {arguments.examples} examples, none fails")
+            print(f"{name}: {arguments.examples} examples, no failure")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What fuzzing, and reading with its eyes, has found: each refused or read at once, and nothing else."""
+"""Regression tests for faults that fuzzing and code review found. Each file must be read or refused, quickly."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, arrays_of, random_checkpoint
+from checkpoints import TINY, arrays_of, assemble, random_checkpoint
 from guard import MEMORY, status
 
 from converters import (
@@ -20,23 +20,22 @@ from converters import (
     open_checkpoint,
     save_checkpoint,
 )
-from converters.checkpoint import assemble
 from converters.config import to_hf
 from converters.containers.container import Container
-from converters.containers.gguf import _vocabulary
 from converters.containers.onnx import open_onnx
 from converters.containers.tf_bundle import crc32c, open_bundle
 from converters.containers.torch_pickle import load_pickle
 from converters.dtypes import F32
+from converters.formats.gguf import read_vocabulary
 from converters.io.json import parse_json
 from converters.io.protobuf import varint
 from converters.io.sstable import MAGIC, mask
 
 
 @pytest.fixture(autouse=True)
-def at_once():
-    """In less than a minute of the processor's time, where a second is enough, and 256 MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+def quickly():
+    """Limit each test to a minute of CPU time (a second is enough) and 256 MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
     start, before = time.process_time(), status("VmHWM")
     yield
     assert time.process_time() - start < 60
@@ -44,7 +43,7 @@ def at_once():
 
 
 def block(entries):
-    """A block of an index: (shared, fresh part of the key, value), with its checksum."""
+    """Return an index block with its checksum. entries: (length of the shared key prefix, rest of the key, value)."""
     data = b"".join(varint(s) + varint(len(k)) + varint(len(v)) + k + v for s, k, v in entries) + struct.pack(
         "<2I", 0, 1
     )
@@ -52,14 +51,14 @@ def block(entries):
 
 
 def field(number, data):
-    """A field of bytes, as protobuf has it."""
+    """Return a length-delimited protobuf field."""
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-# ------------------------------------------------------------------------------------------------------- memory, time
+# ------------------------------------------------------------------------------------------------------ memory and time
 
 
-def test_long_names_that_share_their_beginning_take_no_memory(tmp_path):
+def test_long_names_that_share_a_prefix_take_no_memory(tmp_path):
     names = [(0, b"a" * 4000 + struct.pack(">I", 0), b"")]
     names += [(4000, struct.pack(">I", i), b"") for i in range(1, 90_000)]
     data, meta = block(names), block([])
@@ -71,14 +70,14 @@ def test_long_names_that_share_their_beginning_take_no_memory(tmp_path):
         open_bundle(tmp_path / "m")
 
 
-def test_very_many_beginnings_of_keras_names_are_not_all_tried(tmp_path):
+def test_very_many_keras_prefixes_are_not_all_tried(tmp_path):
     none = LazyTensor.zeros(F32, (0,))
     tensors = {f"{i}/ln_f/gamma:0": none for i in range(20_000)}
     with pytest.raises(CheckpointError):
         assemble(Container("hdf5", tmp_path, tensors), {"n_head": 2}, "x")
 
 
-def test_very_many_second_names_of_one_tensor_are_counted_at_once(tmp_path):
+def test_very_many_names_of_one_tensor_are_counted_quickly(tmp_path):
     one = torch.zeros(1)
     torch.save(
         {f"{i}lm_head.weight": one for i in range(40_000)}, tmp_path / "m.bin", _use_new_zipfile_serialization=False
@@ -88,14 +87,14 @@ def test_very_many_second_names_of_one_tensor_are_counted_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("count", [19_000, 66_000])
-def test_very_many_constants_in_onnx_are_sorted_out_at_once(tmp_path, count):
+def test_very_many_initializers_in_onnx_are_handled_quickly(tmp_path, count):
     tensors = (field(8, b"%x" % i) + b"\x10\x01\x08\x00" for i in range(count))
     (tmp_path / "m.onnx").write_bytes(b"\x08\x07" + field(7, b"".join(field(5, tensor) for tensor in tensors)))
     with pytest.raises(ConversionError, match="no tensors|one of very many"):
         open_checkpoint(tmp_path / "m.onnx")
 
 
-def test_a_name_in_a_thousand_wrappers_is_unwrapped_no_further(tmp_path):
+def test_a_name_with_thousands_of_prefixes_is_not_unwrapped(tmp_path):
     tensors = {"module." * 9000 + name: tensor for name, tensor in random_checkpoint().tensors.items()}
     with pytest.raises(CheckpointError, match="not a GPT-2"):
         assemble(Container("msgpack", tmp_path, tensors), {"n_head": 2}, "x")
@@ -105,7 +104,7 @@ DOUBLING = b"".join(b"q%ch%c\x86" % (i, i) for i in range(40))
 
 
 @pytest.mark.parametrize("value", [b")" + DOUBLING, b")" + b"\x85" * 5000, b"\x8b\x00\x10\x00\x00" + b"\x01" * 4096], ids=["doubled", "nested", "long"])  # fmt: skip
-def test_an_argument_of_a_model_is_a_plain_value(tmp_path, value):
+def test_a_model_argument_that_is_not_a_plain_value_is_refused(tmp_path, value):
     torch.save({"model": {n: torch.from_numpy(a) for n, a in arrays_of(random_checkpoint()).items()}, "model_args": {"n_head": 12345}}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)  # fmt: skip
     data = (tmp_path / "m.pt").read_bytes()
     assert data.count(b"M90") == 1
@@ -125,7 +124,7 @@ def test_a_number_of_thousands_of_digits_in_a_pickle_is_refused():
         load_pickle(io.BytesIO(b"\x80\x02\x8b\x00\x10\x00\x00" + b"\x01" * 4096 + b"."), "x")
 
 
-# --------------------------------------------------------------------------------------------------- words and numbers
+# ----------------------------------------------------------------------------------------------------- text and numbers
 
 
 @pytest.mark.parametrize("key", ["n_embd", "n_head", "n_positions", "n_inner", "eos_token_id"])
@@ -143,7 +142,7 @@ def test_values_nested_deeply_are_refused(depth):
 
 
 @pytest.mark.parametrize("number", [1, 8, 13])
-def test_a_field_of_a_tensor_in_onnx_that_is_of_another_kind_is_refused(tmp_path, number):
+def test_an_onnx_tensor_field_with_a_wrong_wire_type_is_refused(tmp_path, number):
     wrong = varint(number << 3 | 1) + bytes(8)
     tensor = wrong + field(8, b"wte.weight") + b"\x10\x01"
     (tmp_path / "m.onnx").write_bytes(b"\x08\x07" + field(7, field(5, tensor)))
@@ -156,9 +155,9 @@ def test_a_field_of_a_tensor_in_onnx_that_is_of_another_kind_is_refused(tmp_path
     [{"tokens": 5}, {"tokens": "abc"}, {"tokens": 0.5}, {"token_type": 1}, {"token_type": [1]}, {"merges": 3}, {"tokens": [1, 2, 3]}],
     ids=str,
 )  # fmt: skip
-def test_a_vocabulary_of_gguf_that_is_no_list_is_refused(changes):
+def test_a_gguf_vocabulary_that_is_not_a_list_is_refused(changes):
     sound = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"], "token_type": [1, 1, 1]}
     vocabulary = {f"tokenizer.ggml.{key}": value for key, value in sound.items()}
-    assert _vocabulary(vocabulary, "x").ids == {"a": 0, "b": 1, "ab": 2}
+    assert read_vocabulary(vocabulary, "x").ids == {"a": 0, "b": 1, "ab": 2}
     with pytest.raises(TokenizerError):
-        _vocabulary({**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}, "x")
+        read_vocabulary({**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}, "x")

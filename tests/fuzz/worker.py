@@ -1,4 +1,4 @@
-"""One process that tries cases: for each a line of JSON, on standard output.
+"""Run cases in one process, and print a line of JSON for each.
 
 python tests/fuzz/worker.py SEEDS KEPT FORMAT FIRST COUNT STEP
 """
@@ -26,21 +26,21 @@ from converters import Checkpoint, ConversionError, FormatError, open_checkpoint
 from converters.tokenizer import build
 
 CHECKSUMMED = ("tf", "zip")
-# Loaded before anything is watched, so that an import during a case can only be the file's doing.
+# Imported before monitoring starts, so that an import during a case is caused by the file.
 CONTAINERS = ("onnx", "gguf", "hdf5", "msgpack", "llmc", "torch_zip", "torch_legacy")
 NEEDED = [*(f"converters.containers.{name}" for name in CONTAINERS), "converters.arrays"]
 CODECS = ["encodings.cp437", "encodings.raw_unicode_escape", "encodings.unicode_escape", "encodings.ascii", "encodings.utf_16", "tokenizers", "stringprep"]  # fmt: skip
 
 
 class Wrong(Exception):
-    """A result that is none."""
+    """A wrong result."""
 
 
 def check(folder: Path, target: str, known: list[dict[str, bytes]] | None = None) -> str:
-    """Read a file and convert it. Whatever comes of it must be whole, the same when read again, and one of ``known``.
+    """Read a file and convert it. The result must be complete, equal when it is read again, and one of ``known``.
 
     Raises:
-        Wrong: if it is not. Any error but a ConversionError is one as well, and passes.
+        Wrong: if it is not. Errors other than ConversionError are propagated.
     """
     try:
         checkpoint = open_checkpoint(folder / target, n_head=2)
@@ -52,16 +52,16 @@ def check(folder: Path, target: str, known: list[dict[str, bytes]] | None = None
     try:
         again = open_checkpoint(folder / "result.safetensors")
     except ConversionError as error:
-        raise Wrong(f"its own result is refused: {error}") from error
+        raise Wrong(f"the written result is refused: {error}") from error
     if bytes_of(again) != contents or (differences := again.config.differences(checkpoint.config)):
         raise Wrong(f"the result is another model: {differences if bytes_of(again) == contents else 'other bytes'}")
     if known is not None and contents not in known:
-        raise Wrong("bytes under a checksum have changed, and nothing is said")
+        raise Wrong("bytes under a checksum have changed, without an error")
     return f"read{words}"
 
 
 def bytes_of(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The bytes of every tensor, as streamed; as many as its shape asks for."""
+    """Return the streamed bytes of every tensor. Check their number against the shape."""
     contents = {name: b"".join(tensor.chunks()) for name, tensor in checkpoint.tensors.items()}
     for name, tensor in checkpoint.tensors.items():
         if len(contents[name]) != tensor.nbytes:
@@ -70,7 +70,7 @@ def bytes_of(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> str:
-    """Read the tokenizer, if there is one; it may be refused while the weights are not."""
+    """Read the tokenizer, if there is one. It may be refused even if the weights are not."""
     if checkpoint.tokenizer is None:
         return ""
     try:
@@ -85,11 +85,11 @@ def _refused(error: ConversionError) -> str:
     return f"refused: {type(error).__name__}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the work
+# -------------------------------------------------------------------------------------------------------- running cases
 
 
 def case(rng: random.Random, seeds: list[Seed], folder: Path, known: list[dict[str, bytes]] | None):
-    """Write the files of one case; gives what is to be done with them."""
+    """Write the files of one case. Return the action to run on them."""
     seed, files, repaired = mutated(rng, seeds)
     write(folder, files)
     expected = {*files, "result.safetensors"}
@@ -113,7 +113,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def warm_up(seeds: list[Seed], top: Path) -> list[dict[str, bytes]]:
-    """Read every seed as it is, which loads what reading takes; gives the weights of those that are sound."""
+    """Read every unchanged seed, which imports all modules. Return the weights of the valid seeds."""
     for name in NEEDED + CODECS:
         importlib.import_module(name)
     known = []
@@ -132,7 +132,7 @@ def warm_up(seeds: list[Seed], top: Path) -> list[dict[str, bytes]]:
 
 def main(seeds_folder: str, kept: str, name: str, first: str, count: str, step: str) -> None:
     warnings.simplefilter("error")
-    os.fsync = lambda descriptor: None  # most of the time otherwise, and no matter here
+    os.fsync = lambda descriptor: None  # fsync would take most of the time, and is not needed here
     seeds = load_seeds(Path(seeds_folder) / name)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
         known = warm_up(seeds, Path(top))

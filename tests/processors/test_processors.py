@@ -18,23 +18,23 @@ import inside
 import numpy as np
 import onnx
 import pytest
-from conftest import random_checkpoint
+from checkpoints import random_checkpoint
 
 from converters import Checkpoint, GPT2Config, LazyTensor
-from gpt2x import contract
+from gpt2x import contract, precisions
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.load import model_of
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.torch import TorchDecoder
 from gpt2x.verify.exact_arithmetic import rounded_model
-from gpt2x.verify.metrics import Bounds, measure
+from gpt2x.verify.metrics import measure, widened
 from gpt2x.verify.report import bounds_of, times_exact
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-processors"
 DEBIAN = ENVIRONMENT / "aarch64"  # the files of an arm64 Debian
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_ctx=40, n_vocab=50, bos_token_id=0, eos_token_id=0)
-PRECISIONS = tuple(contract.SUFFIXES)
+PRECISIONS = tuple(precisions.PRECISIONS)
 CACHES = tuple(contract.CACHES)
 SATURATING = ("growing", "inplace")  # the scales of an 8-bit cache are those of the weights before
 TIMEOUT = 300  # seconds
@@ -208,7 +208,7 @@ class Models:
     folder: Path
     products: dict[str, np.ndarray]
     logits: dict[int, np.ndarray]  # rows -> (rows * 10, V), of the source in torch
-    bounds: dict[str, Bounds]  # "cache precision rows" -> how far the logits may be from these
+    bounds: dict[str, precisions.Bounds]  # "cache precision rows" -> how far the logits may be from these
     alone: dict[str, np.ndarray]  # name -> (16, V), of exact products
 
 
@@ -234,7 +234,9 @@ def models(tmp_path_factory) -> Models:
     )
 
 
-def bounds_of_exports(checkpoint: Checkpoint, exports: Path, logits: dict[int, np.ndarray]) -> dict[str, Bounds]:
+def bounds_of_exports(
+    checkpoint: Checkpoint, exports: Path, logits: dict[int, np.ndarray]
+) -> dict[str, precisions.Bounds]:
     """As verify judges a model: by its precision, and by what exact arithmetic gives on this very model."""
     found = {}
     for cache in CACHES:
@@ -243,7 +245,7 @@ def bounds_of_exports(checkpoint: Checkpoint, exports: Path, logits: dict[int, n
             exact = rounded_model(checkpoint, exported)
             for rows in inside.BATCHES:
                 lost = measure(logits[rows], torch_logits(exact, rows))
-                found[f"{cache} {precision} {rows}"] = bounds_of(exported).or_wider(lost, times_exact(exported))
+                found[f"{cache} {precision} {rows}"] = widened(bounds_of(exported), lost, times_exact(exported))
     return found
 
 

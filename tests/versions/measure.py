@@ -15,8 +15,8 @@ import onnx
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract
-from gpt2x.export.model_card import DTYPES
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.precisions import PRECISIONS
 
 TABLE = Path(__file__).with_name("versions.json")
 TEXTS = ["My lord, I", "O, my good lord, not"]  # never nearer a tie than 0.015
@@ -37,13 +37,13 @@ class Kind:
         return f"{self.cache} {self.precision}" + (f" --opset {self.opset}" if self.opset else "")
 
 
-DEFAULT = [Kind(cache, precision) for cache in contract.CACHES for precision in contract.SUFFIXES]
+DEFAULT = [Kind(cache, precision) for cache in contract.CACHES for precision in PRECISIONS]
 # What needs another version of ONNX Runtime than by default.
 OF_OPSET = [
     *(Kind(cache, "int8", 20) for cache in contract.CACHES),
     *(Kind(cache, precision, 21) for cache in ("growing", "inplace") for precision in ("fp32", "w8a8")),
     *(Kind(cache, precision, 22) for cache in ("growing", "inplace") for precision in ("fp32", "int8")),
-    *(Kind(cache, precision, 23) for cache in contract.CACHES for precision in contract.SUFFIXES),
+    *(Kind(cache, precision, 23) for cache in contract.CACHES for precision in PRECISIONS),
 ]
 KINDS = [*DEFAULT, *OF_OPSET]
 Outcomes = dict[str, dict[str, str]]  # kind -> version -> SAME, or what happened instead
@@ -100,7 +100,9 @@ def transformers_js_results(models: Models, version: str) -> dict:
     """One process a model: after one that fails to load, older versions load no other."""
     packages, results = [install.transformers_js(version)], {}
     for kind in DEFAULT:
-        task = models.task(models=[str(models.paths[kind])], dtypes=[DTYPES[kind.precision]], prompts=TEXTS)
+        task = models.task(
+            models=[str(models.paths[kind])], dtypes=[PRECISIONS[kind.precision].transformers_js], prompts=TEXTS
+        )
         results |= install.run("run_transformersjs.mjs", task, models.folder, packages)
     return results
 

@@ -1,0 +1,54 @@
+"""The registry of formats. Nothing else lists formats: every other list is a view of ``FORMATS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .flax import MSGPACK
+from .format import EXPORTED, FIRST, LATER, Codec, Embedded, Format, Job, Opener, Written
+from .gguf import GGUF
+from .huggingface import HF, SHARDS
+from .keras import HDF5
+from .llmc import LLMC
+from .nanogpt import NANOGPT
+from .onnx import ONNX
+from .safetensors import SAFETENSORS
+from .tensorflow import TF
+from .torch import BIN
+
+# In the order in which a file's first bytes are compared with them; those that are uncertain come last.
+FORMATS = (TF, HF, SHARDS, SAFETENSORS, BIN, NANOGPT, LLMC, GGUF, HDF5, ONNX, MSGPACK)
+BY_NAME = {entry.name: entry for entry in FORMATS}
+
+WRITERS: dict[str, Callable[[Job], Written]] = {entry.name: entry.write for entry in FORMATS if entry.write}
+CONFIG_FILES = {entry.config_file: entry.codec for entry in FORMATS if entry.config_file and entry.codec}
+
+
+def _file_names(turn: int) -> tuple[str, ...]:
+    return tuple(name for entry in FORMATS if entry.turn == turn for name in entry.file_names)
+
+
+# Where the weights of a directory are: the first of these, else a TensorFlow checkpoint, else the first of the others.
+WEIGHTS = _file_names(FIRST)
+OTHERS = _file_names(LATER)
+MODELS = _file_names(EXPORTED)
+SUFFIXES = tuple(dict.fromkeys(suffix for entry in FORMATS for suffix in entry.suffixes))
+WRITE_SUFFIXES = {suffix: entry.name for entry in FORMATS for suffix in entry.write_suffixes}
+
+__all__ = [
+    "BY_NAME",
+    "CONFIG_FILES",
+    "FORMATS",
+    "MODELS",
+    "OTHERS",
+    "SUFFIXES",
+    "WEIGHTS",
+    "WRITERS",
+    "WRITE_SUFFIXES",
+    "Codec",
+    "Embedded",
+    "Format",
+    "Job",
+    "Opener",
+    "Written",
+]

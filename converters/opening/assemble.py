@@ -1,0 +1,84 @@
+"""Step 7: assemble the checkpoint: settle whether ``lm_head`` is tied, and check every shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..checkpoint import Checkpoint, not_gpt2, same_bytes, shape_faults
+from ..errors import CheckpointError
+from ..spec import LM_HEAD, GPT2Config
+from ..tensors import LazyTensor
+from .recognise import Parameters
+from .resolve import Resolved
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The parameters and the configuration once ``lm_head`` is settled; whether it was dropped."""
+
+    tensors: Mapping[str, LazyTensor]
+    config: GPT2Config
+    is_dropped: bool = False
+
+
+def assemble(parameters: Parameters, resolved: Resolved, tie: bool = False) -> Checkpoint:
+    """Build the checkpoint.
+
+    Raises:
+        CheckpointError: if a shape is not the configuration's, or an untied ``lm_head`` contradicts it.
+    """
+    container, dialect = parameters.container, parameters.dialect
+    notes = (*container.notes, *resolved.notes, *_notes(parameters, tie))
+    head = _settle_head(parameters, resolved, tie)
+    shapes = head.config.shapes()
+    faults = list(shape_faults(head.tensors, shapes, f"its {resolved.stated_in or 'other tensors'}"))
+    if faults:
+        raise not_gpt2(container.path, dialect.name, faults)
+    dropped = (LM_HEAD,) if head.is_dropped else ()
+    return Checkpoint(
+        config=head.config,
+        tensors=head.tensors,
+        source=container.path,
+        files=container.files,
+        format=container.format,
+        dialect=dialect.name,
+        left_out=(*container.left_out, *parameters.left_out, *dropped),
+        notes=notes,
+        stated=resolved.is_stated,
+    )
+
+
+def _notes(parameters: Parameters, tie: bool) -> list[str]:
+    notes = []
+    if parameters.zero_biases:
+        notes.append("it has no biases; zeros stand for them")
+    if tie and LM_HEAD in parameters.tensors:
+        notes.append(f"{LM_HEAD} is dropped, as --tie asks, whatever its values")
+    return notes
+
+
+def _settle_head(parameters: Parameters, resolved: Resolved, tie: bool) -> _Head:
+    """Decide what ``lm_head`` is: a copy of ``wte``, a parameter of its own, or a contradiction."""
+    tensors, config = parameters.tensors, resolved.config
+    tied_config = replace(config, tie_word_embeddings=True)
+    head = tensors.get(LM_HEAD)
+    if head is None:
+        return _Head(tensors, tied_config if tie else config)
+    without_head = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
+    if tie:
+        return _Head(without_head, tied_config, is_dropped=True)
+    if not config.tie_word_embeddings:
+        return _Head(tensors, config)
+    if same_bytes(head, tensors["wte.weight"]):
+        return _Head(without_head, config, is_dropped=True)
+    if parameters.dialect.head_untied and not resolved.head_stated_in:
+        return _Head(tensors, replace(config, tie_word_embeddings=False))
+    if resolved.head_stated_in:
+        reason = f"{resolved.head_stated_in} states tie_word_embeddings: true"
+    else:
+        reason = "GPT-2 ties them, and no configuration states otherwise"
+    raise CheckpointError(
+        f"{parameters.container.path}: untied lm_head: {LM_HEAD} differs from wte.weight, but {reason}.\n"
+        "Pass --tie to drop it, or set tie_word_embeddings to false in config.json to keep it"
+    )

@@ -1,0 +1,410 @@
+"""Opening an ONNX model: find the file, check its version, make the session, check its inputs and outputs.
+
+Needs numpy and onnxruntime, and never imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from converters import CheckpointError, ConfigError, FormatError, GPT2Config
+from converters.config import config_of
+from converters.containers.onnx import external_files, read_metadata
+from converters.containers.safetensors import open_safetensors
+from converters.errors import short
+from converters.io.json import parse_json, read_json
+from converters.io.reading import File, check_name
+
+from .. import contract
+from ..contract import Slot
+from ..memory import give_back
+from ..precisions import DEFAULT, PRECISIONS, Precision
+from .base import Ids, InputError, check_tokens
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 1024
+MAX_MESSAGE = 2000  # characters of an error message of ONNX Runtime
+MAX_BLOCK = 1 << 16
+EXACT = "session.x64quantprecision"  # exact products of uint8 and int8, where the default ones saturate
+# An ONNX model: y = MatMulInteger(a, b); a is uint8 (1, 2), b int8 (2, 1), both 127.
+PRODUCT = bytes.fromhex(
+    "08043a560a180a01610a0162120179220d4d61744d756c496e74656765721201672a0d0802080110034201624a027f7f"
+    "5a130a0161120e0a0c080212080a0208010a02080262130a0179120e0a0c080612080a0208010a02080142040a00100a"
+)
+TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads this option from the environment only
+ENVIRONMENT = threading.Lock()
+Provider = str | tuple[str, dict[str, Any]]
+
+# ONNX Runtime's name of a type -> numpy's.
+TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
+}
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a session is made.
+
+    Raises:
+        ValueError: if the number of threads is out of range, or this ONNX Runtime has no such provider.
+    """
+
+    threads: int | None = None
+    optimize: bool = True
+    providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads not in range(1, MAX_THREADS + 1):
+            raise ValueError(f"threads is {self.threads!r}; it must be between 1 and {MAX_THREADS}")
+        available = ort.get_available_providers()
+        for provider in self.providers:
+            name = provider if isinstance(provider, str) else provider[0]
+            if name not in available:
+                raise ValueError(f"this ONNX Runtime has no {name}; it has {', '.join(available)}")
+
+
+@dataclass
+class OnnxModel:
+    """An ONNX model in a session, after its inputs and outputs were checked."""
+
+    path: Path
+    metadata: dict[str, str]
+    config: GPT2Config
+    precision: str
+    cache_kind: str
+    last_only: bool
+    session: Any  # ort.InferenceSession; None once closed
+
+    def __post_init__(self) -> None:
+        self.in_place = contract.stays(self.cache_kind)
+        self.past_names = contract.past_names(self.config.n_layer)
+        self.present_names = contract.present_names(self.config.n_layer)
+        self.inputs = _slots(self.session.get_inputs())
+        self.outputs = _slots(self.session.get_outputs())
+
+    @property
+    def cache_dtype(self) -> np.dtype[Any]:
+        """The dtype of keys and values."""
+        return np.dtype(contract.cache_type(self.precision, self.cache_kind))
+
+    def check_tokens(self, input_ids: Any, position_ids: Any) -> tuple[Ids, Ids]:
+        """As ``base.check_tokens``, for this model.
+
+        Raises:
+            InputError: if the tokens do not fit, or the model is closed.
+        """
+        if self.session is None:
+            raise InputError(f"{self.path}: this decoder is closed")
+        return check_tokens(input_ids, position_ids, self.config.n_vocab, self.config.n_ctx)
+
+    def run(self, binding: Any, options: ort.RunOptions | None) -> None:
+        """Run the model with everything bound.
+
+        Raises:
+            FormatError: if ONNX Runtime fails.
+        """
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception as error:  # the metadata promised what the graph does not do
+            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {_plain(error)}") from None
+
+
+def open_model(path: str | Path, precision: str | None, settings: SessionSettings) -> OnnxModel:
+    """Open the ONNX model that a path means.
+
+    Raises:
+        FormatError: if there is no model, it is damaged, or its file of weights is incomplete.
+        CheckpointError: if its inputs and outputs are not the contract's; the message lists every difference.
+        ConfigError: if it has no configuration.
+    """
+    file = find_model(path, precision)
+    metadata = read_metadata(file)
+    check_runtime(file, metadata)
+    session = open_session(file, metadata, settings)
+    give_back()  # loading needs a third more memory for a moment, if weights are packed anew
+    model = OnnxModel(
+        path=file,
+        metadata=metadata,
+        config=_config(file, metadata),
+        precision=metadata.get(contract.PRECISION, DEFAULT),
+        cache_kind=metadata.get(contract.CACHE, "growing"),
+        last_only=metadata.get(contract.LOGITS) == "last",
+        session=session,
+    )
+    if precision not in (None, model.precision):
+        raise FormatError(f"{file}: its metadata says {model.precision[:50]}, not {precision}")
+    check_contract(model)
+    log.info("%s: %s, %s cache", file, model.precision, model.cache_kind)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- the file
+
+
+def find_model(path: str | Path, precision: str | None = None) -> Path:
+    """Return the ONNX file that a path means: itself, or the one of a precision in a directory (default: fp32, or the only
+    one).
+
+    Raises:
+        FormatError: if there is none, or there are several and ``precision`` is missing.
+    """
+    path = Path(path)
+    check_name(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{path}: ONNX Runtime opens only paths in UTF-8: rename it") from None
+    if not path.is_dir():
+        return File(path).path
+    found = contract.models_in(path)
+    chosen = _choose(path, found, precision)
+    log.debug("%s holds %s; chosen: %s", path, ", ".join(found), chosen.name)
+    return chosen
+
+
+def _choose(directory: Path, found: dict[str, Path], precision: str | None) -> Path:
+    if not found:
+        raise FormatError(
+            f"{directory}: no ONNX model in this directory (looked for {contract.model_file()}, model.onnx, and "
+            "models of other precisions): create one with gpt2x export --onnx"
+        )
+    if precision in found:
+        return found[precision]
+    here = ", ".join(found)
+    if precision is not None:
+        raise FormatError(f"{directory}: no {precision} model in this directory; it holds {here}")
+    if DEFAULT in found:
+        return found[DEFAULT]
+    if len(found) > 1:
+        raise FormatError(
+            f"{directory}: several models in this directory; it holds {here}: choose one (--precision, or precision=)"
+        )
+    return next(iter(found.values()))
+
+
+def check_runtime(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a model whose metadata asks for a newer ONNX Runtime than the installed one.
+
+    Raises:
+        FormatError: with both versions.
+    """
+    needed = metadata.get(contract.RUNTIME, "")
+    if contract.VERSION.fullmatch(needed) and _numbers(ort.__version__) < _numbers(needed):
+        raise FormatError(
+            f"{path}: needs ONNX Runtime {needed} or newer; {ort.__version__} is installed. "
+            f"Upgrade it: pip install 'onnxruntime>={needed}'. Or export the model again for this version: "
+            "gpt2x export --help explains --cache, --precision and --opset"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _config(path: Path, metadata: dict[str, str]) -> GPT2Config:
+    """The configuration in the metadata, or in the ``config.json`` beside the file or above it."""
+    if contract.CONFIG in metadata:
+        where = f"{path}: its metadata"
+        return config_of(parse_json(metadata[contract.CONFIG].encode(), where), where)
+    for file in (path.parent / "config.json", path.parent.parent / "config.json"):
+        if file.is_file():
+            log.info("%s: configuration from %s", path, file)
+            return config_of(read_json(file, 1 << 20), str(file))
+    raise ConfigError(f"{path}: no configuration in its metadata, and no config.json beside it")
+
+
+# ----------------------------------------------------------------------------------------------------- the session
+
+
+def open_session(path: Path, metadata: Mapping[str, str], settings: SessionSettings) -> ort.InferenceSession:
+    """Load a model into ONNX Runtime.
+
+    Raises:
+        FormatError: if it cannot be loaded.
+    """
+    precision = _precision_of(metadata)
+    if precision is not None and precision.keeps_source:
+        _check_weights(path)
+    options = _session_options(metadata, settings)
+    environment = _without_tiles() if metadata.get(contract.CACHE) == "inplace" else nullcontext()
+    providers = list(settings.providers)
+    try:
+        with environment:
+            return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {_plain(error)}") from None
+
+
+def _session_options(metadata: Mapping[str, str], settings: SessionSettings) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised; nothing is printed
+    options.intra_op_num_threads = int(settings.threads or 0)
+    # The arena never frees what a growing cache took.
+    options.enable_cpu_mem_arena = contract.stays(metadata.get(contract.CACHE, "growing"))
+    exact = needs_exact_products(metadata)
+    if exact:
+        options.add_session_config_entry(EXACT, "1")
+    if not settings.optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    log.info(
+        "session options: %s threads, optimizations %s, memory arena %s, exact products %s, providers %s",
+        settings.threads or "default",
+        _on(settings.optimize),
+        _on(options.enable_cpu_mem_arena),
+        _on(exact),
+        ", ".join(map(str, settings.providers)),
+    )
+    return options
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def needs_exact_products(metadata: Mapping[str, str]) -> bool:
+    """Whether integer products of a model of gpt2x 0.1.0 saturate on this processor. Later ones never do (``contract.PAIRS``)."""
+    precision = _precision_of(metadata)
+    if precision is None or not precision.integer_products:
+        return False
+    return contract.PAIRS not in metadata and saturates()
+
+
+def _precision_of(metadata: Mapping[str, str]) -> Precision | None:
+    """The precision that a model names. None if it names none, or an unknown one."""
+    return PRECISIONS.get(metadata.get(contract.PRECISION, ""))
+
+
+@cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 saturate at 16 bits on this processor (x86-64 without VNNI)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
+    (product,) = session.run(None, {"a": np.full((1, 2), 255, np.uint8)})
+    return int(product.item()) != 2 * 255 * 127
+
+
+def _check_weights(path: Path) -> None:
+    """Report a truncated file of float32 weights with its exact place: it is a safetensors file."""
+    for name in external_files(path) & {contract.data_file(), contract.OLD_WEIGHTS}:
+        weights = path.with_name(name)
+        if weights.is_file():
+            open_safetensors(weights)
+
+
+@contextmanager
+def _without_tiles() -> Iterator[None]:
+    """Disable ONNX Runtime's tiled attention in a session that is made meanwhile. At GPT-2's sizes, in float32, a prompt
+    then takes half the time; in 8 bits it does not. The user's own setting of the variable stays.
+    """
+    with ENVIRONMENT:
+        if TILES_OFF in os.environ:
+            yield
+            return
+        os.environ[TILES_OFF] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[TILES_OFF]
+
+
+def _plain(error: Exception) -> str:
+    """ONNX Runtime's message in one line, without its prefix."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(" : ")[-1][:MAX_MESSAGE]
+
+
+# ---------------------------------------------------------------------------------------------------- the contract
+
+
+def check_contract(model: OnnxModel) -> None:
+    """Compare a model's inputs and outputs with the contract.
+
+    Raises:
+        CheckpointError: if they differ, or the metadata names an unknown contract, precision or cache.
+        FormatError: if the metadata's block size is invalid.
+    """
+    version = model.metadata.get(contract.CONTRACT, contract.CACHES.get(model.cache_kind))
+    logits = model.metadata.get(contract.LOGITS, "all")
+    known = (
+        version in contract.CACHES.values()
+        and logits in ("all", "last")
+        and model.precision in PRECISIONS
+        and model.cache_kind in contract.CACHES
+    )
+    if not known:
+        said = f"contract {version}, {model.precision}, {model.cache_kind} cache"[:100]
+        raise CheckpointError(f"{model.path}: unknown kind of model ({said}): a newer gpt2x may have written it")
+    block_size(model.metadata)
+    kind = model.precision, model.cache_kind
+    faults = [
+        *_differences("input", contract.inputs(model.config, *kind), model.inputs),
+        *_differences("output", contract.outputs(model.config, model.last_only, *kind), model.outputs),
+    ]
+    if faults:
+        advice = "gpt2x runs models that gpt2x export --onnx wrote, or with the same inputs and outputs."
+        raise CheckpointError.listing(f"{model.path}: other inputs or outputs than gpt2x's", short(faults), advice)
+
+
+def block_size(metadata: Mapping[str, str]) -> int | None:
+    """How many weights share a scale; None if the metadata does not say.
+
+    Raises:
+        FormatError: if the value is invalid.
+    """
+    text = metadata.get(contract.BLOCK)
+    if text is None:
+        return None
+    valid = re.fullmatch(r"[0-9]{1,5}", text) is not None and 1 <= int(text) <= MAX_BLOCK
+    if not valid:
+        raise FormatError(f"the model's metadata: {contract.BLOCK} is {text[:50]!r}")
+    return int(text)
+
+
+def _slots(arguments: Any) -> dict[str, Slot]:
+    return {a.name: Slot(TYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments}
+
+
+def _differences(kind: str, expected: dict[str, Slot], found: dict[str, Slot]) -> Iterator[str]:
+    for name in expected:
+        if name not in found:
+            yield f"missing   {kind} {name}"
+    for name in found:
+        if name not in expected:
+            yield f"extra     {kind} {name[:100]}"
+    for name in expected:
+        if name in found and not _fits(expected[name], found[name]):
+            yield f"{kind:<9} {name} is {_words(found[name])}, not {_words(expected[name])}"
+
+
+def _fits(expected: Slot, found: Slot) -> bool:
+    """Whether dtypes and fixed sizes agree; a symbolic size may have any name."""
+    if expected.dtype != found.dtype or len(expected.shape) != len(found.shape):
+        return False
+    return all(_same_size(a, b) for a, b in zip(expected.shape, found.shape, strict=True))
+
+
+def _same_size(expected: int | str, found: int | str) -> bool:
+    if isinstance(expected, int):
+        return expected == found
+    return not isinstance(found, int)
+
+
+def _words(slot: Slot) -> str:
+    return f"{slot.dtype} [{', '.join(map(str, slot.shape))}]"

@@ -1,0 +1,290 @@
+"""Running an ONNX model with a growing cache, or with one in place. Needs numpy and onnxruntime, and never torch.
+
+The cache stays in ONNX Runtime's own buffers from step to step: what one step returns is bound to the next as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from .. import contract
+from .base import Ids, InputError, Logits, as_int64, check_mask
+from .kv_cache import RowCache
+from .onnx_model import TYPES, OnnxModel
+
+CHUNK = 256  # tokens of a prompt in one run: attention over T tokens computes T * T scores, and masks half of them
+LOGITS = 32 << 20  # bytes of logits that a run may return where only the last are wanted
+SHRINK = ort.RunOptions()  # frees the memory that only a prompt needs
+SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
+
+
+def chunk_size(model: OnnxModel, B: int) -> int:
+    """How many tokens of a prompt go into one run: fewer if each returns logits, or if the cache holds 8-bit numbers."""
+    most = CHUNK // 2 if contract.has_int8_cache(model.cache_kind) else CHUNK
+    if model.last_only:
+        return most
+    bytes_per_token = 4 * B * model.config.n_vocab
+    return max(16, min(most, LOGITS // bytes_per_token))
+
+
+def pieces(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where each piece of n tokens begins and ends."""
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
+
+
+class GrowingRun:
+    """A model that returns a longer cache from each step."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        self.model = model
+
+    def step(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, Cache]:
+        """The logits after the last token, (B, 1, V) or longer; a long prompt is split into chunks."""
+        mask = None if attention_mask is None else as_int64(attention_mask, "attention_mask")
+        B, T = ids.shape
+        for start, end in pieces(T, chunk_size(self.model, B)):
+            seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
+            logits, cache = self.run(ids[:, start:end], seen, positions[:, start:end], cache)
+        return logits, cache
+
+    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, Cache]:
+        """As ``Decoder.run``, for tokens and positions that were checked."""
+        B, T = ids.shape
+        past = self._empty(B) if cache is None else cache
+        mask = check_mask(attention_mask, B, self._length(past, B), T)
+        binding = self.model.session.io_binding()
+        for name, array in {"input_ids": ids, "attention_mask": mask, "position_ids": positions}.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in zip(self.model.past_names, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self.model.present_names:
+            binding.bind_output(name, "cpu")
+        logits = _bind_logits(binding, self.model, B, T)  # the last output
+        self.model.run(binding, None)
+        return logits, binding.get_outputs()[:-1]
+
+    def _empty(self, B: int) -> Cache:
+        shape = (B, self.model.config.n_head, 0, self.model.config.head_dim)
+        empty = np.empty(shape, self.model.cache_dtype)
+        return [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.model.past_names]
+
+    def _length(self, past: Any, B: int) -> int:
+        """How many tokens the cache holds."""
+        names = self.model.past_names
+        if not isinstance(past, Sequence) or not all(isinstance(value, ort.OrtValue) for value in past):
+            raise InputError("the cache is not one that an earlier step returned")
+        if len(past) != len(names):
+            raise InputError(f"the cache has {len(past)} tensors, the model takes {len(names)}")
+        shapes = [tuple(value.shape()) for value in past]
+        P = shapes[0][2] if len(shapes[0]) == 4 else 0
+        expected = (B, self.model.config.n_head, P, self.model.config.head_dim)
+        dtype = self.model.cache_dtype
+        for name, value, shape in zip(names, past, shapes, strict=True):
+            if shape != expected or TYPES.get(value.data_type()) != dtype:
+                raise InputError(f"{name} is {value.data_type()} {shape}; {dtype} {expected} is needed")
+        return int(P)
+
+
+@dataclass
+class _NewTokens:
+    """The new tokens of one row, without padding."""
+
+    row: int
+    slots: Any  # which of the T new slots: a slice, or a mask (T,)
+    ids: Ids  # (t,)
+    positions: Ids  # (t,)
+
+
+class InPlaceRun:
+    """A model that writes new keys and values into the cache's own buffers (``--cache inplace``).
+
+    A step is one token of every row at once, or several tokens of one row after another. Padding is removed first.
+    """
+
+    def __init__(self, model: OnnxModel) -> None:
+        self.model = model
+        self._kind = self.new_cache(0).kind
+
+    def new_cache(self, rows: int) -> RowCache:
+        """An empty cache."""
+        config = self.model.config
+        return RowCache(
+            rows,
+            tensors=len(self.model.past_names),
+            n_head=config.n_head,
+            head_dim=config.head_dim,
+            n_ctx=config.n_ctx,
+            dtype=self.model.cache_dtype,
+        )
+
+    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, *, last: bool) -> tuple[Logits, RowCache]:
+        """As ``Decoder.run``, for tokens and positions that were checked. Logits (B, 1, V) if ``last``."""
+        B, T = ids.shape
+        cache = self.new_cache(B) if cache is None else self._checked(cache, B)
+        real = self._real_slots(attention_mask, cache, T)
+        rows = _rows_with_tokens(ids, positions, real)
+        for new in rows:
+            cache.check(new.row, new.positions)
+        if T == 1 and len(rows) == B:
+            logits = self.advance(ids[:, 0], positions[:, 0], cache)[:, None]
+        else:
+            logits = self._prefill_rows(rows, cache, (B, T), last)
+        cache.see(real, T)
+        return logits, cache
+
+    def _checked(self, cache: Any, B: int) -> RowCache:
+        if not isinstance(cache, RowCache) or cache.kind != self._kind:
+            raise InputError("the cache is not one that an earlier step of this model returned")
+        if len(cache.lengths) != B:
+            raise InputError(f"the cache has {len(cache.lengths)} rows, input_ids {B}")
+        return cache
+
+    def _real_slots(self, attention_mask: Any, cache: RowCache, T: int) -> NDArray[np.bool_] | None:
+        """Which of the T new slots hold tokens, (B, T); None if all do.
+
+        Raises:
+            InputError: if a mask (B, seen + T) does not fit the cache, or differs from earlier ones in earlier slots.
+        """
+        if attention_mask is None:
+            return None
+        mask = as_int64(attention_mask, "attention_mask")
+        wanted = (len(cache.lengths), cache.seen + T)
+        if mask.shape != wanted:
+            raise InputError(
+                f"attention_mask has the shape {mask.shape}, but {cache.seen} earlier and {T} new slots need {wanted}"
+            )
+        real = mask != 0
+        earlier = True if cache.mask is None else cache.mask
+        if (real[:, : cache.seen] != earlier).any():
+            raise InputError("attention_mask has changed for earlier slots: a cache in place cannot do that")
+        new = real[:, cache.seen :]
+        return None if new.all() else new
+
+    def _prefill_rows(self, rows: Sequence[_NewTokens], cache: RowCache, shape: tuple[int, int], last: bool) -> Logits:
+        """Several tokens of each row. Logits (B, 1 or T, V), zeros for padding."""
+        B, T = shape
+        logits = np.zeros((B, 1 if last else T, self.model.config.n_vocab), np.float32)
+        for new in rows:
+            found = self.prefill(new.ids, new.positions, cache, new.row, last=last)
+            if last:
+                logits[new.row, -1] = found[-1]
+            else:
+                logits[new.row, new.slots] = found
+        return logits
+
+    def prefill(self, ids: Ids, positions: Ids, cache: RowCache, row: int, *, last: bool = True) -> Logits:
+        """Put tokens (T,) with positions (T,) into one row of the cache, after what it holds, a chunk at a time.
+
+        Returns:
+            The logits of the last of them (1, V), or of each (T, V) if not ``last``.
+        """
+        ids = np.ascontiguousarray(ids)
+        positions = np.ascontiguousarray(positions)
+        start, end = int(positions[0]), int(positions[-1]) + 1
+        cache.reserve(row + 1, end)
+        buffers = [buffer[row : row + 1] for buffer in cache.buffers]
+        cache.lengths[row] = start  # until all tokens are in
+        logits: Logits = np.empty((0 if last else len(ids), self.model.config.n_vocab), np.float32)
+        for first, stop in pieces(len(ids), chunk_size(self.model, 1)):
+            found = self._prefill_chunk(ids[first:stop], positions[first:stop], start + stop, buffers)
+            if last:
+                logits = found[-1:]
+            else:
+                logits[first:stop] = found
+        cache.lengths[row] = end
+        return logits
+
+    def _prefill_chunk(self, ids: Ids, positions: Ids, length: int, buffers: Sequence[NDArray[Any]]) -> Logits:
+        """One run for one row, which then holds ``length`` tokens. Logits (1 or t, V)."""
+        binding = self.model.session.io_binding()
+        mask = np.ones((1, length), np.int64)
+        _bind(binding, "input_ids", ids[None])
+        _bind(binding, "position_ids", positions[None])
+        _bind(binding, "attention_mask", mask)
+        bind_cache(binding, self.model, buffers)
+        logits = _bind_logits(binding, self.model, 1, len(ids))
+        self.model.run(binding, SHRINK if len(ids) > 1 else None)
+        found: Logits = logits[0]
+        return found
+
+    def advance(self, ids: Ids, positions: Ids, cache: RowCache) -> Logits:
+        """One more token (B,), at its position (B,), for each of the first B rows of the cache. Logits (B, V)."""
+        B = len(ids)
+        cache.reserve(B, int(positions.max()) + 1)
+        step = cache.bound
+        if not isinstance(step, _Step) or step.model is not self.model or len(step.ids) != B:
+            step = _Step(self.model, cache, B)
+            cache.bound = step
+        logits = step(ids, positions)
+        cache.lengths[:B] = positions + 1
+        return logits
+
+
+class _Step:
+    """One more token for each of the first B rows of a cache. Most is bound once, as long as the cache's buffers stay."""
+
+    def __init__(self, model: OnnxModel, cache: RowCache, B: int) -> None:
+        self.model = model
+        self.ids = np.zeros((B, 1), np.int64)
+        self.positions = np.zeros((B, 1), np.int64)
+        self.slots = np.arange(cache.capacity)
+        self.buffers = [buffer[:B] for buffer in cache.buffers]  # held while they are bound
+        self.binding = model.session.io_binding()
+        _bind(self.binding, "input_ids", self.ids)
+        _bind(self.binding, "position_ids", self.positions)
+        bind_cache(self.binding, model, self.buffers)
+
+    def __call__(self, ids: Ids, positions: Ids) -> Logits:
+        """Tokens (B,) at positions (B,). Returns the logits (B, V)."""
+        self.ids[:, 0] = ids
+        self.positions[:, 0] = positions
+        seen = self.slots[: int(positions.max()) + 1]
+        mask = (seen <= self.positions).astype(np.int64)  # (B, S)
+        _bind(self.binding, "attention_mask", mask)
+        logits = _bind_logits(self.binding, self.model, len(ids), 1)
+        self.model.run(self.binding, None)
+        return logits[:, 0]
+
+
+def _rows_with_tokens(ids: Ids, positions: Ids, real: NDArray[np.bool_] | None) -> list[_NewTokens]:
+    """The tokens of each row that has any; ``real`` is a mask (B, T) of the slots without padding."""
+    rows = []
+    for row in range(len(ids)):
+        slots = slice(None) if real is None else real[row]
+        new = _NewTokens(row, slots, ids[row, slots], positions[row, slots])
+        if len(new.ids):
+            rows.append(new)
+    return rows
+
+
+def bind_cache(binding: Any, model: OnnxModel, buffers: Sequence[NDArray[Any]]) -> None:
+    """Bind past and present of each layer to the same memory."""
+    for past, present, buffer in zip(model.past_names, model.present_names, buffers, strict=True):
+        _bind(binding, past, buffer)
+        _bind_output(binding, present, buffer)
+
+
+def _bind_logits(binding: Any, model: OnnxModel, B: int, T: int) -> Logits:
+    logits: Logits = np.empty((B, 1 if model.last_only else T, model.config.n_vocab), np.float32)
+    _bind_output(binding, "logits", logits)
+    return logits
+
+
+def _bind(binding: Any, name: str, array: NDArray[Any]) -> None:
+    """Bind an input to an array, which the caller must hold while the binding is used."""
+    assert array.flags.c_contiguous
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
+    """The same for an output."""
+    assert array.flags.c_contiguous
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
