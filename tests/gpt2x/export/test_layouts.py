@@ -108,7 +108,7 @@ def test_a_single_file_above_2_gb_is_refused_before_anything_is_written(tmp_path
     assert list(Path().iterdir()) == []
 
 
-def test_the_largest_gpt2_is_refused_as_one_file_by_its_number_of_parameters():
+def test_the_1558m_model_is_refused_as_a_single_file_by_its_size():
     from gpt2x.export.onnx_plan import check_size
 
     large = SimpleNamespace(parameters=1_557_611_200)
@@ -183,14 +183,14 @@ def test_a_second_export_into_the_source_keeps_its_config_json(tmp_path, gpt2x):
         assert json.loads((tmp_path / "m/config.json").read_text())["task_specific_params"] == {"x": 1}
 
 
-def test_a_transformers_js_config_that_is_no_object_is_refused(tmp_path, gpt2x):
+def test_a_transformers_js_config_that_is_not_an_object_is_refused(tmp_path, gpt2x):
     done(gpt2x("convert", SHAKESPEARE, tmp_path / "m"))
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps({**config, "transformers.js_config": "x"}))
     assert_refused(gpt2x("export", tmp_path / "m", "--onnx", tmp_path / "m"), "transformers.js_config is not an object")
 
 
-def test_weights_that_no_model_takes_any_more_go_with_force(tmp_path, gpt2x):
+def test_force_removes_weights_that_no_model_uses_any_more(tmp_path, gpt2x):
     done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--no-verify"))
     done(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--single-file", "--force", "--no-verify"))
     assert not (tmp_path / "d/onnx/model.onnx_data").exists()
@@ -205,7 +205,7 @@ def test_weights_that_no_model_takes_any_more_go_with_force(tmp_path, gpt2x):
     assert greedy(OnnxDecoder(tmp_path / "old"), 3) == greedy(OnnxDecoder(tmp_path / "d"), 3)
 
 
-def test_files_that_no_replaced_model_takes_are_never_removed(tmp_path, gpt2x):
+def test_files_that_no_replaced_model_uses_are_never_removed(tmp_path, gpt2x):
     """A file of the old name that is somebody's own, and an external file that a hostile model names outside its folder."""
     done(gpt2x("convert", SHAKESPEARE, tmp_path / "m"))
     (tmp_path / "m/onnx").mkdir()
@@ -288,7 +288,7 @@ def test_every_opset_gives_the_same_logits(tmp_path, opset):
     assert any(node.op_type == "Attention" for node in model.graph.node) == (opset == 23)
 
 
-def test_an_opset_that_a_precision_cannot_have_is_refused(tmp_path, gpt2x):
+def test_an_opset_without_a_precisions_operators_is_refused(tmp_path, gpt2x):
     result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--precision", "fp32,int4", "--opset", 20)
     assert_refused(result, "opset 20 is too low for int4 with --cache growing: 21 to 23 are supported")
     result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--opset", 19)
@@ -309,7 +309,7 @@ def test_a_model_without_gelu_needs_an_older_opset(tmp_path):
 # ------------------------------------------------------------------------------------------------- versions of runtimes
 
 
-def test_a_runtime_that_is_too_old_is_named_with_the_one_that_is_needed(tmp_path, gpt2x, monkeypatch):
+def test_the_error_for_an_old_runtime_names_both_versions(tmp_path, gpt2x, monkeypatch):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d")
     monkeypatch.setattr(ort, "__version__", "1.16.3")
     words = "needs ONNX Runtime 1.17.0 or newer; 1.16.3 is installed"
@@ -319,11 +319,11 @@ def test_a_runtime_that_is_too_old_is_named_with_the_one_that_is_needed(tmp_path
 
 
 @pytest.mark.parametrize("said", ["", "newest", "1.99", "1" * 5000, "9.9.9.9"])
-def test_a_version_that_makes_no_sense_is_passed_over(said):
+def test_an_invalid_version_is_ignored(said):
     check_runtime(Path("m.onnx"), {contract.RUNTIME: said})
 
 
-def test_what_onnx_runtime_says_is_not_cut(tmp_path):
+def test_the_message_of_onnx_runtime_is_not_cut(tmp_path):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d")
     path = tmp_path / "d/onnx/model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -394,7 +394,7 @@ def test_a_path_that_is_not_utf8_is_one_line(tmp_path, gpt2x, monkeypatch, shake
 # ------------------------------------------------------------------------------------------------------------- closing
 
 
-def test_a_decoder_is_closed_by_hand_or_at_the_end_of_a_block(shakespeare):
+def test_a_decoder_is_closed_by_close_or_by_its_context_manager(shakespeare):
     with OnnxDecoder(shakespeare, precision="fp32") as decoder:
         expected = greedy(decoder, 3)
     with pytest.raises(ValueError, match="this decoder is closed"):
@@ -407,7 +407,7 @@ def test_a_decoder_is_closed_by_hand_or_at_the_end_of_a_block(shakespeare):
         again.step(np.array([[1]]), None, np.array([[0]]), None)
 
 
-def test_a_running_batch_lets_all_leave_when_it_is_closed(tmp_path):
+def test_closing_a_running_batch_removes_all_sequences(tmp_path):
     export_onnx(random_checkpoint(SMALL), tmp_path / "d", ExportOptions(cache="inplace"), need_tokenizer=False)
     decoder = OnnxDecoder(tmp_path / "d")
     with RunningBatch(decoder) as batch:

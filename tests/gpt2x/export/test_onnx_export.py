@@ -1,4 +1,4 @@
-"""The ONNX directory: its contract to the letter, one copy of the weights, nothing that is not reproducible."""
+"""The ONNX directory: its exact contract, one copy of the weights, reproducible bytes."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def tiny_onnx(folder, config=TINY, seed=0, **options):
 
 
 def pieces_of(config):
-    """Places of weights that are nowhere."""
+    """Places of weights in a file that does not exist."""
     shapes = enumerate(config.shapes().items())
     return {name: Piece("float32", shape, 8 * i, 8) for i, (name, shape) in shapes}
 
@@ -73,7 +73,7 @@ def test_the_directory_is_as_documented(shakespeare):
     assert config["transformers.js_config"] == {"use_external_data_format": True}
 
 
-def test_the_graph_has_the_contracts_inputs_and_outputs_to_the_letter(shakespeare):
+def test_the_graph_has_exactly_the_inputs_and_outputs_of_the_contract(shakespeare):
     graph = onnx.load(shakespeare / "onnx/model.onnx", load_external_data=False).graph
 
     def slots(values):
@@ -99,7 +99,7 @@ def test_the_graph_has_the_contracts_inputs_and_outputs_to_the_letter(shakespear
     }
 
 
-def test_the_model_is_clean_standard_and_small(shakespeare):
+def test_the_model_passes_the_checker_and_has_standard_operators_only(shakespeare):
     path = shakespeare / "onnx/model.onnx"
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
@@ -123,7 +123,7 @@ def test_nodes_are_named_after_the_modules_they_come_from(shakespeare):
     } <= set(names)
 
 
-def test_weights_are_there_once_and_the_graph_points_into_them(shakespeare):
+def test_weights_are_stored_once_and_the_graph_has_their_offsets(shakespeare):
     checkpoint = open_checkpoint(SHAKESPEARE)
     model = onnx.load(shakespeare / "onnx/model.onnx", load_external_data=False)
     external = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
@@ -139,7 +139,7 @@ def test_weights_are_there_once_and_the_graph_points_into_them(shakespeare):
     assert total < 1.02 * checkpoint.nbytes
 
 
-def test_the_metadata_say_what_it_is_and_what_it_came_from(shakespeare):
+def test_the_metadata_has_the_contract_and_the_source(shakespeare):
     import hashlib
 
     metadata = OnnxDecoder(shakespeare).metadata
@@ -179,7 +179,7 @@ def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, 
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: ", ".join(f"{k}={v}" for k, v in s.items()) or "plain")
-def test_every_kind_of_model_gives_the_models_logits_however_it_is_run(tmp_path, switches):
+def test_every_configuration_has_the_models_logits_however_it_is_run(tmp_path, switches):
     from gpt2x.runtimes.opening import gpt2x_model
     from gpt2x.verify.report import sample_ids
     from gpt2x.verify.scenarios import compare_runs
@@ -210,7 +210,7 @@ def test_the_exported_attention_is_torchs(tmp_path):
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_of_padding_alone_gives_numbers(tmp_path):
+def test_a_row_of_only_padding_has_finite_logits(tmp_path):
     tiny_onnx(tmp_path / "m")
     decoder = OnnxDecoder(tmp_path / "m")
     ids = np.array([[1, 2, 3], [0, 0, 0]])
@@ -378,7 +378,7 @@ def test_a_damaged_source_leaves_nothing(gpt2x, tmp_path, monkeypatch):
     assert sorted(p.name for p in Path().iterdir()) == ["m"]
 
 
-def test_not_a_number_is_warned_of_and_fails_to_verify(gpt2x, tmp_path, monkeypatch):
+def test_nan_is_warned_of_and_fails_verification(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = random_checkpoint()
     bad = tiny.tensors["h.0.mlp.c_fc.bias"].read().copy()
@@ -421,7 +421,7 @@ def test_wrong_usage_of_export_is_exit_code_2(gpt2x):
 
 
 @pytest.mark.parametrize(("missing", "named"), [(["torch", "onnx"], "torch and onnx"), (["onnx"], "onnx")])
-def test_without_what_it_needs_the_line_to_type_is_named(gpt2x, monkeypatch, tmp_path, missing, named):
+def test_the_error_for_a_missing_package_has_the_install_command(gpt2x, monkeypatch, tmp_path, missing, named):
     import importlib.util
 
     find = importlib.util.find_spec
@@ -491,7 +491,7 @@ def test_the_1558m_shape_is_traced_in_seconds_without_its_weights():
 
 @needs_shared
 @pytest.mark.parametrize("options", [["--no-verify"], pytest.param([], marks=pytest.mark.slow)])
-def test_openais_own_vocabulary_goes_along(tmp_path, gpt2x, options):
+def test_openais_vocabulary_is_exported(tmp_path, gpt2x, options):
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2)
     save_checkpoint(random_checkpoint(config), tmp_path / "m.safetensors")
     done(gpt2x("export", tmp_path / "m.safetensors", "--onnx", tmp_path / "d", "--tokenizer", RELEASE, *options))
@@ -522,7 +522,7 @@ def test_the_source_itself_is_never_written_over(gpt2x, tmp_path, monkeypatch):
         assert (folder / "onnx" / name).read_bytes() == before
 
 
-def test_a_link_on_the_way_is_not_written_through_nor_replaced(gpt2x, tmp_path, monkeypatch):
+def test_a_symbolic_link_is_neither_followed_nor_replaced(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "h", "hf")
     Path("big").mkdir()
@@ -533,7 +533,7 @@ def test_a_link_on_the_way_is_not_written_through_nor_replaced(gpt2x, tmp_path, 
 
 
 @pytest.mark.parametrize("inside", ["onnx", "onnx/model.onnx/"])
-def test_what_is_in_the_way_is_found_before_the_work(gpt2x, tmp_path, monkeypatch, inside):
+def test_a_file_or_directory_that_blocks_the_result_is_found_before_the_work(gpt2x, tmp_path, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "a.safetensors")
     Path("d").mkdir()
@@ -542,7 +542,7 @@ def test_what_is_in_the_way_is_found_before_the_work(gpt2x, tmp_path, monkeypatc
     assert_refused(gpt2x("export", "a.safetensors", "--onnx", "d", "--force", "--no-tokenizer"), "not replace by a")
 
 
-def test_folders_that_stay_keep_their_permissions_and_times(gpt2x, tmp_path, monkeypatch):
+def test_other_directories_keep_their_permissions_and_times(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "h", "hf")
     Path("h/private/deep").mkdir(parents=True)
@@ -565,7 +565,7 @@ def test_another_tokenizer_than_the_sources_own_is_not_put_into_its_directory(gp
     done(gpt2x("export", "h", "--onnx", "elsewhere", "--tokenizer", SHAKESPEARE, "--no-verify"))
 
 
-def test_a_whole_number_for_epsilon_is_a_number(tmp_path, gpt2x):
+def test_an_integer_epsilon_is_accepted(tmp_path, gpt2x):
     config = GPT2Config(**{**vars(TINY), "layer_norm_epsilon": 1})
     tiny_onnx(tmp_path / "m", config)
     assert OnnxDecoder(tmp_path / "m").config.layer_norm_epsilon == 1.0
@@ -578,7 +578,7 @@ def test_an_absurd_number_of_layers_is_not_believed(tmp_path):
         GPT2Config(n_layer=10**9)
 
 
-def test_two_results_cannot_have_one_name(gpt2x, tmp_path, monkeypatch):
+def test_two_results_with_one_path_are_refused(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_checkpoint(), "a.safetensors")
     assert gpt2x("export", "a.safetensors", "--torchscript", "q.pt2", "--pt2", "q.pt2").exit_code == 2
@@ -596,12 +596,12 @@ def test_two_results_cannot_have_one_name(gpt2x, tmp_path, monkeypatch):
         *({"block": given} for given in (0, 33, 32.0, None)),
     ],
 )
-def test_options_that_cannot_be(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ExportOptions(**options)
 
 
-def test_tokens_to_calibrate_by_that_are_not_the_models(tmp_path):
+def test_calibration_with_an_unknown_token_id_is_refused(tmp_path):
     with pytest.raises(ValueError, match="calibration has token id 13; the model's vocabulary is 13"):
         export_onnx(
             random_checkpoint(),

@@ -1,4 +1,4 @@
-"""The committed table of minimum versions, which ``make test-versions`` measures, and what gpt2x says of its models."""
+"""The committed table of minimum versions, which ``make test-versions`` measures, against the versions that gpt2x writes into its models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_minimum_of_the_table_was_found():
 @pytest.mark.parametrize(
     "row", ROWS, ids=lambda row: f"{row['cache']}-{row['precision']}-{row['opset']}-{row['default']}"
 )
-def test_a_model_asks_for_the_version_of_onnx_runtime_that_was_measured(row):
+def test_the_required_version_of_onnx_runtime_is_the_measured_one(row):
     asked = contract.runtime_version(row["precision"], row["cache"], row["opset"])
     assert asked.split(".")[:2] == row["onnxruntime"].split(".")[:2]
 

@@ -1,10 +1,13 @@
-"""Exports in fp16, int8, w8a8 and int4: what they store, how far they are from the source, and that one gate says so."""
+"""Exports in fp16, int8, w8a8 and int4: what they store, their errors against the source, and that verification sees faults."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from checkpoints import SMALL, TINY, gentle, random_checkpoint
 from commands import assert_refused, done
 from paths import files_of
 
+import gpt2x as gpt2x_package
 from converters import ConversionError, LazyTensor, open_checkpoint, save_checkpoint
 from converters.errors import DestinationError, FormatError
 from gpt2x import SHAKESPEARE, contract
@@ -43,7 +47,7 @@ def shakespeare(tmp_path_factory):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("block", [16, 32, 128])
 @pytest.mark.parametrize("K", [1, 16, 33, 96])
-def test_no_number_is_farther_off_than_half_a_step_or_what_its_block_gains_by_it(bits, block, K):
+def test_the_rounding_error_of_a_column_is_bounded_by_half_a_step(bits, block, K):
     x = np.random.default_rng(K).normal(size=(K, 5)).astype(np.float32)
     q, scale = quantize(x, bits, block)
     assert q.shape == x.shape and scale.shape == (-(-K // block), 5)
@@ -55,14 +59,14 @@ def test_no_number_is_farther_off_than_half_a_step_or_what_its_block_gains_by_it
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 3e-39, -0.7, 1e30])
-def test_a_constant_block_is_itself_and_one_of_zeros_is_zeros(bits, value):
+def test_a_constant_block_is_exact_and_a_block_of_zeros_stays_zero(bits, value):
     x = np.full((40, 3), value, np.float32)
     found = dequantize(*quantize(x, bits, 32), 32)
     np.testing.assert_allclose(found, x, rtol=1e-6, atol=1e-37)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_searching_the_scale_loses_less_than_covering_everything(bits):
+def test_searching_the_scale_has_a_smaller_error_than_covering_the_largest_value(bits):
     x = np.random.default_rng(0).standard_t(4, size=(256, 64)).astype(np.float32)
     q, scale = quantize(x, bits, 32)
     blocks = x.reshape(8, 32, 64)
@@ -72,7 +76,7 @@ def test_searching_the_scale_loses_less_than_covering_everything(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_rounding_by_a_hessian_loses_less_of_the_product(bits):
+def test_gptq_has_a_smaller_error_of_the_product_than_rounding_to_nearest(bits):
     rng = np.random.default_rng(0)
     inputs = (rng.normal(size=(500, 24)) @ rng.normal(size=(24, 96)) + 0.1 * rng.normal(size=(500, 96))).astype("f4")
     w = rng.normal(size=(96, 40)).astype(np.float32)
@@ -83,7 +87,7 @@ def test_rounding_by_a_hessian_loses_less_of_the_product(bits):
     assert lost[1] < 0.6 * lost[0]
 
 
-def test_errors_made_up_for_later_are_made_up_for_all_the_same(monkeypatch):
+def test_compensating_errors_in_lazy_batches_gives_the_same_result(monkeypatch):
     rng = np.random.default_rng(0)
     inputs, w = rng.normal(size=(900, 300)).astype(np.float32), rng.normal(size=(300, 8)).astype(np.float32)
     lazy = quantize(w, 8, 300, inputs.T @ inputs)
@@ -93,14 +97,14 @@ def test_errors_made_up_for_later_are_made_up_for_all_the_same(monkeypatch):
     assert (lazy.q != at_once.q).mean() < 0.01  # sums in another order
 
 
-def test_a_hessian_without_full_rank_is_no_trouble():
+def test_gptq_works_with_a_singular_hessian():
     w = np.random.default_rng(0).normal(size=(32, 8)).astype(np.float32)
     for hessian in (np.zeros((32, 32), np.float32), np.ones((32, 32), np.float32)):
         q, scale = quantize(w, 8, 32, hessian)
         assert np.isfinite(scale).all() and np.abs(dequantize(q, scale, 32) - w).max() < 0.1
 
 
-def test_four_bits_are_packed_as_onnx_packs_them():
+def test_int4_is_packed_as_onnx_packs_it():
     numbers = np.array([[-8, 7, 0], [1, -1, 3]], np.int8)
     ours = pack4(numbers).tobytes()
     assert ours == bytes([0x78, 0x10, 0x3F])
@@ -137,13 +141,13 @@ def test_a_tied_table_is_stored_once(shakespeare, precision):
 
 
 def plain_products(graph):
-    """Products with a weight that are computed in floats."""
+    """Products with a weight that are computed in floating point."""
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "MatMul" and weights.intersection(node.input)]
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_onnx_runtime_makes_one_operator_of_every_quantised_product(shakespeare, tmp_path, precision):
+def test_onnx_runtime_fuses_every_quantized_product(shakespeare, tmp_path, precision):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -154,7 +158,7 @@ def test_onnx_runtime_makes_one_operator_of_every_quantised_product(shakespeare,
     assert plain_products(graph) == []
 
 
-def test_the_metadata_say_the_precision_and_how_it_was_rounded(shakespeare):
+def test_the_metadata_has_the_precision_and_the_rounding(shakespeare):
     for precision in ALL:
         decoder = OnnxDecoder(shakespeare, precision=precision)
         assert decoder.metadata["gpt2x.precision"] == decoder.precision == precision
@@ -176,7 +180,7 @@ def test_fp16_has_its_cache_in_float16_and_norms_and_logits_in_float32(shakespea
     assert [kinds[name] for name in softmax] == [onnx.TensorProto.FLOAT] * 4
 
 
-def test_fp32_weights_are_there_only_where_fp32_is_asked_for(tmp_path):
+def test_fp32_weights_are_written_only_with_precision_fp32(tmp_path):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("int8",)))
     found = files_of(tmp_path / "d")
     assert "onnx/model.safetensors" not in found and "model.safetensors.index.json" not in found
@@ -205,7 +209,7 @@ def test_a_precision_is_added_without_force_and_the_card_then_has_both(gpt2x, tm
     done(gpt2x("verify", SHAKESPEARE, "d"))
 
 
-def test_an_export_is_the_source_of_its_own_further_precisions(gpt2x, tmp_path, monkeypatch):
+def test_more_precisions_can_be_exported_from_an_export(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done(gpt2x("export", SHAKESPEARE, "--onnx", "d", "--no-verify"))
     done(gpt2x("export", "d", "--onnx", "d", "--precision", "int8"))
@@ -226,7 +230,7 @@ def test_one_directory_holds_one_model_and_one_kind_of_cache(tmp_path):
     assert not list(tmp_path.rglob("*quantized*"))
 
 
-def test_a_precision_that_is_not_there_is_named_with_those_that_are(gpt2x, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_precision_lists_those_that_exist(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done(gpt2x("export", SHAKESPEARE, "--onnx", "d", "--precision", "int8,int4", "--no-verify"))
     with pytest.raises(FormatError, match="no fp16 model in this directory; it holds int8, int4"):
@@ -268,7 +272,7 @@ def test_every_precision_is_within_its_bounds_however_it_is_run(tmp_path, precis
 
 @pytest.mark.parametrize("switch", [{}, {"tie_word_embeddings": False}, {"n_embd": 48, "n_head": 3}, {"n_inner": 50}])
 @pytest.mark.parametrize("precision", ["fp16", *QUANTISED])
-def test_models_whose_sizes_no_block_divides(tmp_path, precision, switch):
+def test_models_whose_sizes_are_not_multiples_of_the_block(tmp_path, precision, switch):
     config = replace(SMALL, **switch)
     checkpoint = gentle(config)
     export_onnx(checkpoint, tmp_path / "d", ExportOptions((precision,)), need_tokenizer=False)
@@ -284,7 +288,7 @@ def test_a_table_of_an_odd_width_is_right(tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_chunks_of_a_prompt_give_the_logits_of_one_pass(shakespeare, precision):
+def test_a_prompt_in_chunks_has_the_logits_of_one_pass(shakespeare, precision):
     decoder = OnnxDecoder(shakespeare, precision=precision)
     ids = np.random.default_rng(0).integers(2048, size=256)
     expected = one_pass(decoder, ids)
@@ -294,7 +298,7 @@ def test_chunks_of_a_prompt_give_the_logits_of_one_pass(shakespeare, precision):
 
 
 @pytest.mark.slow
-def test_rounding_by_a_text_is_nearer_and_says_so(gpt2x, tmp_path, monkeypatch, shakespeare):
+def test_calibration_has_a_smaller_error_and_is_reported(gpt2x, tmp_path, monkeypatch, shakespeare):
     from gpt2x.verify.sample_text import default_text
 
     monkeypatch.chdir(tmp_path)
@@ -333,7 +337,7 @@ def test_two_exports_are_byte_identical(shakespeare, tmp_path):
 # ----------------------------------------------------------------------------------------------- 8 bits by 8 bits
 
 
-def test_every_product_of_w8a8_is_one_of_whole_numbers(shakespeare):
+def test_every_product_of_w8a8_is_an_integer_product(shakespeare):
     model = onnx.load(shakespeare / contract.model_file("w8a8"), load_external_data=False)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMulInteger") == 4 * 4 + 1
@@ -341,8 +345,8 @@ def test_every_product_of_w8a8_is_one_of_whole_numbers(shakespeare):
 
 
 @pytest.mark.parametrize("cache", ["growing", "inplace"])
-def test_w8a8_logits_do_not_hang_on_chunks_batch_or_optimizations(tmp_path, cache):
-    """Whole numbers are summed without an error, and each row has a scale of its own."""
+def test_w8a8_logits_do_not_depend_on_chunks_or_optimizations(tmp_path, cache):
+    """Integers are summed exactly, and each row has its own scale."""
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("w8a8",), cache))
     decoder, plain = (OnnxDecoder(tmp_path / "d", optimize=optimize) for optimize in (True, False))
     ids = np.random.default_rng(0).integers(2048, size=64)
@@ -376,7 +380,7 @@ def test_w8a8_is_within_its_bounds_with_every_activation(tmp_path, activation):
     assert verify_export(checkpoint, tmp_path / "d").passed
 
 
-def test_more_products_than_a_sum_of_32_bits_holds_are_refused(tmp_path, monkeypatch):
+def test_a_w8a8_sum_that_could_overflow_int32_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("gpt2x.precisions.w8a8.LONGEST", 255)
     with pytest.raises(
         ConversionError, match="h.0.mlp.c_proj.weight: w8a8 sums at most 255 products, this matrix has 256"
@@ -388,6 +392,33 @@ def test_the_commands_know_every_precision():
     from gpt2x.cli.source import PRECISION
 
     assert list(PRECISION.choices) == list(PRECISIONS) == list(ALL)
+
+
+def test_only_the_registry_compares_precision_names():
+    package = Path(gpt2x_package.__file__).parent
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            if isinstance(node, ast.Compare) and names & PRECISIONS.keys() and "precisions" not in file.parts:
+                found.append(f"{file.name}:{node.lineno}")
+    assert found == []
+
+
+def test_the_registry_loads_no_numpy_onnx_or_torch():
+    code = "import sys, gpt2x.precisions; print([name for name in ('numpy', 'onnx', 'torch') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("q8", "did you mean int8?"), ("F16", "did you mean fp16?"), ("int9", "known are fp32, fp16, int8, w8a8, int4")],
+)
+def test_the_error_for_an_unknown_precision_has_a_hint(gpt2x, tmp_path, typed, hint):
+    result = gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--precision", typed)
+    assert result.exit_code == 2
+    assert f"unknown precision {typed!r}" in result.stderr and hint in " ".join(result.stderr.split())
 
 
 # ------------------------------------------------------------------------------------------------------------ the gate
@@ -430,14 +461,14 @@ def test_broken_scales_are_seen_in_the_logits_too(shakespeare, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["h.0.ln_1.weight", "h.3.attn.c_attn.bias", "wpe.weight"])
-def test_a_changed_weight_that_is_not_quantised_is_seen(shakespeare, tmp_path, precision, name):
+def test_a_changed_weight_that_is_not_quantized_is_seen(shakespeare, tmp_path, precision, name):
     path = broken(shakespeare, tmp_path, precision, name, lambda d: d[:1] + bytes([d[1] ^ 1]) + d[2:])
     report = verify_export(open_checkpoint(SHAKESPEARE), path, precision=precision)
     assert f"{name} differs from the source" in next(c.result for c in report.checks if c.name == "weights")
 
 
 @pytest.mark.parametrize("precision", ["fp16", *QUANTISED])
-def test_bounds_are_wider_the_fewer_bits_there_are(precision):
+def test_fewer_bits_have_wider_bounds(precision):
     in_order = [
         CACHE8 if name == "cache" else PRECISIONS[name].bounds for name in ("fp32", "fp16", "cache", *QUANTISED)
     ]
@@ -447,7 +478,7 @@ def test_bounds_are_wider_the_fewer_bits_there_are(precision):
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_zero_and_short_blocks_that_are_rounded_by_a_text_pass(tmp_path, precision):
+def test_calibration_works_with_blocks_of_zeros_and_short_blocks(tmp_path, precision):
     checkpoint = gentle(replace(SMALL, n_embd=66))
     tensors = dict(checkpoint.tensors)
     array = tensors["h.0.mlp.c_fc.weight"].read().copy()
@@ -502,13 +533,13 @@ def spoiled(value, name="h.1.mlp.c_fc.weight"):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])
 @pytest.mark.parametrize("precision", ["fp16", *QUANTISED])
-def test_what_is_not_a_number_is_refused_and_leaves_nothing(tmp_path, precision, value, name):
+def test_nan_and_infinity_are_refused_and_leave_no_file(tmp_path, precision, value, name):
     with pytest.raises(ConversionError, match=f"{name} holds NaN or infinity, which {precision} cannot represent"):
         export_onnx(spoiled(value, name), tmp_path / "d", ExportOptions((precision,)), need_tokenizer=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_fp16_cannot_hold_are_refused(gpt2x, tmp_path, monkeypatch):
+def test_weights_that_overflow_in_fp16_are_refused(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(spoiled(70000.0), "m.safetensors")
     result = gpt2x("export", "m.safetensors", "--onnx", "d", "--precision", "fp16", "--no-tokenizer")
@@ -516,7 +547,7 @@ def test_weights_that_fp16_cannot_hold_are_refused(gpt2x, tmp_path, monkeypatch)
     assert not Path("d").exists()
 
 
-def test_numbers_in_the_midst_of_a_run_that_fp16_cannot_hold_are_refused(gpt2x, tmp_path, monkeypatch):
+def test_activations_that_overflow_in_fp16_are_refused(gpt2x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = gentle()
     tensors = dict(checkpoint.tensors)
@@ -543,14 +574,14 @@ def test_all_zero_and_constant_weights_are_right(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp16", *QUANTISED])
-def test_a_file_of_weights_that_is_cut_short_is_one_clear_error(shakespeare, tmp_path, gpt2x, precision):
+def test_a_truncated_file_of_weights_is_one_clear_error(shakespeare, tmp_path, gpt2x, precision):
     shutil.copytree(shakespeare, tmp_path / "b")
     data = tmp_path / "b/onnx" / contract.data_file(precision)
     data.write_bytes(data.read_bytes()[:-1000])
     assert_refused(gpt2x("generate", tmp_path / "b", "ROMEO:", "--precision", precision), "model")
 
 
-def test_a_precision_of_a_newer_gpt2x_is_not_guessed_at(tmp_path):
+def test_an_unknown_precision_of_a_newer_gpt2x_is_refused(tmp_path):
     export_onnx(gentle(), tmp_path / "d", need_tokenizer=False)
     path = tmp_path / "d/onnx/model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -569,7 +600,7 @@ def test_a_tiny_model_whose_blocks_are_never_full(tmp_path):
         assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
-def test_a_quantised_model_given_first_is_compared_with_the_weights_given_second(gpt2x, tmp_path):
+def test_a_quantized_model_given_first_is_compared_with_the_weights_given_second(gpt2x, tmp_path):
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("int8", "w8a8")))
     out = done(gpt2x("verify", tmp_path / "d", SHAKESPEARE, "--precision", "int8")).stdout
     assert "weights         same       52 of 52 tensors, worst block" in out

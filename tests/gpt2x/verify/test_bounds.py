@@ -1,4 +1,4 @@
-"""How far few bits may be from the source: bounds that exact arithmetic passes on every model, and saturation does not."""
+"""Bounds of quantized models: exact arithmetic passes them on every model, saturated products do not."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def text():
 
 
 def with_outliers(checkpoint, times=300.0):
-    """The same function, whose activations are hard to round: one channel of each norm is large, and its weights small."""
+    """The same function, whose activations are hard to quantize: one channel of each norm is large, its weights small."""
     tensors = dict(checkpoint.tensors)
     for i in range(checkpoint.config.n_layer):
         for norm, product in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
@@ -48,7 +48,7 @@ def with_outliers(checkpoint, times=300.0):
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_exact_arithmetic_is_what_onnx_runtime_gives(shakespeare, text, precision):
+def test_exact_arithmetic_has_the_error_of_onnx_runtime(shakespeare, text, precision):
     checkpoint, decoder = open_checkpoint(SHAKESPEARE), OnnxDecoder(shakespeare, precision=precision)
     exact = one_pass(rounded_model(checkpoint, decoder), text.ids)
     found = one_pass(decoder, text.ids)
@@ -65,7 +65,7 @@ def test_the_bounds_are_about_three_times_what_is_measured(shakespeare, text, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w8a8", "int8"])
-def test_a_model_that_is_hard_to_round_is_judged_by_what_exact_arithmetic_gives_on_it(tmp_path, precision):
+def test_a_model_that_is_hard_to_quantize_is_judged_by_exact_arithmetic(tmp_path, precision):
     checkpoint = with_outliers(open_checkpoint(SHAKESPEARE))
     export_onnx(checkpoint, tmp_path / "d", ExportOptions((precision,)))
     report = verify_export(checkpoint, tmp_path / "d")
@@ -90,7 +90,7 @@ def stored_numbers(path):
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-    """A w8a8 model as gpt2x 0.1.0 wrote it: pairs of weights of any sum, and nothing said of them."""
+    """A w8a8 model as gpt2x 0.1.0 wrote it: adjacent weights with any sum, and no metadata about them."""
     folder = tmp_path_factory.mktemp("old") / "d"
     patch = pytest.MonkeyPatch()
     quantize = writing.quantize
