@@ -92,7 +92,9 @@ def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
         scale = np.abs(blocks).max(axis=1) / np.float32(127)
         result["scale"] = scale
         if not np.isfinite(result["scale"]).all():
-            raise ConversionError(f"{name}: holds numbers of more than 8e6, or none, which Q8_0 cannot say")
+            raise ConversionError(
+                f"{name}: holds NaN, infinity, or a magnitude that Q8_0 cannot represent; choose another --dtype"
+            )
         inverse = np.float32(1) / scale
         scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))[:, None]
     size = np.abs(scaled)

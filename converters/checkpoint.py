@@ -93,9 +93,9 @@ def shape_faults(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[i
         if name not in tensors:
             yield f"missing   {name}"
         elif tensors[name].shape != shape:
-            yield f"shape     {name} is {tensors[name].shape}, {says} asks for {shape}"
+            yield f"shape     {name} is {tensors[name].shape}, {says} needs {shape}"
         elif not tensors[name].dtype.is_float:
-            yield f"integers  {name} is {tensors[name].dtype}; a parameter has floats"
+            yield f"integers  {name} is {tensors[name].dtype}; a parameter must be float"
 
 
 def not_gpt2(path: Path, dialect: str, faults: list[str]) -> ConversionError:

@@ -78,13 +78,11 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = HF_KEYS.get(key) or ALIASES.get(key)
         if name and not (value is None and name == "n_inner"):
             if fields.setdefault(name, value) != value:
-                faults.append(f"{key} is {value!r}, another key says {fields[name]!r}")
+                faults.append(f"{key} is {value!r}, but another key states {fields[name]!r}")
         elif key in FOREIGN and value:
-            faults.append(f"{key} is {str(value)[:60]!r}: it changes the arithmetic, and gpt2x does not have it")
+            faults.append(f"{key} is {str(value)[:60]!r}: it changes the arithmetic, and gpt2x does not support it")
         elif not name and key not in FOREIGN and key not in INERT:
-            faults.append(
-                f"{key} is not a key that gpt2x knows; if it does not change the arithmetic, remove it from the file"
-            )
+            faults.append(f"{key} is unknown to gpt2x; if it does not change the arithmetic, remove it from the file")
     if faults:
         raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults)
     for name in ("bos_token_id", "eos_token_id"):

@@ -41,7 +41,7 @@ class Lead1(Same):
 
     def read(self, tensor: LazyTensor) -> LazyTensor:
         if len(tensor.shape) < 2 or tensor.shape[0] != 1:
-            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; a leading axis of 1 is expected")
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a leading axis of 1")
         return tensor.reshape(tensor.shape[1:])
 
     def write(self, tensor: LazyTensor) -> LazyTensor:
@@ -54,7 +54,7 @@ class Transposed(Same):
 
     def read(self, tensor: LazyTensor) -> LazyTensor:
         if len(tensor.shape) != 2:
-            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; a matrix is expected")
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a matrix")
         return tensor.transposed()
 
     def write(self, tensor: LazyTensor) -> LazyTensor:
@@ -89,7 +89,7 @@ class Dialect:
 
     Args:
         table: row of SPEC -> name and layout.
-        lm_head: what an output of its own is called, the name that is written first; none where it cannot be said.
+        lm_head: what untied lm_head is called, the name that is written first; none where it cannot be said.
         also: other names that some versions use -> the name in the table.
         prefixes: what may stand before every name but ``lm_head``; the first is written.
         under_any: whether anything else may, as long as it is the same before every name.
@@ -156,9 +156,7 @@ class Dialect:
         """The name (without prefix) that a canonical name has here, and its layout."""
         if canonical == LM_HEAD:
             if not self.lm_head:
-                raise CheckpointError(
-                    f"an output that is not tied to the token embedding cannot be written as {self.name}"
-                )
+                raise CheckpointError(f"an untied lm_head cannot be written as {self.name}")
             return self.lm_head[0].name, self.lm_head[0]
         row, layer = _row_of(canonical)
         layout = self.table[row]
@@ -225,7 +223,7 @@ class Dialect:
             faults.append(f"n_inner is {config.n_inner}, not 4 x n_embd")
         if faults:
             tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
-            advice = "If nothing beside the source states its activation, and the tanh form is meant: --activation-function gelu_new"
+            advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
             raise CheckpointError.listing(
                 f"this model cannot be written as {self.name}, whose code computes something else",
                 faults,
@@ -234,7 +232,7 @@ class Dialect:
         if self.copies_wte:
             if LM_HEAD in tensors:
                 raise CheckpointError(
-                    f"an output that is not tied to the token embedding cannot be written as {self.name}, whose code ties it"
+                    f"an untied lm_head cannot be written as {self.name}, whose code ties it to the token embedding"
                 )
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
         written = {}

@@ -75,7 +75,7 @@ class GPT2Config:
         if isinstance(self.layer_norm_epsilon, int) and _is_number(self.layer_norm_epsilon):
             object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         if faults := list(self._faults()):
-            raise ConfigError.listing("not a possible GPT-2 configuration", faults)
+            raise ConfigError.listing("not a valid GPT-2 configuration", faults)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if not (_is_int(value) and 0 <= value < self.n_vocab):
@@ -85,9 +85,9 @@ class GPT2Config:
         for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
             if not (_is_int(value) and 0 < value < 2**31):
-                yield f"{name} is {value!r}, not a positive whole number"
+                yield f"{name} is {value!r}, not a positive integer"
         if _is_int(self.n_layer) and self.n_layer > MAX_LAYERS:
-            yield f"n_layer is {self.n_layer}; more than {MAX_LAYERS} are not believed"
+            yield f"n_layer is {self.n_layer}, which exceeds the limit of {MAX_LAYERS}"
         for name in (*SWITCHES, "tie_word_embeddings"):
             kind = type(getattr(GPT2Config, name))
             if kind is bool and not isinstance(getattr(self, name), bool):
@@ -95,7 +95,7 @@ class GPT2Config:
         if _is_int(self.n_embd) and _is_int(self.n_head) and self.n_head > 0 and self.n_embd % self.n_head:
             yield f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
         if self.activation_function not in ACTIVATIONS:
-            yield f"activation_function is {self.activation_function!r}; known are {', '.join(ACTIVATIONS)}"
+            yield f"activation_function is {self.activation_function!r}; gpt2x supports {', '.join(ACTIVATIONS)}"
         if not (_is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
             yield f"layer_norm_epsilon is {self.layer_norm_epsilon!r}, not a positive number"
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

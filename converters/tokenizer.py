@@ -47,7 +47,7 @@ class TokenizerFiles:
         """What the files say; they are read once.
 
         Raises:
-            TokenizerError: if this is not a byte-level BPE of GPT-2's kind.
+            TokenizerError: if this is not a byte-level BPE as GPT-2's is.
         """
         return self._vocabulary
 
@@ -96,7 +96,7 @@ def find_tokenizer(directory: Path) -> TokenizerFiles | None:
 def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
     model, before = raw.get("model"), raw.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(before, dict) or not _is_gpt2s(raw, model, before):
-        raise TokenizerError(f"{where}: not a byte-level BPE of GPT-2's kind")
+        raise TokenizerError(f"{where}: not a byte-level BPE as GPT-2's is")
     added = _entries(raw.get("added_tokens"), where)
     ids = _ids({**_ids(model.get("vocab"), where), **added}, where)
     return Vocabulary(ids, _pairs(model.get("merges"), where), _special(added), bool(before.get("add_prefix_space")))
@@ -129,7 +129,7 @@ def _entries(raw: Any, where: Path) -> dict[str, int]:
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("content"), str) for e in entries
     ):
-        raise TokenizerError(f"{where}: its added_tokens are not sound")
+        raise TokenizerError(f"{where}: invalid added_tokens")
     return _ids({e["content"]: e.get("id") for e in entries}, where) if entries else {}
 
 
@@ -138,7 +138,7 @@ def _pairs(raw: Any, where: Path) -> list[tuple[str, str]]:
     if not all(
         isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) and _is_text(t) for t in p) for p in pairs
     ):
-        raise TokenizerError(f"{where}: its merges are not pairs of tokens")
+        raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
     return [(a, b) for a, b in pairs]
 
 
@@ -149,11 +149,11 @@ def _is_text(text: str) -> bool:
 def _ids(raw: Any, where: Path) -> dict[str, int]:
     sound = isinstance(raw, dict) and raw and all(type(i) is int and i >= 0 for i in raw.values())
     if not sound:
-        raise TokenizerError(f"{where}: not a table of tokens and their ids")
+        raise TokenizerError(f"{where}: not a valid table of tokens and ids")
     if len(set(raw.values())) != len(raw):
-        raise TokenizerError(f"{where}: two tokens have one id")
+        raise TokenizerError(f"{where}: duplicate token id")
     if max(raw.values()) >= 1_000_000:
-        raise TokenizerError(f"{where}: the id {max(raw.values())} is absurd")
+        raise TokenizerError(f"{where}: a token id of {max(raw.values())}, which exceeds the limit of 1000000")
     return dict(raw)
 
 
@@ -168,7 +168,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 def _bytes(path: Path) -> bytes:
     file = File(path)
     if file.size > MAX_FILE:
-        raise TokenizerError(f"{path}: {file.size} bytes is too large for a tokenizer")
+        raise TokenizerError(f"{path}: {file.size} bytes exceed the limit of {MAX_FILE} for a tokenizer")
     return file.read(0, file.size)
 
 
@@ -229,7 +229,7 @@ def build(vocabulary: Vocabulary) -> Any:
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
     except Exception as error:  # the library raises Exception itself
-        raise TokenizerError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from None
+        raise TokenizerError(f"the tokenizer's vocabulary and merges do not match: {error}") from None
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=vocabulary.add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -18,7 +18,7 @@ MARKS: dict[type[Same], str] = {Same: "", Transposed: " **T**", Lead1: " **1**"}
 
 def formats() -> str:
     """The table of formats."""
-    head = ("name", "who writes it", "files", "read", "written", "ask for it", "configuration", "tokenizer", "checksums", "an output of its own")  # fmt: skip
+    head = ("name", "who writes it", "files", "read", "written", "ask for it", "configuration", "tokenizer", "checksums", "untied `lm_head`")  # fmt: skip
     rows = [
         (
             f"`{f.name}`", f.what, f.files, " ".join(f.reads), " ".join(f.writes) or "no", f.ask, f.configuration or "beside it",

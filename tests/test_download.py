@@ -437,8 +437,8 @@ def refused(match, kind=ConversionError):
         (INDEX, "hidden page", "24 bytes is too short for a TensorFlow index"),
         (INDEX, "flipped", "what came is not the file that was asked for"),
         (INDEX, "endless", "sends more than the 1,048,576 bytes"),
-        ("hparams.json", "hidden page", "not sound JSON"),
-        ("encoder.json", "hidden page", "not sound JSON"),
+        ("hparams.json", "hidden page", "invalid JSON"),
+        ("encoder.json", "hidden page", "invalid JSON"),
         ("encoder.json", "404", "404 .Not Found."),
         ("vocab.bpe", "hidden page", "not a table of merges"),
         ("checkpoint", "hidden page", "not TensorFlow's note"),
@@ -488,7 +488,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(mirror):
 
 def test_an_index_of_absurd_sizes_is_refused_before_anything_is_allocated(mirror, monkeypatch):
     monkeypatch.setattr(bucket, "MAX_DATA", SIZE - 1)
-    refused("that cannot be")
+    refused("invalid shard count")
     assert mirror.paths(DATA) == []
 
 

@@ -71,13 +71,15 @@ def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None
     _check_places(file, infos, start, alignment)
     tensors = {info.name: _tensor(file, start, info) for info in infos}
     quantised = sum(info.kind == Q8_0 for info in infos)
-    note = f"{quantised} tensors are quantised (Q8_0); what they stand for is read, not what they were made from"
+    note = f"{quantised} tensors are quantized (Q8_0): they are read as the rounded values that they store"
     return Container("gguf", path, tensors, metadata, notes=(note,) if quantised else ())
 
 
 def _count(count: int, cursor: Cursor) -> int:
     if count > min(MAX_ITEMS, cursor.end - cursor.position):
-        raise FormatError(f"{cursor.file.path}: {count} items are said to follow byte {cursor.position}")
+        raise FormatError(
+            f"{cursor.file.path}: truncated: {count} items needed after byte {cursor.position}, the file has {cursor.end}"
+        )
     return count
 
 
@@ -97,7 +99,7 @@ def _metadata(cursor: Cursor, count: int) -> dict[str, Any]:
     for _ in range(_count(count, cursor)):
         key, kind = _string(cursor), cursor.number("<I")
         if key in result:
-            raise FormatError(f"{cursor.file.path}: the key {key[:100]!r} is there twice")
+            raise FormatError(f"{cursor.file.path}: duplicate key {key[:100]!r}")
         result[key] = _array(cursor, key) if kind == ARRAY else _value(cursor, kind, key)
     return result
 
@@ -140,11 +142,11 @@ def _info(cursor: Cursor) -> _Info:
     if kind not in TYPES and kind != Q8_0:
         name = OTHER_TYPES.get(kind, f"number {kind}")
         raise CheckpointError(
-            f"{where}: of the type {name}, which is not read; F32, F16, BF16, F64 and Q8_0 are. "
-            "Convert the file that it was quantised from"
+            f"{where}: the type {name} is not supported; F32, F16, BF16, F64 and Q8_0 are. "
+            "Convert the file that it was quantized from"
         )
     if math.prod(shape) >= 2**40 or (kind == Q8_0 and shape[-1] % BLOCK):
-        raise FormatError(f"{where}: an impossible shape, {list(shape)}")
+        raise FormatError(f"{where}: invalid shape, {list(shape)}")
     return _Info(name, shape, kind, offset)
 
 
@@ -152,7 +154,7 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
     """The tensors lie one behind the other, each aligned, with nothing but padding between, from ``start`` to the end."""
     if len({info.name for info in infos}) != len(infos):
         twice = next(a for a, b in itertools.pairwise(sorted(info.name for info in infos)) if a == b)
-        raise FormatError(f"{file.path}: {twice[:100]!r} is there twice")
+        raise FormatError(f"{file.path}: duplicate tensor {twice[:100]!r}")
     if not infos:
         raise FormatError(f"{file.path}: no tensors in it")
     end = start
@@ -160,7 +162,7 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
         begin = start + info.offset
         if info.offset % alignment or begin != -(-end // alignment) * alignment:
             raise FormatError(
-                f"{file.path}: {info.name[:100]!r} is said to lie at {info.offset}, which does not follow the tensor before it"
+                f"{file.path}: {info.name[:100]!r} has the offset {info.offset}, which does not follow the tensor before it"
             )
         end = begin + info.nbytes
     if not end <= file.size <= -(-end // alignment) * alignment:

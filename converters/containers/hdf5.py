@@ -53,11 +53,11 @@ def _datasets(path: Path) -> list[Any]:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=environment, check=False
         )
-        result: dict[str, Any] = {"error": "the HDF5 library fails over it"}
+        result: dict[str, Any] = {"error": "the HDF5 library cannot read it"}
         if done.returncode == 0:
             result = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        result = {"error": "the HDF5 library does not come to an end with it"}
+        result = {"error": "the HDF5 library exceeds its time limit of {SECONDS} seconds"}
     if "error" in result:
         raise FormatError(f"{path}: {result['error']}")
     datasets: list[Any] = result["datasets"]
@@ -68,9 +68,9 @@ def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> 
     where = f"{file.path}: {name[:100]!r}"
     dtype = next((dtype for dtype in DTYPES.values() if dtype.numpy == kind and dtype.name != "BF16"), None)
     if dtype is None:
-        raise FormatError(f"{where}: numbers of the type {kind!r}, which is not read")
+        raise FormatError(f"{where}: data type {kind!r}, which gpt2x does not read")
     if len(shape) > MAX_RANK or math.prod(shape) >= 2**40 or not name.isprintable():
-        raise FormatError(f"{where}: an impossible name or shape, {shape[:9]}")
+        raise FormatError(f"{where}: invalid name or shape, {shape[:9]}")
     if offset + math.prod(shape) * dtype.itemsize > file.size:
-        raise FormatError(f"{where}: ends behind the end of the file: it is cut short")
+        raise FormatError(f"{where}: truncated: it ends after the file, which has {file.size} bytes")
     return LazyTensor.in_file(file, offset, dtype, tuple(shape))

@@ -37,23 +37,23 @@ def main(path: str) -> None:
     except Refused as error:
         result = {"error": str(error)}
     except Exception as error:
-        result = {"error": f"not a sound HDF5 file: {str(error)[:200]}"}
+        result = {"error": f"not a valid HDF5 file: {str(error)[:200]}"}
     json.dump(result, sys.stdout)
 
 
 def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Iterator[list[Any]]:
     """Every data set below a group. What leads elsewhere, or to the same place twice, is refused."""
     if depth > MAX_DEPTH or len(above) > MAX_NAME:
-        raise Refused("groups are nested too deeply")
+        raise Refused("groups are nested more than {MAX_DEPTH} deep")
     for key in group:
         name = f"{above}{key}"
         link = group.get(key, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            raise Refused(f"{name!r} is a link to elsewhere ({type(link).__name__})")
+            raise Refused(f"{name!r} is a link to another place ({type(link).__name__})")
         item = group[key]
         info = h5py.h5o.get_info(item.id)
         if info.addr in seen or len(seen) > MAX_OBJECTS:
-            raise Refused(f"{name!r} is there under another name too, or is one of very many")
+            raise Refused(f"{name!r} has another name, too, or there are more than {MAX_OBJECTS} objects")
         seen.add(info.addr)
         if isinstance(item, h5py.Group):
             yield from walk(h5py, item, f"{name}/", depth + 1, seen)
@@ -77,12 +77,12 @@ def describe(h5py: Any, name: str, dataset: Any) -> list[Any]:
         raise Refused(f"{name!r} has no data")
     dtype = dataset.dtype
     if dtype.kind in "fiu" and not dataset.get_type().equal(h5py.h5t.py_create(dtype)):
-        raise Refused(f"{name!r} holds numbers that are laid out in a way of their own")
+        raise Refused(f"{name!r} stores its values in a custom layout")
     size = dtype.itemsize
     for extent in dataset.shape:
         size *= extent
     if dataset.get_storage_size() != size:
-        raise Refused(f"{name!r} has {dataset.get_storage_size()} bytes, but its shape asks for {size}")
+        raise Refused(f"{name!r} has {dataset.get_storage_size()} bytes, but its shape needs {size}")
     return [name, dtype.str, list(dataset.shape), offset]
 
 

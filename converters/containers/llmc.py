@@ -54,7 +54,7 @@ def open_llmc(path: Path) -> Container:
     """
     file = File(path)
     if file.size < HEADER.size:
-        raise FormatError(f"{path}: {file.size} bytes is too short for llm.c's header of {HEADER.size}")
+        raise FormatError(f"{path}: truncated: llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
     magic, version, *numbers = HEADER.unpack(file.read(0, HEADER.size))
     config = dict(zip(FIELDS, numbers, strict=False))
     if magic != MAGIC or version not in VERSIONS:
@@ -64,11 +64,11 @@ def open_llmc(path: Path) -> Container:
     if config["num_layers"] > MAX_LAYERS or config["padded_vocab_size"] < config["vocab_size"]:
         faults += [f"{name} is {config[name]}" for name in ("num_layers", "vocab_size", "padded_vocab_size")]
     if faults:
-        raise FormatError.listing(f"{path}: an impossible header", faults)
+        raise FormatError.listing(f"{path}: invalid header", faults)
     position = HEADER.size
     end = position + sum(math.prod(shape) for _, shape in _layout(config)) * VERSIONS[version].itemsize
     if end != file.size:
-        raise FormatError(f"{path}: {file.size} bytes, but its header asks for {end}")
+        raise FormatError(f"{path}: {file.size} bytes, but its header needs {end}")
     tensors = {}
     for name, shape in _layout(config):
         tensors[name] = LazyTensor.in_file(file, position, VERSIONS[version], shape)
@@ -77,7 +77,7 @@ def open_llmc(path: Path) -> Container:
     tensors["wte"] = padding.first_rows(config["vocab_size"])
     behind = file.chunks(HEADER.size + tensors["wte"].nbytes, padding.nbytes - tensors["wte"].nbytes)
     used = any(chunk.count(0) != len(chunk) for chunk in behind)
-    note = "padding of the token embedding was not zero; it is left out, as llm.c leaves it out"
+    note = "the padding rows of the token embedding are not zero; they are dropped, as llm.c ignores them"
     return Container("llmc", path, tensors, config, notes=(note,) if used else ())
 
 

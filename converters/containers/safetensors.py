@@ -45,13 +45,13 @@ def open_safetensors(path: Path) -> Container:
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
     if file.size < 10:
-        raise FormatError(f"{file.path}: {file.size} bytes is too short for safetensors")
+        raise FormatError(f"{file.path}: truncated: safetensors needs 10 bytes, the file has {file.size}")
     size = struct.unpack("<Q", file.read(0, 8))[0]
     if size > MAX_HEADER:
-        raise FormatError(f"{file.path}: a header of {size} bytes; the format allows {MAX_HEADER}")
+        raise FormatError(f"{file.path}: a header of {size} bytes, which exceeds the limit of {MAX_HEADER}")
     if size < 2 or 8 + size > file.size:
         raise FormatError(
-            f"{file.path}: a header of {size} bytes in a file of {file.size}: cut short, or no safetensors"
+            f"{file.path}: truncated, or not safetensors: the header needs {8 + size} bytes, the file has {file.size}"
         )
     data = file.read(8, size)
     if data[:1] != b"{":
@@ -62,23 +62,23 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
 def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
     where = f"{file.path}: {name[:200]!r}"
     if "\0" in name or len(name) > 1024:
-        raise FormatError(f"{where}: not a name for a tensor")
+        raise FormatError(f"{where}: invalid tensor name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: its entry must hold dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        hint = ": quantised weights are not read" if dtype in OTHER_DTYPES else ""
+        hint = ": gpt2x does not read quantized weights" if dtype in OTHER_DTYPES else ""
         raise FormatError(f"{where}: unknown dtype {dtype!r}{hint}")
     if not _naturals(shape) or len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
-        raise FormatError(f"{where}: an impossible shape, {str(shape)[:100]}")
+        raise FormatError(f"{where}: invalid shape, {str(shape)[:100]}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where}: impossible offsets, {str(offsets)[:100]}")
+        raise FormatError(f"{where}: invalid offsets, {str(offsets)[:100]}")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
         raise FormatError(f"{where}: {end - begin} bytes, but shape {shape} of {dtype} needs {expected}")
     if start + end > file.size:
-        raise FormatError(f"{where}: ends at byte {start + end} of {file.size}: the file is cut short")
+        raise FormatError(f"{where}: truncated: {start + end} bytes needed, the file has {file.size}")
     return LazyTensor.in_file(file, start + begin, DTYPES[dtype], tuple(shape))
 
 

@@ -58,7 +58,7 @@ def open_bundle(prefix: Path) -> Container:
     tensors = {_name(key, where): _tensor(key, entry, parsed, shards, where) for key, entry in sorted(whole.items())}
     used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
     if strays := sorted(set(parsed) - set(whole) - used):
-        raise FormatError(f"{where}: {_text(strays[0])} is a slice of no variable")
+        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
     return Container(
         "tf",
         prefix,
@@ -90,10 +90,10 @@ def _header(value: bytes | None, where: str) -> _Header:
         raise FormatError(f"{where}: big-endian tensors; only little-endian ones are read")
     version = Fields(fields.bytes(3), f"{where}: header version")
     if version.number(2) > 1 or any(bad == 1 for bad in version.numbers(3)):
-        raise FormatError(f"{where}: written for readers of version {version.number(2)}; this one is of version 1")
+        raise FormatError(f"{where}: written for readers of version {version.number(2)}; gpt2x reads version 1")
     num_shards = fields.signed(1)
     if not 0 < num_shards < 100_000:
-        raise FormatError(f"{where}: {num_shards} data files: that cannot be")
+        raise FormatError(f"{where}: invalid shard count: {num_shards}")
     return _Header(num_shards)
 
 
@@ -115,13 +115,15 @@ class Entry:
         fields = Fields(value, where)
         shape = _shape(fields.bytes(2), where)
         if len(fields.all_bytes(7)) > MAX_SLICES:
-            raise FormatError(f"{where}: {len(fields.all_bytes(7))} slices of one variable")
+            raise FormatError(
+                f"{where}: {len(fields.all_bytes(7))} slices of one variable, which exceeds the limit of {MAX_SLICES}"
+            )
         slices = tuple(_slice(raw, shape, where) for raw in fields.all_bytes(7))
         entry = cls(
             fields.number(1), shape, fields.signed(3), fields.signed(4), fields.signed(5), fields.fixed32(6), slices
         )
         if entry.dtype not in TYPES and entry.dtype != STRING:
-            raise FormatError(f"{where}: TensorFlow's data type {entry.dtype} is not one that a GPT-2 has")
+            raise FormatError(f"{where}: unsupported TensorFlow data type {entry.dtype}")
         if min(entry.shard, entry.offset, entry.size) < 0:
             raise FormatError(f"{where}: a negative shard, offset or size")
         expected = math.prod(shape) * DTYPES[TYPES[entry.dtype]].itemsize if entry.dtype in TYPES else entry.size
@@ -148,7 +150,7 @@ def _shape(data: bytes, where: str) -> tuple[int, ...]:
         raise FormatError(f"{where}: a shape of unknown rank")
     dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2)[:9])
     if len(dims) > 8 or any(not 0 <= d < 2**40 for d in dims) or math.prod(dims) >= 2**40:
-        raise FormatError(f"{where}: an impossible shape, {list(dims[:9])}")
+        raise FormatError(f"{where}: invalid shape, {list(dims[:9])}")
     return dims
 
 
@@ -175,7 +177,7 @@ class _Shards:
 
     def file(self, shard: int, where: str) -> File:
         if shard >= self.count:
-            raise FormatError(f"{where}: lies in data file {shard + 1} of {self.count}")
+            raise FormatError(f"{where}: invalid shard: data file {shard + 1} of {self.count}")
         if shard not in self.files:
             self.files[shard] = File(Path(f"{self.prefix}.data-{shard:05d}-of-{self.count:05d}"))
         return self.files[shard]
@@ -184,7 +186,7 @@ class _Shards:
         file = self.file(entry.shard, where)
         if entry.offset + entry.size > file.size:
             raise FormatError(
-                f"{where}: ends at byte {entry.offset + entry.size} of {file.path.name}, which has {file.size}: it is cut short"
+                f"{where}: truncated: {entry.offset + entry.size} bytes needed, {file.path.name} has {file.size}"
             )
         if entry.size:
             self.claims.setdefault(entry.shard, []).append((entry.offset, entry.offset + entry.size, where))
@@ -221,7 +223,7 @@ def _sliced(
         shape = tuple(p.stop - p.start for p in place)
         sub = entries.get(sub_key)
         if sub is None or sub.slices or sub.shape != shape or sub.dtype != entry.dtype:
-            raise FormatError(f"{where}: its slice {list(extents)} is missing or of another shape")
+            raise FormatError(f"{where}: its slice {list(extents)} is missing or has another shape")
         part = _tensor(sub_key, sub, entries, shards, where)
         assert part
         parts.append((place, part))

@@ -69,7 +69,7 @@ ALLOWED = {
     *(f"torch.{name}" for name in SCALARS),
 }
 PLAINLY = {
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
 }
 
@@ -81,12 +81,12 @@ def load_pickle(stream: IO[bytes], where: str, storages: dict[str, Storage] | No
 
     Raises:
         UnsafeError: if it names anything that is not on the list.
-        FormatError: if it is not a sound pickle of the kind that PyTorch writes.
+        FormatError: if it is invalid pickle of the kind that PyTorch writes.
     """
     try:
         return _Machine(where, {} if storages is None else storages).run(_Bounded(stream, where))
     except _UNSOUND as error:
-        raise FormatError(f"{where}: not a sound pickle: {type(error).__name__}: {str(error)[:200]}") from None
+        raise FormatError(f"{where}: invalid pickle: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 # What ``pickletools`` and the machine below raise over it; the warning, where warnings are errors, is of a bad escape.
@@ -109,7 +109,9 @@ class _Bounded(io.RawIOBase):
 
     def read(self, n: int = -1) -> bytes:
         if not 0 <= n <= self.left:
-            raise FormatError(f"{self.where}: a pickle that asks for {n} bytes at once")
+            raise FormatError(
+                f"{self.where}: a pickle with an item of {n} bytes, which exceeds the limit of {MAX_PICKLE >> 20} MB"
+            )
         return self._take(self.stream.read(n))
 
     def readline(self, size: int | None = -1) -> bytes:
@@ -132,7 +134,7 @@ class _Machine:
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 if len(self.stack) != 1:
-                    raise FormatError(f"{self.where}: a pickle that leaves {len(self.stack)} objects")
+                    raise FormatError(f"{self.where}: a pickle that ends with {len(self.stack)} objects instead of one")
                 return self.stack.pop()
             if opcode.name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[opcode.name]())
@@ -149,7 +151,7 @@ class _Machine:
                         f"{self.where}: the pickle uses the instruction {opcode.name}, which no weight file needs: refused"
                     )
                 handler(argument)
-        raise FormatError(f"{self.where}: a pickle without an end")
+        raise FormatError(f"{self.where}: truncated: a pickle without its STOP instruction")
 
     def _since_mark(self) -> list[Any]:
         at = self.marks.pop()
@@ -171,7 +173,7 @@ class _Machine:
 
     def op_BINPUT(self, key: int) -> None:
         if not 0 <= key < 2**32:
-            raise FormatError(f"{self.where}: a pickle with an absurd memo")
+            raise FormatError(f"{self.where}: a pickle with an invalid memo key")
         self.memo[key] = self.stack[-1]
 
     op_LONG_BINPUT = op_PUT = op_BINPUT
@@ -232,7 +234,7 @@ class _Machine:
             if not (key is None or isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**31)):
                 raise FormatError(f"{self.where}: a pickle with a {type(key).__name__} as a key")
             if key in target:
-                raise FormatError(f"{self.where}: the name {key!r} is there twice")
+                raise FormatError(f"{self.where}: duplicate key {key!r}")
             target[key] = value
         return target
 
@@ -246,7 +248,7 @@ class _Machine:
             raise FormatError(f"{self.where}: holds {PLAINLY[name]}, which gpt2x does not read")
         if name not in ALLOWED:
             raise UnsafeError(
-                f"{self.where}: the pickle asks for {name[:200]}, which weights never need: refused, nothing was executed"
+                f"{self.where}: the pickle refers to {name[:200]}, which weights never need: refused, nothing was executed"
             )
         self.stack.append(Global(name))
 
@@ -254,7 +256,7 @@ class _Machine:
         name = self.stack.pop()
         module = self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise FormatError(f"{self.where}: a global without a name")
+            raise FormatError(f"{self.where}: a global without a valid name")
         self.op_GLOBAL(f"{module} {name}")
 
     def op_BINPERSID(self, _: None) -> None:
@@ -264,19 +266,19 @@ class _Machine:
         tag, kind, key, _location, size = pid[:5]
         name = kind.name.removeprefix("torch.") if isinstance(kind, Global) else ""
         if tag != "storage" or name not in STORAGES or not isinstance(key, str) or not _is_natural(size):
-            raise FormatError(f"{self.where}: a reference to a storage that is not of PyTorch's kind")
+            raise FormatError(f"{self.where}: an invalid reference to a storage")
         if len(pid) > 5 and pid[5] is not None:
             raise FormatError(f"{self.where}: a view of a storage, as PyTorch before 0.4 wrote it")
         storage = Storage(key, DTYPES[STORAGES[name]], size)
         if self.storages.setdefault(key, storage) != storage:
-            raise FormatError(f"{self.where}: the storage {key} is described in two ways")
+            raise FormatError(f"{self.where}: contradicting descriptions of the storage {key}")
         return storage
 
     def op_REDUCE(self, _: None) -> None:
         arguments = self.stack.pop()
         function = self.stack.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise UnsafeError(f"{self.where}: the pickle calls something that is no known function: refused")
+            raise UnsafeError(f"{self.where}: the pickle calls an unknown function: refused")
         self.stack.append(self._call(function.name, arguments))
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -304,7 +306,7 @@ class _Machine:
     def _plain(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Storage, offset, shape and stride; what may follow are hooks, and bits that change the meaning."""
         if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
-            raise FormatError(f"{self.where}: a tensor with more to it than numbers (a negated or conjugated view)")
+            raise FormatError(f"{self.where}: a negated or conjugated tensor view, which gpt2x does not read")
         return arguments[:4]
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
@@ -313,16 +315,16 @@ class _Machine:
             or not all(map(_is_natural, (offset, *shape, *stride)))
             or len(shape) != len(stride)
         ):
-            raise FormatError(f"{self.where}: a tensor that is not put together as PyTorch does it")
+            raise FormatError(f"{self.where}: an invalid tensor")
         if len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
-            raise FormatError(f"{self.where}: an impossible shape, {list(shape)[:9]}")
+            raise FormatError(f"{self.where}: invalid shape, {list(shape)[:9]}")
         if not _is_contiguous(shape, stride):
             raise FormatError(
-                f"{self.where}: a tensor of shape {list(shape)} with strides {list(stride)}: only contiguous ones are read; save it again after .contiguous()"
+                f"{self.where}: a tensor of shape {list(shape)} with strides {list(stride)}: not contiguous; call .contiguous() and save it again"
             )
         if offset + math.prod(shape) > storage.size:
             raise FormatError(
-                f"{self.where}: a tensor of shape {list(shape)} at {offset} of a storage of {storage.size} values"
+                f"{self.where}: a tensor of shape {list(shape)} at offset {offset} does not fit into a storage of {storage.size} values"
             )
         return TensorRef(storage, offset, tuple(shape))
 

@@ -17,7 +17,7 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """A small JSON file that holds an object."""
     file = File(path)
     if file.size > limit:
-        raise FormatError(f"{path}: {file.size} bytes is too large for what it should be (at most {limit})")
+        raise FormatError(f"{path}: {file.size} bytes exceeds the limit of {limit}")
     return parse_json(file.read(0, file.size), str(path))
 
 
@@ -33,11 +33,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
-        raise FormatError(f"{where}: not sound JSON: a string that is no text") from None
+        raise FormatError(f"{where}: invalid JSON: a string that is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not sound JSON: {error}") from None
+        raise FormatError(f"{where}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: a JSON object is expected, not {type(value).__name__}")
+        raise FormatError(f"{where}: expected a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -45,7 +45,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key[:100]!r} is there twice")
+            raise ValueError(f"duplicate key {key[:100]!r}")
         for text in (key, value):
             if isinstance(text, str):
                 text.encode()  # a lone surrogate is no text
@@ -67,7 +67,7 @@ def _check_depth(value: Any) -> None:
         level = [x for part in parts for x in part if isinstance(x, dict | list)]
         if not level:
             return
-    raise ValueError(f"values nested more than {MAX_DEPTH} deep")
+    raise ValueError(f"values are nested more than {MAX_DEPTH} deep")
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(data):
-            raise FormatError(f"{where}: a number is cut short")
+            raise FormatError(f"{where}: truncated number")
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
@@ -20,7 +20,7 @@ def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
             if value >= 2**64:
                 break
             return value, position
-    raise FormatError(f"{where}: a number of more than 64 bits")
+    raise FormatError(f"{where}: a number that does not fit into 64 bits")
 
 
 class Fields:
@@ -40,10 +40,10 @@ class Fields:
                 if tag & 7 == 2:
                     n, position = read_varint(data, position, where)
                 if position + n > len(data):
-                    raise FormatError(f"{where}: a field is cut short")
+                    raise FormatError(f"{where}: truncated field")
                 value, position = data[position : position + n], position + n
             else:
-                raise FormatError(f"{where}: an unknown kind of field ({tag & 7})")
+                raise FormatError(f"{where}: unknown wire type {tag & 7}")
             self.values.setdefault(tag >> 3, []).append(value)
 
     def has(self, field: int) -> bool:

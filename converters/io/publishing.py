@@ -16,12 +16,9 @@ from ..errors import DestinationError
 from .reading import _keep_freed_chunks, check_name
 
 WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
-
-
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-
-
-WAITING = 9  # chunks on their way to the disk
+WAITING = 9  # chunks that wait for the disk
+MAX_KEPT = 1000  # files that are linked into a new directory
 
 
 class Output:
@@ -127,12 +124,14 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
     if not os.path.lexists(path):
         return
     if not (path.is_dir() or path.is_file() or path.is_symlink()):
-        raise DestinationError(f"{path}: is neither a file nor a directory; it is left alone")
+        raise DestinationError(f"{path}: is neither a file nor a directory; choose another name")
     if path.is_dir() != directory:
         kind, wanted = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
-        raise DestinationError(f"{path}: exists already and is {kind}, which is not replaced by {wanted}")
+        raise DestinationError(
+            f"{path}: exists and is {kind}, which cannot be replaced by {wanted}; choose another name"
+        )
     if not force:
-        raise DestinationError(f"{path}: exists already; --force replaces it")
+        raise DestinationError(f"{path}: exists; pass --force to replace it")
 
 
 @contextlib.contextmanager
@@ -242,7 +241,7 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
             os.link(temporary, path)  # unlike a rename, fails where a file has appeared meanwhile
             temporary.unlink()
         except FileExistsError:
-            raise DestinationError(f"{path}: has appeared meanwhile; --force replaces it") from None
+            raise DestinationError(f"{path}: was created meanwhile; pass --force to replace it") from None
         except OSError:  # a file system without hard links
             check_free(path, force, directory=False)
             os.replace(temporary, path)
@@ -260,7 +259,9 @@ def check_tree(path: Path, names: Iterable[Path]) -> None:
             raise DestinationError(f"{path / name}: is a directory, which --force does not replace by a file")
         for above in (path / p for p in name.parents if p.name):
             if above.is_symlink():
-                raise DestinationError(f"{above}: is a link, and nothing is written through it; move it away first")
+                raise DestinationError(
+                    f"{above}: is a symbolic link, and gpt2x does not write through links; move it away first"
+                )
             if above.exists() and not above.is_dir():
                 raise DestinationError(f"{above}: is a file, which --force does not replace by a directory")
 
@@ -290,33 +291,44 @@ def _links(top: str, below: list[str]) -> list[str]:
 
 
 def _exchange(stage: Path, path: Path) -> bool:
-    """Put the whole of ``stage`` into the place of ``path`` in one step, with what else was in ``path``.
+    """Replace ``path`` by ``stage`` in one system call, keeping what else is in ``path``.
 
-    That needs Linux (``renameat2``), a folder of not too many files, and nobody who works inside it. False where it
-    cannot be; ``stage`` may then hold links to what was in ``path``.
+    Returns False where that is impossible; ``stage`` may then hold links to files of ``path``. It requires Linux
+    (``renameat2``), a directory of not too many files, and no process that works inside it.
     """
     import ctypes
 
-    kept = [name for name in _files(path) if not os.path.lexists(stage / name)]
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    if renameat2 is None or path.is_symlink() or path.is_mount():
-        return False
-    if len(kept) > 1000 or Path.cwd().is_relative_to(path):
-        return False
+    kept = [name for name in _files(path) if not os.path.lexists(stage / name)]
     folders = [Path(top).relative_to(path) for top, _, _ in os.walk(path)]  # the outer before the inner
-    if any((path / folder).stat().st_uid != os.geteuid() for folder in folders):
-        return False  # a folder of another owner would become ours
+    if renameat2 is None or not _can_exchange(path, kept, folders):
+        return False
     try:
-        for folder in folders:
-            (stage / folder).mkdir(exist_ok=True)
-        for name in kept:
-            os.link(path / name, stage / name, follow_symlinks=False)
-        for folder in reversed(folders):
-            shutil.copystat(path / folder, stage / folder)
-        _sync(stage)
+        _keep_others(stage, path, kept, folders)
     except OSError:  # a file system without hard links
         return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0)
+    result = renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE)
+    return bool(result == 0)
+
+
+def _can_exchange(path: Path, kept: Sequence[Path], folders: Sequence[Path]) -> bool:
+    if path.is_symlink() or path.is_mount():
+        return False
+    if len(kept) > MAX_KEPT or Path.cwd().is_relative_to(path):
+        return False
+    # The new directory is ours. One of another owner would change hands.
+    return all((path / folder).stat().st_uid == os.geteuid() for folder in folders)
+
+
+def _keep_others(stage: Path, path: Path, kept: Sequence[Path], folders: Sequence[Path]) -> None:
+    """Link the files of ``path`` that stay into ``stage``, in directories with the same permissions and times."""
+    for folder in folders:
+        (stage / folder).mkdir(exist_ok=True)
+    for name in kept:
+        os.link(path / name, stage / name, follow_symlinks=False)
+    for folder in reversed(folders):
+        shutil.copystat(path / folder, stage / folder)
+    _sync(stage)
 
 
 @contextlib.contextmanager

@@ -81,14 +81,14 @@ class File:
 
     def _inside(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
-            raise FormatError(f"{self.path}: cut short: bytes {offset} to {offset + size} of {self.size} are asked for")
+            raise FormatError(f"{self.path}: truncated: {offset + size} bytes needed, the file has {self.size}")
 
     def _stamp(self) -> tuple[int, int, int]:
         s = os.fstat(self._fd)
         return s.st_size, s.st_mtime_ns, s.st_ino
 
     def _changed(self) -> FormatError:
-        return FormatError(f"{self.path}: changed while it was being read")
+        return FormatError(f"{self.path}: changed while it was read")
 
 
 class Cursor:
@@ -114,7 +114,7 @@ class Cursor:
     def skip(self, size: int) -> int:
         """Pass over the next bytes; gives where they begin."""
         if not 0 <= size <= self.end - self.position:
-            raise FormatError(f"{self.file.path}: cut short: {size} bytes are said to follow byte {self.position}")
+            raise FormatError(f"{self.file.path}: truncated: {self.position + size} bytes needed, there are {self.end}")
         begin, self.position = self.position, self.position + size
         return begin
 
@@ -143,10 +143,10 @@ def check_name(path: Path) -> None:
     try:
         os.lstat(path)
     except ValueError:  # a zero byte, or what the system has no encoding for
-        raise FormatError(f"{str(path)[:200]!r}: not a name that a file can have") from None
+        raise FormatError(f"{str(path)[:200]!r}: not a valid file name") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise FormatError(f"{str(path)[:200]}...: too long for the name of a file") from None
+            raise FormatError(f"{str(path)[:200]}...: too long for a file name") from None
 
 
 def beside(directory: Path, name: str, where: str) -> Path:

@@ -136,7 +136,7 @@ def _check_destination(
     from converters.saving import check_destination
 
     if is_remote(dst):
-        raise DestinationError(f"{dst}: gpt2x uploads nothing; give a file or a directory")
+        raise DestinationError(f"{dst}: gpt2x convert does not upload; pass a file or a directory")
     _, kind = check_destination(dst, to, dtype, max_shard_size)
     if is_remote(src):
         check_before(src, dst, force=force, directory=BY_NAME[kind].is_directory)

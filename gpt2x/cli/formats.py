@@ -48,7 +48,7 @@ def block(entry: Format) -> str:
         else "no configuration: config.json beside it, or --n-head",
         f"tokenizer {entry.tokenizer}",
         entry.checksums or "no checksums",
-        "an output of its own" if entry.untied else "tied output only",
+        "untied lm_head" if entry.untied else "tied lm_head only",
     ]
     lines = [
         f"{entry.name:<12}{entry.what}: {entry.files}",

@@ -51,7 +51,7 @@ def _check_meant(source: str) -> None:
     if (hub or short) and not path.exists() and not Path(f"{source}.index").exists():
         address = source if hub else f"{'distilbert' if short and short[1] else 'openai-community'}/{source}"
         raise FormatError(
-            f"{source}: no such file or directory. If the model on the Hugging Face Hub is meant: hf://{address}"
+            f"{source}: no such file or directory. For the model on the Hugging Face Hub, pass hf://{address}"
         )
 
 
