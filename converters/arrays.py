@@ -1,7 +1,7 @@
-"""The little of the hub that needs numpy. It is imported when an array is first asked for, not before.
+"""What needs numpy. It is imported when an array is first needed.
 
-Most conversions pass bytes from one file to another; importing numpy would take them a third of their time.
-bfloat16, which numpy lacks, travels as uint16.
+Most conversions pass bytes from one file to another; importing numpy would add a third to their time.
+bfloat16, which numpy lacks, is stored as uint16.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Array = NDArray[Any]
 
 
 def as_array(data: Any, dtype: DType, shape: tuple[int, ...]) -> Array:
-    """An array over the bytes of a buffer; a copy only where they lie at a place that the number format may not have."""
+    """An array over the bytes of a buffer. They are copied only if they are not aligned."""
     raw = np.frombuffer(data, np.uint8)
     aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
     return aligned.view(dtype.numpy).reshape(shape)
 
 
 def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
-    """``values`` in another number format, rounded to nearest-even.
+    """``values`` in another dtype, rounded to nearest-even.
 
     float64 goes to bfloat16 by way of float32, as in torch.
 
@@ -44,7 +44,7 @@ def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
 
 
 def columns_of(chunks: Iterator[bytes], dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> Array:
-    """These columns of a matrix [a, b]: an array [a, end - begin], gathered while all of it streams by."""
+    """Columns of a matrix [a, b]: an array [a, end - begin], collected while the whole matrix is streamed."""
     rows, columns = shape
     result = np.empty((rows, end - begin), dtype.numpy)
     row = 0
@@ -81,10 +81,10 @@ def from_q8_0(data: bytes) -> NDArray[np.float32]:
 
 
 def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
-    """Blocks of Q8_0, as ggml's reference rounds them: half away from zero, by a scale of the largest magnitude over 127.
+    """Blocks of Q8_0, rounded as ggml's reference does: half away from zero, with a scale of the largest magnitude / 127.
 
     Raises:
-        ConversionError: if a block holds what its scale cannot say.
+        ConversionError: if a block holds NaN, infinity or a magnitude that Q8_0 cannot represent.
     """
     blocks = values.reshape(-1, 32)
     result = np.empty(len(blocks), np.dtype([("scale", "<f2"), ("values", "i1", 32)]))

@@ -1,4 +1,4 @@
-"""What a GPT-2 is: its configuration and its 16 parameters. Facts only, no bytes and no torch.
+"""The configuration and the 16 parameters of a GPT-2.
 
 Sources: the paper "Language Models are Unsupervised Multitask Learners" (2019), OpenAI's ``model.py``, and the
 configuration of ``transformers`` (``GPT2Config``), whose names for the switches are used here.
@@ -124,7 +124,7 @@ class GPT2Config:
         return shapes if self.tie_word_embeddings else {**shapes, LM_HEAD: (self.n_vocab, self.n_embd)}
 
     def beyond(self, name: str, values: tuple[Any, ...]) -> str | None:
-        """What is to be said of a field that has none of these values."""
+        """The fault of a field that has none of these values; None if it has one."""
         mine = getattr(self, name)
         if any(_same(mine, value) for value in values):
             return None
@@ -167,7 +167,7 @@ def rows(n_layer: int) -> Iterator[tuple[str, int, str]]:
 
 
 def with_inner(fields: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says nothing of the feed-forward width says that it is four times the width."""
+    """The same fields with ``n_inner``, which is 4 x n_embd if it is not stated."""
     width = fields.get("n_embd")
     return {"n_inner": 4 * width, **fields} if isinstance(width, int) else fields
 

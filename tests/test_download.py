@@ -488,7 +488,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(mirror):
 
 def test_an_index_of_absurd_sizes_is_refused_before_anything_is_allocated(mirror, monkeypatch):
     monkeypatch.setattr(bucket, "MAX_DATA", SIZE - 1)
-    refused("invalid shard count")
+    refused("that cannot be")
     assert mirror.paths(DATA) == []
 
 

@@ -316,7 +316,7 @@ def test_rounding_by_a_text_is_nearer_and_says_so(gpt2x, tmp_path, monkeypatch, 
         options = ("--precision", kind, "--calibrate", "text", "--json")
         said = json.loads(done(gpt2x("export", SHAKESPEARE, "--onnx", kind, *options)).stdout)
         assert said["verify"][0]["passed"]
-        assert "rounded by a text" in done(gpt2x("inspect", kind)).stdout
+        assert "rounded with calibration text" in done(gpt2x("inspect", kind)).stdout
         source = open_checkpoint(SHAKESPEARE)
         text = "It is not in our stars to hold our destiny, but in ourselves, my lord; for we are underlings. " * 9
         kl = [

@@ -199,7 +199,7 @@ def test_a_handle_past_the_end_is_refused(bundle):
 def test_an_overlong_number_is_refused(bundle):
     data = bundle.index.read_bytes()[:-FOOTER]
     bundle.index.write_bytes(data + (b"\xff" * 10 + b"\x01").ljust(40, b"\0") + struct.pack("<Q", MAGIC))
-    refused(bundle, "more than 64 bits")
+    refused(bundle, "does not fit into 64 bits")
 
 
 def test_every_flipped_byte_of_an_index_is_refused(bundle):
@@ -252,7 +252,7 @@ RESTART = struct.pack("<2I", 0, 1)
         (ONE + b"\0\x01\0b\0\x01\0a" + RESTART, 0, "out of order"),
         (ONE + b"\0\x01\0b\0\x01\0b" + RESTART, 0, "duplicate"),
         (ONE + b"\x80" + RESTART, 0, "invalid entry"),
-        (ONE + b"\xff" * 11 + RESTART, 0, "more than 64 bits"),
+        (ONE + b"\xff" * 11 + RESTART, 0, "does not fit into 64 bits"),
     ],
 )  # fmt: skip
 def test_a_block_that_is_not_as_the_format_says_is_refused(bundle, block, kind, match):

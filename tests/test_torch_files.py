@@ -365,7 +365,10 @@ def test_a_zip_with_a_comment_is_refused(archive):
 
 
 def test_bytes_behind_the_pickle_are_refused(archive):
-    refused(rezip(archive, lambda n, d: (n, d + b"x") if n.endswith("data.pkl") else (n, d)), "extra bytes after the end of the pickle")
+    refused(
+        rezip(archive, lambda n, d: (n, d + b"x") if n.endswith("data.pkl") else (n, d)),
+        "extra bytes after the end of the pickle",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the legacy

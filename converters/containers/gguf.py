@@ -226,10 +226,10 @@ def _stored(name: str, tensor: LazyTensor, kind: int) -> Iterator[bytes]:
 
 
 def through_q8_0(tensor: LazyTensor, name: str) -> LazyTensor:
-    """What is left of a tensor's values in a file that holds them as Q8_0.
+    """A tensor's values after rounding to Q8_0 and back.
 
     Raises (while streaming):
-        ConversionError: if a block holds what its scale cannot say.
+        ConversionError: if a block holds NaN, infinity or a magnitude that Q8_0 cannot represent.
     """
 
     def stream() -> Iterator[bytes]:

@@ -28,7 +28,7 @@ def open_hdf5(path: Path) -> Container:
     """Open an HDF5 file.
 
     Raises:
-        FormatError: if it is not sound, or data lie elsewhere than in one piece in this very file.
+        FormatError: if it is invalid, or data lie elsewhere than in one piece in this very file.
         ModuleNotFoundError: if h5py is not installed.
     """
     file = File(path)
@@ -57,7 +57,7 @@ def _datasets(path: Path) -> list[Any]:
         if done.returncode == 0:
             result = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        result = {"error": "the HDF5 library exceeds its time limit of {SECONDS} seconds"}
+        result = {"error": f"the HDF5 library exceeds its time limit of {SECONDS} seconds"}
     if "error" in result:
         raise FormatError(f"{path}: {result['error']}")
     datasets: list[Any] = result["datasets"]

@@ -44,7 +44,7 @@ def main(path: str) -> None:
 def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Iterator[list[Any]]:
     """Every data set below a group. What leads elsewhere, or to the same place twice, is refused."""
     if depth > MAX_DEPTH or len(above) > MAX_NAME:
-        raise Refused("groups are nested more than {MAX_DEPTH} deep")
+        raise Refused(f"groups are nested more than {MAX_DEPTH} deep")
     for key in group:
         name = f"{above}{key}"
         link = group.get(key, getlink=True)
@@ -53,7 +53,7 @@ def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Itera
         item = group[key]
         info = h5py.h5o.get_info(item.id)
         if info.addr in seen or len(seen) > MAX_OBJECTS:
-            raise Refused(f"{name!r} has another name, too, or there are more than {MAX_OBJECTS} objects")
+            raise Refused(f"{name!r} is another name of the same object, or there are more than {MAX_OBJECTS} objects")
         seen.add(info.addr)
         if isinstance(item, h5py.Group):
             yield from walk(h5py, item, f"{name}/", depth + 1, seen)

@@ -50,7 +50,7 @@ def open_llmc(path: Path) -> Container:
     """Open a model of llm.c.
 
     Raises:
-        FormatError: if the header is not sound, or the file has not exactly the length that it asks for.
+        FormatError: if the header is invalid, or the file has not exactly the length that it asks for.
     """
     file = File(path)
     if file.size < HEADER.size:

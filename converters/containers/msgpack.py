@@ -1,7 +1,7 @@
 """MessagePack, as Flax wrote ``flax_model.msgpack``: nested maps whose leaves are arrays.
 
 An array is an extension of type 1: in it, packed once more, its shape, the name of its type, and its bytes. Only the
-bytes are large, and they are passed over, to be read when they are asked for. Sources: the MessagePack specification;
+bytes are large: they are skipped, and read on demand. Sources: the MessagePack specification;
 ``flax/serialization.py``, which also cuts arrays of more than 1 GiB into chunks.
 """
 
@@ -39,7 +39,7 @@ def open_msgpack(path: Path) -> Container:
     """Open a file of Flax's. Its names are the keys on the way to each array, with ``/`` between.
 
     Raises:
-        FormatError: if it is not sound, or holds anything but nested maps of arrays.
+        FormatError: if it is invalid, or holds anything but nested maps of arrays.
     """
     file = File(path)
     reader = _Reader(file)
@@ -64,7 +64,7 @@ class _Reader:
     def value(self, depth: int) -> Any:
         self.items += 1
         if depth > MAX_DEPTH or self.items > MAX_ITEMS:
-            raise self._fault("nested too deeply, or more than {MAX_ITEMS} values")
+            raise self._fault(f"nested too deeply, or more than {MAX_ITEMS} values")
         code = self.cursor.take(1)[0]
         if code < 0x80 or code >= 0xE0:
             return code if code < 0x80 else code - 256

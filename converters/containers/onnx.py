@@ -1,4 +1,4 @@
-"""The weights inside an ONNX model, or beside it: its initializers. The graph itself is passed over.
+"""The initializers of an ONNX model, inside it or beside it. The nodes of the graph are skipped.
 
 An ONNX model is one protobuf message; numbers lie in it, or in another file of the same folder ("external data").
 Source: ``onnx.proto`` of the ONNX project.
@@ -47,7 +47,7 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
     """Open the initializers of an ONNX model, and the values of ``metadata_props`` whose keys are in ``keep``.
 
     Raises:
-        FormatError: if the model is not sound.
+        FormatError: if the model is invalid.
         UnsafeError: if it keeps data outside its folder.
         CheckpointError: if its weights are quantised.
     """
@@ -89,10 +89,10 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The ``metadata_props`` of an ONNX model; its graph is passed over.
+    """The ``metadata_props`` of an ONNX model; its graph is skipped.
 
     Raises:
-        FormatError: if the model is not sound.
+        FormatError: if the model is invalid.
     """
     entries = (part for number, part in _fields(Cursor(File(path))) if number == METADATA)
     return dict(_entry(part, str(path), MAX_METADATA) for part in itertools.islice(entries, MAX_ENTRIES))
@@ -102,7 +102,7 @@ def external_files(path: Path) -> frozenset[str]:
     """The names of the files beside an ONNX model that its initializers lie in.
 
     Raises:
-        FormatError: if the model is not sound.
+        FormatError: if the model is invalid.
     """
     graphs = (part for number, part in _fields(Cursor(File(path))) if number == GRAPH and isinstance(part, Cursor))
     tensors = (part for graph in graphs for number, part in _fields(graph) if number == INITIALIZER)
@@ -164,7 +164,7 @@ def _entry(entry_part: Any, where: str, limit: int = MAX_NAME) -> tuple[str, str
 
 @dataclass
 class _Tensor:
-    """What a TensorProto says."""
+    """A parsed TensorProto."""
 
     name: str = ""
     shape: list[int] = field(default_factory=list)
@@ -200,7 +200,7 @@ def _tensor(cursor: Cursor, where: str) -> _Tensor:
 
 
 def _numbers(part: Any, where: str) -> list[int]:
-    """Whole numbers, packed into one field or alone in it."""
+    """Integers, packed into one field or alone in it."""
     if isinstance(part, bytes):
         raise FormatError(f"{where}: a dimension that is not an integer")
     if isinstance(part, int):

@@ -23,7 +23,7 @@ from .container import Container
 
 MAX_HEADER = 100_000_000  # the library's limit
 MAX_RANK = 8
-CONFIG_KEY = "config"  # of __metadata__: Hugging Face's config.json, so that a lone file can be used alone
+CONFIG_KEY = "config"  # of __metadata__
 OTHER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
@@ -31,7 +31,7 @@ def open_safetensors(path: Path) -> Container:
     """Open a safetensors file.
 
     Raises:
-        FormatError: if any part of the header is not sound, or the tensors do not cover the file exactly.
+        FormatError: if any part of the header is invalid, or the tensors do not cover the file exactly.
     """
     file = File(path)
     header, start = _header(file)
@@ -102,12 +102,12 @@ def _check_cover(file: File, start: int, header: Mapping[str, Any]) -> None:
 def _layout(
     tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The head of a safetensors file, and where in the file each tensor's bytes begin and end, in file order.
+    """The header of a safetensors file, and where each tensor's bytes begin and end, in file order.
 
     The order is the library's own: wide numbers first, then by name.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[1].dtype.name, item[0]))
-    # "format": "pt" is what transformers asks for.
+    # transformers requires "format": "pt".
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({CONFIG_KEY: json.dumps(config)} if config else {})}
     position = 0
     spans = {name: (position, position := position + tensor.nbytes) for name, tensor in ordered}
@@ -122,7 +122,7 @@ def _layout(
 def write_safetensors(
     out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Write a safetensors file, ``config`` in its metadata; gives where each tensor's bytes begin and end."""
+    """Write a safetensors file with ``config`` as JSON in its metadata. Returns where each tensor's bytes begin and end."""
     head, spans = _layout(tensors, config)
     out.write(head)
     for name in spans:

@@ -38,7 +38,7 @@ def open_bundle(prefix: Path) -> Container:
     """Open the checkpoint at ``prefix``. Every checksum of the index is verified now, each tensor's when it is read.
 
     Raises:
-        FormatError: if any part of it is not sound.
+        FormatError: if any part of it is invalid.
     """
     index = File(Path(f"{prefix}.index"))
     entries = dict(read_table(index))

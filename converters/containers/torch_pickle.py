@@ -96,7 +96,7 @@ _UNSOUND = (
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends in an error, not in memory: pickles of weights are small."""
+    """A stream with a limit: pickles of weights are small."""
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
         self.stream, self.where, self.left = stream, where, MAX_PICKLE
@@ -140,7 +140,7 @@ class _Machine:
                 self.stack.append(_CONSTANTS[opcode.name]())
             elif opcode.name in _LITERALS:
                 if isinstance(argument, str):
-                    argument.encode()  # a lone surrogate is no text
+                    argument.encode()  # raises for a lone surrogate, which is not valid Unicode
                 if isinstance(argument, int) and argument.bit_length() > MAX_BITS:
                     raise FormatError(f"{self.where}: a number of {argument.bit_length()} bits in a pickle")
                 self.stack.append(argument)

@@ -49,8 +49,8 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         records: names of small members that go into the metadata, as bytes, where the archive has them.
 
     Raises:
-        UnsafeError: if its pickle asks for code.
-        FormatError: if the archive or the pickle is not sound.
+        UnsafeError: if its pickle would run code.
+        FormatError: if the archive or the pickle is invalid.
         CheckpointError: if it holds something other than tensors.
     """
     file = File(path)

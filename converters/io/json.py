@@ -1,4 +1,4 @@
-"""JSON from strangers: no duplicate keys, bounded depth and size."""
+"""Untrusted JSON: no duplicate keys, limited depth and size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DIGITS, MAX_DEPTH = 1000, 64  # of a number and of a value in JSON
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """A small JSON file that holds an object."""
+    """Read a small JSON file that holds an object."""
     file = File(path)
     if file.size > limit:
         raise FormatError(f"{path}: {file.size} bytes exceeds the limit of {limit}")
@@ -22,7 +22,7 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object with no key twice.
+    """A JSON object without duplicate keys.
 
     Raises:
         FormatError: for anything else.
@@ -48,19 +48,19 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"duplicate key {key[:100]!r}")
         for text in (key, value):
             if isinstance(text, str):
-                text.encode()  # a lone surrogate is no text
+                text.encode()  # raises for a lone surrogate, which is not valid Unicode
         result[key] = value
     return result
 
 
 def _whole_number(text: str) -> int:
-    if len(text) > MAX_DIGITS:  # Python does not print what has thousands
+    if len(text) > MAX_DIGITS:  # Python does not print longer ones
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what Python may read but then, deeper in its own calls, neither compare nor print."""
+    """Refuse values so deep that Python can read them, but neither compare nor print them."""
     level = [value]
     for _ in range(MAX_DEPTH):
         parts = (x.values() if isinstance(x, dict) else x for x in level)

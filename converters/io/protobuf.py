@@ -8,7 +8,7 @@ from ..errors import FormatError
 
 
 def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
-    """An unsigned varint of at most 64 bits, and the position behind it."""
+    """An unsigned varint of at most 64 bits, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(data):

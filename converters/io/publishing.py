@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Write files and directories atomically: they appear whole, or not at all."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Output:
         os.fsync(self._fd)
 
     def abandon(self) -> None:
-        """Stop writing, whatever waits."""
+        """Stop writing. What waits is dropped."""
         self._error = self._error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
         self._stop()
 
@@ -104,7 +104,7 @@ def _start_writeback(fd: int, start: int, end: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusals to write into ours."""
+    """Turn OSError into DestinationError."""
     try:
         yield
     except OSError as error:
@@ -112,7 +112,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_free(path: Path, force: bool, directory: bool) -> None:
-    """Refuse a destination that exists, before any work is done.
+    """Refuse a destination that exists, before any other work.
 
     Raises:
         DestinationError: if ``path`` exists and ``force`` is false, or is the wrong kind of thing.
@@ -170,7 +170,7 @@ def write_small(directory: Path, files: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterator[Path]:
-    """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does.
+    """As ``new_file``, for a library that writes by name: yields the path to write to, with the same file name.
 
     Files of the sizes of ``room`` must find their place there first, where the system can tell: what a library does on a
     full disk is its own affair.
@@ -219,7 +219,7 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
 
 
 def _check_room(folder: Path, sizes: Sequence[int]) -> None:
-    """Raise what the system says of files of these sizes."""
+    """Raise OSError if there is no room for files of these sizes."""
     scratch = [folder / f"room{i}" for i in range(len(sizes))]
     for path, size in zip(scratch, sizes, strict=True):
         with open(path, "wb") as file:
@@ -333,7 +333,7 @@ def _keep_others(stage: Path, path: Path, kept: Sequence[Path], folders: Sequenc
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and a polite kill for the few renames that belong together."""
+    """Delay SIGINT, SIGTERM and SIGHUP during the few renames that belong together."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

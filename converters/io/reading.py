@@ -1,4 +1,4 @@
-"""The only room that touches the disk: positioned reads in, whole files out.
+"""Positioned reads.
 
 Reading is by position into one small buffer, never through a memory map: a mapped page counts as memory, and a file
 that shrinks under a map kills the process. (``File.map`` exists for loading a model, where mapping is the point.)
@@ -92,10 +92,10 @@ class File:
 
 
 class Cursor:
-    """A file, or a stretch of one, read from front to back in small pieces; what is large is skipped, not read.
+    """A file, or a stretch of one, read sequentially in small pieces; large parts are skipped, not read.
 
     Raises (from every method):
-        FormatError: if the stretch ends before what is asked for does.
+        FormatError: if it is truncated.
     """
 
     def __init__(self, file: File, position: int = 0, end: int | None = None) -> None:
@@ -112,20 +112,20 @@ class Cursor:
         return self._window[begin : begin + size]
 
     def skip(self, size: int) -> int:
-        """Pass over the next bytes; gives where they begin."""
+        """Skip the next bytes. Returns where they begin."""
         if not 0 <= size <= self.end - self.position:
             raise FormatError(f"{self.file.path}: truncated: {self.position + size} bytes needed, there are {self.end}")
         begin, self.position = self.position, self.position + size
         return begin
 
     def number(self, form: str) -> Any:
-        """One number, of a type of ``struct`` (with its byte order)."""
+        """One number, in a format of ``struct`` with its byte order."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into ours."""
+    """Turn OSError into FormatError."""
     try:
         yield
     except FileNotFoundError:
@@ -135,10 +135,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_name(path: Path) -> None:
-    """Refuse what no file can be called.
+    """Refuse an invalid file name.
 
     Raises:
-        FormatError: if the system has no way to say this name.
+        FormatError: if the system cannot represent it.
     """
     try:
         os.lstat(path)

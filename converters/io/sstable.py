@@ -1,4 +1,4 @@
-"""LevelDB's table format (SSTable), which the index of a TensorFlow checkpoint is."""
+"""LevelDB's table format (SSTable), which TensorFlow's index files have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
     """The keys and values of an SSTable, in order, every block's checksum verified.
 
     Raises:
-        FormatError: if any byte of it is not as the format says.
+        FormatError: if any byte of it is invalid.
     """
     where = str(file.path)
     if file.size < FOOTER:
@@ -124,7 +124,7 @@ def _restarts(block: bytes, where: str) -> tuple[tuple[int, ...], int]:
 
 
 def mask(crc: int) -> int:
-    """LevelDB's mask, so that a checksum of data with checksums in it stays a good one."""
+    """LevelDB's mask: a checksum of data that holds checksums stays reliable."""
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
