@@ -68,14 +68,14 @@ def _widened(bfloat16: Array) -> NDArray[np.float32]:
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet = (bits >> 16) | 0x40  # a NaN stays a NaN whatever its payload
+    quiet = (bits >> 16) | 0x40  # a NaN stays a NaN for any payload
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
 
 
 def from_q8_0(data: bytes) -> NDArray[np.float32]:
     """The values of blocks of Q8_0: a float16 scale times each of 32 signed bytes, exact in float32."""
     blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
-    with np.errstate(invalid="ignore"):  # a scale that is infinite or no number
+    with np.errstate(invalid="ignore"):  # a scale that is infinite or NaN
         values: NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * blocks["values"].astype(np.float32)
         return values
 

@@ -25,13 +25,13 @@ class Checkpoint:
     config: GPT2Config
     tensors: Mapping[str, LazyTensor]
     source: Path | None = None
-    files: tuple[Path, ...] = ()  # those that hold the weights
+    files: tuple[Path, ...] = ()  # the files of weights
     format: str = "memory"
     dialect: str = "hf"
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tokenizer: TokenizerFiles | None = None
-    stated: bool = True  # whether the source says its configuration, or it was seen in the shapes
+    stated: bool = True  # whether the source states its configuration; else it comes from the shapes
 
     def __post_init__(self) -> None:
         shapes = self.config.shapes()

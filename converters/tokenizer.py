@@ -1,7 +1,7 @@
-"""The files of a GPT-2 tokenizer, in OpenAI's layout and Hugging Face's, to and from each other.
+"""The files of a GPT-2 tokenizer, in OpenAI's layout and Hugging Face's.
 
-``encoder.json`` and ``vocab.json`` are one file under two names, and so are ``vocab.bpe`` and ``merges.txt``; their
-bytes are copied. ``tokenizer.json`` says the same once more, in the form of the ``tokenizers`` library.
+``encoder.json`` and ``vocab.json`` are the same file, and so are ``vocab.bpe`` and ``merges.txt``: their bytes are
+copied. ``tokenizer.json`` has the same content in the format of the ``tokenizers`` library.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as it lies on disk: ``tokenizer.json``, or a vocabulary and its merges, or both; or ``inside`` a file of
-    weights, whose word goes before that of any file beside it."""
+    """A tokenizer on disk: ``tokenizer.json``, or a vocabulary and its merges, or both; or ``inside`` a file of weights,
+    which takes precedence over files beside it."""
 
     directory: Path
     vocab: Path | None
@@ -40,11 +40,11 @@ class TokenizerFiles:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Where it is, as text for the user."""
         return f"in the file, {len(self.inside.ids)} tokens" if self.inside else str(self.directory)
 
     def vocabulary(self) -> Vocabulary:
-        """What the files say; they are read once.
+        """The vocabulary in the files, which are read once.
 
         Raises:
             TokenizerError: if this is not a byte-level BPE as GPT-2's is.
@@ -76,7 +76,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE: token -> id, the pairs to merge in order, and the tokens that stand for themselves."""
+    """A byte-level BPE: token -> id, the pairs to merge in order, and the added tokens."""
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
@@ -85,7 +85,7 @@ class Vocabulary:
 
 
 def find_tokenizer(directory: Path) -> TokenizerFiles | None:
-    """The tokenizer beside the weights, if there is one."""
+    """The tokenizer in a directory, if there is one."""
     present = {name: directory / name for pair in PAIRS for name in pair if (directory / name).is_file()}
     vocab, merges = next(((present[v], present[m]) for v, m in PAIRS if v in present and m in present), (None, None))
     whole = directory / "tokenizer.json"
@@ -103,7 +103,7 @@ def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
 
 
 def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether a ``tokenizer.json`` asks for nothing but what GPT-2's tokenizer does."""
+    """Whether a ``tokenizer.json`` has only settings that GPT-2's tokenizer has."""
     off = (
         raw.get("normalizer"),
         model.get("dropout"),
@@ -120,7 +120,7 @@ def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]
 
 
 def _special(added: dict[str, int]) -> tuple[str, ...]:
-    """The added tokens but for ``<|endoftext|>``, which every GPT-2 tokenizer has."""
+    """The added tokens except ``<|endoftext|>``, which every GPT-2 tokenizer has."""
     return tuple(token for token in added if token != END_OF_TEXT)
 
 
@@ -219,10 +219,10 @@ def _json(value: Any) -> bytes:
 def build(vocabulary: Vocabulary) -> Any:
     """GPT-2's tokenizer as a ``tokenizers.Tokenizer``: OpenAI's ``encoder.py``, with ``<|endoftext|>`` one token.
 
-    It is always built from the vocabulary, never loaded from a stranger's ``tokenizer.json`` with whatever settings.
+    It is always built from the vocabulary, never loaded from an untrusted ``tokenizer.json`` with other settings.
 
     Raises:
-        TokenizerError: if the merges and the vocabulary do not fit together.
+        TokenizerError: if the merges and the vocabulary do not match.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -1,7 +1,6 @@
 """HDF5, as Keras wrote ``tf_model.h5``: data sets in nested groups, each contiguous.
 
-h5py finds them, in a process of its own (see ``hdf5_listing.py``); the numbers are then read from the file by position,
-as everywhere. Source: the HDF5 file format specification; ``save_weights`` of Keras 2.
+h5py finds them, in a process of its own (see ``hdf5_listing.py``); the values are then read from the file by position. Source: the HDF5 file format specification; ``save_weights`` of Keras 2.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def open_hdf5(path: Path) -> Container:
     """Open an HDF5 file.
 
     Raises:
-        FormatError: if it is invalid, or data lie elsewhere than in one piece in this very file.
+        FormatError: if it is invalid, or data is not contiguous in this file.
         ModuleNotFoundError: if h5py is not installed.
     """
     file = File(path)

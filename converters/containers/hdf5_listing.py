@@ -1,7 +1,7 @@
 """List the data sets of an HDF5 file: a program of its own, run by ``hdf5.py``.
 
-The HDF5 library is large, written in C, and not made for files from strangers; here it may crash, hang or ask for too
-much without taking gpt2x along. It reads no numbers: what it gives is where they lie.
+The HDF5 library is large, written in C, and not made for untrusted files. In a process of its own it may crash, hang or
+exhaust its memory without harm to gpt2x. It reads no values, only where they are.
 
     python hdf5_listing.py FILE [FOLDER ...]     ->  {"datasets": [[name, type, shape, offset], ...]} or {"error": "..."}
 """
@@ -20,7 +20,7 @@ MEMORY = 200 << 20
 
 
 class Refused(Exception):
-    """What the file holds that is not read."""
+    """The file holds something that is not read."""
 
 
 def main(path: str) -> None:
@@ -42,7 +42,7 @@ def main(path: str) -> None:
 
 
 def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Iterator[list[Any]]:
-    """Every data set below a group. What leads elsewhere, or to the same place twice, is refused."""
+    """Every data set below a group. Links to other places, and two names of one object, are refused."""
     if depth > MAX_DEPTH or len(above) > MAX_NAME:
         raise Refused(f"groups are nested more than {MAX_DEPTH} deep")
     for key in group:
@@ -64,14 +64,14 @@ def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Itera
 
 
 def describe(h5py: Any, name: str, dataset: Any) -> list[Any]:
-    """Name, type, shape and place of a data set whose numbers lie in one piece."""
+    """Name, type, shape and offset of a contiguous data set."""
     plan = dataset.get_create_plist()
     if plan.get_external_count():
         raise Refused(f"{name!r} keeps its data in another file")
     if plan.get_layout() == h5py.h5d.VIRTUAL:
         raise Refused(f"{name!r} is a virtual data set, made of others")
     if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_nfilters():
-        raise Refused(f"{name!r} is chunked, compressed or compact; Keras stores weights in one piece")
+        raise Refused(f"{name!r} is chunked, compressed or compact; Keras stores weights contiguously")
     offset = dataset.get_offset()
     if offset is None:
         raise Refused(f"{name!r} has no data")

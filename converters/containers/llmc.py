@@ -1,8 +1,8 @@
-"""llm.c's ``.bin``: 256 numbers, then every array of the model, each for all layers.
+"""llm.c's ``.bin``: a header of 256 integers, then every array of the model, each for all layers.
 
 Source: karpathy/llm.c, ``gpt2_build_from_checkpoint`` and ``fill_in_parameter_sizes`` of ``train_gpt2.c``, and
-``write_model`` of ``train_gpt2.py``. Rows of the token embedding behind the vocabulary are padding, which llm.c leaves
-out of its softmax.
+``write_model`` of ``train_gpt2.py``. Rows of the token embedding after the vocabulary are padding, which llm.c
+excludes from its softmax.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIELDS = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels", "p
 MAX_LAYERS = 1000  # the largest of llm.c's models has 48
 MULTIPLE = 128  # what llm.c pads the vocabulary to
 
-# Array -> the size of one layer's, in symbols; V is the padded vocabulary. In the order of the file.
+# Array -> shape of one layer in symbols; V is the padded vocabulary. In the order of the file.
 ARRAYS: dict[str, tuple[str, ...]] = {
     "wte": ("V", "C"),
     "wpe": ("T", "C"),
@@ -50,7 +50,7 @@ def open_llmc(path: Path) -> Container:
     """Open a model of llm.c.
 
     Raises:
-        FormatError: if the header is invalid, or the file has not exactly the length that it asks for.
+        FormatError: if the header is invalid, or the file does not have exactly the length that it needs.
     """
     file = File(path)
     if file.size < HEADER.size:
@@ -92,7 +92,7 @@ def _layout(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_llmc(out: Output, tensors: Mapping[str, LazyTensor], config: Mapping[str, int], dtype: DType) -> None:
-    """Write a model of llm.c: ``tensors`` by the names of ``ARRAYS``, all of ``dtype``; ``config`` of ``FIELDS``."""
+    """Write a model of llm.c: ``tensors`` with the names of ``ARRAYS``, all of ``dtype``; ``config`` with those of ``FIELDS``."""
     version = next(number for number, kind in VERSIONS.items() if kind == dtype)
     rows = -(-config["vocab_size"] // MULTIPLE) * MULTIPLE
     values = [MAGIC, version, *({**config, "padded_vocab_size": rows}[name] for name in FIELDS)]

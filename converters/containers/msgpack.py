@@ -27,7 +27,7 @@ TYPES = {
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 
-# Leading byte -> form of the number that follows it: the value itself, or how long what follows is.
+# Leading byte -> format of the number that follows: the value itself, or the length of what follows.
 NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}  # fmt: skip
 MAPS, LISTS = {0xDE: ">H", 0xDF: ">I"}, {0xDC: ">H", 0xDD: ">I"}
 STRINGS, BYTES = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}, {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
@@ -36,10 +36,10 @@ CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 def open_msgpack(path: Path) -> Container:
-    """Open a file of Flax's. Its names are the keys on the way to each array, with ``/`` between.
+    """Open a file of Flax's. A tensor's name is the keys that lead to it, joined by ``/``.
 
     Raises:
-        FormatError: if it is invalid, or holds anything but nested maps of arrays.
+        FormatError: if it is invalid, or holds anything other than nested maps of arrays.
     """
     file = File(path)
     reader = _Reader(file)
@@ -54,7 +54,7 @@ def open_msgpack(path: Path) -> Container:
 
 
 class _Reader:
-    """Turns bytes into dicts, lists, numbers, strings and LazyTensors."""
+    """Decodes bytes into dicts, lists, numbers, strings and LazyTensors."""
 
     def __init__(self, file: File) -> None:
         self.cursor = Cursor(file)

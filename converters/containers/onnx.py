@@ -24,17 +24,17 @@ from .container import Container
 GRAPH, METADATA = 7, 14  # of ModelProto
 INITIALIZER = 5  # of GraphProto
 DIMS, TYPE, NAME, EXTERNAL, LOCATION = 1, 2, 8, 13, 14  # of TensorProto
-DATA = {9: None, 4: 1, 10: 11}  # fields of numbers -> the only type they may have: raw, of float, of double
+DATA = {9: None, 4: 1, 10: 11}  # fields of values -> the only data type they may have: raw, float, double
 IGNORED = (12, 16)  # documentation and metadata
 KEY, VALUE = 1, 2  # of StringStringEntryProto
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of fields
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 # TensorProto.DataType -> ours.
 TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64", 16: "BF16"}  # fmt: skip
-QUANTISED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
-CONSTANT = "constant_"  # what the numbers in gpt2x's own graphs are called, such as shapes
-QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
-MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
+QUANTIZED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
+CONSTANT = "constant_"  # prefix of constants, such as shapes, in gpt2x's own graphs
+QUANTIZED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
+MERGED = re.compile(r"_merged_\d+$")  # suffix of the names in optimum's decoder_model_merged.onnx
 MAX_NAME = 4096
 MAX_METADATA = 1 << 20
 MAX_ENTRIES = 1000  # of metadata
@@ -49,7 +49,7 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
     Raises:
         FormatError: if the model is invalid.
         UnsafeError: if it keeps data outside its folder.
-        CheckpointError: if its weights are quantised.
+        CheckpointError: if its weights are quantized.
     """
     where = str(path)
     files = _Files(File(path))
@@ -73,9 +73,9 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
     files.check_overlaps()
     if not found:
         raise CheckpointError(f"{path}: an ONNX model without weights, or not an ONNX model")
-    if quantised := next((name for name in found if name.endswith(QUANTISED)), None):
+    if quantized := next((name for name in found if name.endswith(QUANTIZED)), None):
         raise CheckpointError(
-            f"{path}: a quantized model (it holds {quantised[:100]}): its weights are rounded; convert the model that it was made from"
+            f"{path}: a quantized model (it holds {quantized[:100]}): its weights are rounded; convert the model that it was made from"
         )
     weights = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float and tensor.size > 1}
     return Container(
@@ -99,7 +99,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def external_files(path: Path) -> frozenset[str]:
-    """The names of the files beside an ONNX model that its initializers lie in.
+    """The names of the files beside an ONNX model that store its initializers.
 
     Raises:
         FormatError: if the model is invalid.
@@ -118,7 +118,7 @@ def external_files(path: Path) -> frozenset[str]:
 
 
 def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: an int, bytes of a fixed width, or a Cursor over a stretch of the file."""
+    """Number and value of each field: an int, bytes of a fixed width, or a Cursor over a part of the file."""
     while cursor.position < cursor.end:
         tag = _varint(cursor)
         number, kind = tag >> 3, tag & 7
@@ -177,7 +177,7 @@ class _Tensor:
 def _tensor(cursor: Cursor, where: str) -> _Tensor:
     tensor = _Tensor()
     for number, part in _fields(Cursor(cursor.file, cursor.position, cursor.end)):
-        if number == NAME:  # first of all, to be said of whatever is wrong with the rest
+        if number == NAME:  # first, so that errors can name the tensor
             tensor.name = _text(part, where)
     where = f"{where}: {tensor.name[:100]!r}"
     for number, part in _fields(cursor):
@@ -213,7 +213,7 @@ def _numbers(part: Any, where: str) -> list[int]:
 
 
 class _Files:
-    """The files that hold the data of a model: itself, and those beside it."""
+    """The files that store the data of a model: itself, and those beside it."""
 
     def __init__(self, model: File) -> None:
         self.model = model
@@ -222,7 +222,7 @@ class _Files:
 
     def lazy(self, tensor: _Tensor) -> LazyTensor:
         where = f"{self.model.path}: {tensor.name[:100]!r}"
-        if tensor.kind in QUANTISED_TYPES:
+        if tensor.kind in QUANTIZED_TYPES:
             raise CheckpointError(
                 f"{where} is quantized: its weights are rounded; convert the model that it was made from"
             )

@@ -99,7 +99,7 @@ def _header(value: bytes | None, where: str) -> _Header:
 
 @dataclass(frozen=True)
 class Entry:
-    """A BundleEntryProto: where a tensor lies. A sliced one has ``slices`` and no data of its own."""
+    """A BundleEntryProto: where a tensor is stored. A sliced one has ``slices`` and no data of its own."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -111,7 +111,7 @@ class Entry:
 
     @classmethod
     def parse(cls, value: bytes, where: str) -> Entry:
-        """Parse and check everything that one entry can be wrong about by itself."""
+        """Parse one entry, and check everything that does not depend on other entries."""
         fields = Fields(value, where)
         shape = _shape(fields.bytes(2), where)
         if len(fields.all_bytes(7)) > MAX_SLICES:
@@ -132,7 +132,7 @@ class Entry:
         return entry
 
     def serialize(self) -> bytes:
-        """The same message in bytes, as TensorFlow writes it: in order of fields, zeros left out."""
+        """The message in bytes, as TensorFlow writes it: fields in order, zeros omitted."""
         dims = b"".join(_field_bytes(2, _field_number(1, n)) for n in self.shape)
         numbers = ((3, self.shard), (4, self.offset), (5, self.size))
         crc = b"\x35" + struct.pack("<I", self.crc) if self.crc else b""
@@ -168,7 +168,7 @@ def _slice(data: bytes, shape: tuple[int, ...], where: str) -> tuple[tuple[int, 
 
 
 class _Shards:
-    """The data files of a bundle, opened when an entry first points into them."""
+    """The data files of a bundle, opened when an entry first refers to them."""
 
     def __init__(self, prefix: Path, count: int) -> None:
         self.prefix, self.count = prefix, count
@@ -199,7 +199,7 @@ class _Shards:
 
 
 def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> LazyTensor | None:
-    """The tensor of one name; None for strings, which are no parameters."""
+    """The tensor of one name; None for strings, which are not parameters."""
     if entry.dtype == STRING:
         return None
     dtype = DTYPES[TYPES[entry.dtype]]
@@ -213,7 +213,7 @@ def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _S
 def _sliced(
     key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, dtype: DType, where: str
 ) -> LazyTensor:
-    """A partitioned variable, put together from the entries of its slices."""
+    """A partitioned variable, concatenated from the entries of its slices."""
     parts: list[tuple[tuple[slice, ...], LazyTensor]] = []
     for extents in entry.slices:
         sub_key = slice_key(key, extents)
@@ -256,7 +256,7 @@ def _check_tiling(places: list[tuple[slice, ...]], shape: tuple[int, ...], where
 
 
 def slice_key(name: bytes, extents: Iterable[tuple[int, int]]) -> bytes:
-    """The key under which a slice of a partitioned variable lies: EncodeTensorNameSlice of TensorFlow."""
+    """The key of a slice of a partitioned variable: EncodeTensorNameSlice of TensorFlow."""
     extents = list(extents)
     parts = [_code_number(0), _code_string(name), _code_number(len(extents))]
     return b"".join(parts + [_code_signed(n) for extent in extents for n in extent])

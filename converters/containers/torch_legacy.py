@@ -47,7 +47,7 @@ def open_torch_legacy(path: Path) -> Container:
 
 
 def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:
-    """Each storage's place, walking from one to the next; they must end where the file ends."""
+    """Every storage by key. They follow one another, and the last one must end at the end of the file."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise FormatError(f"{file.path}: invalid list of storages")
     result: dict[str, LazyTensor] = {}

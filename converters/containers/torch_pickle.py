@@ -1,8 +1,8 @@
 """The pickles inside PyTorch's files, read without executing anything.
 
 A pickle is a program for a small stack machine. This is such a machine with the instructions that PyTorch's files
-use and a table of the few globals they name; each stands for a plain description, and nothing is imported or called.
-Whatever is not in the tables is refused by name. Sources: ``pickletools`` (the instruction set), PyTorch's
+use and a table of the few globals they name; each becomes a plain description, and nothing is imported or called.
+Everything else is refused. Sources: ``pickletools`` (the instruction set), PyTorch's
 ``torch/serialization.py`` and ``torch/_utils.py`` (what its files hold).
 """
 
@@ -24,7 +24,7 @@ from ..tensors import DTYPES, DType
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
 MAX_RANK = 8
 MAX_COPIED = 1_000_000
-MAX_BITS = 1024  # of a number; Python does not print what has thousands of digits
+MAX_BITS = 1024  # of an integer; Python does not print very long ones
 
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -35,14 +35,14 @@ SCALARS = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle mentions; nothing but a name."""
+    """A global that the pickle names. It is never resolved."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A stretch of raw numbers that the pickle refers to by key."""
+    """A block of raw values that the pickle refers to by key."""
 
     key: str
     dtype: DType
@@ -51,7 +51,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A contiguous tensor over a part of a storage."""
+    """A contiguous tensor in a storage."""
 
     storage: Storage
     offset: int  # values
@@ -80,7 +80,7 @@ def load_pickle(stream: IO[bytes], where: str, storages: dict[str, Storage] | No
     ``storages`` collects every storage that the pickle refers to, by key.
 
     Raises:
-        UnsafeError: if it names anything that is not on the list.
+        UnsafeError: if it names a global that is not allowed.
         FormatError: if it is invalid pickle of the kind that PyTorch writes.
     """
     try:
@@ -89,7 +89,7 @@ def load_pickle(stream: IO[bytes], where: str, storages: dict[str, Storage] | No
         raise FormatError(f"{where}: invalid pickle: {type(error).__name__}: {str(error)[:200]}") from None
 
 
-# What ``pickletools`` and the machine below raise over it; the warning, where warnings are errors, is of a bad escape.
+# What ``pickletools`` and the machine below raise for invalid pickles. The warning is of an invalid escape.
 _UNSOUND = (
     IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, DeprecationWarning,
 )  # fmt: skip
@@ -298,13 +298,13 @@ class _Machine:
         raise UnsafeError(f"{self.where}: the pickle calls {name}: refused")
 
     def _charge(self, items: int) -> None:
-        # A list that is built once can be copied by a few bytes, again and again.
+        # A few bytes of a pickle can copy a long list many times.
         self.copied += items
         if self.copied > MAX_COPIED:
             raise FormatError(f"{self.where}: a pickle that copies more than {MAX_COPIED} items")
 
     def _plain(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Storage, offset, shape and stride; what may follow are hooks, and bits that change the meaning."""
+        """Storage, offset, shape and stride. Hooks may follow, and flags that change the values, which are refused."""
         if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
             raise FormatError(f"{self.where}: a negated or conjugated tensor view, which gpt2x does not read")
         return arguments[:4]
@@ -329,7 +329,7 @@ class _Machine:
         return TensorRef(storage, offset, tuple(shape))
 
     def op_BUILD(self, _: None) -> None:
-        self.stack.pop()  # the _metadata of a state dict: nothing that weights need
+        self.stack.pop()  # the _metadata of a state dict, which weights do not need
         self._top(dict)
 
 
@@ -396,7 +396,7 @@ def state_dict(value: Any, where: str) -> StateDict:
 
 
 def _holds_tensors(key: Any, value: Any) -> bool:
-    """Whether what lies beside a wrapped state dict may be weights as well, rather than an optimizer's state or a loss."""
+    """Whether a value beside a wrapped state dict may hold weights, too, and not an optimizer's state or a loss."""
     return (isinstance(value, TensorRef) and math.prod(value.shape) > 1) or (
         key in WRAPPERS and isinstance(value, dict)
     )

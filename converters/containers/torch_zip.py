@@ -35,7 +35,7 @@ LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
 MAX_MEMBERS = 100_000
 DESCRIPTOR = 24  # bytes of a data descriptor, at most
-PROGRAMS = {  # kind -> a member that only such an archive has, and what it is called
+PROGRAMS = {  # kind -> a member that only such an archive has, and its name for people
     "pt2": ("/models/model.json", "a program of torch.export"),
     "torchscript": ("/constants.pkl", "TorchScript"),
 }
@@ -215,13 +215,13 @@ def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyT
 
 
 def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
-    """A tensor for each name; what has two names (a tied output) is one tensor, and is seen to be."""
+    """A tensor for each name. Two names of one tensor (a tied ``lm_head``) get the same object."""
     made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
     return {name: made[ref] for name, ref in refs.items()}
 
 
 def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
-    """The tensor that lies in a storage: all of it, or a part (the checksum is over the whole)."""
+    """The tensor in a storage: all of it, or a part (the checksum covers all of it)."""
     if ref.offset == 0 and math.prod(ref.shape) == storage.size:
         return storage.reshape(ref.shape)
     begin = ref.offset * ref.storage.dtype.itemsize
@@ -278,7 +278,7 @@ def write_torch_zip(
 
 
 class _ZipWriter:
-    """Stored members, each aligned, checksums patched in behind the data; zip64 where a place needs it."""
+    """Writes stored members, each aligned. Checksums are patched in after the data; zip64 is used where needed."""
 
     def __init__(self, out: Output, root: str) -> None:
         self.out, self.root = out, root

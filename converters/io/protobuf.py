@@ -1,4 +1,4 @@
-"""Protocol Buffers, as far as TensorFlow's and ONNX's files need them."""
+"""The parts of Protocol Buffers that TensorFlow's and ONNX's files use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Fields:
 
     def numbers(self, field: int) -> list[int]:
         values = self.values.get(field, [])
-        if packed := [v for v in values if isinstance(v, bytes)]:  # repeated numbers may come packed
+        if packed := [v for v in values if isinstance(v, bytes)]:  # repeated numbers may be packed
             return [n for data in packed for n in _unpack(data, self.where)]
         return [v for v in values if isinstance(v, int)]
 
@@ -72,7 +72,7 @@ class Fields:
         return [v for v in values if isinstance(v, bytes)]
 
     def bytes(self, field: int) -> bytes:
-        return b"".join(self.all_bytes(field))  # messages in parts merge by concatenation
+        return b"".join(self.all_bytes(field))  # parts of a message are merged by concatenation
 
     def fixed32(self, field: int) -> int:
         data = (self.all_bytes(field) or [bytes(4)])[-1]

@@ -22,11 +22,11 @@ MAX_KEPT = 1000  # files that are linked into a new directory
 
 
 class Output:
-    """A file being written, sequentially, with room to patch what is already there.
+    """A file that is written sequentially. Bytes already written can be patched.
 
-    A thread of its own writes, so that reading and checksums go on meanwhile; a few chunks wait at most. Its errors
-    come out of a later call, ``close`` at the latest. A signal's handler may raise anywhere in here: a ``SimpleQueue``
-    has no lock of Python's, which would stay locked then.
+    A thread writes, so that reading and checksums continue meanwhile; at most a few chunks wait. Its errors are raised by
+    a later call, at the latest by ``close``. A signal handler may raise anywhere in here: a ``SimpleQueue`` has no Python
+    lock that would stay locked then.
     """
 
     def __init__(self, fd: int) -> None:
@@ -97,7 +97,7 @@ class Output:
 
 
 def _start_writeback(fd: int, start: int, end: int) -> None:
-    # The disk works while we read on, so the final fsync is short; and a large result does not fill the page cache.
+    # The disk writes while we read, so the final fsync is short; and a large result does not fill the page cache.
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
@@ -136,7 +136,7 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, force: bool = False) -> Iterator[Output]:
-    """Write ``path`` whole or not at all.
+    """Write ``path`` atomically.
 
     Raises:
         DestinationError: if it exists and ``force`` is false, or the disk refuses; nothing is then left behind.
@@ -172,8 +172,8 @@ def write_small(directory: Path, files: Mapping[str, bytes]) -> None:
 def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterator[Path]:
     """As ``new_file``, for a library that writes by name: yields the path to write to, with the same file name.
 
-    Files of the sizes of ``room`` must find their place there first, where the system can tell: what a library does on a
-    full disk is its own affair.
+    There must be room for files of the sizes of ``room``, if the system can tell: libraries differ in how they fail on a
+    full disk.
     """
     check_free(path, force, directory=False)
     folder = _beside(path)
@@ -191,10 +191,10 @@ def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list[str]] | None = None) -> Iterator[Path]:
-    """Stage files in the directory that is yielded; they appear in ``path`` together at the end, or not at all.
+    """Yield a directory to write files into. They appear in ``path`` together at the end, or not at all.
 
-    With ``force``, files of the same names are replaced and any others in ``path`` are left alone. ``rivals`` names
-    files in ``path`` which, left alone, would be taken for part of the result: if one would stay, nothing is written.
+    With ``force``, files of the same names are replaced, and others in ``path`` are kept. ``rivals`` names files in
+    ``path`` that would be read as part of the result: if one of them would be kept, nothing is written.
     """
     check_free(path, force, directory=True)
     path = Path(os.path.abspath(path))
@@ -249,7 +249,7 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
 
 
 def check_tree(path: Path, names: Iterable[Path]) -> None:
-    """Refuse to put files of these relative names into a directory where something else is in their way.
+    """Refuse relative file names that conflict with what is in a directory.
 
     Raises:
         DestinationError: if a folder has the name of a file, a file that of a folder, or a folder is a link.
@@ -281,7 +281,7 @@ def _publish_directory(stage: Path, path: Path, force: bool) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Every file in a tree, relative to it; links are files here."""
+    """Every file in a tree, relative to it. Links count as files."""
     found = (Path(top, name) for top, below, files in os.walk(directory) for name in (*files, *_links(top, below)))
     return [file.relative_to(directory) for file in found]
 
@@ -337,7 +337,7 @@ def _uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Not by a mask: the system would hand the signal to another thread, and Python the handler to this one.
+    # A signal mask does not help: the system would deliver to another thread, and Python runs the handler in this one.
     held: list[int] = []
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not None]
     before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in numbers}

@@ -1,8 +1,7 @@
 """Positioned reads.
 
-Reading is by position into one small buffer, never through a memory map: a mapped page counts as memory, and a file
-that shrinks under a map kills the process. (``File.map`` exists for loading a model, where mapping is the point.)
-Writing goes to a temporary name beside the destination, is synced, and takes its place in one rename.
+Files are read by position into one small buffer, not through a memory map: a mapped page counts as memory, and a file
+that shrinks under a map kills the process. (``File.map`` is for loading a model.)
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class File:
 
 
 class Cursor:
-    """A file, or a stretch of one, read sequentially in small pieces; large parts are skipped, not read.
+    """A file, or a part of one, read sequentially in small pieces; large parts are skipped, not read.
 
     Raises (from every method):
         FormatError: if it is truncated.
@@ -142,7 +141,7 @@ def check_name(path: Path) -> None:
     """
     try:
         os.lstat(path)
-    except ValueError:  # a zero byte, or what the system has no encoding for
+    except ValueError:  # a zero byte, or a character without an encoding
         raise FormatError(f"{str(path)[:200]!r}: not a valid file name") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -150,11 +149,11 @@ def check_name(path: Path) -> None:
 
 
 def beside(directory: Path, name: str, where: str) -> Path:
-    """The file of this name in a directory, or below: model cards keep weights in folders too.
+    """The file of this name in a directory, or below it.
 
     Raises:
-        UnsafeError: if the name leads out of the directory, or through a folder that is a link to elsewhere. (The file
-            itself may be one: the Hub's cache has them.)
+        UnsafeError: if the name leads out of the directory, or through a directory that is a link to another place. (The
+            file itself may be a link, as in the Hub's cache.)
     """
     leaves = not name or name.startswith("/") or "\\" in name or re.search(r"(^|/)\.\.?(/|$)", name)
     if not leaves and name.isprintable() and len(name) <= 200:
@@ -166,6 +165,6 @@ def beside(directory: Path, name: str, where: str) -> Path:
 
 @functools.cache
 def _keep_freed_chunks() -> None:
-    # glibc gives freed megabytes back to the system, and every fresh one then costs 256 page faults: a third of a
-    # conversion's time. One large block (never touched, so it takes no memory), freed at once, teaches it to keep them.
+    # glibc returns freed megabytes to the system, and each new one then costs 256 page faults: a third of a conversion's
+    # time. After one large block (never touched, so it takes no memory) is freed, glibc keeps them.
     bytes(31 << 20)

@@ -18,12 +18,12 @@ TRAILER = 5  # a byte for the compression, four for the checksum
 RESTART_INTERVAL = 16  # TensorFlow's, and so are the next two
 BLOCK_SIZE = 256 << 10
 MAX_NAME = 4096
-MAX_NAMES = 16 << 20  # bytes of all names together, whose beginnings the file may share
+MAX_NAMES = 16 << 20  # bytes of all names, whose shared prefixes the file stores once
 MAX_INDEX = 64 << 20  # of GPT-2's 1558M: 25 KB
 
 
 def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of an SSTable, in order, every block's checksum verified.
+    """The keys and values of an SSTable, in order. Every block's checksum is verified.
 
     Raises:
         FormatError: if any byte of it is invalid.
@@ -154,7 +154,7 @@ def write_index(out: Output, entries: Mapping[bytes, bytes], header: bytes = HEA
 
 
 def _write_block(out: Output, entries: list[tuple[bytes, bytes]], interval: int = RESTART_INTERVAL) -> bytes:
-    """Write one block; returns its handle."""
+    """Write one block. Returns its handle."""
     data, restarts, previous = bytearray(), [0], b""
     for i, (key, value) in enumerate(entries):
         if i and i % interval == 0:
