@@ -1,7 +1,7 @@
-"""The little of the hub that needs numpy. It is imported when an array is first asked for, not before.
+"""What needs numpy. It is imported when an array is first needed.
 
-Most conversions pass bytes from one file to another; importing numpy would take them a third of their time.
-bfloat16, which numpy lacks, travels as uint16.
+Most conversions pass bytes from one file to another; importing numpy would add a third to their time.
+bfloat16, which numpy lacks, is stored as uint16.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Array = NDArray[Any]
 
 
 def as_array(data: Any, dtype: DType, shape: tuple[int, ...]) -> Array:
-    """An array over the bytes of a buffer; a copy only where they lie at a place that the number format may not have."""
+    """An array over the bytes of a buffer. They are copied only if they are not aligned."""
     raw = np.frombuffer(data, np.uint8)
     aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
     return aligned.view(dtype.numpy).reshape(shape)
 
 
 def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
-    """``values`` in another number format, rounded to nearest-even.
+    """``values`` in another dtype, rounded to nearest-even.
 
     float64 goes to bfloat16 by way of float32, as in torch.
 
@@ -44,7 +44,7 @@ def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
 
 
 def columns_of(chunks: Iterator[bytes], dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> Array:
-    """These columns of a matrix [a, b]: an array [a, end - begin], gathered while all of it streams by."""
+    """Columns of a matrix [a, b]: an array [a, end - begin], collected while the whole matrix is streamed."""
     rows, columns = shape
     result = np.empty((rows, end - begin), dtype.numpy)
     row = 0
@@ -68,23 +68,23 @@ def _widened(bfloat16: Array) -> NDArray[np.float32]:
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet = (bits >> 16) | 0x40  # a NaN stays a NaN whatever its payload
+    quiet = (bits >> 16) | 0x40  # a NaN stays a NaN for any payload
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
 
 
 def from_q8_0(data: bytes) -> NDArray[np.float32]:
     """The values of blocks of Q8_0: a float16 scale times each of 32 signed bytes, exact in float32."""
     blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
-    with np.errstate(invalid="ignore"):  # a scale that is infinite or no number
+    with np.errstate(invalid="ignore"):  # a scale that is infinite or NaN
         values: NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * blocks["values"].astype(np.float32)
         return values
 
 
 def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
-    """Blocks of Q8_0, as ggml's reference rounds them: half away from zero, by a scale of the largest magnitude over 127.
+    """Blocks of Q8_0, rounded as ggml's reference does: half away from zero, with a scale of the largest magnitude / 127.
 
     Raises:
-        ConversionError: if a block holds what its scale cannot say.
+        ConversionError: if a block holds NaN, infinity or a magnitude that Q8_0 cannot represent.
     """
     blocks = values.reshape(-1, 32)
     result = np.empty(len(blocks), np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
@@ -92,7 +92,9 @@ def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
         scale = np.abs(blocks).max(axis=1) / np.float32(127)
         result["scale"] = scale
         if not np.isfinite(result["scale"]).all():
-            raise ConversionError(f"{name}: holds numbers of more than 8e6, or none, which Q8_0 cannot say")
+            raise ConversionError(
+                f"{name}: holds NaN, infinity, or a magnitude that Q8_0 cannot represent; choose another --dtype"
+            )
         inverse = np.float32(1) / scale
         scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))[:, None]
     size = np.abs(scaled)

@@ -14,24 +14,24 @@ from .tokenizer import TokenizerFiles
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Checkpoint:
-    """A whole GPT-2: every parameter of ``config`` under its canonical name, in canonical order and layout.
+    """A complete GPT-2: every parameter of ``config`` under its canonical name, in canonical order and layout.
 
-    ``left_out`` lists what the source held besides; ``notes`` what was assumed. Tensors are lazy.
+    ``left_out`` lists what else the source holds; ``notes`` what was assumed. Tensors are lazy.
 
     Raises:
-        CheckpointError: on construction, if a parameter is missing, unknown, of another shape or not of floats.
+        CheckpointError: on construction, if a parameter is missing, unknown, has another shape, or is not float.
     """
 
     config: GPT2Config
     tensors: Mapping[str, LazyTensor]
     source: Path | None = None
-    files: tuple[Path, ...] = ()  # those that hold the weights
+    files: tuple[Path, ...] = ()  # the files of weights
     format: str = "memory"
     dialect: str = "hf"
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tokenizer: TokenizerFiles | None = None
-    stated: bool = True  # whether the source says its configuration, or it was seen in the shapes
+    stated: bool = True  # whether the source states its configuration; else it comes from the shapes
 
     def __post_init__(self) -> None:
         shapes = self.config.shapes()
@@ -46,31 +46,31 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has; a tied output counts once."""
+        """Number of parameters; a tied ``lm_head`` is not counted twice."""
         return sum(tensor.size for tensor in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its tensors take."""
+        """Total size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Name -> type and bytes of each tensor as its file holds it: of a quantised one, not what it is read as."""
+        """Name -> dtype and size in bytes of each tensor in its file, which for a quantized one is not the dtype it is read as."""
         return {name: tensor.stored or (tensor.dtype.name, tensor.nbytes) for name, tensor in self.tensors.items()}
 
     @property
     def checksummed(self) -> int:
-        """How many tensors carry a checksum that reading them verifies."""
+        """Number of tensors with a checksum, which is verified when they are read."""
         return sum(tensor.checksummed for tensor in self.tensors.values())
 
     def cast(self, dtype: DType) -> Checkpoint:
-        """The same model in another number format, lazily."""
+        """The same model in another dtype, lazily."""
         return replace(self, tensors={name: tensor.cast(dtype, name) for name, tensor in self.tensors.items()})
 
 
 def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors have the same format, shape and bytes."""
+    """Whether two tensors have the same dtype, shape and bytes."""
     if a is b:
         return True
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -79,7 +79,7 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
 
 
 def zip_chunks(a: Iterator[bytes], b: Iterator[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Two streams of bytes in step, whatever their chunks; both are read to the end, so checksums are verified."""
+    """Two streams of bytes in chunks of equal size. Both are read to the end, so checksums are verified."""
     x, y = next(a, None), next(b, None)
     while x is not None and y is not None:
         n = min(len(x), len(y))
@@ -93,9 +93,9 @@ def shape_faults(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[i
         if name not in tensors:
             yield f"missing   {name}"
         elif tensors[name].shape != shape:
-            yield f"shape     {name} is {tensors[name].shape}, {says} asks for {shape}"
+            yield f"shape     {name} is {tensors[name].shape}, {says} needs {shape}"
         elif not tensors[name].dtype.is_float:
-            yield f"integers  {name} is {tensors[name].dtype}; a parameter has floats"
+            yield f"integers  {name} is {tensors[name].dtype}; a parameter must be float"
 
 
 def not_gpt2(path: Path, dialect: str, faults: list[str]) -> ConversionError:

@@ -1,5 +1,4 @@
-"""Configurations in the words of each world (Hugging Face's ``config.json``, OpenAI's ``hparams.json``, ...), to and
-from GPT2Config.
+"""Hugging Face's ``config.json``, to and from GPT2Config.
 
 Sources: ``configuration_gpt2.py`` and ``configuration_utils.py`` of transformers 4 and 5; OpenAI's ``model.py``.
 """
@@ -56,7 +55,7 @@ INERT = frozenset(
     transformers_version transformers.js_config typical_p use_bfloat16 use_cache xla_device
     """.split()  # noqa: SIM905  a table reads better as words
 )
-# Keys that change the arithmetic, which this GPT-2 does not have: refused unless they are off.
+# Keys that change the arithmetic and are not supported: refused unless they are off.
 FOREIGN = frozenset(
     ["add_cross_attention", "attn_mult", "auto_map", "cross_attention_hidden_size", "embd_mult", "pruned_heads", "quantization_config", "rope_scaling", "sliding_window"]
 )  # fmt: skip
@@ -68,7 +67,7 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The GPT2Config fields that a ``config.json`` states.
 
     Raises:
-        ConfigError: if it is no GPT-2's, or holds a key that may change the arithmetic and is not known.
+        ConfigError: if it is not a GPT-2's, or has an unknown key, which may change the arithmetic.
     """
     faults = []
     if raw.get("model_type", "gpt2") != "gpt2":
@@ -78,13 +77,11 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = HF_KEYS.get(key) or ALIASES.get(key)
         if name and not (value is None and name == "n_inner"):
             if fields.setdefault(name, value) != value:
-                faults.append(f"{key} is {value!r}, another key says {fields[name]!r}")
+                faults.append(f"{key} is {value!r}, but another key states {fields[name]!r}")
         elif key in FOREIGN and value:
-            faults.append(f"{key} is {str(value)[:60]!r}: it changes the arithmetic, and gpt2x does not have it")
+            faults.append(f"{key} is {str(value)[:60]!r}: it changes the arithmetic, and gpt2x does not support it")
         elif not name and key not in FOREIGN and key not in INERT:
-            faults.append(
-                f"{key} is not a key that gpt2x knows; if it does not change the arithmetic, remove it from the file"
-            )
+            faults.append(f"{key} is unknown to gpt2x; if it does not change the arithmetic, remove it from the file")
     if faults:
         raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults)
     for name in ("bos_token_id", "eos_token_id"):
@@ -94,10 +91,10 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
-    """The configuration that a ``config.json`` states, in full.
+    """The complete configuration of a ``config.json``.
 
     Raises:
-        ConfigError: if it cannot make a GPT-2.
+        ConfigError: if it is invalid.
     """
     fields = from_hf(raw, where)
     try:

@@ -1,4 +1,4 @@
-"""What each world calls the parameters of a GPT-2, and how it lays them out. Tables, and one way to read them.
+"""The names and layouts of a GPT-2's parameters in each library, as tables.
 
 A dialect maps each row of ``SPEC`` to a name, wrapped in a layout where the bytes or the shape differ from the
 canonical ``[in, out]``. The same table reads and writes.
@@ -41,7 +41,7 @@ class Lead1(Same):
 
     def read(self, tensor: LazyTensor) -> LazyTensor:
         if len(tensor.shape) < 2 or tensor.shape[0] != 1:
-            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; a leading axis of 1 is expected")
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a leading axis of 1")
         return tensor.reshape(tensor.shape[1:])
 
     def write(self, tensor: LazyTensor) -> LazyTensor:
@@ -50,11 +50,11 @@ class Lead1(Same):
 
 @dataclass(frozen=True)
 class Transposed(Same):
-    """A matrix the other way round; of a projection, ``[out, in]``, as ``torch.nn.Linear`` keeps it."""
+    """A transposed matrix: ``[out, in]``, as in ``torch.nn.Linear``."""
 
     def read(self, tensor: LazyTensor) -> LazyTensor:
         if len(tensor.shape) != 2:
-            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; a matrix is expected")
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a matrix")
         return tensor.transposed()
 
     def write(self, tensor: LazyTensor) -> LazyTensor:
@@ -85,22 +85,22 @@ class ReadModel:
 
 @dataclass(frozen=True)
 class Dialect:
-    """One world's names. ``{i}`` stands for the layer.
+    """The names of one library. ``{i}`` stands for the layer.
 
     Args:
         table: row of SPEC -> name and layout.
-        lm_head: what an output of its own is called, the name that is written first; none where it cannot be said.
+        lm_head: names of an untied ``lm_head``; the first one is written. Empty if the dialect has none.
         also: other names that some versions use -> the name in the table.
-        prefixes: what may stand before every name but ``lm_head``; the first is written.
-        under_any: whether anything else may, as long as it is the same before every name.
-        extras: known tensors that are no parameters.
-        slots: suffixes that make a parameter's name that of an optimizer's slot.
-        assumes: configuration that its code has, where nothing states another.
-        computes: switch -> what its code can compute; any value where a switch is not named.
-        any_width: whether its code has any other feed-forward width than 4 x n_embd.
-        head_untied: whether an output that differs from the token embedding says by itself that the two are not tied.
-        copies_wte: whether its code always ties the output, and yet asks for it under its own name.
-        biasless: whether all biases may be missing, which stands for zeros.
+        prefixes: possible prefixes of every name except ``lm_head``; the first one is written.
+        under_any: whether any other prefix is possible, if every name has the same one.
+        extras: known tensors that are not parameters.
+        slots: suffixes of an optimizer's slots, after the name of a parameter.
+        assumes: the configuration of its code, if no file states another.
+        computes: switch -> the values that its code supports; any value, if a switch is not listed.
+        any_width: whether its code supports a feed-forward width other than 4 x n_embd.
+        head_untied: whether an ``lm_head`` that differs from the token embedding is enough to be untied.
+        copies_wte: whether its code always ties ``lm_head``, and yet requires it under its own name.
+        biasless: whether all biases may be missing, in which case they are zeros.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Dialect:
     biasless: bool = False
 
     def locate(self, name: str, prefix: str = "") -> tuple[str, int] | None:
-        """The row of SPEC and the layer (-1 outside the blocks) that a name stands for, or None."""
+        """The row of SPEC and the layer (-1 outside the blocks) of a name; None if it is not a parameter."""
         if self.head_layout(name):
             return LM_HEAD, -1
         if not name.startswith(prefix):
@@ -134,12 +134,12 @@ class Dialect:
         return rows | {other: rows[name] for other, name in self.also.items()}
 
     def head_layout(self, name: str) -> Same | None:
-        """The layout of the output, if that is what a name stands for."""
+        """The layout of ``lm_head``, if the name is one of its names."""
         heads = {layout.name: layout for layout in self.lm_head}
         return next((heads[place] for place, _ in places_of(name) if place in heads), None) if heads else None
 
     def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
-        """What may stand before the names here: the known prefixes, or whatever stands before the last norm's."""
+        """The prefixes to try: the known ones, or those of the last norm's name."""
         if not self.under_any:
             return self.prefixes
         end = self.table["ln_f.weight"].name
@@ -147,7 +147,7 @@ class Dialect:
         return tuple(found)[:MAX_PREFIXES] or self.prefixes
 
     def is_extra(self, name: str, prefix: str) -> bool:
-        """Whether a name is known not to be a parameter."""
+        """Whether a name is that of a known tensor that is not a parameter."""
         bare = name.removeprefix(prefix)
         stems = (name.removesuffix(slot) for slot in self.slots if name.endswith(slot))
         return any(place in self.extras for place, _ in places_of(bare)) or any(self.locate(s, prefix) for s in stems)
@@ -156,9 +156,7 @@ class Dialect:
         """The name (without prefix) that a canonical name has here, and its layout."""
         if canonical == LM_HEAD:
             if not self.lm_head:
-                raise CheckpointError(
-                    f"an output that is not tied to the token embedding cannot be written as {self.name}"
-                )
+                raise CheckpointError(f"an untied lm_head cannot be written as {self.name}")
             return self.lm_head[0].name, self.lm_head[0]
         row, layer = _row_of(canonical)
         layout = self.table[row]
@@ -215,17 +213,17 @@ class Dialect:
         model.faults = missing + model.faults
 
     def write(self, tensors: Mapping[str, LazyTensor], config: GPT2Config) -> dict[str, LazyTensor]:
-        """A whole model under this dialect's names and layouts.
+        """A whole model in this dialect's names and layouts.
 
         Raises:
-            CheckpointError: if this dialect cannot say what the model is.
+            CheckpointError: if the dialect cannot represent the model.
         """
         faults = [f for name, values in self.computes.items() if (f := config.beyond(name, values))]
         if not self.any_width and config.n_inner != 4 * config.n_embd:
             faults.append(f"n_inner is {config.n_inner}, not 4 x n_embd")
         if faults:
             tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
-            advice = "If nothing beside the source states its activation, and the tanh form is meant: --activation-function gelu_new"
+            advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
             raise CheckpointError.listing(
                 f"this model cannot be written as {self.name}, whose code computes something else",
                 faults,
@@ -234,7 +232,7 @@ class Dialect:
         if self.copies_wte:
             if LM_HEAD in tensors:
                 raise CheckpointError(
-                    f"an output that is not tied to the token embedding cannot be written as {self.name}, whose code ties it"
+                    f"an untied lm_head cannot be written as {self.name}, whose code ties it to the token embedding"
                 )
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
         written = {}
@@ -245,7 +243,7 @@ class Dialect:
 
 
 def places_of(name: str) -> Iterator[tuple[str, int]]:
-    """The templates that a name may fit, each with its layer: itself (-1), and with each plain number as ``{i}``."""
+    """The templates that may match a name, each with its layer: the name itself (-1), and with each number as ``{i}``."""
     yield name, -1
     for number in NUMBER.finditer(name):
         yield f"{name[: number.start()]}{{i}}{name[number.end() :]}", int(number[0])
@@ -422,10 +420,10 @@ DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMC, GGUF, KERAS, FLAX)
 
 
 def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:
-    """The dialect and prefix under which most of the names are a GPT-2's, and most matrices its way round.
+    """The dialect and prefix that match most names, and among these the most matrices' orientations.
 
-    c_attn tells which way that is: read rightly, it is three times as wide as it is high. Of very many tensors the first
-    ones decide (GPT-2's 1558M has 580).
+    c_attn shows the orientation: [in, out] is three times as wide as it is high. Only the first 2000 tensors are compared
+    (GPT-2's 1558M has 580).
     """
     tensors = dict(itertools.islice(tensors.items(), 2000))
 

@@ -1,4 +1,4 @@
-"""Number formats, named as safetensors names them."""
+"""Dtypes, named as in safetensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DType:
-    """A number format: its name, numpy's for the same bytes (little-endian), and the bytes a value takes."""
+    """A dtype: its name, numpy's name for the same bytes (little-endian), and the bytes of a value."""
 
     name: str
     numpy: str
@@ -16,7 +16,7 @@ class DType:
 
     @property
     def is_float(self) -> bool:
-        """Whether a parameter may have it."""
+        """Whether it is a float, as a parameter must be."""
         return self.name in EXPONENTS
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ DTYPES = {
     )
 }  # fmt: skip
 
-# The first bytes (sign and leading exponent bits) that a NaN, an infinity or an enormous number begins with.
+# The first bytes (sign and leading exponent bits) of NaN, infinity and very large values.
 EXPONENTS = {
     "F64": (b"\x7f", b"\xff"),
     "F32": (b"\x7f", b"\xff"),
@@ -42,7 +42,7 @@ EXPONENTS = {
 
 
 def whole_items(chunks: Iterator[bytes], itemsize: int) -> Iterator[bytes]:
-    """The same bytes in chunks that never split a value."""
+    """The same bytes, in chunks of whole values."""
     rest = b""
     for chunk in chunks:
         data = rest + chunk if rest else chunk

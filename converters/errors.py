@@ -1,42 +1,42 @@
-"""What can go wrong with a weight file, as a tree to catch from.
+"""The exceptions of this package, as a tree.
 
-ConversionError             anything that gpt2x refuses, with a message for a person
-├── FormatError             the bytes are not what they claim to be
-│   ├── ChecksumError       they are, but a checksum does not match
-│   └── UnsafeError         they ask for something that gpt2x never does (run code, leave the folder)
-├── CheckpointError         sound bytes, but not the tensors of a GPT-2
-├── ConfigError             a configuration that is impossible, unknown or contradicted
-│   └── UnknownHeadsError   the number of attention heads, which tensors do not show, is stated nowhere
+ConversionError             the base class; its message is for the user
+├── FormatError             invalid bytes
+│   ├── ChecksumError       a checksum does not match
+│   └── UnsafeError         the file requests something that gpt2x never does (run code, leave the directory)
+├── CheckpointError         valid bytes, but not the tensors of a GPT-2
+├── ConfigError             an invalid, unknown or contradicted configuration
+│   └── UnknownHeadsError   no configuration states the number of attention heads, which tensors do not show
 ├── DestinationError        the result cannot be written there
-└── TokenizerError          a tokenizer is missing or is not GPT-2's kind
+└── TokenizerError          a tokenizer is missing, or is not a byte-level BPE as GPT-2's is
 
-Every message names the file, the place and the fact, and what to do next where there is something to do.
+Every message names the file, the fault and the remedy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-SHOWN = 20  # facts listed before "and N more"
+SHOWN = 20  # faults listed before "and N more"
 
 
 def short(facts: list[str]) -> list[str]:
-    """The same facts, or the first of very many."""
+    """The first ``SHOWN`` lines, and how many more there are."""
     return facts if len(facts) <= SHOWN else [*facts[:SHOWN], f"and {len(facts) - SHOWN} more"]
 
 
 class ConversionError(Exception):
-    """Anything that gpt2x refuses. ``str(error)`` is meant for the user."""
+    """The base class of all errors of this package. ``str(error)`` is for the user."""
 
     @classmethod
     def listing(cls, headline: str, facts: Iterable[str], advice: str = "") -> ConversionError:
-        """An error that reports everything at once: a headline, one indented line a fact, advice."""
+        """An error that lists all faults at once: a headline, one indented line for each, advice."""
         lines = [headline, *(f"  {fact}".replace("\n", "\\n") for fact in facts)]  # a name may hold anything
         return cls("\n".join([*lines, advice] if advice else lines))
 
 
 class FormatError(ConversionError):
-    """The bytes are not what they claim to be."""
+    """The bytes of a file are invalid."""
 
 
 class ChecksumError(FormatError):
@@ -44,19 +44,19 @@ class ChecksumError(FormatError):
 
 
 class UnsafeError(FormatError):
-    """The file asks for something that gpt2x never does, such as running code."""
+    """The file requests something that gpt2x never does, such as running code."""
 
 
 class CheckpointError(ConversionError):
-    """The tensors are not those of a GPT-2: missing, unknown, twice there, or of another shape."""
+    """The tensors are not those of a GPT-2: missing, unknown, duplicate, or of another shape."""
 
 
 class ConfigError(ConversionError):
-    """A configuration that is impossible, unknown or contradicted by the tensors."""
+    """A configuration that is invalid, unknown or contradicted by the tensors."""
 
 
 class UnknownHeadsError(ConfigError):
-    """The number of attention heads, which tensors do not show, is stated nowhere."""
+    """No configuration states the number of attention heads, which tensors do not show."""
 
 
 class DestinationError(ConversionError):
@@ -64,4 +64,4 @@ class DestinationError(ConversionError):
 
 
 class TokenizerError(ConversionError):
-    """A tokenizer is missing, or is not GPT-2's kind."""
+    """A tokenizer is missing, or is not a byte-level BPE as GPT-2's is."""

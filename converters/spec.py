@@ -1,4 +1,4 @@
-"""What a GPT-2 is: its configuration and its 16 parameters. Facts only, no bytes and no torch.
+"""The configuration and the 16 parameters of a GPT-2.
 
 Sources: the paper "Language Models are Unsupervised Multitask Learners" (2019), OpenAI's ``model.py``, and the
 configuration of ``transformers`` (``GPT2Config``), whose names for the switches are used here.
@@ -75,7 +75,7 @@ class GPT2Config:
         if isinstance(self.layer_norm_epsilon, int) and _is_number(self.layer_norm_epsilon):
             object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         if faults := list(self._faults()):
-            raise ConfigError.listing("not a possible GPT-2 configuration", faults)
+            raise ConfigError.listing("not a valid GPT-2 configuration", faults)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if not (_is_int(value) and 0 <= value < self.n_vocab):
@@ -85,9 +85,9 @@ class GPT2Config:
         for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
             if not (_is_int(value) and 0 < value < 2**31):
-                yield f"{name} is {value!r}, not a positive whole number"
+                yield f"{name} is {value!r}, not a positive integer"
         if _is_int(self.n_layer) and self.n_layer > MAX_LAYERS:
-            yield f"n_layer is {self.n_layer}; more than {MAX_LAYERS} are not believed"
+            yield f"n_layer is {self.n_layer}, which exceeds the limit of {MAX_LAYERS}"
         for name in (*SWITCHES, "tie_word_embeddings"):
             kind = type(getattr(GPT2Config, name))
             if kind is bool and not isinstance(getattr(self, name), bool):
@@ -95,7 +95,7 @@ class GPT2Config:
         if _is_int(self.n_embd) and _is_int(self.n_head) and self.n_head > 0 and self.n_embd % self.n_head:
             yield f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
         if self.activation_function not in ACTIVATIONS:
-            yield f"activation_function is {self.activation_function!r}; known are {', '.join(ACTIVATIONS)}"
+            yield f"activation_function is {self.activation_function!r}; gpt2x supports {', '.join(ACTIVATIONS)}"
         if not (_is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
             yield f"layer_norm_epsilon is {self.layer_norm_epsilon!r}, not a positive number"
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -124,7 +124,7 @@ class GPT2Config:
         return shapes if self.tie_word_embeddings else {**shapes, LM_HEAD: (self.n_vocab, self.n_embd)}
 
     def beyond(self, name: str, values: tuple[Any, ...]) -> str | None:
-        """What is to be said of a field that has none of these values."""
+        """The fault of a field that has none of these values; None if it has one."""
         mine = getattr(self, name)
         if any(_same(mine, value) for value in values):
             return None
@@ -167,7 +167,7 @@ def rows(n_layer: int) -> Iterator[tuple[str, int, str]]:
 
 
 def with_inner(fields: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says nothing of the feed-forward width says that it is four times the width."""
+    """The same fields with ``n_inner``, which is 4 x n_embd if it is not stated."""
     width = fields.get("n_embd")
     return {"n_inner": 4 * width, **fields} if isinstance(width, int) else fields
 

@@ -1,4 +1,4 @@
-"""A tensor that is still on disk: streamed, read, mapped or cast when somebody asks for it."""
+"""Tensors that stay on disk until they are streamed, read or mapped."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TRANSPOSED = 64 << 20  # bytes of a matrix that are transposed at once; the larg
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor whose bytes (row-major, little-endian) are read when they are asked for.
+    """A tensor whose bytes (row-major, little-endian) are read on demand.
 
-    ``chunks()`` streams them, a megabyte at a time, and raises ChecksumError at the end if the file carries a checksum
-    that they do not meet. ``read()`` gives one array. ``map()`` gives an array over a private memory map where the
-    bytes lie in a file as they are, after the same check.
+    ``chunks()`` streams them, a megabyte at a time, and raises ChecksumError at the end if the file has a checksum that
+    does not match. ``read()`` returns one array. ``map()`` returns an array over a private memory map, if a file stores the
+    bytes as they are, after the same check.
     """
 
     dtype: DType
@@ -52,14 +52,14 @@ class LazyTensor:
 
     @classmethod
     def of_bytes(cls, data: bytes) -> LazyTensor:
-        """Bytes in memory, as numbers of eight bits."""
+        """Bytes in memory, as uint8."""
         return cls(DTYPES["U8"], (len(data),), lambda: iter([data]))
 
     @classmethod
     def in_file(
         cls, file: File, offset: int, dtype: DType, shape: tuple[int, ...], checksum: Checksum | None = None
     ) -> LazyTensor:
-        """A tensor whose bytes lie in ``file``, contiguous from ``offset``."""
+        """A tensor whose bytes are in ``file``, contiguous from ``offset``."""
         size = math.prod(shape) * dtype.itemsize
 
         def stream() -> Iterator[bytes]:
@@ -76,13 +76,13 @@ class LazyTensor:
 
     @classmethod
     def zeros(cls, dtype: DType, shape: tuple[int, ...]) -> LazyTensor:
-        """A tensor of nothing but zeros."""
+        """A tensor of zeros."""
         size = math.prod(shape) * dtype.itemsize
         return cls(dtype, shape, lambda: (bytes(min(CHUNK, size - i)) for i in range(0, size, CHUNK)))
 
     @classmethod
     def joined(cls, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
-        """The values of several tensors of one number format, one behind the other, under a new shape."""
+        """The values of several tensors of one dtype, concatenated, in a new shape."""
 
         def stream() -> Iterator[bytes]:
             return (chunk for part in parts for chunk in part.chunks())
@@ -121,14 +121,14 @@ class LazyTensor:
         return as_array(self.mapped(), self.dtype, self.shape) if self.mapped else self.read()
 
     def reshape(self, shape: tuple[int, ...]) -> LazyTensor:
-        """The same bytes under another shape."""
+        """The same bytes in another shape."""
         return replace(self, shape=shape, transpose_of=None)
 
     def transposed(self) -> LazyTensor:
-        """A matrix [a, b] as [b, a], still lazily. Twice gives the first one back, and no work is done.
+        """A matrix [a, b] as [b, a], lazily. Transposing twice returns the original tensor.
 
-        Of a large matrix, a block of columns at a time is gathered, each in a pass over the source, so that memory
-        holds a block and not the matrix.
+        A large matrix is read in several passes, each of which collects a block of columns, so that memory holds a
+        block and not the matrix.
         """
         if self.transpose_of:
             return self.transpose_of
@@ -149,7 +149,7 @@ class LazyTensor:
         return LazyTensor(self.dtype, (columns, rows), stream, None, self.checksummed, self, self.stored)
 
     def first_rows(self, count: int) -> LazyTensor:
-        """The first rows of a matrix. The others are read as well where that verifies a checksum."""
+        """The first rows of a matrix. The others are read, too, if that verifies a checksum."""
         size = count * math.prod(self.shape[1:]) * self.dtype.itemsize
 
         def stream() -> Iterator[bytes]:
@@ -173,7 +173,7 @@ class LazyTensor:
         )
 
     def cast(self, dtype: DType, name: str) -> LazyTensor:
-        """The same values, rounded to nearest-even, in another number format, still lazily.
+        """The same values in another dtype, rounded to nearest-even, lazily.
 
         Raises (while streaming):
             ConversionError: if a finite value becomes infinite.
@@ -194,7 +194,7 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Checksum:
-    """A running checksum, what it should come to, and the words for when it does not."""
+    """A checksum: how it is computed, the expected value, and the place to name in an error."""
 
     update: Callable[[int, bytes], int]
     expected: int
@@ -208,7 +208,7 @@ class Checksum:
             yield chunk
         if value != self.expected:
             raise ChecksumError(
-                f"{self.where}: checksum is {value:08x}, the file says {self.expected:08x}: it is damaged"
+                f"{self.where}: checksum mismatch: {value:08x} computed, {self.expected:08x} stored: it is damaged. Download or copy it again"
             )
 
 
@@ -218,7 +218,7 @@ def crc32c(value: int, data: bytes) -> int:
 
 
 def all_finite(chunk: bytes, dtype: DType) -> bool:
-    """Whether a chunk of whole values holds no NaN and no infinity. Their first bytes nearly always tell."""
+    """Whether a chunk of whole values holds neither NaN nor infinity. The first bytes nearly always show it."""
     first = chunk[dtype.itemsize - 1 :: dtype.itemsize]
     if not any(byte in first for byte in EXPONENTS[dtype.name]):
         return True

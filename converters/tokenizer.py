@@ -1,7 +1,7 @@
-"""The files of a GPT-2 tokenizer, in OpenAI's layout and Hugging Face's, to and from each other.
+"""The files of a GPT-2 tokenizer, in OpenAI's layout and Hugging Face's.
 
-``encoder.json`` and ``vocab.json`` are one file under two names, and so are ``vocab.bpe`` and ``merges.txt``; their
-bytes are copied. ``tokenizer.json`` says the same once more, in the form of the ``tokenizers`` library.
+``encoder.json`` and ``vocab.json`` are the same file, and so are ``vocab.bpe`` and ``merges.txt``: their bytes are
+copied. ``tokenizer.json`` has the same content in the format of the ``tokenizers`` library.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as it lies on disk: ``tokenizer.json``, or a vocabulary and its merges, or both; or ``inside`` a file of
-    weights, whose word goes before that of any file beside it."""
+    """A tokenizer on disk: ``tokenizer.json``, or a vocabulary and its merges, or both; or ``inside`` a file of weights,
+    which takes precedence over files beside it."""
 
     directory: Path
     vocab: Path | None
@@ -40,14 +40,14 @@ class TokenizerFiles:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Where it is, as text for the user."""
         return f"in the file, {len(self.inside.ids)} tokens" if self.inside else str(self.directory)
 
     def vocabulary(self) -> Vocabulary:
-        """What the files say; they are read once.
+        """The vocabulary in the files, which are read once.
 
         Raises:
-            TokenizerError: if this is not a byte-level BPE of GPT-2's kind.
+            TokenizerError: if this is not a byte-level BPE as GPT-2's is.
         """
         return self._vocabulary
 
@@ -76,7 +76,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE: token -> id, the pairs to merge in order, and the tokens that stand for themselves."""
+    """A byte-level BPE: token -> id, the pairs to merge in order, and the added tokens."""
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
@@ -85,7 +85,7 @@ class Vocabulary:
 
 
 def find_tokenizer(directory: Path) -> TokenizerFiles | None:
-    """The tokenizer beside the weights, if there is one."""
+    """The tokenizer in a directory, if there is one."""
     present = {name: directory / name for pair in PAIRS for name in pair if (directory / name).is_file()}
     vocab, merges = next(((present[v], present[m]) for v, m in PAIRS if v in present and m in present), (None, None))
     whole = directory / "tokenizer.json"
@@ -96,14 +96,14 @@ def find_tokenizer(directory: Path) -> TokenizerFiles | None:
 def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
     model, before = raw.get("model"), raw.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(before, dict) or not _is_gpt2s(raw, model, before):
-        raise TokenizerError(f"{where}: not a byte-level BPE of GPT-2's kind")
+        raise TokenizerError(f"{where}: not a byte-level BPE as GPT-2's is")
     added = _entries(raw.get("added_tokens"), where)
     ids = _ids({**_ids(model.get("vocab"), where), **added}, where)
     return Vocabulary(ids, _pairs(model.get("merges"), where), _special(added), bool(before.get("add_prefix_space")))
 
 
 def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether a ``tokenizer.json`` asks for nothing but what GPT-2's tokenizer does."""
+    """Whether a ``tokenizer.json`` has only settings that GPT-2's tokenizer has."""
     off = (
         raw.get("normalizer"),
         model.get("dropout"),
@@ -120,7 +120,7 @@ def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]
 
 
 def _special(added: dict[str, int]) -> tuple[str, ...]:
-    """The added tokens but for ``<|endoftext|>``, which every GPT-2 tokenizer has."""
+    """The added tokens except ``<|endoftext|>``, which every GPT-2 tokenizer has."""
     return tuple(token for token in added if token != END_OF_TEXT)
 
 
@@ -129,7 +129,7 @@ def _entries(raw: Any, where: Path) -> dict[str, int]:
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("content"), str) for e in entries
     ):
-        raise TokenizerError(f"{where}: its added_tokens are not sound")
+        raise TokenizerError(f"{where}: invalid added_tokens")
     return _ids({e["content"]: e.get("id") for e in entries}, where) if entries else {}
 
 
@@ -138,7 +138,7 @@ def _pairs(raw: Any, where: Path) -> list[tuple[str, str]]:
     if not all(
         isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) and _is_text(t) for t in p) for p in pairs
     ):
-        raise TokenizerError(f"{where}: its merges are not pairs of tokens")
+        raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
     return [(a, b) for a, b in pairs]
 
 
@@ -149,11 +149,11 @@ def _is_text(text: str) -> bool:
 def _ids(raw: Any, where: Path) -> dict[str, int]:
     sound = isinstance(raw, dict) and raw and all(type(i) is int and i >= 0 for i in raw.values())
     if not sound:
-        raise TokenizerError(f"{where}: not a table of tokens and their ids")
+        raise TokenizerError(f"{where}: not a valid table of tokens and ids")
     if len(set(raw.values())) != len(raw):
-        raise TokenizerError(f"{where}: two tokens have one id")
+        raise TokenizerError(f"{where}: duplicate token id")
     if max(raw.values()) >= 1_000_000:
-        raise TokenizerError(f"{where}: the id {max(raw.values())} is absurd")
+        raise TokenizerError(f"{where}: a token id of {max(raw.values())}, which exceeds the limit of 1000000")
     return dict(raw)
 
 
@@ -168,7 +168,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 def _bytes(path: Path) -> bytes:
     file = File(path)
     if file.size > MAX_FILE:
-        raise TokenizerError(f"{path}: {file.size} bytes is too large for a tokenizer")
+        raise TokenizerError(f"{path}: {file.size} bytes exceed the limit of {MAX_FILE} for a tokenizer")
     return file.read(0, file.size)
 
 
@@ -219,17 +219,17 @@ def _json(value: Any) -> bytes:
 def build(vocabulary: Vocabulary) -> Any:
     """GPT-2's tokenizer as a ``tokenizers.Tokenizer``: OpenAI's ``encoder.py``, with ``<|endoftext|>`` one token.
 
-    It is always built from the vocabulary, never loaded from a stranger's ``tokenizer.json`` with whatever settings.
+    It is always built from the vocabulary, never loaded from an untrusted ``tokenizer.json`` with other settings.
 
     Raises:
-        TokenizerError: if the merges and the vocabulary do not fit together.
+        TokenizerError: if the merges and the vocabulary do not match.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
     except Exception as error:  # the library raises Exception itself
-        raise TokenizerError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from None
+        raise TokenizerError(f"the tokenizer's vocabulary and merges do not match: {error}") from None
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=vocabulary.add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -28,12 +28,12 @@ MAX_ITEMS = 1_000_000  # of metadata, tensors and arrays, as there are tokens in
 MAX_STRING = 1 << 20
 MAX_RANK = 4
 
-# Types of metadata -> their form in ``struct``. 8 is a string, 9 an array.
+# Types of metadata -> format of ``struct``. 8 is a string, 9 an array.
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 UINT32, FLOAT32, INT32 = 4, 6, 5
 
-# Types of tensors -> number format. Q8_0 is read as the float32 it stands for.
+# Types of tensors -> dtype. Q8_0 is read as float32.
 TYPES: dict[int, DType] = {0: F32, 1: F16, 28: F64, 30: BF16}
 Q8_0, BLOCK, BLOCK_BYTES = 8, 32, 34
 OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # fmt: skip
@@ -70,14 +70,16 @@ def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None
     start = -(-cursor.position // alignment) * alignment
     _check_places(file, infos, start, alignment)
     tensors = {info.name: _tensor(file, start, info) for info in infos}
-    quantised = sum(info.kind == Q8_0 for info in infos)
-    note = f"{quantised} tensors are quantised (Q8_0); what they stand for is read, not what they were made from"
-    return Container("gguf", path, tensors, metadata, notes=(note,) if quantised else ())
+    quantized = sum(info.kind == Q8_0 for info in infos)
+    note = f"{quantized} tensors are quantized (Q8_0): they are read as the rounded values that they store"
+    return Container("gguf", path, tensors, metadata, notes=(note,) if quantized else ())
 
 
 def _count(count: int, cursor: Cursor) -> int:
     if count > min(MAX_ITEMS, cursor.end - cursor.position):
-        raise FormatError(f"{cursor.file.path}: {count} items are said to follow byte {cursor.position}")
+        raise FormatError(
+            f"{cursor.file.path}: truncated: {count} items needed after byte {cursor.position}, the file has {cursor.end}"
+        )
     return count
 
 
@@ -97,7 +99,7 @@ def _metadata(cursor: Cursor, count: int) -> dict[str, Any]:
     for _ in range(_count(count, cursor)):
         key, kind = _string(cursor), cursor.number("<I")
         if key in result:
-            raise FormatError(f"{cursor.file.path}: the key {key[:100]!r} is there twice")
+            raise FormatError(f"{cursor.file.path}: duplicate key {key[:100]!r}")
         result[key] = _array(cursor, key) if kind == ARRAY else _value(cursor, kind, key)
     return result
 
@@ -120,7 +122,7 @@ def _array(cursor: Cursor, key: str) -> list[Any]:
 @dataclass(frozen=True)
 class _Info:
     name: str
-    shape: tuple[int, ...]  # outermost first, as everywhere but in the file
+    shape: tuple[int, ...]  # outermost first; the file stores the reverse
     kind: int
     offset: int  # from the start of the data
 
@@ -140,19 +142,19 @@ def _info(cursor: Cursor) -> _Info:
     if kind not in TYPES and kind != Q8_0:
         name = OTHER_TYPES.get(kind, f"number {kind}")
         raise CheckpointError(
-            f"{where}: of the type {name}, which is not read; F32, F16, BF16, F64 and Q8_0 are. "
-            "Convert the file that it was quantised from"
+            f"{where}: the type {name} is not supported; F32, F16, BF16, F64 and Q8_0 are. "
+            "Convert the file that it was quantized from"
         )
     if math.prod(shape) >= 2**40 or (kind == Q8_0 and shape[-1] % BLOCK):
-        raise FormatError(f"{where}: an impossible shape, {list(shape)}")
+        raise FormatError(f"{where}: invalid shape, {list(shape)}")
     return _Info(name, shape, kind, offset)
 
 
 def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int) -> None:
-    """The tensors lie one behind the other, each aligned, with nothing but padding between, from ``start`` to the end."""
+    """Check that the tensors cover the data from ``start`` to the end, each aligned, with only padding between them."""
     if len({info.name for info in infos}) != len(infos):
         twice = next(a for a, b in itertools.pairwise(sorted(info.name for info in infos)) if a == b)
-        raise FormatError(f"{file.path}: {twice[:100]!r} is there twice")
+        raise FormatError(f"{file.path}: duplicate tensor {twice[:100]!r}")
     if not infos:
         raise FormatError(f"{file.path}: no tensors in it")
     end = start
@@ -160,7 +162,7 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
         begin = start + info.offset
         if info.offset % alignment or begin != -(-end // alignment) * alignment:
             raise FormatError(
-                f"{file.path}: {info.name[:100]!r} is said to lie at {info.offset}, which does not follow the tensor before it"
+                f"{file.path}: {info.name[:100]!r} has the offset {info.offset}, which does not follow the tensor before it"
             )
         end = begin + info.nbytes
     if not end <= file.size <= -(-end // alignment) * alignment:
@@ -184,16 +186,16 @@ def _tensor(file: File, start: int, info: _Info) -> LazyTensor:
 
 
 def write_gguf(
-    out: Output, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, Any], quantised: Sequence[str] = ()
+    out: Output, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, Any], quantized: Sequence[str] = ()
 ) -> None:
-    """Write a GGUF file, version 3. The tensors named in ``quantised`` are rounded to Q8_0.
+    """Write a GGUF file, version 3. The tensors named in ``quantized`` are rounded to Q8_0.
 
     Metadata: str, bool, int (unsigned, 32 bits), float (32 bits), or a list of str or int (signed).
     """
     infos = []
     offset = 0
     for name, tensor in tensors.items():
-        kind = Q8_0 if name in quantised else next(n for n, dtype in TYPES.items() if dtype == tensor.dtype)
+        kind = Q8_0 if name in quantized else next(n for n, dtype in TYPES.items() if dtype == tensor.dtype)
         infos.append(_Info(name, tensor.shape, kind, offset))
         offset += -(-infos[-1].nbytes // ALIGNMENT) * ALIGNMENT
     head = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(infos), len(metadata))
@@ -224,10 +226,10 @@ def _stored(name: str, tensor: LazyTensor, kind: int) -> Iterator[bytes]:
 
 
 def through_q8_0(tensor: LazyTensor, name: str) -> LazyTensor:
-    """What is left of a tensor's values in a file that holds them as Q8_0.
+    """A tensor's values after rounding to Q8_0 and back.
 
     Raises (while streaming):
-        ConversionError: if a block holds what its scale cannot say.
+        ConversionError: if a block holds NaN, infinity or a magnitude that Q8_0 cannot represent.
     """
 
     def stream() -> Iterator[bytes]:

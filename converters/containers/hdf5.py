@@ -1,7 +1,6 @@
 """HDF5, as Keras wrote ``tf_model.h5``: data sets in nested groups, each contiguous.
 
-h5py finds them, in a process of its own (see ``hdf5_listing.py``); the numbers are then read from the file by position,
-as everywhere. Source: the HDF5 file format specification; ``save_weights`` of Keras 2.
+h5py finds them, in a process of its own (see ``hdf5_listing.py``); the values are then read from the file by position. Source: the HDF5 file format specification; ``save_weights`` of Keras 2.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def open_hdf5(path: Path) -> Container:
     """Open an HDF5 file.
 
     Raises:
-        FormatError: if it is not sound, or data lie elsewhere than in one piece in this very file.
+        FormatError: if it is invalid, or data is not contiguous in this file.
         ModuleNotFoundError: if h5py is not installed.
     """
     file = File(path)
@@ -53,11 +52,11 @@ def _datasets(path: Path) -> list[Any]:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=environment, check=False
         )
-        result: dict[str, Any] = {"error": "the HDF5 library fails over it"}
+        result: dict[str, Any] = {"error": "the HDF5 library cannot read it"}
         if done.returncode == 0:
             result = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        result = {"error": "the HDF5 library does not come to an end with it"}
+        result = {"error": f"the HDF5 library exceeds its time limit of {SECONDS} seconds"}
     if "error" in result:
         raise FormatError(f"{path}: {result['error']}")
     datasets: list[Any] = result["datasets"]
@@ -68,9 +67,9 @@ def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> 
     where = f"{file.path}: {name[:100]!r}"
     dtype = next((dtype for dtype in DTYPES.values() if dtype.numpy == kind and dtype.name != "BF16"), None)
     if dtype is None:
-        raise FormatError(f"{where}: numbers of the type {kind!r}, which is not read")
+        raise FormatError(f"{where}: data type {kind!r}, which gpt2x does not read")
     if len(shape) > MAX_RANK or math.prod(shape) >= 2**40 or not name.isprintable():
-        raise FormatError(f"{where}: an impossible name or shape, {shape[:9]}")
+        raise FormatError(f"{where}: invalid name or shape, {shape[:9]}")
     if offset + math.prod(shape) * dtype.itemsize > file.size:
-        raise FormatError(f"{where}: ends behind the end of the file: it is cut short")
+        raise FormatError(f"{where}: truncated: it ends after the file, which has {file.size} bytes")
     return LazyTensor.in_file(file, offset, dtype, tuple(shape))

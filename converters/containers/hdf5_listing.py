@@ -1,7 +1,7 @@
 """List the data sets of an HDF5 file: a program of its own, run by ``hdf5.py``.
 
-The HDF5 library is large, written in C, and not made for files from strangers; here it may crash, hang or ask for too
-much without taking gpt2x along. It reads no numbers: what it gives is where they lie.
+The HDF5 library is large, written in C, and not made for untrusted files. In a process of its own it may crash, hang or
+exhaust its memory without harm to gpt2x. It reads no values, only where they are.
 
     python hdf5_listing.py FILE [FOLDER ...]     ->  {"datasets": [[name, type, shape, offset], ...]} or {"error": "..."}
 """
@@ -20,7 +20,7 @@ MEMORY = 200 << 20
 
 
 class Refused(Exception):
-    """What the file holds that is not read."""
+    """The file holds something that is not read."""
 
 
 def main(path: str) -> None:
@@ -37,23 +37,23 @@ def main(path: str) -> None:
     except Refused as error:
         result = {"error": str(error)}
     except Exception as error:
-        result = {"error": f"not a sound HDF5 file: {str(error)[:200]}"}
+        result = {"error": f"not a valid HDF5 file: {str(error)[:200]}"}
     json.dump(result, sys.stdout)
 
 
 def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Iterator[list[Any]]:
-    """Every data set below a group. What leads elsewhere, or to the same place twice, is refused."""
+    """Every data set below a group. Links to other places, and two names of one object, are refused."""
     if depth > MAX_DEPTH or len(above) > MAX_NAME:
-        raise Refused("groups are nested too deeply")
+        raise Refused(f"groups are nested more than {MAX_DEPTH} deep")
     for key in group:
         name = f"{above}{key}"
         link = group.get(key, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            raise Refused(f"{name!r} is a link to elsewhere ({type(link).__name__})")
+            raise Refused(f"{name!r} is a link to another place ({type(link).__name__})")
         item = group[key]
         info = h5py.h5o.get_info(item.id)
         if info.addr in seen or len(seen) > MAX_OBJECTS:
-            raise Refused(f"{name!r} is there under another name too, or is one of very many")
+            raise Refused(f"{name!r} is another name of the same object, or there are more than {MAX_OBJECTS} objects")
         seen.add(info.addr)
         if isinstance(item, h5py.Group):
             yield from walk(h5py, item, f"{name}/", depth + 1, seen)
@@ -64,25 +64,25 @@ def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Itera
 
 
 def describe(h5py: Any, name: str, dataset: Any) -> list[Any]:
-    """Name, type, shape and place of a data set whose numbers lie in one piece."""
+    """Name, type, shape and offset of a contiguous data set."""
     plan = dataset.get_create_plist()
     if plan.get_external_count():
         raise Refused(f"{name!r} keeps its data in another file")
     if plan.get_layout() == h5py.h5d.VIRTUAL:
         raise Refused(f"{name!r} is a virtual data set, made of others")
     if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_nfilters():
-        raise Refused(f"{name!r} is chunked, compressed or compact; Keras stores weights in one piece")
+        raise Refused(f"{name!r} is chunked, compressed or compact; Keras stores weights contiguously")
     offset = dataset.get_offset()
     if offset is None:
         raise Refused(f"{name!r} has no data")
     dtype = dataset.dtype
     if dtype.kind in "fiu" and not dataset.get_type().equal(h5py.h5t.py_create(dtype)):
-        raise Refused(f"{name!r} holds numbers that are laid out in a way of their own")
+        raise Refused(f"{name!r} stores its values in a custom layout")
     size = dtype.itemsize
     for extent in dataset.shape:
         size *= extent
     if dataset.get_storage_size() != size:
-        raise Refused(f"{name!r} has {dataset.get_storage_size()} bytes, but its shape asks for {size}")
+        raise Refused(f"{name!r} has {dataset.get_storage_size()} bytes, but its shape needs {size}")
     return [name, dtype.str, list(dataset.shape), offset]
 
 

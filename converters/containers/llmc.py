@@ -1,8 +1,8 @@
-"""llm.c's ``.bin``: 256 numbers, then every array of the model, each for all layers.
+"""llm.c's ``.bin``: a header of 256 integers, then every array of the model, each for all layers.
 
 Source: karpathy/llm.c, ``gpt2_build_from_checkpoint`` and ``fill_in_parameter_sizes`` of ``train_gpt2.c``, and
-``write_model`` of ``train_gpt2.py``. Rows of the token embedding behind the vocabulary are padding, which llm.c leaves
-out of its softmax.
+``write_model`` of ``train_gpt2.py``. Rows of the token embedding after the vocabulary are padding, which llm.c
+excludes from its softmax.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIELDS = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels", "p
 MAX_LAYERS = 1000  # the largest of llm.c's models has 48
 MULTIPLE = 128  # what llm.c pads the vocabulary to
 
-# Array -> the size of one layer's, in symbols; V is the padded vocabulary. In the order of the file.
+# Array -> shape of one layer in symbols; V is the padded vocabulary. In the order of the file.
 ARRAYS: dict[str, tuple[str, ...]] = {
     "wte": ("V", "C"),
     "wpe": ("T", "C"),
@@ -50,11 +50,11 @@ def open_llmc(path: Path) -> Container:
     """Open a model of llm.c.
 
     Raises:
-        FormatError: if the header is not sound, or the file has not exactly the length that it asks for.
+        FormatError: if the header is invalid, or the file does not have exactly the length that it needs.
     """
     file = File(path)
     if file.size < HEADER.size:
-        raise FormatError(f"{path}: {file.size} bytes is too short for llm.c's header of {HEADER.size}")
+        raise FormatError(f"{path}: truncated: llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
     magic, version, *numbers = HEADER.unpack(file.read(0, HEADER.size))
     config = dict(zip(FIELDS, numbers, strict=False))
     if magic != MAGIC or version not in VERSIONS:
@@ -64,11 +64,11 @@ def open_llmc(path: Path) -> Container:
     if config["num_layers"] > MAX_LAYERS or config["padded_vocab_size"] < config["vocab_size"]:
         faults += [f"{name} is {config[name]}" for name in ("num_layers", "vocab_size", "padded_vocab_size")]
     if faults:
-        raise FormatError.listing(f"{path}: an impossible header", faults)
+        raise FormatError.listing(f"{path}: invalid header", faults)
     position = HEADER.size
     end = position + sum(math.prod(shape) for _, shape in _layout(config)) * VERSIONS[version].itemsize
     if end != file.size:
-        raise FormatError(f"{path}: {file.size} bytes, but its header asks for {end}")
+        raise FormatError(f"{path}: {file.size} bytes, but its header needs {end}")
     tensors = {}
     for name, shape in _layout(config):
         tensors[name] = LazyTensor.in_file(file, position, VERSIONS[version], shape)
@@ -77,7 +77,7 @@ def open_llmc(path: Path) -> Container:
     tensors["wte"] = padding.first_rows(config["vocab_size"])
     behind = file.chunks(HEADER.size + tensors["wte"].nbytes, padding.nbytes - tensors["wte"].nbytes)
     used = any(chunk.count(0) != len(chunk) for chunk in behind)
-    note = "padding of the token embedding was not zero; it is left out, as llm.c leaves it out"
+    note = "the padding rows of the token embedding are not zero; they are dropped, as llm.c ignores them"
     return Container("llmc", path, tensors, config, notes=(note,) if used else ())
 
 
@@ -92,7 +92,7 @@ def _layout(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_llmc(out: Output, tensors: Mapping[str, LazyTensor], config: Mapping[str, int], dtype: DType) -> None:
-    """Write a model of llm.c: ``tensors`` by the names of ``ARRAYS``, all of ``dtype``; ``config`` of ``FIELDS``."""
+    """Write a model of llm.c: ``tensors`` with the names of ``ARRAYS``, all of ``dtype``; ``config`` with those of ``FIELDS``."""
     version = next(number for number, kind in VERSIONS.items() if kind == dtype)
     rows = -(-config["vocab_size"] // MULTIPLE) * MULTIPLE
     values = [MAGIC, version, *({**config, "padded_vocab_size": rows}[name] for name in FIELDS)]

@@ -1,7 +1,7 @@
 """MessagePack, as Flax wrote ``flax_model.msgpack``: nested maps whose leaves are arrays.
 
 An array is an extension of type 1: in it, packed once more, its shape, the name of its type, and its bytes. Only the
-bytes are large, and they are passed over, to be read when they are asked for. Sources: the MessagePack specification;
+bytes are large: they are skipped, and read on demand. Sources: the MessagePack specification;
 ``flax/serialization.py``, which also cuts arrays of more than 1 GiB into chunks.
 """
 
@@ -27,7 +27,7 @@ TYPES = {
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 
-# Leading byte -> form of the number that follows it: the value itself, or how long what follows is.
+# Leading byte -> format of the number that follows: the value itself, or the length of what follows.
 NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}  # fmt: skip
 MAPS, LISTS = {0xDE: ">H", 0xDF: ">I"}, {0xDC: ">H", 0xDD: ">I"}
 STRINGS, BYTES = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}, {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
@@ -36,16 +36,16 @@ CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 def open_msgpack(path: Path) -> Container:
-    """Open a file of Flax's. Its names are the keys on the way to each array, with ``/`` between.
+    """Open a file of Flax's. A tensor's name is the keys that lead to it, joined by ``/``.
 
     Raises:
-        FormatError: if it is not sound, or holds anything but nested maps of arrays.
+        FormatError: if it is invalid, or holds anything other than nested maps of arrays.
     """
     file = File(path)
     reader = _Reader(file)
     tree = reader.value(0)
     if reader.cursor.position != file.size:
-        raise FormatError(f"{path}: {file.size - reader.cursor.position} bytes behind the end of its data")
+        raise FormatError(f"{path}: {file.size - reader.cursor.position} extra bytes after the end of its data")
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: holds {type(tree).__name__}, not a map of arrays")
     tensors: dict[str, LazyTensor] = {}
@@ -54,7 +54,7 @@ def open_msgpack(path: Path) -> Container:
 
 
 class _Reader:
-    """Turns bytes into dicts, lists, numbers, strings and LazyTensors."""
+    """Decodes bytes into dicts, lists, numbers, strings and LazyTensors."""
 
     def __init__(self, file: File) -> None:
         self.cursor = Cursor(file)
@@ -64,7 +64,7 @@ class _Reader:
     def value(self, depth: int) -> Any:
         self.items += 1
         if depth > MAX_DEPTH or self.items > MAX_ITEMS:
-            raise self._fault("nested too deeply, or of very many parts")
+            raise self._fault(f"nested too deeply, or more than {MAX_ITEMS} values")
         code = self.cursor.take(1)[0]
         if code < 0x80 or code >= 0xE0:
             return code if code < 0x80 else code - 256
@@ -90,7 +90,9 @@ class _Reader:
     def _length(self, code: int, forms: dict[int, str], small: int) -> int:
         length: int = self.cursor.number(forms[code]) if code in forms else code - small
         if length > self.cursor.end - self.cursor.position:
-            raise FormatError(f"{self.where}: {length} items are said to follow byte {self.cursor.position}")
+            raise FormatError(
+                f"{self.where}: truncated: {length} items needed after byte {self.cursor.position}, the file has {self.cursor.end}"
+            )
         return length
 
     def _text(self, size: int) -> str:
@@ -106,30 +108,30 @@ class _Reader:
         for _ in range(count):
             key = self.value(depth + 1)
             if not isinstance(key, str) or key in result or "/" in key:
-                raise self._fault(f"the key {str(key)[:100]!r} is no name, or is there twice")
+                raise self._fault(f"invalid or duplicate key {str(key)[:100]!r}")
             result[key] = self.value(depth + 1)
         return result
 
     def _extension(self, size: int) -> LazyTensor:
         code = self.cursor.number(">b")
         if code not in (NDARRAY, SCALAR):
-            raise self._fault(f"extension type {code}, which is no array")
+            raise self._fault(f"extension type {code}, which is not an array")
         end = self.cursor.position + size
         header, outer_end = self.cursor.take(1), self.cursor.end
         if header != b"\x93" or end > outer_end:
-            raise self._fault("an array that is not put together as Flax does it")
+            raise self._fault("an invalid array")
         self.cursor.end = end
         shape, kind = self.value(MAX_DEPTH - 1), self._name()
         tensor = self._bytes(shape, kind)
         if self.cursor.position != end:
-            raise self._fault("an array that is longer than its numbers")
+            raise self._fault("extra bytes after an array")
         self.cursor.end = outer_end
         return tensor
 
     def _name(self) -> str:
         code = self.cursor.take(1)[0]
         if not (0xA0 <= code < 0xC0 or code in STRINGS or code in BYTES):
-            raise self._fault("an array without the name of its type")
+            raise self._fault("an array without a dtype")
         return self._text(self._length(code, STRINGS | BYTES, 0xA0))
 
     def _bytes(self, shape: Any, kind: str) -> LazyTensor:
@@ -139,24 +141,26 @@ class _Reader:
         size: int = self.cursor.number(BYTES[code])
         sizes = _sizes(shape, f"{self.where}: before byte {self.cursor.position}")
         if kind not in TYPES:
-            raise self._fault(f"an array of {kind[:60]!r}, which is not read")
+            raise self._fault(f"an array of {kind[:60]!r}, which gpt2x does not read")
         dtype = DTYPES[TYPES[kind]]
         if size != math.prod(sizes) * dtype.itemsize:
-            raise self._fault(f"{size} bytes, but shape {list(sizes)} of {dtype} asks for others")
+            raise self._fault(
+                f"{size} bytes, but shape {list(sizes)} of {dtype} needs {math.prod(sizes) * dtype.itemsize}"
+            )
         return LazyTensor.in_file(self.cursor.file, self.cursor.skip(size), dtype, sizes)
 
 
 def _sizes(shape: Any, where: str) -> tuple[int, ...]:
     sound = isinstance(shape, list) and len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
     if not sound or math.prod(shape) >= 2**40:
-        raise FormatError(f"{where}: an impossible shape, {str(shape)[:100]}")
+        raise FormatError(f"{where}: invalid shape, {str(shape)[:100]}")
     return tuple(shape)
 
 
 def _flatten(tree: dict[str, Any], above: str, tensors: dict[str, LazyTensor], where: str) -> None:
     """Collect the arrays of nested maps under the names of their paths."""
     if len(above) > MAX_STRING:
-        raise FormatError(f"{where}: names nested to more than {MAX_STRING} characters")
+        raise FormatError(f"{where}: a name that exceeds the limit of {MAX_STRING} characters")
     for key, item in tree.items():
         if isinstance(item, dict) and CHUNKED in item:
             tensors[above + key] = _joined(item, f"{where}: {above}{key}")
@@ -173,13 +177,13 @@ def _joined(item: dict[str, Any], where: str) -> LazyTensor:
     shape, parts = (_listed(item.get(key), where) for key in ("shape", "chunks"))
     sizes = _sizes(shape, where)
     if not parts or not all(isinstance(part, LazyTensor) and part.dtype == parts[0].dtype for part in parts):
-        raise FormatError(f"{where}: chunks that are not arrays of one type")
+        raise FormatError(f"{where}: chunks that are not arrays of one dtype")
     if sum(part.size for part in parts) != math.prod(sizes):
-        raise FormatError(f"{where}: chunks that do not make up shape {list(sizes)}")
+        raise FormatError(f"{where}: chunks that do not add up to shape {list(sizes)}")
     return LazyTensor.joined(parts, sizes)
 
 
 def _listed(numbered: Any, where: str) -> list[Any]:
     if not isinstance(numbered, dict) or list(numbered) != [str(i) for i in range(len(numbered))]:
-        raise FormatError(f"{where}: an array in chunks that are not numbered")
+        raise FormatError(f"{where}: the chunks of an array are not numbered")
     return list(numbered.values())

@@ -1,4 +1,4 @@
-"""The weights inside an ONNX model, or beside it: its initializers. The graph itself is passed over.
+"""The initializers of an ONNX model, inside it or beside it. The nodes of the graph are skipped.
 
 An ONNX model is one protobuf message; numbers lie in it, or in another file of the same folder ("external data").
 Source: ``onnx.proto`` of the ONNX project.
@@ -24,17 +24,17 @@ from .container import Container
 GRAPH, METADATA = 7, 14  # of ModelProto
 INITIALIZER = 5  # of GraphProto
 DIMS, TYPE, NAME, EXTERNAL, LOCATION = 1, 2, 8, 13, 14  # of TensorProto
-DATA = {9: None, 4: 1, 10: 11}  # fields of numbers -> the only type they may have: raw, of float, of double
+DATA = {9: None, 4: 1, 10: 11}  # fields of values -> the only data type they may have: raw, float, double
 IGNORED = (12, 16)  # documentation and metadata
 KEY, VALUE = 1, 2  # of StringStringEntryProto
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of fields
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 # TensorProto.DataType -> ours.
 TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64", 16: "BF16"}  # fmt: skip
-QUANTISED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
-CONSTANT = "constant_"  # what the numbers in gpt2x's own graphs are called, such as shapes
-QUANTISED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
-MERGED = re.compile(r"_merged_\d+$")  # behind the names in optimum's decoder_model_merged.onnx
+QUANTIZED_TYPES = (17, 18, 19, 20, 21, 22, 23, 24, 25, 26)  # of 8 bits and fewer
+CONSTANT = "constant_"  # prefix of constants, such as shapes, in gpt2x's own graphs
+QUANTIZED = ("_scale", "_scales", "_zero_point", "_quantized", "_pairs")
+MERGED = re.compile(r"_merged_\d+$")  # suffix of the names in optimum's decoder_model_merged.onnx
 MAX_NAME = 4096
 MAX_METADATA = 1 << 20
 MAX_ENTRIES = 1000  # of metadata
@@ -47,9 +47,9 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
     """Open the initializers of an ONNX model, and the values of ``metadata_props`` whose keys are in ``keep``.
 
     Raises:
-        FormatError: if the model is not sound.
+        FormatError: if the model is invalid.
         UnsafeError: if it keeps data outside its folder.
-        CheckpointError: if its weights are quantised.
+        CheckpointError: if its weights are quantized.
     """
     where = str(path)
     files = _Files(File(path))
@@ -66,14 +66,16 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
                     tensor = _tensor(tensor_part, where)
                     tensor.name = MERGED.sub("", tensor.name)
                     if tensor.name in found or len(found) > MAX_INITIALIZERS:
-                        raise FormatError(f"{path}: {tensor.name[:100]!r} is there twice, or is one of very many")
+                        raise FormatError(
+                            f"{path}: duplicate initializer {tensor.name[:100]!r}, or more than {MAX_INITIALIZERS} of them"
+                        )
                     found[tensor.name] = files.lazy(tensor)
     files.check_overlaps()
     if not found:
-        raise CheckpointError(f"{path}: an ONNX model without weights, or no ONNX model")
-    if quantised := next((name for name in found if name.endswith(QUANTISED)), None):
+        raise CheckpointError(f"{path}: an ONNX model without weights, or not an ONNX model")
+    if quantized := next((name for name in found if name.endswith(QUANTIZED)), None):
         raise CheckpointError(
-            f"{path}: a quantised model (it holds {quantised[:100]}): its weights are rounded; convert what it was made from"
+            f"{path}: a quantized model (it holds {quantized[:100]}): its weights are rounded; convert the model that it was made from"
         )
     weights = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float and tensor.size > 1}
     return Container(
@@ -87,20 +89,20 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The ``metadata_props`` of an ONNX model; its graph is passed over.
+    """The ``metadata_props`` of an ONNX model; its graph is skipped.
 
     Raises:
-        FormatError: if the model is not sound.
+        FormatError: if the model is invalid.
     """
     entries = (part for number, part in _fields(Cursor(File(path))) if number == METADATA)
     return dict(_entry(part, str(path), MAX_METADATA) for part in itertools.islice(entries, MAX_ENTRIES))
 
 
 def external_files(path: Path) -> frozenset[str]:
-    """The names of the files beside an ONNX model that its initializers lie in.
+    """The names of the files beside an ONNX model that store its initializers.
 
     Raises:
-        FormatError: if the model is not sound.
+        FormatError: if the model is invalid.
     """
     graphs = (part for number, part in _fields(Cursor(File(path))) if number == GRAPH and isinstance(part, Cursor))
     tensors = (part for graph in graphs for number, part in _fields(graph) if number == INITIALIZER)
@@ -116,7 +118,7 @@ def external_files(path: Path) -> frozenset[str]:
 
 
 def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: an int, bytes of a fixed width, or a Cursor over a stretch of the file."""
+    """Number and value of each field: an int, bytes of a fixed width, or a Cursor over a part of the file."""
     while cursor.position < cursor.end:
         tag = _varint(cursor)
         number, kind = tag >> 3, tag & 7
@@ -129,9 +131,7 @@ def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:
             begin = cursor.skip(size)
             yield number, Cursor(cursor.file, begin, begin + size)
         else:
-            raise FormatError(
-                f"{cursor.file.path}: not an ONNX model (field of kind {kind} before byte {cursor.position})"
-            )
+            raise FormatError(f"{cursor.file.path}: not an ONNX model (wire type {kind} before byte {cursor.position})")
 
 
 def _varint(cursor: Cursor) -> int:
@@ -145,7 +145,7 @@ def _varint(cursor: Cursor) -> int:
 
 def _text(part: Any, where: str, limit: int = MAX_NAME) -> str:
     if not isinstance(part, Cursor) or part.end - part.position > limit:
-        raise FormatError(f"{where}: a name that is none, or of absurd length")
+        raise FormatError(f"{where}: a name that is not a string, or is longer than {limit} bytes")
     try:
         return part.take(part.end - part.position).decode("utf-8")
     except UnicodeDecodeError:
@@ -154,7 +154,7 @@ def _text(part: Any, where: str, limit: int = MAX_NAME) -> str:
 
 def _entry(entry_part: Any, where: str, limit: int = MAX_NAME) -> tuple[str, str]:
     if not isinstance(entry_part, Cursor):
-        raise FormatError(f"{where}: an entry that is none")
+        raise FormatError(f"{where}: an entry that is not a message")
     entry = {KEY: "", VALUE: ""}
     for number, part in _fields(entry_part):
         if number in entry:
@@ -164,7 +164,7 @@ def _entry(entry_part: Any, where: str, limit: int = MAX_NAME) -> tuple[str, str
 
 @dataclass
 class _Tensor:
-    """What a TensorProto says."""
+    """A parsed TensorProto."""
 
     name: str = ""
     shape: list[int] = field(default_factory=list)
@@ -177,7 +177,7 @@ class _Tensor:
 def _tensor(cursor: Cursor, where: str) -> _Tensor:
     tensor = _Tensor()
     for number, part in _fields(Cursor(cursor.file, cursor.position, cursor.end)):
-        if number == NAME:  # first of all, to be said of whatever is wrong with the rest
+        if number == NAME:  # first, so that errors can name the tensor
             tensor.name = _text(part, where)
     where = f"{where}: {tensor.name[:100]!r}"
     for number, part in _fields(cursor):
@@ -188,21 +188,21 @@ def _tensor(cursor: Cursor, where: str) -> _Tensor:
         elif number == EXTERNAL:
             key, value = _entry(part, where)
             if key in tensor.external:
-                raise FormatError(f"{where} says {key[:100]} twice of its external data")
+                raise FormatError(f"{where} has a duplicate key in its external data: {key[:100]}")
             tensor.external[key] = value
         elif number in DATA and isinstance(part, Cursor):
             tensor.data.append((number, part))
         elif number not in (NAME, *IGNORED):
-            raise FormatError(f"{where} keeps its numbers in field {number}, which is not read")
+            raise FormatError(f"{where} stores its values in field {number}, which gpt2x does not read")
         if len(tensor.shape) > MAX_RANK or len(tensor.data) > 1 or len(tensor.external) > 8:
-            raise FormatError(f"{where} is not a tensor as ONNX has them")
+            raise FormatError(f"{where} is not a valid ONNX tensor")
     return tensor
 
 
 def _numbers(part: Any, where: str) -> list[int]:
-    """Whole numbers, packed into one field or alone in it."""
+    """Integers, packed into one field or alone in it."""
     if isinstance(part, bytes):
-        raise FormatError(f"{where}: a dimension that is no whole number")
+        raise FormatError(f"{where}: a dimension that is not an integer")
     if isinstance(part, int):
         return [part]
     cursor: Cursor = part
@@ -213,7 +213,7 @@ def _numbers(part: Any, where: str) -> list[int]:
 
 
 class _Files:
-    """The files that hold the data of a model: itself, and those beside it."""
+    """The files that store the data of a model: itself, and those beside it."""
 
     def __init__(self, model: File) -> None:
         self.model = model
@@ -222,19 +222,19 @@ class _Files:
 
     def lazy(self, tensor: _Tensor) -> LazyTensor:
         where = f"{self.model.path}: {tensor.name[:100]!r}"
-        if tensor.kind in QUANTISED_TYPES:
+        if tensor.kind in QUANTIZED_TYPES:
             raise CheckpointError(
-                f"{where} is quantised: its weights are rounded; convert what the model was made from"
+                f"{where} is quantized: its weights are rounded; convert the model that it was made from"
             )
         if tensor.kind not in TYPES:
-            raise FormatError(f"{where}: numbers of type {tensor.kind}, which is not read")
+            raise FormatError(f"{where}: data type {tensor.kind}, which gpt2x does not read")
         dtype, shape = DTYPES[TYPES[tensor.kind]], tuple(tensor.shape)
         if math.prod(shape) >= 2**40:
-            raise FormatError(f"{where}: an impossible shape, {list(shape)}")
+            raise FormatError(f"{where}: invalid shape, {list(shape)}")
         size = math.prod(shape) * dtype.itemsize
         file, offset, length = self._external(tensor, where, size) if tensor.is_external else self._inside(tensor)
         if length != size:
-            raise FormatError(f"{where}: {length} bytes, but shape {list(shape)} of {dtype} asks for {size}")
+            raise FormatError(f"{where}: {length} bytes, but shape {list(shape)} of {dtype} needs {size}")
         return LazyTensor.in_file(file, offset, dtype, shape)
 
     def _inside(self, tensor: _Tensor) -> tuple[File, int, int]:
@@ -243,7 +243,7 @@ class _Files:
         number, data = tensor.data[0]
         if DATA[number] not in (None, tensor.kind):
             raise FormatError(
-                f"{self.model.path}: {tensor.name[:100]!r} keeps its numbers in field {number}, not of its type"
+                f"{self.model.path}: {tensor.name[:100]!r} stores its values in field {number}, which is not of its dtype"
             )
         return self.model, data.position, data.end - data.position
 
@@ -252,14 +252,16 @@ class _Files:
         path = beside(self.model.path.parent, name, where)
         if name not in self.others:
             if len(self.others) >= MAX_FILES:
-                raise FormatError(f"{self.model.path}: its data are in very many files")
+                raise FormatError(f"{self.model.path}: its data is in more than {MAX_FILES} files")
             self.others[name] = File(path)
         numbers = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
-            raise FormatError(f"{where}: impossible places in {name}: {numbers}")
+            raise FormatError(f"{where}: invalid offset or length in {name}: {numbers}")
         offset, length = map(int, numbers)
         if offset + length > self.others[name].size:
-            raise FormatError(f"{where}: ends at byte {offset + length} of {path}, which is cut short")
+            raise FormatError(
+                f"{where}: truncated: {offset + length} bytes needed, {path} has {self.others[name].size}"
+            )
         self.spans.append((name, offset, offset + length, tensor.name))
         return self.others[name], offset, length
 

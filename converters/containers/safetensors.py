@@ -23,7 +23,7 @@ from .container import Container
 
 MAX_HEADER = 100_000_000  # the library's limit
 MAX_RANK = 8
-CONFIG_KEY = "config"  # of __metadata__: Hugging Face's config.json, so that a lone file can be used alone
+CONFIG_KEY = "config"  # of __metadata__
 OTHER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
@@ -31,7 +31,7 @@ def open_safetensors(path: Path) -> Container:
     """Open a safetensors file.
 
     Raises:
-        FormatError: if any part of the header is not sound, or the tensors do not cover the file exactly.
+        FormatError: if any part of the header is invalid, or the tensors do not cover the file exactly.
     """
     file = File(path)
     header, start = _header(file)
@@ -45,13 +45,13 @@ def open_safetensors(path: Path) -> Container:
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
     if file.size < 10:
-        raise FormatError(f"{file.path}: {file.size} bytes is too short for safetensors")
+        raise FormatError(f"{file.path}: truncated: safetensors needs 10 bytes, the file has {file.size}")
     size = struct.unpack("<Q", file.read(0, 8))[0]
     if size > MAX_HEADER:
-        raise FormatError(f"{file.path}: a header of {size} bytes; the format allows {MAX_HEADER}")
+        raise FormatError(f"{file.path}: a header of {size} bytes, which exceeds the limit of {MAX_HEADER}")
     if size < 2 or 8 + size > file.size:
         raise FormatError(
-            f"{file.path}: a header of {size} bytes in a file of {file.size}: cut short, or no safetensors"
+            f"{file.path}: truncated, or not safetensors: the header needs {8 + size} bytes, the file has {file.size}"
         )
     data = file.read(8, size)
     if data[:1] != b"{":
@@ -62,23 +62,23 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
 def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
     where = f"{file.path}: {name[:200]!r}"
     if "\0" in name or len(name) > 1024:
-        raise FormatError(f"{where}: not a name for a tensor")
+        raise FormatError(f"{where}: invalid tensor name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: its entry must hold dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        hint = ": quantised weights are not read" if dtype in OTHER_DTYPES else ""
+        hint = ": gpt2x does not read quantized weights" if dtype in OTHER_DTYPES else ""
         raise FormatError(f"{where}: unknown dtype {dtype!r}{hint}")
     if not _naturals(shape) or len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
-        raise FormatError(f"{where}: an impossible shape, {str(shape)[:100]}")
+        raise FormatError(f"{where}: invalid shape, {str(shape)[:100]}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where}: impossible offsets, {str(offsets)[:100]}")
+        raise FormatError(f"{where}: invalid offsets, {str(offsets)[:100]}")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
         raise FormatError(f"{where}: {end - begin} bytes, but shape {shape} of {dtype} needs {expected}")
     if start + end > file.size:
-        raise FormatError(f"{where}: ends at byte {start + end} of {file.size}: the file is cut short")
+        raise FormatError(f"{where}: truncated: {start + end} bytes needed, the file has {file.size}")
     return LazyTensor.in_file(file, start + begin, DTYPES[dtype], tuple(shape))
 
 
@@ -102,12 +102,12 @@ def _check_cover(file: File, start: int, header: Mapping[str, Any]) -> None:
 def _layout(
     tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The head of a safetensors file, and where in the file each tensor's bytes begin and end, in file order.
+    """The header of a safetensors file, and where each tensor's bytes begin and end, in file order.
 
     The order is the library's own: wide numbers first, then by name.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[1].dtype.name, item[0]))
-    # "format": "pt" is what transformers asks for.
+    # transformers requires "format": "pt".
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({CONFIG_KEY: json.dumps(config)} if config else {})}
     position = 0
     spans = {name: (position, position := position + tensor.nbytes) for name, tensor in ordered}
@@ -122,7 +122,7 @@ def _layout(
 def write_safetensors(
     out: Output, tensors: Mapping[str, LazyTensor], config: dict[str, Any] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Write a safetensors file, ``config`` in its metadata; gives where each tensor's bytes begin and end."""
+    """Write a safetensors file with ``config`` as JSON in its metadata. Returns where each tensor's bytes begin and end."""
     head, spans = _layout(tensors, config)
     out.write(head)
     for name in spans:

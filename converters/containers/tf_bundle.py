@@ -38,7 +38,7 @@ def open_bundle(prefix: Path) -> Container:
     """Open the checkpoint at ``prefix``. Every checksum of the index is verified now, each tensor's when it is read.
 
     Raises:
-        FormatError: if any part of it is not sound.
+        FormatError: if any part of it is invalid.
     """
     index = File(Path(f"{prefix}.index"))
     entries = dict(read_table(index))
@@ -58,7 +58,7 @@ def open_bundle(prefix: Path) -> Container:
     tensors = {_name(key, where): _tensor(key, entry, parsed, shards, where) for key, entry in sorted(whole.items())}
     used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
     if strays := sorted(set(parsed) - set(whole) - used):
-        raise FormatError(f"{where}: {_text(strays[0])} is a slice of no variable")
+        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
     return Container(
         "tf",
         prefix,
@@ -90,16 +90,16 @@ def _header(value: bytes | None, where: str) -> _Header:
         raise FormatError(f"{where}: big-endian tensors; only little-endian ones are read")
     version = Fields(fields.bytes(3), f"{where}: header version")
     if version.number(2) > 1 or any(bad == 1 for bad in version.numbers(3)):
-        raise FormatError(f"{where}: written for readers of version {version.number(2)}; this one is of version 1")
+        raise FormatError(f"{where}: written for readers of version {version.number(2)}; gpt2x reads version 1")
     num_shards = fields.signed(1)
     if not 0 < num_shards < 100_000:
-        raise FormatError(f"{where}: {num_shards} data files: that cannot be")
+        raise FormatError(f"{where}: invalid shard count: {num_shards}")
     return _Header(num_shards)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A BundleEntryProto: where a tensor lies. A sliced one has ``slices`` and no data of its own."""
+    """A BundleEntryProto: where a tensor is stored. A sliced one has ``slices`` and no data of its own."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -111,17 +111,19 @@ class Entry:
 
     @classmethod
     def parse(cls, value: bytes, where: str) -> Entry:
-        """Parse and check everything that one entry can be wrong about by itself."""
+        """Parse one entry, and check everything that does not depend on other entries."""
         fields = Fields(value, where)
         shape = _shape(fields.bytes(2), where)
         if len(fields.all_bytes(7)) > MAX_SLICES:
-            raise FormatError(f"{where}: {len(fields.all_bytes(7))} slices of one variable")
+            raise FormatError(
+                f"{where}: {len(fields.all_bytes(7))} slices of one variable, which exceeds the limit of {MAX_SLICES}"
+            )
         slices = tuple(_slice(raw, shape, where) for raw in fields.all_bytes(7))
         entry = cls(
             fields.number(1), shape, fields.signed(3), fields.signed(4), fields.signed(5), fields.fixed32(6), slices
         )
         if entry.dtype not in TYPES and entry.dtype != STRING:
-            raise FormatError(f"{where}: TensorFlow's data type {entry.dtype} is not one that a GPT-2 has")
+            raise FormatError(f"{where}: unsupported TensorFlow data type {entry.dtype}")
         if min(entry.shard, entry.offset, entry.size) < 0:
             raise FormatError(f"{where}: a negative shard, offset or size")
         expected = math.prod(shape) * DTYPES[TYPES[entry.dtype]].itemsize if entry.dtype in TYPES else entry.size
@@ -130,7 +132,7 @@ class Entry:
         return entry
 
     def serialize(self) -> bytes:
-        """The same message in bytes, as TensorFlow writes it: in order of fields, zeros left out."""
+        """The message in bytes, as TensorFlow writes it: fields in order, zeros omitted."""
         dims = b"".join(_field_bytes(2, _field_number(1, n)) for n in self.shape)
         numbers = ((3, self.shard), (4, self.offset), (5, self.size))
         crc = b"\x35" + struct.pack("<I", self.crc) if self.crc else b""
@@ -148,7 +150,7 @@ def _shape(data: bytes, where: str) -> tuple[int, ...]:
         raise FormatError(f"{where}: a shape of unknown rank")
     dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2)[:9])
     if len(dims) > 8 or any(not 0 <= d < 2**40 for d in dims) or math.prod(dims) >= 2**40:
-        raise FormatError(f"{where}: an impossible shape, {list(dims[:9])}")
+        raise FormatError(f"{where}: invalid shape, {list(dims[:9])}")
     return dims
 
 
@@ -166,7 +168,7 @@ def _slice(data: bytes, shape: tuple[int, ...], where: str) -> tuple[tuple[int, 
 
 
 class _Shards:
-    """The data files of a bundle, opened when an entry first points into them."""
+    """The data files of a bundle, opened when an entry first refers to them."""
 
     def __init__(self, prefix: Path, count: int) -> None:
         self.prefix, self.count = prefix, count
@@ -175,7 +177,7 @@ class _Shards:
 
     def file(self, shard: int, where: str) -> File:
         if shard >= self.count:
-            raise FormatError(f"{where}: lies in data file {shard + 1} of {self.count}")
+            raise FormatError(f"{where}: invalid shard: data file {shard + 1} of {self.count}")
         if shard not in self.files:
             self.files[shard] = File(Path(f"{self.prefix}.data-{shard:05d}-of-{self.count:05d}"))
         return self.files[shard]
@@ -184,7 +186,7 @@ class _Shards:
         file = self.file(entry.shard, where)
         if entry.offset + entry.size > file.size:
             raise FormatError(
-                f"{where}: ends at byte {entry.offset + entry.size} of {file.path.name}, which has {file.size}: it is cut short"
+                f"{where}: truncated: {entry.offset + entry.size} bytes needed, {file.path.name} has {file.size}"
             )
         if entry.size:
             self.claims.setdefault(entry.shard, []).append((entry.offset, entry.offset + entry.size, where))
@@ -197,7 +199,7 @@ class _Shards:
 
 
 def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> LazyTensor | None:
-    """The tensor of one name; None for strings, which are no parameters."""
+    """The tensor of one name; None for strings, which are not parameters."""
     if entry.dtype == STRING:
         return None
     dtype = DTYPES[TYPES[entry.dtype]]
@@ -211,7 +213,7 @@ def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _S
 def _sliced(
     key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, dtype: DType, where: str
 ) -> LazyTensor:
-    """A partitioned variable, put together from the entries of its slices."""
+    """A partitioned variable, concatenated from the entries of its slices."""
     parts: list[tuple[tuple[slice, ...], LazyTensor]] = []
     for extents in entry.slices:
         sub_key = slice_key(key, extents)
@@ -221,7 +223,7 @@ def _sliced(
         shape = tuple(p.stop - p.start for p in place)
         sub = entries.get(sub_key)
         if sub is None or sub.slices or sub.shape != shape or sub.dtype != entry.dtype:
-            raise FormatError(f"{where}: its slice {list(extents)} is missing or of another shape")
+            raise FormatError(f"{where}: its slice {list(extents)} is missing or has another shape")
         part = _tensor(sub_key, sub, entries, shards, where)
         assert part
         parts.append((place, part))
@@ -254,7 +256,7 @@ def _check_tiling(places: list[tuple[slice, ...]], shape: tuple[int, ...], where
 
 
 def slice_key(name: bytes, extents: Iterable[tuple[int, int]]) -> bytes:
-    """The key under which a slice of a partitioned variable lies: EncodeTensorNameSlice of TensorFlow."""
+    """The key of a slice of a partitioned variable: EncodeTensorNameSlice of TensorFlow."""
     extents = list(extents)
     parts = [_code_number(0), _code_string(name), _code_number(len(extents))]
     return b"".join(parts + [_code_signed(n) for extent in extents for n in extent])

@@ -27,12 +27,12 @@ def open_torch_legacy(path: Path) -> Container:
     where = str(path)
     with open(path, "rb") as raw:
         if load_pickle(raw, where) != MAGIC:
-            raise FormatError(f"{where}: not a file of torch.save (another magic number)")
+            raise FormatError(f"{where}: not a file of torch.save (wrong magic number)")
         if load_pickle(raw, where) != PROTOCOL:
-            raise FormatError(f"{where}: another protocol of torch.save than {PROTOCOL}")
+            raise FormatError(f"{where}: unknown protocol version of torch.save; gpt2x reads {PROTOCOL}")
         machine = load_pickle(raw, where)
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise FormatError(f"{where}: written on a big-endian machine")
+            raise FormatError(f"{where}: written on a big-endian machine, which gpt2x does not read")
         described: dict[str, Storage] = {}
         saved = load_pickle(raw, where, described)
         found = state_dict(saved, where)
@@ -41,28 +41,28 @@ def open_torch_legacy(path: Path) -> Container:
     check_overlaps(found.tensors, where)
     storages = _storages(file, start, keys, described)
     if missing := sorted(set(described) - set(storages)):
-        raise FormatError(f"{where}: the storage {missing[0]} is not in it")
+        raise FormatError(f"{where}: missing storage {missing[0]}")
     tensors = one_each(found.tensors, lambda ref: part_of(storages[ref.storage.key], ref))
     return Container("bin", path, tensors, found.beside, left_out=tuple(map(str, found.beside)))
 
 
 def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:
-    """Each storage's place, walking from one to the next; they must end where the file ends."""
+    """Every storage by key. They follow one another, and the last one must end at the end of the file."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
-        raise FormatError(f"{file.path}: the list of storages is not sound")
+        raise FormatError(f"{file.path}: invalid list of storages")
     result: dict[str, LazyTensor] = {}
     for key in keys:
         if key not in described:
-            raise FormatError(f"{file.path}: the storage {key} belongs to no tensor")
+            raise FormatError(f"{file.path}: the storage {key} does not belong to a tensor")
         dtype, size = described[key].dtype, described[key].size
         count = struct.unpack("<q", file.read(position, 8))[0]
         if count != size:
-            raise FormatError(f"{file.path}: the storage {key} holds {count} values, the pickle says {size}")
+            raise FormatError(f"{file.path}: the storage {key} has {count} values, but the pickle states {size}")
         end = position + 8 + size * dtype.itemsize
         if end > file.size:
-            raise FormatError(f"{file.path}: cut short: the storage {key} ends at byte {end} of {file.size}")
+            raise FormatError(f"{file.path}: truncated: the storage {key} needs {end} bytes, the file has {file.size}")
         result[key] = LazyTensor.in_file(file, position + 8, dtype, (size,))
         position = end
     if position != file.size:
-        raise FormatError(f"{file.path}: {file.size - position} bytes behind the last storage")
+        raise FormatError(f"{file.path}: {file.size - position} extra bytes after the last storage")
     return result

@@ -1,8 +1,8 @@
 """The pickles inside PyTorch's files, read without executing anything.
 
 A pickle is a program for a small stack machine. This is such a machine with the instructions that PyTorch's files
-use and a table of the few globals they name; each stands for a plain description, and nothing is imported or called.
-Whatever is not in the tables is refused by name. Sources: ``pickletools`` (the instruction set), PyTorch's
+use and a table of the few globals they name; each becomes a plain description, and nothing is imported or called.
+Everything else is refused. Sources: ``pickletools`` (the instruction set), PyTorch's
 ``torch/serialization.py`` and ``torch/_utils.py`` (what its files hold).
 """
 
@@ -24,7 +24,7 @@ from ..tensors import DTYPES, DType
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
 MAX_RANK = 8
 MAX_COPIED = 1_000_000
-MAX_BITS = 1024  # of a number; Python does not print what has thousands of digits
+MAX_BITS = 1024  # of an integer; Python does not print very long ones
 
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -35,14 +35,14 @@ SCALARS = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle mentions; nothing but a name."""
+    """A global that the pickle names. It is never resolved."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A stretch of raw numbers that the pickle refers to by key."""
+    """A block of raw values that the pickle refers to by key."""
 
     key: str
     dtype: DType
@@ -51,7 +51,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A contiguous tensor over a part of a storage."""
+    """A contiguous tensor in a storage."""
 
     storage: Storage
     offset: int  # values
@@ -69,7 +69,7 @@ ALLOWED = {
     *(f"torch.{name}" for name in SCALARS),
 }
 PLAINLY = {
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
 }
 
@@ -80,23 +80,23 @@ def load_pickle(stream: IO[bytes], where: str, storages: dict[str, Storage] | No
     ``storages`` collects every storage that the pickle refers to, by key.
 
     Raises:
-        UnsafeError: if it names anything that is not on the list.
-        FormatError: if it is not a sound pickle of the kind that PyTorch writes.
+        UnsafeError: if it names a global that is not allowed.
+        FormatError: if it is invalid pickle of the kind that PyTorch writes.
     """
     try:
         return _Machine(where, {} if storages is None else storages).run(_Bounded(stream, where))
     except _UNSOUND as error:
-        raise FormatError(f"{where}: not a sound pickle: {type(error).__name__}: {str(error)[:200]}") from None
+        raise FormatError(f"{where}: invalid pickle: {type(error).__name__}: {str(error)[:200]}") from None
 
 
-# What ``pickletools`` and the machine below raise over it; the warning, where warnings are errors, is of a bad escape.
+# What ``pickletools`` and the machine below raise for invalid pickles. The warning is of an invalid escape.
 _UNSOUND = (
     IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, DeprecationWarning,
 )  # fmt: skip
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends in an error, not in memory: pickles of weights are small."""
+    """A stream with a limit: pickles of weights are small."""
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
         self.stream, self.where, self.left = stream, where, MAX_PICKLE
@@ -109,7 +109,9 @@ class _Bounded(io.RawIOBase):
 
     def read(self, n: int = -1) -> bytes:
         if not 0 <= n <= self.left:
-            raise FormatError(f"{self.where}: a pickle that asks for {n} bytes at once")
+            raise FormatError(
+                f"{self.where}: a pickle with an item of {n} bytes, which exceeds the limit of {MAX_PICKLE >> 20} MB"
+            )
         return self._take(self.stream.read(n))
 
     def readline(self, size: int | None = -1) -> bytes:
@@ -132,13 +134,13 @@ class _Machine:
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 if len(self.stack) != 1:
-                    raise FormatError(f"{self.where}: a pickle that leaves {len(self.stack)} objects")
+                    raise FormatError(f"{self.where}: a pickle that ends with {len(self.stack)} objects instead of one")
                 return self.stack.pop()
             if opcode.name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[opcode.name]())
             elif opcode.name in _LITERALS:
                 if isinstance(argument, str):
-                    argument.encode()  # a lone surrogate is no text
+                    argument.encode()  # raises for a lone surrogate, which is not valid Unicode
                 if isinstance(argument, int) and argument.bit_length() > MAX_BITS:
                     raise FormatError(f"{self.where}: a number of {argument.bit_length()} bits in a pickle")
                 self.stack.append(argument)
@@ -149,7 +151,7 @@ class _Machine:
                         f"{self.where}: the pickle uses the instruction {opcode.name}, which no weight file needs: refused"
                     )
                 handler(argument)
-        raise FormatError(f"{self.where}: a pickle without an end")
+        raise FormatError(f"{self.where}: truncated: a pickle without its STOP instruction")
 
     def _since_mark(self) -> list[Any]:
         at = self.marks.pop()
@@ -171,7 +173,7 @@ class _Machine:
 
     def op_BINPUT(self, key: int) -> None:
         if not 0 <= key < 2**32:
-            raise FormatError(f"{self.where}: a pickle with an absurd memo")
+            raise FormatError(f"{self.where}: a pickle with an invalid memo key")
         self.memo[key] = self.stack[-1]
 
     op_LONG_BINPUT = op_PUT = op_BINPUT
@@ -232,7 +234,7 @@ class _Machine:
             if not (key is None or isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**31)):
                 raise FormatError(f"{self.where}: a pickle with a {type(key).__name__} as a key")
             if key in target:
-                raise FormatError(f"{self.where}: the name {key!r} is there twice")
+                raise FormatError(f"{self.where}: duplicate key {key!r}")
             target[key] = value
         return target
 
@@ -246,7 +248,7 @@ class _Machine:
             raise FormatError(f"{self.where}: holds {PLAINLY[name]}, which gpt2x does not read")
         if name not in ALLOWED:
             raise UnsafeError(
-                f"{self.where}: the pickle asks for {name[:200]}, which weights never need: refused, nothing was executed"
+                f"{self.where}: the pickle refers to {name[:200]}, which weights never need: refused, nothing was executed"
             )
         self.stack.append(Global(name))
 
@@ -254,7 +256,7 @@ class _Machine:
         name = self.stack.pop()
         module = self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise FormatError(f"{self.where}: a global without a name")
+            raise FormatError(f"{self.where}: a global without a valid name")
         self.op_GLOBAL(f"{module} {name}")
 
     def op_BINPERSID(self, _: None) -> None:
@@ -264,19 +266,19 @@ class _Machine:
         tag, kind, key, _location, size = pid[:5]
         name = kind.name.removeprefix("torch.") if isinstance(kind, Global) else ""
         if tag != "storage" or name not in STORAGES or not isinstance(key, str) or not _is_natural(size):
-            raise FormatError(f"{self.where}: a reference to a storage that is not of PyTorch's kind")
+            raise FormatError(f"{self.where}: an invalid reference to a storage")
         if len(pid) > 5 and pid[5] is not None:
             raise FormatError(f"{self.where}: a view of a storage, as PyTorch before 0.4 wrote it")
         storage = Storage(key, DTYPES[STORAGES[name]], size)
         if self.storages.setdefault(key, storage) != storage:
-            raise FormatError(f"{self.where}: the storage {key} is described in two ways")
+            raise FormatError(f"{self.where}: contradicting descriptions of the storage {key}")
         return storage
 
     def op_REDUCE(self, _: None) -> None:
         arguments = self.stack.pop()
         function = self.stack.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise UnsafeError(f"{self.where}: the pickle calls something that is no known function: refused")
+            raise UnsafeError(f"{self.where}: the pickle calls an unknown function: refused")
         self.stack.append(self._call(function.name, arguments))
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -296,15 +298,15 @@ class _Machine:
         raise UnsafeError(f"{self.where}: the pickle calls {name}: refused")
 
     def _charge(self, items: int) -> None:
-        # A list that is built once can be copied by a few bytes, again and again.
+        # A few bytes of a pickle can copy a long list many times.
         self.copied += items
         if self.copied > MAX_COPIED:
             raise FormatError(f"{self.where}: a pickle that copies more than {MAX_COPIED} items")
 
     def _plain(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Storage, offset, shape and stride; what may follow are hooks, and bits that change the meaning."""
+        """Storage, offset, shape and stride. Hooks may follow, and flags that change the values, which are refused."""
         if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
-            raise FormatError(f"{self.where}: a tensor with more to it than numbers (a negated or conjugated view)")
+            raise FormatError(f"{self.where}: a negated or conjugated tensor view, which gpt2x does not read")
         return arguments[:4]
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
@@ -313,21 +315,21 @@ class _Machine:
             or not all(map(_is_natural, (offset, *shape, *stride)))
             or len(shape) != len(stride)
         ):
-            raise FormatError(f"{self.where}: a tensor that is not put together as PyTorch does it")
+            raise FormatError(f"{self.where}: an invalid tensor")
         if len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
-            raise FormatError(f"{self.where}: an impossible shape, {list(shape)[:9]}")
+            raise FormatError(f"{self.where}: invalid shape, {list(shape)[:9]}")
         if not _is_contiguous(shape, stride):
             raise FormatError(
-                f"{self.where}: a tensor of shape {list(shape)} with strides {list(stride)}: only contiguous ones are read; save it again after .contiguous()"
+                f"{self.where}: a tensor of shape {list(shape)} with strides {list(stride)}: not contiguous; call .contiguous() and save it again"
             )
         if offset + math.prod(shape) > storage.size:
             raise FormatError(
-                f"{self.where}: a tensor of shape {list(shape)} at {offset} of a storage of {storage.size} values"
+                f"{self.where}: a tensor of shape {list(shape)} at offset {offset} does not fit into a storage of {storage.size} values"
             )
         return TensorRef(storage, offset, tuple(shape))
 
     def op_BUILD(self, _: None) -> None:
-        self.stack.pop()  # the _metadata of a state dict: nothing that weights need
+        self.stack.pop()  # the _metadata of a state dict, which weights do not need
         self._top(dict)
 
 
@@ -394,7 +396,7 @@ def state_dict(value: Any, where: str) -> StateDict:
 
 
 def _holds_tensors(key: Any, value: Any) -> bool:
-    """Whether what lies beside a wrapped state dict may be weights as well, rather than an optimizer's state or a loss."""
+    """Whether a value beside a wrapped state dict may hold weights, too, and not an optimizer's state or a loss."""
     return (isinstance(value, TensorRef) and math.prod(value.shape) > 1) or (
         key in WRAPPERS and isinstance(value, dict)
     )

@@ -6,13 +6,13 @@ Source: PyTorch's ``torch/serialization.py`` and ``caffe2/serialize/inline_conta
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from .torch_pickle import (
 LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
 MAX_MEMBERS = 100_000
-PROGRAMS = {  # kind -> a member that only such an archive has, and what it is called
+DESCRIPTOR = 24  # bytes of a data descriptor, at most
+PROGRAMS = {  # kind -> a member that only such an archive has, and its name for people
     "pt2": ("/models/model.json", "a program of torch.export"),
     "torchscript": ("/constants.pkl", "TorchScript"),
 }
@@ -48,20 +49,20 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         records: names of small members that go into the metadata, as bytes, where the archive has them.
 
     Raises:
-        UnsafeError: if its pickle asks for code.
-        FormatError: if the archive or the pickle is not sound.
+        UnsafeError: if its pickle would run code.
+        FormatError: if the archive or the pickle is invalid.
         CheckpointError: if it holds something other than tensors.
     """
     file = File(path)
     members = _members(file)
     members = _rooted(members, str(path))
     if _small(file, members, "byteorder", b"little") != b"little":
-        raise FormatError(f"{path}: written on a big-endian machine")
+        raise FormatError(f"{path}: written on a big-endian machine, which gpt2x does not read")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
     saved = load_pickle(pickle, f"{path}: data.pkl")
     found = state_dict(saved, str(path))
     if pickle.read(1):
-        raise FormatError(f"{path}: data.pkl: bytes behind the pickle's end")
+        raise FormatError(f"{path}: data.pkl: extra bytes after the end of the pickle")
     check_overlaps(found.tensors, str(path))
     metadata = {**found.beside, **{name: _small(file, members, name) for name in records if name in members}}
     tensors = one_each(found.tensors, lambda ref: _tensor(file, members, ref))
@@ -77,107 +78,150 @@ def _crc32(value: int, data: bytes) -> int:
     return zlib.crc32(data, value)
 
 
-def _members(file: File) -> dict[str, tuple[int, zipfile.ZipInfo]]:
-    """Every member by name, with the place of its data; stored, once, nothing before, between or behind unaccounted."""
+@dataclass(frozen=True)
+class _Member:
+    """A stored member of an archive: where its bytes are, and their checksum."""
+
+    header: int
+    start: int
+    size: int
+    crc: int
+    descriptor: int  # bytes that may follow the data: a data descriptor
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+
+def _members(file: File) -> dict[str, _Member]:
+    """Every member by name. Each is stored, none is a duplicate, and they cover the archive without gaps."""
+    infos, directory = _central_directory(file)
+    _refuse_programs(file, infos)
+    members: dict[str, _Member] = {}
+    for info in infos:
+        name = info.orig_filename
+        if name in members:
+            raise FormatError(f"{file.path}: duplicate member {name!r}")
+        members[name] = _member(file, info)
+    _check_cover(file, members.values(), directory)
+    return members
+
+
+def _central_directory(file: File) -> tuple[list[zipfile.ZipInfo], int]:
+    """The entries of the archive's directory, and where it begins."""
     try:
         with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
             infos = archive.infolist()
-            directory, comment = archive.start_dir, archive.comment
+            directory = archive.start_dir
+            comment = archive.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, UnicodeDecodeError) as error:
-        raise FormatError(f"{file.path}: not a sound zip archive: {error}") from None
+        raise FormatError(f"{file.path}: not a valid zip archive: {error}") from None
     if file.read(file.size - 22, 4) != b"PK\x05\x06":
-        raise FormatError(f"{file.path}: bytes behind the zip archive's end")
-    if comment or len(infos) > MAX_MEMBERS:
+        raise FormatError(f"{file.path}: extra bytes after the end of the zip archive")
+    if comment:
+        raise FormatError(f"{file.path}: a zip archive with a comment, which PyTorch does not write")
+    if len(infos) > MAX_MEMBERS:
         raise FormatError(
-            f"{file.path}: a zip archive with {'a comment' if comment else 'too many members'}: not PyTorch's"
+            f"{file.path}: a zip archive with {len(infos)} members, which exceeds the limit of {MAX_MEMBERS}"
         )
-    if kind := program_in([info.filename for info in infos]):
+    return infos, directory
+
+
+def _refuse_programs(file: File, infos: Sequence[zipfile.ZipInfo]) -> None:
+    kind = program_in([info.filename for info in infos])
+    if kind:
+        _, name = PROGRAMS[kind]
         raise CheckpointError(
-            f"{file.path}: {PROGRAMS[kind][1]}, of which no weights are read: gpt2x generate and verify run it; else give what it was made from"
+            f"{file.path}: {name}, whose weights gpt2x does not read; run it with gpt2x generate or verify, or convert the checkpoint that it was made from"
         )
-    result: dict[str, tuple[int, zipfile.ZipInfo]] = {}
-    spans = []
-    for info in infos:
-        name = info.orig_filename
-        if name in result:
-            raise FormatError(f"{file.path}: the member {name!r} is there twice")
-        start = _data_start(file, info)
-        spans.append((info.header_offset, start + info.file_size, 24 if info.flag_bits & 8 else 0))
-        result[name] = (start, info)
-    spans.sort()
-    for (_, end, descriptor), (begin, _, _) in itertools.pairwise([(0, 0, 0), *spans, (directory, directory, 0)]):
-        # Between members lies nothing but a data descriptor of up to 24 bytes, where the member says so.
-        if not 0 <= begin - end <= descriptor:
-            raise FormatError(
-                f"{file.path}: not a sound zip archive: {'members overlap' if begin < end else f'stray bytes at {end}'}"
-            )
-    return result
 
 
-def _data_start(file: File, info: zipfile.ZipInfo) -> int:
+def _check_cover(file: File, members: Iterable[_Member], directory: int) -> None:
+    """Between two members lies nothing but a data descriptor, where the first one has it."""
+    end, descriptor = 0, 0
+    for member in sorted(members, key=lambda member: member.header):
+        _check_gap(file, end, member.header, descriptor)
+        end, descriptor = member.end, member.descriptor
+    _check_gap(file, end, directory, descriptor)
+
+
+def _check_gap(file: File, end: int, begin: int, allowed: int) -> None:
+    if begin < end:
+        raise FormatError(f"{file.path}: not a valid zip archive: members overlap")
+    if begin - end > allowed:
+        raise FormatError(f"{file.path}: not a valid zip archive: stray bytes at {end}")
+
+
+def _member(file: File, info: zipfile.ZipInfo) -> _Member:
+    """Check a member's own header against the archive's directory."""
     where = f"{file.path}: the member {info.orig_filename!r}"
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-        raise FormatError(f"{where} is compressed or encrypted; PyTorch stores its members plainly")
+        raise FormatError(f"{where} is compressed or encrypted; PyTorch stores its members uncompressed")
     fields = LOCAL.unpack(file.read(info.header_offset, LOCAL.size))
+    signature, compression = fields[0], fields[3]
     name_length, extra_length = fields[9], fields[10]
-    if fields[0] != b"PK\x03\x04" or fields[3] != 0:
-        raise FormatError(f"{where} has no sound header of its own")
+    if signature != b"PK\x03\x04" or compression != 0:
+        raise FormatError(f"{where} has an invalid header")
     name = file.read(info.header_offset + LOCAL.size, name_length)
-    if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
-        raise FormatError(f"{where} is called otherwise in its own header")
+    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+    if name != info.orig_filename.encode(encoding):
+        raise FormatError(f"{where} has another name in its own header")
     start: int = info.header_offset + LOCAL.size + name_length + extra_length
-    if start + info.file_size > file.size:
-        raise FormatError(f"{where} is cut short")
-    return start
+    end = start + info.file_size
+    if end > file.size:
+        raise FormatError(f"{where} is truncated: it ends at byte {end}, the file has {file.size}")
+    descriptor = DESCRIPTOR if info.flag_bits & 8 else 0
+    return _Member(info.header_offset, start, info.file_size, info.CRC, descriptor)
 
 
-def _rooted(members: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rooted(members: Mapping[str, _Member], where: str) -> dict[str, _Member]:
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise FormatError(f"{where}: a zip archive without PyTorch's data.pkl")
     root = pickles[0].removesuffix("data.pkl")
-    if strays := [name for name in members if not name.startswith(root)]:
-        raise FormatError(f"{where}: the member {strays[0]!r} lies outside {root!r}")
+    for name in members:
+        if not name.startswith(root):
+            raise FormatError(f"{where}: the member {name!r} is outside {root!r}")
     return {name.removeprefix(root): member for name, member in members.items()}
 
 
-def _small(
-    file: File, members: Mapping[str, tuple[int, zipfile.ZipInfo]], name: str, default: bytes | None = None
-) -> bytes:
-    """A small member's bytes, its checksum verified."""
+def _small(file: File, members: Mapping[str, _Member], name: str, default: bytes | None = None) -> bytes:
+    """A small member's bytes; their checksum is verified."""
     if name not in members:
         if default is None:
             raise FormatError(f"{file.path}: no {name} in it")
         return default
-    start, info = members[name]
-    if info.file_size > MAX_PICKLE:
-        raise FormatError(f"{file.path}: {name} has {info.file_size} bytes, too many for what it is")
-    check = Checksum(_crc32, info.CRC, f"{file.path}: {name}")
-    return LazyTensor.in_file(file, start, DTYPES["U8"], (info.file_size,), check).read().tobytes()
+    member = members[name]
+    if member.size > MAX_PICKLE:
+        raise FormatError(f"{file.path}: {name} has {member.size} bytes, which exceeds the limit of {MAX_PICKLE}")
+    check = Checksum(_crc32, member.crc, f"{file.path}: {name}")
+    return LazyTensor.in_file(file, member.start, DTYPES["U8"], (member.size,), check).read().tobytes()
 
 
-def _tensor(file: File, members: Mapping[str, Any], ref: TensorRef) -> LazyTensor:
-    where = f"{file.path}: data/{ref.storage.key}"
-    if f"data/{ref.storage.key}" not in members:
-        raise FormatError(f"{where}: the archive lacks it")
-    start, info = members[f"data/{ref.storage.key}"]
-    itemsize = ref.storage.dtype.itemsize
-    if info.file_size != ref.storage.size * itemsize:
+def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyTensor:
+    name = f"data/{ref.storage.key}"
+    where = f"{file.path}: {name}"
+    if name not in members:
+        raise FormatError(f"{where}: missing from the archive")
+    member = members[name]
+    storage = ref.storage
+    if member.size != storage.size * storage.dtype.itemsize:
         raise FormatError(
-            f"{where}: {info.file_size} bytes, but the pickle speaks of {ref.storage.size} values of {ref.storage.dtype}"
+            f"{where}: {member.size} bytes, but the pickle states {storage.size} values of {storage.dtype}"
         )
-    whole = LazyTensor.in_file(file, start, ref.storage.dtype, (ref.storage.size,), Checksum(_crc32, info.CRC, where))
+    checksum = Checksum(_crc32, member.crc, where)
+    whole = LazyTensor.in_file(file, member.start, storage.dtype, (storage.size,), checksum)
     return part_of(whole, ref)
 
 
 def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
-    """A tensor for each name; what has two names (a tied output) is one tensor, and is seen to be."""
+    """A tensor for each name. Two names of one tensor (a tied ``lm_head``) get the same object."""
     made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
     return {name: made[ref] for name, ref in refs.items()}
 
 
 def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
-    """The tensor that lies in a storage: all of it, or a part (the checksum is over the whole)."""
+    """The tensor in a storage: all of it, or a part (the checksum covers all of it)."""
     if ref.offset == 0 and math.prod(ref.shape) == storage.size:
         return storage.reshape(ref.shape)
     begin = ref.offset * ref.storage.dtype.itemsize
@@ -234,7 +278,7 @@ def write_torch_zip(
 
 
 class _ZipWriter:
-    """Stored members, each aligned, checksums patched in behind the data; zip64 where a place needs it."""
+    """Writes stored members, each aligned. Checksums are patched in after the data; zip64 is used where needed."""
 
     def __init__(self, out: Output, root: str) -> None:
         self.out, self.root = out, root

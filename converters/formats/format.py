@@ -102,7 +102,7 @@ class Format:
         turn: when a directory is searched for them: FIRST, LATER or EXPORTED.
         suffixes: suffixes of its files, by which a lone file in a directory is found.
         suffix_decides: whether the suffix alone tells the format of a file that no first bytes tell.
-        config_file: a file beside the weights that states the configuration in the words of ``codec``.
+        config_file: a file beside the weights that states the configuration, in the format of ``codec``.
         codec: how it spells a configuration.
         embedded: finds the configuration inside an open file.
         vocabulary: finds the tokenizer inside an open file: None, or a function that reads it or raises TokenizerError.

@@ -61,7 +61,7 @@ def embedded(container: Container) -> Embedded | None:
     """The configuration that lies beside the tensors of a file of PyTorch's, if there is one.
 
     Raises:
-        FormatError: if it is not sound.
+        FormatError: if it is invalid.
     """
     text = container.metadata.get(CONFIG_KEY)
     if isinstance(text, str):

@@ -1,4 +1,4 @@
-"""JSON from strangers: no duplicate keys, bounded depth and size."""
+"""Untrusted JSON: no duplicate keys, limited depth and size."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MAX_DIGITS, MAX_DEPTH = 1000, 64  # of a number and of a value in JSON
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """A small JSON file that holds an object."""
+    """Read a small JSON file that holds an object."""
     file = File(path)
     if file.size > limit:
-        raise FormatError(f"{path}: {file.size} bytes is too large for what it should be (at most {limit})")
+        raise FormatError(f"{path}: {file.size} bytes exceeds the limit of {limit}")
     return parse_json(file.read(0, file.size), str(path))
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object with no key twice.
+    """A JSON object without duplicate keys.
 
     Raises:
         FormatError: for anything else.
@@ -33,11 +33,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
-        raise FormatError(f"{where}: not sound JSON: a string that is no text") from None
+        raise FormatError(f"{where}: invalid JSON: a string that is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not sound JSON: {error}") from None
+        raise FormatError(f"{where}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: a JSON object is expected, not {type(value).__name__}")
+        raise FormatError(f"{where}: expected a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -45,29 +45,29 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key[:100]!r} is there twice")
+            raise ValueError(f"duplicate key {key[:100]!r}")
         for text in (key, value):
             if isinstance(text, str):
-                text.encode()  # a lone surrogate is no text
+                text.encode()  # raises for a lone surrogate, which is not valid Unicode
         result[key] = value
     return result
 
 
 def _whole_number(text: str) -> int:
-    if len(text) > MAX_DIGITS:  # Python does not print what has thousands
+    if len(text) > MAX_DIGITS:  # Python does not print longer ones
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what Python may read but then, deeper in its own calls, neither compare nor print."""
+    """Refuse values so deep that Python can read them, but neither compare nor print them."""
     level = [value]
     for _ in range(MAX_DEPTH):
         parts = (x.values() if isinstance(x, dict) else x for x in level)
         level = [x for part in parts for x in part if isinstance(x, dict | list)]
         if not level:
             return
-    raise ValueError(f"values nested more than {MAX_DEPTH} deep")
+    raise ValueError(f"values are nested more than {MAX_DEPTH} deep")
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

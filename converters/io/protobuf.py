@@ -1,4 +1,4 @@
-"""Protocol Buffers, as far as TensorFlow's and ONNX's files need them."""
+"""The parts of Protocol Buffers that TensorFlow's and ONNX's files use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..errors import FormatError
 
 
 def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
-    """An unsigned varint of at most 64 bits, and the position behind it."""
+    """An unsigned varint of at most 64 bits, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(data):
-            raise FormatError(f"{where}: a number is cut short")
+            raise FormatError(f"{where}: truncated number")
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
@@ -20,7 +20,7 @@ def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
             if value >= 2**64:
                 break
             return value, position
-    raise FormatError(f"{where}: a number of more than 64 bits")
+    raise FormatError(f"{where}: a number that does not fit into 64 bits")
 
 
 class Fields:
@@ -40,10 +40,10 @@ class Fields:
                 if tag & 7 == 2:
                     n, position = read_varint(data, position, where)
                 if position + n > len(data):
-                    raise FormatError(f"{where}: a field is cut short")
+                    raise FormatError(f"{where}: truncated field")
                 value, position = data[position : position + n], position + n
             else:
-                raise FormatError(f"{where}: an unknown kind of field ({tag & 7})")
+                raise FormatError(f"{where}: unknown wire type {tag & 7}")
             self.values.setdefault(tag >> 3, []).append(value)
 
     def has(self, field: int) -> bool:
@@ -51,7 +51,7 @@ class Fields:
 
     def numbers(self, field: int) -> list[int]:
         values = self.values.get(field, [])
-        if packed := [v for v in values if isinstance(v, bytes)]:  # repeated numbers may come packed
+        if packed := [v for v in values if isinstance(v, bytes)]:  # repeated numbers may be packed
             return [n for data in packed for n in _unpack(data, self.where)]
         return [v for v in values if isinstance(v, int)]
 
@@ -72,7 +72,7 @@ class Fields:
         return [v for v in values if isinstance(v, bytes)]
 
     def bytes(self, field: int) -> bytes:
-        return b"".join(self.all_bytes(field))  # messages in parts merge by concatenation
+        return b"".join(self.all_bytes(field))  # parts of a message are merged by concatenation
 
     def fixed32(self, field: int) -> int:
         data = (self.all_bytes(field) or [bytes(4)])[-1]

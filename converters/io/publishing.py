@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Write files and directories atomically: they appear whole, or not at all."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ from ..errors import DestinationError
 from .reading import _keep_freed_chunks, check_name
 
 WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
-
-
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-
-
-WAITING = 9  # chunks on their way to the disk
+WAITING = 9  # chunks that wait for the disk
+MAX_KEPT = 1000  # files that are linked into a new directory
 
 
 class Output:
-    """A file being written, sequentially, with room to patch what is already there.
+    """A file that is written sequentially. Bytes already written can be patched.
 
-    A thread of its own writes, so that reading and checksums go on meanwhile; a few chunks wait at most. Its errors
-    come out of a later call, ``close`` at the latest. A signal's handler may raise anywhere in here: a ``SimpleQueue``
-    has no lock of Python's, which would stay locked then.
+    A thread writes, so that reading and checksums continue meanwhile; at most a few chunks wait. Its errors are raised by
+    a later call, at the latest by ``close``. A signal handler may raise anywhere in here: a ``SimpleQueue`` has no Python
+    lock that would stay locked then.
     """
 
     def __init__(self, fd: int) -> None:
@@ -61,7 +58,7 @@ class Output:
         os.fsync(self._fd)
 
     def abandon(self) -> None:
-        """Stop writing, whatever waits."""
+        """Stop writing. What waits is dropped."""
         self._error = self._error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
         self._stop()
 
@@ -100,14 +97,14 @@ class Output:
 
 
 def _start_writeback(fd: int, start: int, end: int) -> None:
-    # The disk works while we read on, so the final fsync is short; and a large result does not fill the page cache.
+    # The disk writes while we read, so the final fsync is short; and a large result does not fill the page cache.
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusals to write into ours."""
+    """Turn OSError into DestinationError."""
     try:
         yield
     except OSError as error:
@@ -115,7 +112,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_free(path: Path, force: bool, directory: bool) -> None:
-    """Refuse a destination that exists, before any work is done.
+    """Refuse a destination that exists, before any other work.
 
     Raises:
         DestinationError: if ``path`` exists and ``force`` is false, or is the wrong kind of thing.
@@ -127,17 +124,19 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
     if not os.path.lexists(path):
         return
     if not (path.is_dir() or path.is_file() or path.is_symlink()):
-        raise DestinationError(f"{path}: is neither a file nor a directory; it is left alone")
+        raise DestinationError(f"{path}: is neither a file nor a directory; choose another name")
     if path.is_dir() != directory:
         kind, wanted = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
-        raise DestinationError(f"{path}: exists already and is {kind}, which is not replaced by {wanted}")
+        raise DestinationError(
+            f"{path}: exists and is {kind}, which cannot be replaced by {wanted}; choose another name"
+        )
     if not force:
-        raise DestinationError(f"{path}: exists already; --force replaces it")
+        raise DestinationError(f"{path}: exists; pass --force to replace it")
 
 
 @contextlib.contextmanager
 def new_file(path: Path, force: bool = False) -> Iterator[Output]:
-    """Write ``path`` whole or not at all.
+    """Write ``path`` atomically.
 
     Raises:
         DestinationError: if it exists and ``force`` is false, or the disk refuses; nothing is then left behind.
@@ -171,10 +170,10 @@ def write_small(directory: Path, files: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterator[Path]:
-    """As ``new_file``, for a library that writes by name: gives the name to write to, which ends as ``path`` does.
+    """As ``new_file``, for a library that writes by name: yields the path to write to, with the same file name.
 
-    Files of the sizes of ``room`` must find their place there first, where the system can tell: what a library does on a
-    full disk is its own affair.
+    There must be room for files of the sizes of ``room``, if the system can tell: libraries differ in how they fail on a
+    full disk.
     """
     check_free(path, force, directory=False)
     folder = _beside(path)
@@ -192,10 +191,10 @@ def staged_file(path: Path, room: Sequence[int], force: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list[str]] | None = None) -> Iterator[Path]:
-    """Stage files in the directory that is yielded; they appear in ``path`` together at the end, or not at all.
+    """Yield a directory to write files into. They appear in ``path`` together at the end, or not at all.
 
-    With ``force``, files of the same names are replaced and any others in ``path`` are left alone. ``rivals`` names
-    files in ``path`` which, left alone, would be taken for part of the result: if one would stay, nothing is written.
+    With ``force``, files of the same names are replaced, and others in ``path`` are kept. ``rivals`` names files in
+    ``path`` that would be read as part of the result: if one of them would be kept, nothing is written.
     """
     check_free(path, force, directory=True)
     path = Path(os.path.abspath(path))
@@ -220,7 +219,7 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
 
 
 def _check_room(folder: Path, sizes: Sequence[int]) -> None:
-    """Raise what the system says of files of these sizes."""
+    """Raise OSError if there is no room for files of these sizes."""
     scratch = [folder / f"room{i}" for i in range(len(sizes))]
     for path, size in zip(scratch, sizes, strict=True):
         with open(path, "wb") as file:
@@ -242,7 +241,7 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
             os.link(temporary, path)  # unlike a rename, fails where a file has appeared meanwhile
             temporary.unlink()
         except FileExistsError:
-            raise DestinationError(f"{path}: has appeared meanwhile; --force replaces it") from None
+            raise DestinationError(f"{path}: was created meanwhile; pass --force to replace it") from None
         except OSError:  # a file system without hard links
             check_free(path, force, directory=False)
             os.replace(temporary, path)
@@ -250,7 +249,7 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
 
 
 def check_tree(path: Path, names: Iterable[Path]) -> None:
-    """Refuse to put files of these relative names into a directory where something else is in their way.
+    """Refuse relative file names that conflict with what is in a directory.
 
     Raises:
         DestinationError: if a folder has the name of a file, a file that of a folder, or a folder is a link.
@@ -260,7 +259,9 @@ def check_tree(path: Path, names: Iterable[Path]) -> None:
             raise DestinationError(f"{path / name}: is a directory, which --force does not replace by a file")
         for above in (path / p for p in name.parents if p.name):
             if above.is_symlink():
-                raise DestinationError(f"{above}: is a link, and nothing is written through it; move it away first")
+                raise DestinationError(
+                    f"{above}: is a symbolic link, and gpt2x does not write through links; move it away first"
+                )
             if above.exists() and not above.is_dir():
                 raise DestinationError(f"{above}: is a file, which --force does not replace by a directory")
 
@@ -280,7 +281,7 @@ def _publish_directory(stage: Path, path: Path, force: bool) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Every file in a tree, relative to it; links are files here."""
+    """Every file in a tree, relative to it. Links count as files."""
     found = (Path(top, name) for top, below, files in os.walk(directory) for name in (*files, *_links(top, below)))
     return [file.relative_to(directory) for file in found]
 
@@ -290,42 +291,53 @@ def _links(top: str, below: list[str]) -> list[str]:
 
 
 def _exchange(stage: Path, path: Path) -> bool:
-    """Put the whole of ``stage`` into the place of ``path`` in one step, with what else was in ``path``.
+    """Replace ``path`` by ``stage`` in one system call, keeping what else is in ``path``.
 
-    That needs Linux (``renameat2``), a folder of not too many files, and nobody who works inside it. False where it
-    cannot be; ``stage`` may then hold links to what was in ``path``.
+    Returns False where that is impossible; ``stage`` may then hold links to files of ``path``. It requires Linux
+    (``renameat2``), a directory of not too many files, and no process that works inside it.
     """
     import ctypes
 
-    kept = [name for name in _files(path) if not os.path.lexists(stage / name)]
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    if renameat2 is None or path.is_symlink() or path.is_mount():
-        return False
-    if len(kept) > 1000 or Path.cwd().is_relative_to(path):
-        return False
+    kept = [name for name in _files(path) if not os.path.lexists(stage / name)]
     folders = [Path(top).relative_to(path) for top, _, _ in os.walk(path)]  # the outer before the inner
-    if any((path / folder).stat().st_uid != os.geteuid() for folder in folders):
-        return False  # a folder of another owner would become ours
+    if renameat2 is None or not _can_exchange(path, kept, folders):
+        return False
     try:
-        for folder in folders:
-            (stage / folder).mkdir(exist_ok=True)
-        for name in kept:
-            os.link(path / name, stage / name, follow_symlinks=False)
-        for folder in reversed(folders):
-            shutil.copystat(path / folder, stage / folder)
-        _sync(stage)
+        _keep_others(stage, path, kept, folders)
     except OSError:  # a file system without hard links
         return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0)
+    result = renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE)
+    return bool(result == 0)
+
+
+def _can_exchange(path: Path, kept: Sequence[Path], folders: Sequence[Path]) -> bool:
+    if path.is_symlink() or path.is_mount():
+        return False
+    if len(kept) > MAX_KEPT or Path.cwd().is_relative_to(path):
+        return False
+    # The new directory is ours. One of another owner would change hands.
+    return all((path / folder).stat().st_uid == os.geteuid() for folder in folders)
+
+
+def _keep_others(stage: Path, path: Path, kept: Sequence[Path], folders: Sequence[Path]) -> None:
+    """Link the files of ``path`` that stay into ``stage``, in directories with the same permissions and times."""
+    for folder in folders:
+        (stage / folder).mkdir(exist_ok=True)
+    for name in kept:
+        os.link(path / name, stage / name, follow_symlinks=False)
+    for folder in reversed(folders):
+        shutil.copystat(path / folder, stage / folder)
+    _sync(stage)
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and a polite kill for the few renames that belong together."""
+    """Delay SIGINT, SIGTERM and SIGHUP during the few renames that belong together."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Not by a mask: the system would hand the signal to another thread, and Python the handler to this one.
+    # A signal mask does not help: the system would deliver to another thread, and Python runs the handler in this one.
     held: list[int] = []
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not None]
     before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in numbers}

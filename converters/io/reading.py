@@ -1,8 +1,7 @@
-"""The only room that touches the disk: positioned reads in, whole files out.
+"""Positioned reads.
 
-Reading is by position into one small buffer, never through a memory map: a mapped page counts as memory, and a file
-that shrinks under a map kills the process. (``File.map`` exists for loading a model, where mapping is the point.)
-Writing goes to a temporary name beside the destination, is synced, and takes its place in one rename.
+Files are read by position into one small buffer, not through a memory map: a mapped page counts as memory, and a file
+that shrinks under a map kills the process. (``File.map`` is for loading a model.)
 """
 
 from __future__ import annotations
@@ -81,21 +80,21 @@ class File:
 
     def _inside(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
-            raise FormatError(f"{self.path}: cut short: bytes {offset} to {offset + size} of {self.size} are asked for")
+            raise FormatError(f"{self.path}: truncated: {offset + size} bytes needed, the file has {self.size}")
 
     def _stamp(self) -> tuple[int, int, int]:
         s = os.fstat(self._fd)
         return s.st_size, s.st_mtime_ns, s.st_ino
 
     def _changed(self) -> FormatError:
-        return FormatError(f"{self.path}: changed while it was being read")
+        return FormatError(f"{self.path}: changed while it was read")
 
 
 class Cursor:
-    """A file, or a stretch of one, read from front to back in small pieces; what is large is skipped, not read.
+    """A file, or a part of one, read sequentially in small pieces; large parts are skipped, not read.
 
     Raises (from every method):
-        FormatError: if the stretch ends before what is asked for does.
+        FormatError: if it is truncated.
     """
 
     def __init__(self, file: File, position: int = 0, end: int | None = None) -> None:
@@ -112,20 +111,20 @@ class Cursor:
         return self._window[begin : begin + size]
 
     def skip(self, size: int) -> int:
-        """Pass over the next bytes; gives where they begin."""
+        """Skip the next bytes. Returns where they begin."""
         if not 0 <= size <= self.end - self.position:
-            raise FormatError(f"{self.file.path}: cut short: {size} bytes are said to follow byte {self.position}")
+            raise FormatError(f"{self.file.path}: truncated: {self.position + size} bytes needed, there are {self.end}")
         begin, self.position = self.position, self.position + size
         return begin
 
     def number(self, form: str) -> Any:
-        """One number, of a type of ``struct`` (with its byte order)."""
+        """One number, in a format of ``struct`` with its byte order."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into ours."""
+    """Turn OSError into FormatError."""
     try:
         yield
     except FileNotFoundError:
@@ -135,26 +134,26 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_name(path: Path) -> None:
-    """Refuse what no file can be called.
+    """Refuse an invalid file name.
 
     Raises:
-        FormatError: if the system has no way to say this name.
+        FormatError: if the system cannot represent it.
     """
     try:
         os.lstat(path)
-    except ValueError:  # a zero byte, or what the system has no encoding for
-        raise FormatError(f"{str(path)[:200]!r}: not a name that a file can have") from None
+    except ValueError:  # a zero byte, or a character without an encoding
+        raise FormatError(f"{str(path)[:200]!r}: not a valid file name") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise FormatError(f"{str(path)[:200]}...: too long for the name of a file") from None
+            raise FormatError(f"{str(path)[:200]}...: too long for a file name") from None
 
 
 def beside(directory: Path, name: str, where: str) -> Path:
-    """The file of this name in a directory, or below: model cards keep weights in folders too.
+    """The file of this name in a directory, or below it.
 
     Raises:
-        UnsafeError: if the name leads out of the directory, or through a folder that is a link to elsewhere. (The file
-            itself may be one: the Hub's cache has them.)
+        UnsafeError: if the name leads out of the directory, or through a directory that is a link to another place. (The
+            file itself may be a link, as in the Hub's cache.)
     """
     leaves = not name or name.startswith("/") or "\\" in name or re.search(r"(^|/)\.\.?(/|$)", name)
     if not leaves and name.isprintable() and len(name) <= 200:
@@ -166,6 +165,6 @@ def beside(directory: Path, name: str, where: str) -> Path:
 
 @functools.cache
 def _keep_freed_chunks() -> None:
-    # glibc gives freed megabytes back to the system, and every fresh one then costs 256 page faults: a third of a
-    # conversion's time. One large block (never touched, so it takes no memory), freed at once, teaches it to keep them.
+    # glibc returns freed megabytes to the system, and each new one then costs 256 page faults: a third of a conversion's
+    # time. After one large block (never touched, so it takes no memory) is freed, glibc keeps them.
     bytes(31 << 20)

@@ -1,7 +1,8 @@
-"""LevelDB's table format (SSTable), which the index of a TensorFlow checkpoint is."""
+"""LevelDB's table format (SSTable), which TensorFlow's index files have."""
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Mapping
 
@@ -12,40 +13,26 @@ from .publishing import Output
 from .reading import File
 
 MAGIC = 0xDB4775248B80FB57
-
-
 FOOTER = 48
-
-
 TRAILER = 5  # a byte for the compression, four for the checksum
-
-
 RESTART_INTERVAL = 16  # TensorFlow's, and so are the next two
-
-
 BLOCK_SIZE = 256 << 10
-
-
 MAX_NAME = 4096
-
-
-MAX_NAMES = 16 << 20  # bytes of all names together, whose beginnings the file may share
-
-
+MAX_NAMES = 16 << 20  # bytes of all names, whose shared prefixes the file stores once
 MAX_INDEX = 64 << 20  # of GPT-2's 1558M: 25 KB
 
 
 def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of an SSTable, in order, every block's checksum verified.
+    """The keys and values of an SSTable, in order. Every block's checksum is verified.
 
     Raises:
-        FormatError: if any byte of it is not as the format says.
+        FormatError: if any byte of it is invalid.
     """
     where = str(file.path)
     if file.size < FOOTER:
-        raise FormatError(f"{where}: {file.size} bytes is too short for a TensorFlow index")
+        raise FormatError(f"{where}: truncated: a TensorFlow index needs {FOOTER} bytes, the file has {file.size}")
     if file.size > MAX_INDEX:
-        raise FormatError(f"{where}: {file.size} bytes is too large for a GPT-2's index")
+        raise FormatError(f"{where}: {file.size} bytes exceed the limit of {MAX_INDEX} for an index")
     data = file.read(0, file.size)
     footer = data[-FOOTER:]
     if struct.unpack("<Q", footer[-8:])[0] != MAGIC:
@@ -59,11 +46,11 @@ def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
     for _, value in _block(data, index, where):
         for key, entry in _block(data, _handle(value, 0, where)[0], where):
             if previous is not None and key <= previous:
-                fault = "there twice" if key == previous else "out of order"
-                raise FormatError(f"{where}: the name {_text(key)} is {fault}")
+                fault = "duplicate name" if key == previous else "name out of order"
+                raise FormatError(f"{where}: {fault} {_text(key)}")
             previous, names = key, names + len(key)
             if names > MAX_NAMES:
-                raise FormatError(f"{where}: more than {MAX_NAMES >> 20} MB of names")
+                raise FormatError(f"{where}: the names exceed the limit of {MAX_NAMES >> 20} MB")
             yield key, entry
 
 
@@ -74,49 +61,70 @@ def _handle(data: bytes, position: int, where: str) -> tuple[tuple[int, int], in
 
 
 def _block(data: bytes, handle: tuple[int, int], where: str) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of one block, after its checksum."""
+    """The entries of one block, after its checksum is verified."""
+    offset, _ = handle
+    block = _verified_block(data, handle, where)
+    yield from _entries(block, f"{where}: the block at {offset}")
+
+
+def _verified_block(data: bytes, handle: tuple[int, int], where: str) -> bytes:
+    """The bytes of a block whose checksum matches, without its trailer."""
     offset, size = handle
     end = offset + size
     if end + TRAILER > len(data) - FOOTER:
-        raise FormatError(f"{where}: a block at {offset} ends behind the file's")
-    block, kind = data[offset:end], data[end]
-    if unmask(struct.unpack_from("<I", data, end + 1)[0]) != crc32c(0, data[offset : end + 1]):
-        raise FormatError(f"{where}: the block at {offset} is damaged (its checksum differs)")
-    if kind:
-        raise FormatError(f"{where}: the block at {offset} is compressed (type {kind}), which TensorFlow never writes")
-    if size < 4:
-        raise FormatError(f"{where}: the block at {offset} is too short")
-    count = struct.unpack_from("<I", block, size - 4)[0]
-    limit = size - 4 - 4 * count
-    if count == 0 or limit < 0:
-        raise FormatError(f"{where}: the block at {offset} has impossible restarts")
-    restarts = struct.unpack_from(f"<{count}I", block, limit)
-    key, position = b"", 0
+        raise FormatError(f"{where}: truncated: the block at {offset} ends after the file")
+    stored = unmask(struct.unpack_from("<I", data, end + 1)[0])
+    if stored != crc32c(0, data[offset : end + 1]):
+        raise FormatError(f"{where}: the block at {offset} is damaged: checksum mismatch")
+    compression = data[end]
+    if compression:
+        raise FormatError(
+            f"{where}: the block at {offset} is compressed (type {compression}), which TensorFlow never does"
+        )
+    return data[offset:end]
+
+
+def _entries(block: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of a block. A key stores only what differs from the key before, except at a restart."""
+    restarts, limit = _restarts(block, where)
     unseen = set(restarts)
-    if restarts[0] != 0 or len(unseen) != count or list(restarts) != sorted(restarts):
-        raise FormatError(f"{where}: the block at {offset} has impossible restarts")
+    key = b""
+    position = 0
     while position < limit:
         start = position
         shared, position = read_varint(block, position, where)
         fresh, position = read_varint(block, position, where)
         length, position = read_varint(block, position, where)
-        if (
-            shared > len(key)
-            or (start in unseen and shared)
-            or position + fresh + length > limit
-            or shared + fresh > MAX_NAME
-        ):
-            raise FormatError(f"{where}: the block at {offset} has an impossible entry at {start}")
+        value_start = position + fresh
+        value_end = value_start + length
+        shares_at_restart = start in unseen and shared > 0
+        if shared > len(key) or shares_at_restart or value_end > limit or shared + fresh > MAX_NAME:
+            raise FormatError(f"{where} has an invalid entry at {start}")
         unseen.discard(start)
-        key = key[:shared] + block[position : position + fresh]
-        position += fresh + length
-        yield key, block[position - length : position]
+        key = key[:shared] + block[position:value_start]
+        position = value_end
+        yield key, block[value_start:value_end]
     if unseen - {0}:
-        raise FormatError(f"{where}: the block at {offset} has a restart that is no entry")
+        raise FormatError(f"{where} has a restart point that is not an entry")
+
+
+def _restarts(block: bytes, where: str) -> tuple[tuple[int, ...], int]:
+    """The restart points at the end of a block, and where its entries end."""
+    if len(block) < 4:
+        raise FormatError(f"{where} is truncated: 4 bytes needed, it has {len(block)}")
+    count = struct.unpack_from("<I", block, len(block) - 4)[0]
+    limit = len(block) - 4 - 4 * count
+    if count == 0 or limit < 0:
+        raise FormatError(f"{where} has an invalid number of restart points: {count}")
+    restarts = struct.unpack_from(f"<{count}I", block, limit)
+    is_ascending = all(a < b for a, b in itertools.pairwise(restarts))
+    if restarts[0] != 0 or not is_ascending:
+        raise FormatError(f"{where} has invalid restart points")
+    return restarts, limit
 
 
 def mask(crc: int) -> int:
-    """LevelDB's mask, so that a checksum of data with checksums in it stays a good one."""
+    """LevelDB's mask: a checksum of data that holds checksums stays reliable."""
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -146,7 +154,7 @@ def write_index(out: Output, entries: Mapping[bytes, bytes], header: bytes = HEA
 
 
 def _write_block(out: Output, entries: list[tuple[bytes, bytes]], interval: int = RESTART_INTERVAL) -> bytes:
-    """Write one block; returns its handle."""
+    """Write one block. Returns its handle."""
     data, restarts, previous = bytearray(), [0], b""
     for i, (key, value) in enumerate(entries):
         if i and i % interval == 0:

@@ -33,7 +33,7 @@ def open_checkpoint(
         n_vocab: truncate a padded vocabulary to this many rows of the token embedding.
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
-        tie: drop an ``lm_head`` that differs from the token embedding.
+        tie: drop an untied ``lm_head``.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.

@@ -35,21 +35,23 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.command(short_help="Convert GPT-2 weights to another format.")
 @click.argument("src")
 @click.argument("dst")
-@click.option("--to", type=WrittenFormat(), help="Format of DST where its name does not say it.")
+@click.option("--to", type=WrittenFormat(), help="Output format (default: inferred from the suffix of DST).")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", *DTYPES]),
     default="keep",
     show_default=True,
-    help="Number format of the weights in DST; q8_0 in GGUF only.",
+    help="Dtype of the weights in DST; q8_0 for GGUF only.",
 )
 @click.option(
-    "--max-shard-size", metavar="SIZE", help="Split a directory's weights into files of at most this, such as 5GB."
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Split the weights into files of at most SIZE, such as 5GB (directories only).",
 )
-@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside SRC says it.")
-@click.option("--n-vocab", type=click.IntRange(min=1), help="Rows of the token embedding to keep, of a padded one.")
-@click.option("--activation-function", help="gelu_new (tanh), gelu (exact), ..., where nothing beside SRC says it.")
-@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Where the tokenizer is, if not beside SRC.")
+@click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if no configuration states it.")
+@click.option("--n-vocab", type=click.IntRange(min=1), help="Truncate a padded vocabulary to N rows.")
+@click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
+@click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -67,7 +69,7 @@ def convert(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Convert the GPT-2 in SRC to DST. Neither TensorFlow nor PyTorch is needed.
+    """Convert the GPT-2 in SRC to DST, without TensorFlow or PyTorch.
 
     \b
       gpt2x convert models/124M gpt2.safetensors
@@ -78,7 +80,7 @@ def convert(
 
     SRC is a weight file of any format that 'gpt2x formats' lists, or a directory with one; hf://OWNER/NAME and
     openai://124M are downloaded. DST ends in .safetensors, .bin or .gguf, or is a directory in Hugging Face's layout; --to
-    names any other format. Every checksum that SRC carries is verified; DST appears whole or not at all.
+    selects any other format. Every checksum in SRC is verified. DST appears whole, or not at all.
     """
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
@@ -130,20 +132,20 @@ def convert(
 def _check_destination(
     src: str, dst: str, to: str | None, dtype: str | None, max_shard_size: str | None, force: bool
 ) -> None:
-    """Refuse what nothing read will change: a DST that is an address, of a format that cannot be, or there already."""
+    """Refuse an invalid or existing DST before anything is read."""
     from converters import DestinationError
     from converters.formats import BY_NAME
     from converters.saving import check_destination
 
     if is_remote(dst):
-        raise DestinationError(f"{dst}: gpt2x uploads nothing; give a file or a directory")
+        raise DestinationError(f"{dst}: gpt2x convert does not upload; pass a file or a directory")
     _, kind = check_destination(dst, to, dtype, max_shard_size)
     if is_remote(src):
         check_before(src, dst, force=force, directory=BY_NAME[kind].is_directory)
 
 
 def summary(facts: dict[str, Any]) -> str:
-    """The result in a few lines."""
+    """The result as text."""
     checked = f", {facts['checksums_verified']} checksums verified" if facts["checksums_verified"] else ""
     lines = [
         f"{facts['source']} -> {facts['destination']}",

@@ -18,13 +18,13 @@ FIELDS = (
 @click.command(short_help="List the supported formats.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def formats(as_json: bool) -> None:
-    """List the formats that are read and written, and what each can hold.
+    """List the formats, and what each can store.
 
     \b
       gpt2x formats
       gpt2x formats --json
 
-    Any of those that are read converts to any of those that are written.
+    Every format that is read converts to every format that is written.
     """
     from converters import FORMATS
 
@@ -35,20 +35,20 @@ def formats(as_json: bool) -> None:
 
 
 def facts(entry: Format) -> dict[str, Any]:
-    """What a format can hold, and how it is asked for."""
+    """The facts of a format, for JSON."""
     return {field: getattr(entry, field) for field in FIELDS}
 
 
 def block(entry: Format) -> str:
-    """The same in a few lines."""
+    """The facts of a format, as text."""
     written = f"written ({entry.ask}): {' '.join(entry.writes)}" if entry.writes else "not written"
     holds = [
         f"configuration {entry.configuration}"
         if entry.configuration
-        else "no configuration: config.json beside it, or --n-head",
+        else "no configuration: needs config.json beside it, or --n-head",
         f"tokenizer {entry.tokenizer}",
         entry.checksums or "no checksums",
-        "an output of its own" if entry.untied else "tied output only",
+        "untied lm_head" if entry.untied else "tied lm_head only",
     ]
     lines = [
         f"{entry.name:<12}{entry.what}: {entry.files}",

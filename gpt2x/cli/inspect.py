@@ -20,18 +20,18 @@ from .text import printable
 @click.option(
     "--precision",
     type=PRECISION,
-    help="Which ONNX model to show; of several by default fp32, or else the first.",
+    help="Precision of the ONNX model to show (default: fp32, or else the first).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool) -> None:
-    """Say what PATH is: format, dialect, sizes, number formats, configuration, checksums; of ONNX, the contract.
+    """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
       gpt2x inspect models/124M
       gpt2x inspect pytorch_model.bin --tensors --json
       gpt2x inspect gpt2-onnx/
 
-    Only names and shapes are read, not the weights. (ONNX Runtime opens an ONNX model, to say what it sees.)
+    Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
     facts = {**everything(runnable(path, None, precision), precision), "path": path}
     if not show_tensors:
@@ -40,7 +40,7 @@ def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool)
 
 
 def everything(path: str, precision: str | None = None) -> dict[str, Any]:
-    """What is to be said of weights, of an ONNX model, or of a directory with both."""
+    """The facts of weights, of an ONNX model, or of a directory with both."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
@@ -50,7 +50,7 @@ def everything(path: str, precision: str | None = None) -> dict[str, Any]:
     try:
         facts = describe(path) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
-        facts = {"path": path}  # no weights of a kind that gpt2x reads, but ONNX
+        facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
 
 
@@ -63,7 +63,7 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
 
     here = contract.models_in(Path(path)) if Path(path).is_dir() else {}
     if precision is None and len(here) > 1 and DEFAULT not in here:
-        precision = next(iter(here))  # one of them is shown, and the others are named
+        precision = next(iter(here))  # one of them is shown; the others are listed
     model = OnnxDecoder(path, precision=precision, optimize=False)
     said = model.metadata.get
     return {
@@ -85,7 +85,7 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Everything that can be said without reading a weight."""
+    """The facts of weights, without reading them."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
@@ -94,9 +94,9 @@ def describe(path: str) -> dict[str, Any]:
         checkpoint = open_checkpoint(path)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
-        checkpoint = open_checkpoint(path, n_head=1)  # any number that divides the width, to see the rest
+        checkpoint = open_checkpoint(path, n_head=1)  # 1 divides any n_embd: shows everything else
         config = {**to_hf(checkpoint.config), "n_head": None}
-    notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: convert it with --n-head",)
+    notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors
     return {
         "path": path,
@@ -119,7 +119,7 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _checksums(text: str) -> dict[str, str]:
-    """What a model says of its source, if that is of the right kind."""
+    """The checksums of a model's source; none if they are invalid."""
     from converters import FormatError
     from converters.io.json import parse_json
 
@@ -130,14 +130,14 @@ def _checksums(text: str) -> dict[str, str]:
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """The facts for a person."""
+    """The facts as text."""
     rows = (_weights_rows(facts) if "format" in facts else []) + (_onnx_rows(facts["onnx"]) if "onnx" in facts else [])
     return [facts["path"], *(f"  {key:<10} {value}".replace("\n", "\\n") for key, value in rows)]
 
 
 def _blocks(onnx: dict[str, Any]) -> str:
     sizes = f"of {onnx['block_size']}" if onnx["block_size"] else "whole columns"
-    return f"{sizes}, rounded {'by a text' if onnx['rounding'] == 'calibrated' else 'to nearest'}"
+    return f"{sizes}, rounded {'with calibration text' if onnx['rounding'] == 'calibrated' else 'to nearest'}"
 
 
 def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
@@ -167,7 +167,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         k: v for k, v in config.items() if k.startswith(("activation", "layer_norm", "scale", "reorder", "tie"))
     }
     return [
-        ("format", f"{facts['format']}, names of {facts['dialect']}"),
+        ("format", f"{facts['format']}, dialect {facts['dialect']}"),
         (
             "model",
             f"GPT-2{size}, {facts['parameters']:,} parameters in {facts['tensors']} tensors, {facts['bytes']:,} bytes",
@@ -177,7 +177,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         ("switches", ", ".join(f"{k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in switches.items())),
         (
             "checksums",
-            f"{facts['checksums']} of {facts['tensors']} tensors carry one"
+            f"{facts['checksums']} of {facts['tensors']} tensors have one"
             if facts["checksums"]
             else "none in this format",
         ),

@@ -1,4 +1,4 @@
-"""SRC as a path: where it is an address, it is downloaded first."""
+"""SRC as a path: a URL is downloaded first."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PRECISION = click.Choice(list(PRECISIONS))
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is an address, not a path."""
+    """Whether a source is a URL, not a path."""
     return "://" in source
 
 
 def local(source: str, want: Want = "weights") -> str:
-    """The path that a source means.
+    """The path of a source; a URL is downloaded first.
 
     Raises:
-        ConversionError: if it is an address that cannot be fetched from.
+        ConversionError: if the download fails.
     """
     if not is_remote(source):
         _check_meant(source)
@@ -36,10 +36,10 @@ def local(source: str, want: Want = "weights") -> str:
 
 
 def _check_meant(source: str) -> None:
-    """Refuse what is no path here, but looks like the name of a model on the Hub.
+    """Refuse a missing path that looks like the name of a model on the Hub.
 
     Raises:
-        ConversionError: with the address that may have been meant.
+        ConversionError: with the URL of that model.
     """
     import re
     from pathlib import Path
@@ -52,21 +52,21 @@ def _check_meant(source: str) -> None:
     if (hub or short) and not path.exists() and not Path(f"{source}.index").exists():
         address = source if hub else f"{'distilbert' if short and short[1] else 'openai-community'}/{source}"
         raise FormatError(
-            f"{source}: no such file or directory. If the model on the Hugging Face Hub is meant: hf://{address}"
+            f"{source}: no such file or directory. For the model on the Hugging Face Hub, pass hf://{address}"
         )
 
 
 def runnable(source: str, runtime: str | None, precision: str | None = None) -> str:
-    """The path that a source means for a command that runs it: ONNX where there is some, unless torch is asked for."""
+    """The path of a source for a command that runs it: an ONNX model if there is one, unless ``runtime`` is torch."""
     want: Want = "weights" if runtime == "torch" else "onnx" if runtime == "onnx" or precision else "either"
     return local(source, want)
 
 
 def check_before(source: str, target: str, *, force: bool, directory: bool) -> None:
-    """Refuse a destination before a download begins, as it would be refused after it.
+    """Refuse a destination before a download begins, not after it.
 
     Raises:
-        DestinationError: if it exists and is not to be replaced.
+        DestinationError: if it exists and ``force`` is false.
     """
     from pathlib import Path
 

@@ -117,7 +117,7 @@ def test_a_checkpoint_is_complete_by_construction():
         Checkpoint(config=TINY, tensors=tensors)
     assert "missing   h.1.ln_2.bias" in str(error.value)
     assert "unknown   extra" in str(error.value)
-    assert "shape     ln_f.bias is (13, 6), the configuration asks for (6,)" in str(error.value)
+    assert "shape     ln_f.bias is (13, 6), the configuration needs (6,)" in str(error.value)
 
 
 def test_canonical_order_does_not_depend_on_the_file(tmp_path):

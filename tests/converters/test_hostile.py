@@ -128,7 +128,7 @@ def test_names_that_grow_out_of_one_another_take_no_memory(bundle):
     for length in range(4000, 60_000):
         block += varint(length) + b"\x01\0b"
     raw_index(bundle.index, block + struct.pack("<2I", 0, 1))
-    refused(bundle, "impossible entry")
+    refused(bundle, "invalid entry")
 
 
 @pytest.mark.parametrize(("count", "extents"), [(6000, 1), (1, 490_000)])
@@ -164,7 +164,7 @@ def test_a_stray_index_does_not_hide_a_good_file(tmp_path):
 
 def test_a_name_there_twice_among_many_is_found_at_once():
     names = ",".join(f'"{i}":0' for i in range(200_000))
-    with pytest.raises(FormatError, match="there twice"):
+    with pytest.raises(FormatError, match="duplicate"):
         parse_json(f'{{{names},"0":0}}'.encode(), "x")
 
 
@@ -332,7 +332,7 @@ def test_a_tokenizer_json_that_is_unsound_or_not_gpt2s_is_refused(tmp_path, chan
 def test_a_vocabulary_of_one_absurd_id_is_refused_at_once(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a":2147483647}')
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(TokenizerError, match="absurd"):
+    with pytest.raises(TokenizerError, match="exceeds the limit of 1000000"):
         Tokenizer.from_pretrained(tmp_path)
 
 

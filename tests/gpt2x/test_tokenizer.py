@@ -138,7 +138,7 @@ def test_where_there_is_none_the_option_is_named(tmp_path):
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c\n"}, "not a merge of two tokens"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "do not fit together"),
         ({"tokenizer.json": "{}"}, "not a byte-level BPE"),
-        ({"tokenizer.json": "nonsense"}, "not sound JSON"),
+        ({"tokenizer.json": "nonsense"}, "invalid JSON"),
     ],
 )
 def test_a_broken_tokenizer_is_refused(tmp_path, files, match):

@@ -162,13 +162,13 @@ def test_a_handle_past_the_end_is_refused(bundle):
     data = bundle.index.read_bytes()[:-FOOTER]
     footer = varint(10_000) + varint(8) + varint(0) + varint(8)
     bundle.index.write_bytes(data + footer.ljust(40, b"\0") + struct.pack("<Q", MAGIC))
-    refused(bundle, "ends behind the file's")
+    refused(bundle, "ends after the file")
 
 
 def test_an_overlong_number_is_refused(bundle):
     data = bundle.index.read_bytes()[:-FOOTER]
     bundle.index.write_bytes(data + (b"\xff" * 10 + b"\x01").ljust(40, b"\0") + struct.pack("<Q", MAGIC))
-    refused(bundle, "more than 64 bits")
+    refused(bundle, "does not fit into 64 bits")
 
 
 def test_every_flipped_byte_of_an_index_is_refused(bundle):
@@ -200,13 +200,13 @@ RESTART = struct.pack("<2I", 0, 1)
         (ONE + struct.pack("<I", 10_000), 0, "restarts"),
         (ONE + struct.pack("<2I", 3, 1), 0, "restarts"),
         (ONE + struct.pack("<3I", 0, 5, 2), 0, "restart that is no entry"),
-        (ONE + b"\x05\x01\0a" + RESTART, 0, "impossible entry"),
-        (ONE + b"\0\x7f\0a" + RESTART, 0, "impossible entry"),
-        (ONE + b"\0\x01\x7fa" + RESTART, 0, "impossible entry"),
+        (ONE + b"\x05\x01\0a" + RESTART, 0, "invalid entry"),
+        (ONE + b"\0\x7f\0a" + RESTART, 0, "invalid entry"),
+        (ONE + b"\0\x01\x7fa" + RESTART, 0, "invalid entry"),
         (ONE + b"\0\x01\0b\0\x01\0a" + RESTART, 0, "out of order"),
-        (ONE + b"\0\x01\0b\0\x01\0b" + RESTART, 0, "there twice"),
-        (ONE + b"\x80" + RESTART, 0, "impossible entry"),
-        (ONE + b"\xff" * 11 + RESTART, 0, "more than 64 bits"),
+        (ONE + b"\0\x01\0b\0\x01\0b" + RESTART, 0, "duplicate"),
+        (ONE + b"\x80" + RESTART, 0, "invalid entry"),
+        (ONE + b"\xff" * 11 + RESTART, 0, "does not fit into 64 bits"),
     ],
 )  # fmt: skip
 def test_a_block_that_is_not_as_the_format_says_is_refused(bundle, block, kind, match):
@@ -248,11 +248,11 @@ NAME = "model/ln_f/b"
         ({"size": -24}, "negative"),
         ({"size": 20}, "20 bytes, but shape"),
         ({"shape": (7,)}, "24 bytes, but shape"),
-        ({"shape": (2**62, 2**62)}, "impossible shape"),
-        ({"shape": (-1,)}, "impossible shape"),
-        ({"shape": (1,) * 9}, "impossible shape"),
+        ({"shape": (2**62, 2**62)}, "invalid shape"),
+        ({"shape": (-1,)}, "invalid shape"),
+        ({"shape": (1,) * 9}, "invalid shape"),
         ({"dtype": 99}, "data type 99"),
-        ({"offset": 2**62}, "cut short"),
+        ({"offset": 2**62}, "truncated"),
         ({"offset": 0}, "overlaps"),
         ({"crc": 1}, "checksum is"),
     ],
@@ -289,7 +289,7 @@ def test_a_missing_data_file_is_refused(bundle):
 
 def test_a_data_file_that_is_cut_short_is_refused(bundle):
     bundle.data.write_bytes(bundle.data.read_bytes()[:-1])
-    refused(bundle, "cut short")
+    refused(bundle, "truncated")
 
 
 @pytest.fixture

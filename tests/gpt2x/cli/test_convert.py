@@ -177,7 +177,7 @@ def test_a_pipe_sees_no_progress_bar_and_a_terminal_sees_one(here):
 
 def test_inspect_says_what_it_is(gpt2x):
     text = done(gpt2x("inspect", "models/124M")).stdout
-    for word in ("tf, names of openai", "52 x F32", "n_head 6", "52 of 52 tensors carry one", "gelu_new", "tokenizer"):
+    for word in ("tf, dialect openai", "52 x F32", "n_head 6", "52 of 52 tensors have one", "gelu_new", "tokenizer"):
         assert word in text
 
 
@@ -193,7 +193,7 @@ def test_inspect_works_where_the_heads_are_unknown(gpt2x):
     safetensors.numpy.save_file(arrays, "m.safetensors")
     facts = json.loads(done(gpt2x("inspect", "m.safetensors", "--json")).stdout)
     assert facts["config"]["n_head"] is None
-    assert "convert it with --n-head" in facts["notes"][0]
+    assert "pass --n-head to convert it" in facts["notes"][0]
     assert "n_head ?" in done(gpt2x("inspect", "m.safetensors")).stdout
 
 

@@ -574,7 +574,7 @@ def test_an_integer_epsilon_is_accepted(tmp_path, gpt2x):
 def test_an_absurd_number_of_layers_is_not_believed(tmp_path):
     from converters import ConfigError
 
-    with pytest.raises(ConfigError, match="n_layer is 1000000000; more than 1000 are not believed"):
+    with pytest.raises(ConfigError, match="n_layer is 1000000000, which exceeds the limit of 1000"):
         GPT2Config(n_layer=10**9)
 
 

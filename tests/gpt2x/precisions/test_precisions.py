@@ -307,7 +307,7 @@ def test_calibration_has_a_smaller_error_and_is_reported(gpt2x, tmp_path, monkey
         options = ("--precision", kind, "--calibrate", "text", "--json")
         said = json.loads(done(gpt2x("export", SHAKESPEARE, "--onnx", kind, *options)).stdout)
         assert said["verify"][0]["passed"]
-        assert "rounded by a text" in done(gpt2x("inspect", kind)).stdout
+        assert "rounded with calibration text" in done(gpt2x("inspect", kind)).stdout
         source = open_checkpoint(SHAKESPEARE)
         text = "It is not in our stars to hold our destiny, but in ourselves, my lord; for we are underlings. " * 9
         kl = [

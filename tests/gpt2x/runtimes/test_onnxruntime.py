@@ -140,7 +140,7 @@ def test_an_onnx_file_alone_needs_no_gpt2x_metadata_where_config_json_is_near(ti
 def test_inspect_shows_the_contract_and_where_it_came_from(gpt2x, shakespeare):
     out = done(gpt2x("inspect", shakespeare)).stdout
     for words in (
-        "onnx, names of hf",
+        "onnx, dialect hf",
         "1: fp32, growing cache, logits of all",
         "from model.ckpt",
         "model.ckpt.data-00000-of-00001",
@@ -447,7 +447,9 @@ def test_metadata_cannot_forge_a_line(gpt2x, tiny):
 
 def test_an_absurd_number_of_layers_in_the_metadata(gpt2x, tiny):
     said = json.loads(OnnxDecoder(tiny).metadata["gpt2x.config"])
-    assert_all_refuse(gpt2x, with_metadata(tiny, config=json.dumps({**said, "n_layer": 10**9})), "are not believed")
+    assert_all_refuse(
+        gpt2x, with_metadata(tiny, config=json.dumps({**said, "n_layer": 10**9})), "exceeds the limit of 1000"
+    )
     many = gpt2x("inspect", with_metadata(tiny, config=json.dumps({**said, "n_layer": 999})))
     assert_refused(many, "and 3968 more")
 

@@ -277,4 +277,4 @@ def test_b_and_against_together_are_wrong_usage(gpt2x):
 
 def test_a_broken_file_is_one_clear_error(gpt2x):
     Path("b.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:-3])
-    assert_refused(gpt2x("verify", "a.safetensors", "b.safetensors"), "cut short")
+    assert_refused(gpt2x("verify", "a.safetensors", "b.safetensors"), "truncated")
