@@ -27,7 +27,7 @@ td.number {{ font-variant-numeric: tabular-nums; text-align: right }}
 .same {{ color: #06731f }} .different {{ color: #b00020; font-weight: bold }} .unasked {{ color: #777 }}
 code {{ overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
 </style>
-<h1>gpt2x verify: <span class="{verdict}">{verdict}</span></h1>
+<h1>gpt2x verify: <span class="{style}">{verdict}</span></h1>
 <p><code>{a}</code><br>against <code>{b}</code></p>
 <p>{conclusion}</p>
 <table><tr><th>check<th>verdict<th>result<th>what it is</tr>
@@ -70,7 +70,7 @@ EXPLAINED = {
     "ORT_DISABLE_ALL": "the ONNX graph as it is written; all else is run with ORT_ENABLE_ALL",
     "greedy tokens": "the likeliest token at each step",
 }
-WORDS = {True: "same", False: "different", None: "unasked"}
+STYLES = {True: "same", False: "different", None: "unasked"}  # passed -> class
 
 
 def page(report: Report) -> str:
@@ -81,9 +81,11 @@ def page(report: Report) -> str:
     """
     measured = [check for check in report.checks if "max_abs_error" in check.details]
     worst = max((_share(check) for check in measured), default=0.0)
-    answer = "The two are the same, within the bounds." if report.passed else "The two are not shown to be the same."
+    verdict = _word(report.passed, report.inexact)
+    answer = f"The two are {verdict}." if report.passed else "The two are not shown to be the same."
     return PAGE.format(
-        verdict=WORDS[report.passed],
+        verdict=verdict,
+        style=STYLES[report.passed],
         a=_escaped(report.a),
         b=_escaped(report.b),
         conclusion=f"{answer} The worst figure takes {worst:.0%} of its bound." if measured else answer,
@@ -103,6 +105,14 @@ def _escaped(text: str) -> str:
     return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
+def _word(passed: bool | None, inexact: bool) -> str:
+    if passed is None:
+        return ""
+    if not passed:
+        return "different"
+    return "within bounds" if inexact else "same"
+
+
 def _share(check: Check) -> float:
     """How much of its bound the worst metric takes; infinite where a figure is not a number."""
     limits = check.details["limits"]
@@ -111,10 +121,12 @@ def _share(check: Check) -> float:
 
 
 def _check_row(check: Check) -> str:
-    word = WORDS[check.passed]
-    shown = "near tie" if check.details.get("near_tie") else "" if check.passed is None else word
+    style = STYLES[check.passed]
+    shown = _word(check.passed, check.details.get("inexact", False))
+    if check.details.get("near_tie"):
+        shown = "near tie"
     name, result, what = map(_escaped, (check.name, check.result, EXPLAINED.get(check.name, "")))
-    return f'<tr><td>{name}<td class="{word}">{shown}<td>{result}<td>{what}</tr>\n'
+    return f'<tr><td>{name}<td class="{style}">{shown}<td>{result}<td>{what}</tr>\n'
 
 
 def _metrics_row(check: Check) -> str:
