@@ -1,4 +1,4 @@
-"""gpt2x: any GPT-2 weight file in, any format out, and proof that nothing changed.
+"""gpt2x converts GPT-2 weights between all formats, and proves that nothing changed.
 
     from gpt2x import GPT2, SHAKESPEARE, Tokenizer, from_pretrained, generate_text
 
@@ -6,7 +6,7 @@
     tokenizer = Tokenizer.from_pretrained(SHAKESPEARE)
     print(generate_text(model, tokenizer, "ROMEO:", 50))
 
-Names are imported when they are first used, so that what needs no torch loads none.
+Names are imported when they are first used: only what needs torch imports it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 SHAKESPEARE = Path(__file__).parent / "shakespeare"
-"""A small GPT-2 that ships with gpt2x, in OpenAI's layout: 2 million parameters, trained on Shakespeare's plays."""
+"""A small GPT-2 that ships with gpt2x, in OpenAI's format: 2 million parameters, trained on Shakespeare's plays."""
 
 _HOMES = {
     "gpt2x.model": (

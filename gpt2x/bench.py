@@ -1,7 +1,7 @@
-"""How fast an ONNX model is on this machine, and how near it comes to what the memory allows.
+"""The speed, memory and memory-bandwidth utilization of an ONNX model on this machine.
 
-Decoding a token reads every weight once, so that memory is its bound: the same bytes are streamed, by as many threads,
-in the same run. Each combination is measured in a process of its own, which loads nothing but one model.
+Decoding a token reads every weight once, so memory bandwidth limits it: as many bytes are read with as many threads in the
+same run. Each combination is measured in its own process, which loads only one model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import contract
 from .runtimes.onnx_model import find_model
 from .runtimes.onnxruntime import OnnxDecoder
 
-ROUNDS = 5  # prefills, and readings of memory
+ROUNDS = 5  # of prefill, and of reading memory
 
 Run = dict[str, Any]
 
@@ -35,22 +35,21 @@ def bench(
     path: str | Path, precisions: Sequence[str | None], prompt: int, new: int, batches: Sequence[int], threads: int,
     show: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure models of a directory.
+    """Measure the models of a directory.
 
     Args:
-        precisions: which; None is the default one.
-        prompt: tokens in each prompt, drawn at random.
-        new: tokens that are decoded after it.
-        batches: how many such prompts at once.
-        threads: what ONNX Runtime works with.
-        show: called with each result as it comes.
+        precisions: the models; None for the default one.
+        prompt: number of prompt tokens, which are random.
+        new: number of new tokens.
+        batches: batch sizes.
+        threads: number of threads.
+        show: called with each result.
 
     Returns:
         ``{"machine": {...}, "runs": [...]}``. A run has ``precision``, ``cache``, ``prompt``, ``new``, ``batch``;
-        ``load_s``, seconds until the model is loaded; ``ttft_ms``, until the first token is known in a process that has
-        just loaded it; ``prefill_ms``, the same once warm; ``decode_tokens_per_s``, of all rows together; ``rss_mb``, the
-        peak memory of the process; ``bandwidth_share``, the time it takes to read the file of weights' bytes, as a share
-        of the time of a step.
+        ``load_s``, the time to load the model; ``ttft_ms``, the time to the first token in a new process; ``prefill_ms``,
+        the same after warm-up; ``decode_tokens_per_s``, of all rows together; ``rss_mb``, the peak memory of the
+        process; ``bandwidth_share``, the time to read as many bytes as the weights have, divided by the time of a step.
 
     Raises:
         ConversionError: if a model cannot be opened or run.
@@ -65,7 +64,7 @@ def bench(
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that was measured."""
     import onnxruntime
 
     return {
@@ -91,7 +90,7 @@ def _in_a_process(task: dict[str, Any]) -> Run:
         answer = json.loads(done.stdout)
     except ValueError:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise ConversionError(f"{task['path']}: measuring it failed: {last[0]}") from None
+        raise ConversionError(f"{task['path']}: measuring failed: {last[0]}") from None
     if "error" in answer:
         raise ConversionError(answer["error"])
     run: Run = answer
@@ -99,7 +98,7 @@ def _in_a_process(task: dict[str, Any]) -> Run:
 
 
 def measure(path: str, prompt: int, new: int, batch: int, threads: int) -> Run:
-    """One run, in this process."""
+    """Measure one run in this process."""
     start = time.perf_counter()
     decoder = OnnxDecoder(path, threads=threads)
     load = time.perf_counter() - start
@@ -107,7 +106,7 @@ def measure(path: str, prompt: int, new: int, batch: int, threads: int) -> Run:
     positions = np.tile(np.arange(prompt), (batch, 1))
     prefills = []
     for _ in range(1 + ROUNDS):
-        cache = None  # before the next takes its room
+        cache = None  # free it before the next prefill
         start = time.perf_counter()
         logits, cache = decoder.step(ids, None, positions, None)
         tokens = logits.argmax(-1)[:, None]
@@ -135,13 +134,13 @@ def measure(path: str, prompt: int, new: int, batch: int, threads: int) -> Run:
 
 
 def weights_of(decoder: OnnxDecoder) -> int:
-    """How many bytes a model's file of weights has."""
+    """The size of a model's file of weights in bytes."""
     data = decoder.path.parent / contract.data_file(decoder.precision)
     return (data if data.is_file() else decoder.path).stat().st_size
 
 
 def streaming(size: int, threads: int) -> float:
-    """Seconds that it takes to read so many bytes of memory, each thread a part of them."""
+    """The seconds to read so many bytes of memory, split among the threads."""
     values = np.ones(max(1, size // 4), np.float32)
     parts, seconds = np.array_split(values, threads), []
     with ThreadPoolExecutor(threads) as pool:
@@ -158,14 +157,14 @@ def _peak_memory() -> int:
     for line in status.read_text().splitlines() if status.is_file() else []:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    import resource  # which Windows has not
+    import resource  # missing on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plot(result: dict[str, Any]) -> bytes:
-    """The decoding of every run as a PNG: a group of bars a batch, a bar a precision. Needs matplotlib."""
+    """Plot the decoding speed of every run as a PNG: a group for each batch size, a bar for each precision. Needs matplotlib."""
     import io
 
     from matplotlib.figure import Figure

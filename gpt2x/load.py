@@ -1,4 +1,4 @@
-"""Checkpoint -> GPT2, and back. Loading maps the file where its bytes are the model's own; nothing is copied then."""
+"""Checkpoint -> GPT2, and back. Loading maps the file if its bytes are the model's own; then nothing is copied."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TORCH_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16"
 
 
 def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
-    """Fill ``model`` with the weights of a file of any known format, and put it into eval mode.
+    """Fill ``model`` with the weights of a file of any supported format, and put it into eval mode.
 
-    The file is mapped privately: pages are read when they are used, and training the model never writes the file.
+    The file is memory-mapped privately: pages are read when they are used, and training the model never writes the file.
 
     Args:
-        model: takes the weights; its dtype and device stay.
-        path: whatever ``gpt2x convert`` reads. A file without a configuration is taken to be of the model's own.
-        tie: drop an ``lm_head`` that differs from the token embedding.
+        model: receives the weights; its dtype and device stay.
+        path: anything that ``gpt2x convert`` reads. A file without a configuration is assumed to have the model's own.
+        tie: drop an untied ``lm_head``.
 
     Returns:
         The same object.
 
     Raises:
-        CheckpointError: if shapes or switches of the file differ from the model's.
+        CheckpointError: if shapes or the configuration of the file differ from the model's.
         ConversionError: if the file cannot be read as a GPT-2.
     """
     try:
@@ -39,13 +39,14 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
     except UnknownHeadsError:
         checkpoint = open_checkpoint(path, n_head=model.config.n_head, tie=tie)
     names = None if checkpoint.stated else (*SIZES, "tie_word_embeddings")
-    if faults := checkpoint.config.differences(model.config, names):
-        raise CheckpointError.listing(f"{path}: another GPT-2 than the model it should go into", faults)
+    faults = checkpoint.config.differences(model.config, names)
+    if faults:
+        raise CheckpointError.listing(f"{path}: does not fit into this model", faults)
     return fill(model, checkpoint).eval()
 
 
 def from_pretrained(path: str | Path, *, n_head: int | None = None, tie: bool = False) -> GPT2:
-    """A model in eval mode with the configuration and the weights of a file of any known format.
+    """Return a model in eval mode with the configuration and the weights of a file of any supported format.
 
     Raises:
         ConversionError: if the file cannot be read as a GPT-2.
@@ -54,14 +55,14 @@ def from_pretrained(path: str | Path, *, n_head: int | None = None, tie: bool = 
 
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> GPT2:
-    """A model in eval mode over an opened checkpoint."""
+    """Return a model in eval mode with the weights of an open checkpoint."""
     with torch.device("meta"):
-        model = GPT2.from_config(checkpoint.config).to(dtype)
+        model = GPT2(checkpoint.config).to(dtype)
     return fill(model, checkpoint, torch.device("cpu")).eval()
 
 
 def fill(model: GPT2, checkpoint: Checkpoint, device: torch.device | None = None) -> GPT2:
-    """Put the weights of a checkpoint of the same shapes into a model."""
+    """Put the weights of a checkpoint with the same shapes into a model."""
     like = model.wte.weight
     state = {name: tensor.to(device or like.device, like.dtype) for name, tensor in state_of(checkpoint).items()}
     model.load_state_dict(state, assign=True)
@@ -69,7 +70,7 @@ def fill(model: GPT2, checkpoint: Checkpoint, device: torch.device | None = None
 
 
 def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Canonical name -> tensor, mapped from the file where that is possible."""
+    """Canonical name -> tensor, memory-mapped from the file if possible."""
     return {name: _tensor(tensor) for name, tensor in checkpoint.tensors.items()}
 
 
@@ -79,9 +80,10 @@ def _tensor(tensor: LazyTensor) -> Tensor:
 
 
 def checkpoint_of(model: GPT2, tokenizer: str | Path | None = None) -> Checkpoint:
-    """A model as a checkpoint that ``converters.save_checkpoint`` writes.
+    """Return a model as a checkpoint that ``converters.save_checkpoint`` writes.
 
-    ``tokenizer`` is a directory, or a GGUF file, whose tokenizer goes into a result that holds one.
+    Args:
+        tokenizer: a directory, or a GGUF file, with the tokenizer to write beside the weights.
     """
     found = tokenizer_in(Path(tokenizer)) if tokenizer is not None else None
     tensors = {name: _lazy(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Memory that a process keeps although nothing in it is used. Standard library only."""
+"""Returning free memory to the system. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import sys
 
 
 def give_back() -> None:
-    """Return free memory to the system, which the C library keeps otherwise. Takes some milliseconds at most."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    """Return free memory, which the C library would keep, to the system. Takes a few milliseconds."""
+    if sys.platform != "linux":
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # musl has no such function
+        return
+    trim(0)

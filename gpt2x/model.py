@@ -10,8 +10,7 @@ Sources: "Language Models are Unsupervised Multitask Learners" (2019); OpenAI's 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +31,14 @@ Cache = List[Tuple[Tensor, Tensor]]  # one (key, value) a layer, each (B, H, P, 
 
 
 class GeluFast(nn.Module):
-    """``gelu_fast`` of transformers: the tanh form with its constants rounded."""
+    """``gelu_fast`` of transformers: the tanh approximation with rounded constants."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 
 def activation(name: str) -> nn.Module:
-    """The activation that ``activation_function`` names."""
+    """The activation of a value of ``activation_function``."""
     table: dict[str, nn.Module] = {
         "gelu_new": nn.GELU(approximate="tanh"),
         "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
@@ -53,7 +52,7 @@ def activation(name: str) -> nn.Module:
 
 
 class Table(nn.Module):
-    """A row for each id: an embedding, whose rows can also be the output's weights. Initialised by the model."""
+    """An embedding, which also serves as an untied ``lm_head``. The model initializes it."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Table(nn.Module):
 
 
 class Projection(nn.Module):
-    """``x @ weight + bias`` with ``weight`` kept ``[in, out]``."""
+    """``x @ weight + bias``, with ``weight`` stored as ``[in, out]``."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -85,15 +84,15 @@ def attention(
     scale: float,
     drop: float,
 ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
-    """Scaled dot-product attention over the cache and the new tokens. The ONNX export swaps in ONNX's own operator.
+    """Scaled dot-product attention over the cache and the new tokens. The ONNX export replaces it.
 
     Args:
-        q, k, v: (B, T, C) each; q may be that of the last token alone.
+        q, k, v: (B, T, C) each; q may hold the last token only.
         past: keys and values (B, H, P, D) of earlier tokens.
-        mask: (B, 1, T, S) or (T, S), true where a token may look; None where plain causality is enough.
+        mask: (B, 1, T, S) or (T, S), true where a token may attend; None for a plain causal mask.
 
     Returns:
-        One (B, T, C) for each q, and the keys and values (B, H, S, D) of all tokens.
+        The output (B, T, C), with one row for each query, and the keys and values (B, H, S, D) of all tokens.
     """
     B, T, C = q.shape
     q = q.view(B, -1, n_head, C // n_head).transpose(1, 2)  # (B, H, T, D)
@@ -128,7 +127,7 @@ class Attention(nn.Module):
         if last:
             q = q.narrow(1, -1, 1)  # (B, 1, C)
             mask = mask.narrow(-2, -1, 1) if mask is not None else None
-        if self.upcast:  # the cache is float32 then, too
+        if self.upcast:  # the cache is then float32, too
             q, k, v = q.float(), k.float(), v.float()
         drop = self.drop if self.training else 0.0
         y, present = attention(q, k, v, past, mask, self.n_head, self.scale, drop)
@@ -170,10 +169,34 @@ class Block(nn.Module):
         return x, present
 
 
+def sizes_to_config(
+    vocab_size: int,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    ffn_dim: int,
+    max_len: int,
+    drop_rate: float = DROP_RATE,
+    **switches: Any,
+) -> GPT2Config:
+    """The configuration of a ``GPT2`` with these arguments."""
+    rates = {"resid_pdrop": drop_rate, "embd_pdrop": drop_rate, "attn_pdrop": drop_rate}
+    return GPT2Config(
+        n_vocab=vocab_size,
+        n_embd=embed_dim,
+        n_layer=num_layers,
+        n_head=num_heads,
+        n_inner=ffn_dim,
+        n_ctx=max_len,
+        **{**rates, **switches},
+    )
+
+
 class GPT2(nn.Module):
-    """The GPT-2 language model.
+    """The GPT-2 language model: ``GPT2(config)``, or ``GPT2(50257, 768, 12, 12, 3072, 1024, 0.1)``.
 
     Args:
+        config: a ``GPT2Config``, in place of all other arguments.
         vocab_size: rows of the token embedding.
         embed_dim: width of the residual stream.
         num_layers: blocks.
@@ -184,9 +207,12 @@ class GPT2(nn.Module):
         switches: any other field of ``GPT2Config``, such as ``activation_function="gelu"``.
 
     Raises:
-        ConfigError: if these cannot make a GPT-2.
+        ConfigError: if the sizes do not fit together.
     """
 
+    @overload
+    def __init__(self, config: GPT2Config, /) -> None: ...
+    @overload
     def __init__(
         self,
         vocab_size: int,
@@ -195,20 +221,16 @@ class GPT2(nn.Module):
         num_heads: int,
         ffn_dim: int,
         max_len: int,
-        drop_rate: float = DROP_RATE,
+        drop_rate: float = ...,
         **switches: Any,
-    ) -> None:
+    ) -> None: ...
+    def __init__(self, *sizes: Any, **named: Any) -> None:
         super().__init__()
-        rates = {"resid_pdrop": drop_rate, "embd_pdrop": drop_rate, "attn_pdrop": drop_rate}
-        self.config = config = GPT2Config(
-            n_vocab=vocab_size,
-            n_embd=embed_dim,
-            n_layer=num_layers,
-            n_head=num_heads,
-            n_inner=ffn_dim,
-            n_ctx=max_len,
-            **{**rates, **switches},
-        )
+        if len(sizes) == 1 and isinstance(sizes[0], GPT2Config) and not named:
+            config = sizes[0]
+        else:
+            config = sizes_to_config(*sizes, **named)
+        self.config = config
         self.n_ctx = config.n_ctx
         self.wte = Table(config.n_vocab, config.n_embd)
         self.wpe = Table(config.n_ctx, config.n_embd)
@@ -216,16 +238,14 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = None if config.tie_word_embeddings else Table(config.n_vocab, config.n_embd)
-        if not self.wte.weight.is_meta:  # there, a model waits for weights
+        # On the meta device, the model waits for the weights of a checkpoint.
+        if not self.wte.weight.is_meta:
             self._initialise()
 
     @classmethod
     def from_config(cls, config: GPT2Config) -> GPT2:
-        """A newly initialised model of this configuration."""
-        rest = asdict(config)
-        names = ("n_vocab", "n_embd", "n_layer", "n_head", "n_inner", "n_ctx")
-        vocab, width, layers, heads, ffn, context = (rest.pop(name) for name in names)
-        return cls(vocab, width, layers, heads, ffn, context, **rest)
+        """The same as ``GPT2(config)``."""
+        return cls(config)
 
     def _initialise(self) -> None:
         # OpenAI's model.py: normal(0.02) for weights, normal(0.01) for positions, zero biases, unit gains. The paper
@@ -246,16 +266,16 @@ class GPT2(nn.Module):
         position_ids: Optional[Tensor] = None,
         past: Optional[List[Tuple[Tensor, Tensor]]] = None,
     ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
-        """One pass over new tokens, on top of the cache of earlier ones.
+        """Run the model on new tokens, with the cache of earlier ones.
 
         Args:
             input_ids: int64 (B, T).
-            attention_mask: (B, P + T), 0 where a slot holds padding; None means no padding. Causality follows the slot.
-            position_ids: int64 (B, T), each below ``max_len``; by default the count of real tokens before each.
-            past: the cache that an earlier call returned: a (key, value) a layer, each (B, H, P, D).
+            attention_mask: (B, P + T), 0 for a slot with padding; None for no padding. The causal mask follows the slots.
+            position_ids: int64 (B, T), each below ``max_len``; by default the number of tokens before each.
+            past: the cache that an earlier call returned: one (key, value) for each layer, each (B, H, P, D).
 
         Returns:
-            logits (B, T, V), and the cache that now holds P + T slots.
+            The logits (B, T, V), and the cache of P + T slots.
 
         Raises:
             ValueError: if the tokens do not fit into the context.
@@ -271,7 +291,7 @@ class GPT2(nn.Module):
         past: Optional[List[Tuple[Tensor, Tensor]]] = None,
         last: bool = False,
     ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
-        """As ``forward``, but the final hidden states (B, T, C) in place of the logits.
+        """As ``forward``, but returns the final hidden states (B, T, C) instead of the logits.
 
         With ``last``, only those of the last token, (B, 1, C): the last block computes no others.
         """
@@ -299,13 +319,13 @@ class GPT2(nn.Module):
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, P:]  # (B, T)
 
     def _mask(self, attention_mask: Optional[Tensor], P: int, T: int, like: Tensor) -> Optional[Tensor]:
-        """Which slots each new token may see, (B, 1, T, S) or (T, S); None where plain causality is enough."""
+        """The slots that each new token may attend to, (B, 1, T, S) or (T, S); None for a plain causal mask."""
         if attention_mask is None and (P == 0 or T == 1):
             return None
         query = torch.arange(P, P + T, device=like.device).unsqueeze(1)  # (T, 1)
         key = torch.arange(P + T, device=like.device).unsqueeze(0)  # (1, S)
         mask = key <= query  # (T, S)
         if attention_mask is not None:
-            # A padding slot still sees itself, so that no softmax runs over nothing.
+            # A padding slot attends to itself: a softmax over no slot would be NaN.
             mask = mask & ((attention_mask != 0).unsqueeze(1).unsqueeze(1) | (key == query))  # (B, 1, T, S)
         return mask

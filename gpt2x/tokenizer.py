@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: text <-> ids. The byte-level BPE itself is the ``tokenizers`` library's."""
+"""GPT-2's tokenizer: text <-> ids. The ``tokenizers`` library does the byte-level BPE."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from converters.tokenizer import END_OF_TEXT, TokenizerFiles, Vocabulary, build
 
 
 class Tokenizer:
-    """Byte-level BPE with ``<|endoftext|>`` as one token. Equal to transformers' ``GPT2Tokenizer``, id for id.
+    """Byte-level BPE with ``<|endoftext|>`` as one token. It returns the same ids as transformers' ``GPT2Tokenizer``.
 
     Args:
         vocab: token -> id, tokens written in GPT-2's byte alphabet.
-        merges: the pairs to merge, most urgent first.
+        merges: the pairs to merge, in order of priority.
 
     Raises:
         TokenizerError: if the two do not fit together.
@@ -30,9 +30,9 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer in a directory, beside a weight file, or in it (GGUF).
+        """Load the tokenizer in a directory, beside a weight file, or inside it (GGUF).
 
-        ``tokenizer.json`` goes before ``vocab.json`` with ``merges.txt``, and these before ``encoder.json`` with
+        ``tokenizer.json`` takes precedence over ``vocab.json`` with ``merges.txt``, and these over ``encoder.json`` with
         ``vocab.bpe``.
 
         Raises:
@@ -42,16 +42,16 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, found: TokenizerFiles) -> Tokenizer:
-        """The tokenizer of files that ``find_tokenizer`` found."""
+        """Load the tokenizer that ``find_tokenizer`` found."""
         tokenizer = cls.__new__(cls)
         tokenizer._use(found.vocabulary())
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. A lone surrogate, which is no text, becomes U+FFFD."""
-        sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return list(self._backend.encode(sound, add_special_tokens=False).ids)
+        """Return the ids of a text. A lone surrogate, which is not valid text, becomes U+FFFD."""
+        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return list(self._backend.encode(valid, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))

@@ -13,32 +13,32 @@ from .source import local
 from .text import need, printable
 
 HEAD = (
-    "precision  batch  prefill, ms  first token, ms  decode, tokens/s  of the memory's bound  load, s  peak memory, MB"
+    "precision  batch  prefill, ms  first token, ms  decode, tokens/s  bandwidth utilization  load, s  peak memory, MB"
 )
 
 
 @click.command(short_help="Measure speed and memory of ONNX models.")
 @click.argument("model")
-@click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens in each prompt.")
-@click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded after it.")
-@click.option("--batch", default="1", show_default=True, metavar="LIST", help="Prompts at once, such as 1,4,16.")
-@click.option("--precision", metavar="LIST", help="Which ONNX models; by default all that are there.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="By default as many as there are cores.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the figures as JSON; - is the terminal.")
-@click.option("--plot", "plot_file", metavar="FILE.png", help="Write a plot of the decoding speeds.")
-@click.option("--force", is_flag=True, help="Replace the files of --json and --plot.")
+@click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Number of prompt tokens.")
+@click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Number of new tokens.")
+@click.option("--batch", default="1", show_default=True, metavar="LIST", help="Batch sizes, such as 1,4,16.")
+@click.option("--precision", metavar="LIST", help="Precisions to measure (default: all in MODEL).")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads (default: one for each core).")
+@click.option("--json", "json_file", metavar="FILE", help="Write the results as JSON (- for stdout).")
+@click.option("--plot", "plot_file", metavar="FILE.png", help="Write a plot of the decoding speed.")
+@click.option("--force", is_flag=True, help="Overwrite the files of --json and --plot.")
 def bench(
     model: str, prompt: int, new: int, batch: str, precision: str | None, threads: int | None, json_file: str | None,
     plot_file: str | None, force: bool,
 ) -> None:  # fmt: skip
-    """Measure the ONNX models in MODEL on this machine: speed, memory, and the share of the memory's speed they reach.
+    """Measure the ONNX models in MODEL: speed, memory, and memory-bandwidth utilization.
 
     \b
       gpt2x bench gpt2-onnx/
       gpt2x bench gpt2-onnx/ --prompt 900 --new 64 --batch 1,4,16 --json bench.json --plot bench.png
 
-    Each model is run with random prompts in a process of its own. Decoding reads every weight for each token: the bound is
-    how fast as many bytes can be read, measured in the same run.
+    Each model runs on random prompts in its own process. Decoding reads every weight for each token. Utilization is the
+    time to read as many bytes from memory, measured in the same run, divided by the time of a decoding step.
     """
     from converters import ConversionError
     from converters.io.publishing import check_free, new_file
@@ -52,13 +52,13 @@ def bench(
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)
     if plot_file:
-        need("matplotlib", extra="verify")  # before the work, not after it
+        need("matplotlib", extra="verify")  # before the measurements
     model = local(model, "onnx")
     here: list[str | None] = [*contract.models_in(Path(model))] if Path(model).is_dir() else []
     kinds = [part.strip() for part in precision.split(",")] if precision else here or [None]
     n_ctx = min(OnnxDecoder(model, precision=kind, optimize=False).n_ctx for kind in kinds)
     if prompt + new > n_ctx:
-        raise ConversionError(f"--prompt {prompt} and --new {new} do not fit into the context of {n_ctx}")
+        raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
     if json_file != "-":
         click.echo(HEAD)
 
@@ -82,14 +82,14 @@ def _numbers(text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"--batch is a list of numbers, such as 1,4,16; not {text!r}") from None
+        raise click.UsageError(f"--batch takes a list of integers, such as 1,4,16; not {text!r}") from None
     if min(numbers) < 1:
-        raise click.UsageError("--batch: at least one prompt is needed")
+        raise click.UsageError("--batch: each batch size must be at least 1")
     return numbers
 
 
 def row(run: dict[str, Any]) -> str:
-    """The figures of one run, under ``HEAD``."""
+    """The results of one run, under ``HEAD``."""
     return (
         f"{run['precision']:<9}  {run['batch']:>5}  {run['prefill_ms']:>11.1f}  {run['ttft_ms']:>15.1f}  "
         f"{run['decode_tokens_per_s']:>16.1f}  {run['bandwidth_share']:>21.0%}  {run['load_s']:>7.2f}  {run['rss_mb']:>15.0f}"

@@ -21,12 +21,12 @@ STEPS = (
 )
 
 
-@click.command(short_help="Run an end-to-end demo on the model that ships with gpt2x.")
+@click.command(short_help="Run an end-to-end demo.")
 @click.pass_context
 def demo(ctx: click.Context) -> None:
-    """Walk the main road on the small model that ships with gpt2x.
+    """Run an end-to-end demo with the small model that ships with gpt2x.
 
-    Everything happens in a temporary folder, which is removed at the end.
+    It works in a temporary folder, and removes it at the end.
     """
     import shlex
     import shutil

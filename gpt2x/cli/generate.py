@@ -12,42 +12,45 @@ from .source import PRECISION, runnable
 @click.command(short_help="Continue a prompt.")
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(min=0), default=100, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample from the k likeliest tokens; 0 is off.")
 @click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1),
-    default=1.0,
-    help="Sample from the likeliest tokens that make up p; 1 is off.",
+    "--max-new-tokens",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Maximum number of new tokens.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Makes the text repeatable.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Sampling temperature; 0 for greedy decoding.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, help="Sample from the K likeliest tokens; 0 disables it."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus sampling threshold; 1 disables it.")
+@click.option("--seed", type=click.IntRange(min=0), help="Random seed, for reproducible text.")
 @click.option(
     "--tokenizer",
     "tokenizer_dir",
     metavar="DIR",
-    help="Where the tokenizer is (a directory, or a GGUF file), if not beside the model.",
+    help="Directory (or GGUF file) with the tokenizer (default: beside the model).",
 )
-@click.option(
-    "--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a MODEL that has weights and ONNX."
-)
-@click.option(
-    "--precision",
-    type=PRECISION,
-    help="Which ONNX model of MODEL: fp32, or else the only one.",
-)
-@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside MODEL says it.")
+@click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
+@click.option("--precision", type=PRECISION, help="ONNX model of MODEL to run (default: fp32, or the only one).")
+@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside MODEL.")
 def generate(
     model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
     tokenizer_dir: str | None, runtime: str | None, precision: str | None, n_head: int | None,
 ) -> None:  # fmt: skip
-    """Continue PROMPT with MODEL, which is anything that convert reads or export writes.
+    """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
     \b
       gpt2x generate models/124M "In a shocking finding," --top-k 40 --seed 1
       gpt2x generate gpt2-onnx/ "In a shocking finding," --temperature 0
 
-    A directory with an ONNX model is run by ONNX Runtime, without torch.
+    ONNX Runtime runs a directory with an ONNX model, without torch.
     """
     from converters import TokenizerError
 
@@ -62,10 +65,14 @@ def generate(
         raise click.UsageError(str(error)) from None
     model = runnable(model, runtime, precision)
     try:
-        tokenizer = Tokenizer.from_pretrained(tokenizer_dir or _home(model))  # first: a model takes longer to open
+        tokenizer = Tokenizer.from_pretrained(
+            tokenizer_dir or _home(model)
+        )  # before the model, which takes longer to open
     except TokenizerError:
         if os.path.isdir(model):
-            open_decoder(model, runtime, n_head=n_head, precision=precision)  # is there a model at all?
+            open_decoder(
+                model, runtime, n_head=n_head, precision=precision
+            )  # a missing model is the more important error
         raise
     decoder = open_decoder(model, runtime, n_head=n_head, precision=precision)
     generation = Generation(decoder, [tokenizer.encode(prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
@@ -77,7 +84,9 @@ def generate(
 
 
 def _home(model: str) -> str:
-    """Where a model's tokenizer is: for ``onnx/model.onnx``, the directory above."""
-    above = os.path.dirname(os.path.dirname(os.path.abspath(model)))
-    inside = model.endswith(".onnx") and os.path.basename(os.path.dirname(os.path.abspath(model))) == "onnx"
-    return above if inside and os.path.isfile(model) else model
+    """The directory of a model's tokenizer: for ``onnx/model.onnx``, the one above ``onnx``."""
+    folder = os.path.dirname(os.path.abspath(model))
+    inside = model.endswith(".onnx") and os.path.basename(folder) == "onnx"
+    if inside and os.path.isfile(model):
+        return os.path.dirname(folder)
+    return model

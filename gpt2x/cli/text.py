@@ -1,4 +1,4 @@
-"""What is said on a terminal."""
+"""Printing to a terminal."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import click
 
 
 def need(*modules: str, extra: str) -> None:
-    """Stop, with the line to type, where a module is missing."""
-    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+    """Stop with the command to install a missing module."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
         raise click.ClickException(f"this needs {' and '.join(missing)}: pip install 'gpt2x[{extra}]'")
 
 
 def printable(text: str) -> str:
-    """The same text without the control characters that a file may bring to a terminal."""
+    """Escape control characters, which may come from a file."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr where that is a terminal, nothing elsewhere."""
+    """A progress bar on stderr if that is a terminal; None otherwise."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -13,33 +13,34 @@ from .source import PRECISION, is_remote, local, runnable
 from .text import need, printable
 
 if TYPE_CHECKING:
+    from ..verify.checks import Check
     from ..verify.report import Report
 
 
-@click.command(short_help="Compare two models: weights, logits and greedy tokens.")
+@click.command(short_help="Prove that two models are the same.")
 @click.argument("a")
 @click.argument("b", required=False)
 @click.option(
-    "--against", type=click.Choice(["openai-124M"]), help="Compare with a published release by its checksums."
+    "--against", type=click.Choice(["openai-124M"]), help="Compare with the checksums of a published release."
 )
-@click.option("--text", "text_file", metavar="FILE", help="Text to run both on; by default a scene of Shakespeare's.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - is the terminal.")
+@click.option("--text", "text_file", metavar="FILE", help="Text to run both on (default: a scene of Shakespeare).")
+@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON (- for stdout).")
 @click.option("--report", "html_file", metavar="FILE", help="Write the report as an HTML page with plots.")
-@click.option("--force", is_flag=True, help="Replace the files of --json and --report.")
-@click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run of a B that has weights and ONNX.")
+@click.option("--force", is_flag=True, help="Overwrite the files of --json and --report.")
+@click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if B has both weights and ONNX.")
 @click.option(
     "--precision",
     type=PRECISION,
-    help="Which ONNX model of B (of A, if B has none): fp32, or else the only one.",
+    help="ONNX model of B, or else of A (default: fp32, or the only one).",
 )
-@click.option("--rounded", is_flag=True, help="Compare B's weights with A's rounded as B's file holds each (--dtype).")
-@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, where nothing beside the files says it.")
+@click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")
+@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside the files.")
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
     html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool, n_head: int | None,
 ) -> None:  # fmt: skip
-    """Prove that A and B are the same GPT-2: the same weights, the same logits, the same words.
+    """Prove that A and B are the same GPT-2: the same weights, the same logits, the same greedy tokens.
 
     \b
       gpt2x verify models/124M gpt2-onnx/ --report report.html
@@ -48,11 +49,11 @@ def verify(
       gpt2x verify gpt2.safetensors half.safetensors --rounded
       gpt2x verify gpt2-hf/
 
-    A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. Of a directory with
-    weights and ONNX, A means the weights and B the ONNX (but A the ONNX where B has none). Weights are compared byte for byte, and need no torch. Then
-    both are run: in one pass, step by step, in chunks, batched, padded; ONNX with ORT_ENABLE_ALL, and once as it is
-    written (ORT_DISABLE_ALL). Without B, A as gpt2x runs it is compared with
-    transformers, or with a float64 reference where that is missing. Exit code 1 when anything differs.
+    A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. If a directory has weights
+    and ONNX, A means the weights and B the ONNX (if B has no ONNX, A means the ONNX). Weights are compared byte for byte,
+    without torch. Then both run: in one pass, token by token, in chunks, batched, padded. ONNX runs with graph optimizations
+    (ORT_ENABLE_ALL), and once without (ORT_DISABLE_ALL). Without B, gpt2x's model of A is compared with transformers, or with
+    a float64 reference if transformers is missing. The exit code is 1 if anything differs.
     """
     from converters import open_checkpoint
     from converters.io.publishing import check_free
@@ -61,17 +62,17 @@ def verify(
     from ..verify import report as parity
 
     if b and against:
-        raise click.UsageError("give B or --against, not both")
+        raise click.UsageError("B and --against exclude each other")
     for option, given in (("--runtime", runtime), ("--precision", precision), ("--rounded", rounded)):
         if given and not b:
-            raise click.UsageError(f"{option} is about B, which is not given")
+            raise click.UsageError(f"{option} applies to B, which is missing")
     for file in (json_file, html_file):
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)
     if json_file and json_file == html_file:
-        raise click.UsageError("--json and --report cannot write one file")
+        raise click.UsageError("--json and --report must be different files")
     if html_file:
-        need("matplotlib", extra="verify")  # before the work, not after it
+        need("matplotlib", extra="verify")  # before the models run
     text = read_text(text_file) if text_file else None
     named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
     a, b = local(a), runnable(b, runtime, precision) if b else None
@@ -81,7 +82,7 @@ def verify(
         report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head, precision=precision, rounded=rounded)
     else:
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
-            raise click.UsageError(f"{a} is {NAMES[kind]}: say what to compare it with")
+            raise click.UsageError(f"{a} is {NAMES[kind]}: pass B, the model to compare it with")
         report = parity.verify_alone(open_checkpoint(a, n_head=n_head), text)
     report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
     show(report, json_file, html_file, force)
@@ -89,7 +90,7 @@ def verify(
 
 
 def read_text(path: str) -> str:
-    """The first megabyte of a text."""
+    """Read the first megabyte of a text."""
     from converters import FormatError
     from converters.io.reading import File
 
@@ -102,7 +103,7 @@ def read_text(path: str) -> str:
 
 
 def show(report: Report, json_file: str | None, html_file: str | None, force: bool) -> None:
-    """The table on the terminal, and the files that are wanted."""
+    """Print the table, and write the files of --json and --report."""
     from converters.io.publishing import new_file
 
     click.echo(report.to_json() if json_file == "-" else printable(table(report)))
@@ -130,29 +131,53 @@ COLUMNS = {  # metric -> heading and format
 
 
 def table(report: Report) -> str:
-    """The report for a person: a line a check, the metrics of logits in columns, and below a check what failed."""
-    marks = {True: "same", False: "DIFFERENT", None: "-"}
-    lines, headed = [f"{report.a} against {report.b}"], False
+    """The report as text: one line for each check, the metrics of logits in columns, and failures below their check."""
+    lines = [f"{report.a} against {report.b}"]
+    headed = False
     for check in report.checks:
         measured = "max_abs_error" in check.details
-        mark = "near tie" if check.details.get("near_tie") else marks[check.passed]
-        if check.passed and check.details.get("inexact"):
-            mark = "in bounds"
         if measured and not headed:
-            lines.append(" " * 29 + " ".join(f"{head:>{int(form.split('.')[0])}}" for head, form in COLUMNS.values()))
+            lines.append(_heading())
             headed = True
         text = _metrics(check.details) if measured else check.result
-        lines.append(f"  {check.name:<15} {mark:<10} {text}".rstrip())
+        lines.append(f"  {check.name:<15} {_mark(check):<13} {text}".rstrip())
         lines += [f"    {failure}" for failure in check.details.get("failures", [])]
-    failed = ", ".join(check.name for check in report.checks if check.passed is False)
-    inexact = any(check.details.get("inexact") for check in report.checks)
-    passed = "Within the bounds of its number format." if inexact else "The same."
-    verdict = passed if report.passed else f"DIFFERENT: {failed}." if failed else "Nothing was compared."
-    return "\n".join([*lines, verdict])
+    return "\n".join([*lines, _conclusion(report)])
+
+
+def _heading() -> str:
+    heads = [f"{head:>{_width(form)}}" for head, form in COLUMNS.values()]
+    return " " * 32 + " ".join(heads)
+
+
+def _mark(check: Check) -> str:
+    """The result of a check in a word or two."""
+    if check.details.get("near_tie"):
+        return "near tie"
+    if check.passed is None:
+        return "-"
+    if not check.passed:
+        return "DIFFERENT"
+    return "within bounds" if check.details.get("inexact") else "same"
+
+
+def _conclusion(report: Report) -> str:
+    failed = [check.name for check in report.checks if check.passed is False]
+    if failed:
+        return f"DIFFERENT: {', '.join(failed)}."
+    if not report.passed:
+        return "Nothing was compared."
+    return "Within the bounds of its precision." if report.inexact else "The same."
 
 
 def _metrics(details: Mapping[str, Any]) -> str:
-    return " ".join(
-        format(details[name], form) if details[name] is not None else " " * int(form.split(".")[0])
-        for name, (_, form) in COLUMNS.items()
-    )
+    return " ".join(_cell(details[name], form) for name, (_, form) in COLUMNS.items())
+
+
+def _cell(value: float | None, form: str) -> str:
+    return " " * _width(form) if value is None else format(value, form)
+
+
+def _width(form: str) -> int:
+    """The width of a format such as "9.1e"."""
+    return int(form.split(".")[0])

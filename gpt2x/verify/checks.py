@@ -1,4 +1,4 @@
-"""One question of a report and its answer."""
+"""One check of a report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer."""
+    """One check and its result."""
 
     name: str
-    passed: bool | None  # None: not asked, for the reason in ``result``
+    passed: bool | None  # None: not checked, for the reason in ``result``
     result: str
     details: Mapping[str, Any] = field(default_factory=dict)

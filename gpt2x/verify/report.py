@@ -31,7 +31,7 @@ from .checks import Check
 from .metrics import CACHE8, FP32, loosest, measure, widened
 from .sample_text import sample_ids
 from .scenarios import compare_runs, one_pass
-from .weights import _compare_files, compare_release, compare_weights, rounded_like
+from .weights import compare_files, compare_release, compare_weights, rounded_like
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ class Report:
         """Whether something was compared and no check failed."""
         answers = [check.passed for check in self.checks]
         return True in answers and False not in answers
+
+    @property
+    def inexact(self) -> bool:
+        """Whether a model was compared within the bounds of its precision, not for equality up to float32 rounding."""
+        return any(check.details.get("inexact") for check in self.checks)
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -191,7 +196,7 @@ def _verify_programs(
     a: str | Path, b: str | Path, first: Decoder, second: Decoder, text: str | None, n_head: int | None
 ) -> Report:
     """Compare two models of which the first is not a checkpoint. If the second is, it is the reference."""
-    weights = _compare_files(first.path or a, second.path or b, n_head)
+    weights = compare_files(first.path or a, second.path or b, n_head)
     checks = [compare_configs(first.config, second.config), weights]
     if not first.config.differences(second.config, TOKEN_SIZES):
         reference, model = (second, first) if kind_of(b) == "weights" else (first, second)

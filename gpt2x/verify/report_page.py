@@ -133,6 +133,14 @@ def _escaped(text: str) -> str:
     return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
+def _word(passed: bool | None, inexact: bool) -> str:
+    if passed is None:
+        return ""
+    if not passed:
+        return "different"
+    return "within bounds" if inexact else "same"
+
+
 def _share(check: Check) -> float:
     """Return the largest share of its bound that a metric reaches; infinite if one is NaN or infinite."""
     limits = check.details["limits"]

@@ -1,4 +1,4 @@
-"""The tokens that models are compared and checked on."""
+"""The tokens that models are compared on."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from ..tokenizer import Tokenizer
 def sample_ids(
     config: GPT2Config, tokenizer: TokenizerFiles | None, text: str | None = None
 ) -> tuple[Sequence[int], str]:
-    """A full context of real text where the tokenizer is there and fits, else the same arbitrary ids each time.
+    """Return a full context of real text if there is a tokenizer that fits, else the same random ids each time.
 
     A text that is shorter than the context is repeated.
 
     Returns:
-        The ids, and a word on what they are.
+        The ids, and a description of them.
 
     Raises:
-        ConversionError: if a text is given that cannot be used.
+        ConversionError: if ``text`` is given but cannot be used.
     """
+    n = config.n_ctx
     if tokenizer:
-        ids = Tokenizer.from_files(tokenizer).encode(text if text is not None else default_text())
+        ids = Tokenizer.from_files(tokenizer).encode(default_text() if text is None else text)
         if ids and max(ids) < config.n_vocab:
-            name, n = "the built-in scene" if text is None else "the text given", config.n_ctx
-            said = f"the first {n} of {len(ids)} tokens of {name}"
-            if len(ids) < n:
-                said = f"{len(ids)} token{'s' if len(ids) > 1 else ''} of {name}, repeated to {n}"
-            return (ids * (n // len(ids) + 1))[:n], said
+            name = "the built-in scene" if text is None else "the given text"
+            return (ids * (n // len(ids) + 1))[:n], _description(len(ids), n, name)
+    if text is not None and tokenizer:
+        raise ConversionError("the text is empty, or its tokenizer does not fit the model")
     if text is not None:
-        why = (
-            "the text is empty"
-            if tokenizer
-            else "a text needs a tokenizer, and none is beside the models: put one's files there"
-        )
-        raise ConversionError(why)
-    arbitrary = [int(i) for i in np.random.default_rng(0).integers(config.n_vocab, size=config.n_ctx)]
-    return arbitrary, f"{config.n_ctx} arbitrary tokens: no tokenizer that fits is beside the models"
+        raise ConversionError("a text needs a tokenizer: put the tokenizer's files beside one of the models")
+    random = np.random.default_rng(0).integers(config.n_vocab, size=n)
+    return random.tolist(), f"{n} random tokens: no tokenizer that fits is beside the models"
+
+
+def _description(available: int, n: int, name: str) -> str:
+    if available >= n:
+        return f"the first {n} of {available} tokens of {name}"
+    plural = "s" if available > 1 else ""
+    return f"{available} token{plural} of {name}, repeated to {n}"
 
 
 def default_text() -> str:
-    """The first scene of Coriolanus: real text, so that a real model is compared where it lives."""
+    """The first scene of Coriolanus: on real text, logits are those that a model has in use."""
     return resources.files("gpt2x").joinpath("coriolanus.txt").read_text(encoding="utf-8")

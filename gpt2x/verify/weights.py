@@ -1,4 +1,4 @@
-"""The weights of two files, compared byte for byte."""
+"""Comparing the weights of two files byte for byte."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from converters.tensors import F32, F64, LazyTensor
 from .checks import Check
 
 
-def _compare_files(a: str | Path, b: str | Path, n_head: int | None = None) -> Check:
-    """The weights of two files, of which any may be one that weights are not read from."""
+def compare_files(a: str | Path, b: str | Path, n_head: int | None = None) -> Check:
+    """Compare the weights of two files; not compared if they cannot be read from one of them."""
     found = []
     for path in (a, b):
         try:
@@ -36,77 +36,87 @@ def _not_compared(error: ConversionError) -> Check:
 
 
 def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
-    """The first's values as they are after a conversion to what the second's file holds each tensor in, lazily.
+    """Return the first checkpoint with each tensor rounded to the dtype in the second's file, lazily.
 
     Raises (while streaming):
-        ConversionError: if a value does not fit into it.
+        ConversionError: if a value does not fit into the dtype.
     """
-    tensors = {
-        name: _rounded_like(tensor, b.tensors[name], name) if name in b.tensors else tensor
-        for name, tensor in a.tensors.items()
-    }
+    tensors = dict(a.tensors)
+    for name in a.tensors.keys() & b.tensors.keys():
+        tensors[name] = _rounded_like(a.tensors[name], b.tensors[name], name)
     return replace(a, tensors=tensors)
 
 
 def _rounded_like(tensor: LazyTensor, like: LazyTensor, name: str) -> LazyTensor:
     if like.stored is None or tensor.stored == like.stored or tensor.shape != like.shape:
         return tensor.cast(like.dtype, name)
-    # Q8_0, in blocks of a row of the file.
+    # Q8_0: a block is a part of a row in the file.
     if like.transpose_of:
         return through_q8_0(tensor.transposed(), name).transposed()
     return through_q8_0(tensor, name)
 
 
 def compare_weights(a: Checkpoint, b: Checkpoint) -> Check:
-    """Every tensor, byte for byte. Each file is read once."""
+    """Compare every tensor byte for byte. Each file is read once."""
     names = list(dict.fromkeys([*a.tensors, *b.tensors]))
-    faults = {name: fault for name in names if (fault := _difference(a.tensors.get(name), b.tensors.get(name)))}
+    faults = {}
+    for name in names:
+        fault = _difference(a.tensors.get(name), b.tensors.get(name))
+        if fault:
+            faults[name] = fault
     result = f"{len(names) - len(faults)} of {len(names)} tensors bit-identical"
     if faults:
         result += "; " + "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:3])
-    return Check(
-        "weights",
-        not faults,
-        result,
-        {"tensors": len(names), "identical": len(names) - len(faults), "different": faults},
-    )
+    details = {"tensors": len(names), "identical": len(names) - len(faults), "different": faults}
+    return Check("weights", not faults, result, details)
 
 
 def _difference(a: LazyTensor | None, b: LazyTensor | None) -> str | None:
-    if a is None or b is None:
-        return "is only in " + ("the second" if a is None else "the first")
+    if a is None:
+        return "is only in the second"
+    if b is None:
+        return "is only in the first"
     if a.shape != b.shape:
         return f"is {list(a.shape)}, not {list(b.shape)}"
     if a.dtype != b.dtype:
         return f"is {a.dtype}, not {b.dtype} (largest difference {_largest(a, b):.3g})"
-    count, largest, size = 0, 0.0, a.dtype.itemsize
-    for x, y in zip_chunks(whole_items(a.chunks(), size), whole_items(b.chunks(), size)):
-        if x != y:
-            apart = (np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)).reshape(-1, size).any(1)
-            count += int(apart.sum())
-            u, v = (cast_array(as_array(z, a.dtype, (-1,))[apart], a.dtype, F64, "") for z in (x, y))
-            largest = float(np.maximum(largest, np.abs(u - v).max()))  # NaN, where there is one
+    count, largest = _count_differences(a, b)
     return f"differs in {count} values (by {largest:.3g} at most)" if count else None
 
 
+def _count_differences(a: LazyTensor, b: LazyTensor) -> tuple[int, float]:
+    """How many values of two tensors of one shape and dtype differ, and by how much at most."""
+    count, largest = 0, 0.0
+    size = a.dtype.itemsize
+    for x, y in zip_chunks(whole_items(a.chunks(), size), whole_items(b.chunks(), size)):
+        if x == y:
+            continue
+        differs = (np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)).reshape(-1, size).any(1)
+        count += int(differs.sum())
+        u = cast_array(as_array(x, a.dtype, (-1,))[differs], a.dtype, F64, "")
+        v = cast_array(as_array(y, a.dtype, (-1,))[differs], a.dtype, F64, "")
+        largest = float(np.maximum(largest, np.abs(u - v).max()))  # np.maximum keeps a NaN
+    return count, largest
+
+
 def _largest(a: LazyTensor, b: LazyTensor) -> float:
-    return float(np.abs(cast_array(a.read(), a.dtype, F64, "") - cast_array(b.read(), b.dtype, F64, "")).max(initial=0))
+    u = cast_array(a.read(), a.dtype, F64, "")
+    v = cast_array(b.read(), b.dtype, F64, "")
+    return float(np.abs(u - v).max(initial=0))
 
 
 def compare_release(a: Checkpoint) -> Check:
-    """CRC-32C of every tensor against the index of OpenAI's 124M checkpoint."""
+    """Compare the CRC-32C of every tensor with the index of OpenAI's 124M checkpoint."""
     table = release_checksums()
     faults = [name for name, expected in table.items() if not _meets(a.tensors.get(name), expected)]
     extra = [name for name in a.tensors if name not in table]
     result = f"{len(table) - len(faults)} of {len(table)} tensors bit-identical to OpenAI's release"
-    if faults or extra:
-        result += f"; other: {', '.join((faults + extra)[:3])}{' ...' if len(faults + extra) > 3 else ''}"
-    return Check(
-        "weights",
-        not faults and not extra,
-        result,
-        {"tensors": len(table), "identical": len(table) - len(faults), "different": faults + extra},
-    )
+    others = faults + extra
+    if others:
+        more = " ..." if len(others) > 3 else ""
+        result += f"; other: {', '.join(others[:3])}{more}"
+    details = {"tensors": len(table), "identical": len(table) - len(faults), "different": others}
+    return Check("weights", not others, result, details)
 
 
 def release_checksums() -> dict[str, dict[str, Any]]:

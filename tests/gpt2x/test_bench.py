@@ -47,7 +47,9 @@ def test_json_on_the_terminal_is_nothing_else(gpt2x, exported):
 
 
 def test_what_cannot_be_measured_is_said_before_anything_is(gpt2x, exported, tmp_path):
-    assert_refused(gpt2x("bench", exported, "--prompt", "250"), "--prompt 250 and --new 64 do not fit", "256")
+    assert_refused(
+        gpt2x("bench", exported, "--prompt", "250"), "--prompt 250 and --new 64 exceed the context of 256 tokens"
+    )
     assert_refused(gpt2x("bench", exported, "--precision", "fp16"), "no fp16 model in this directory")
     assert_refused(gpt2x("bench", SHAKESPEARE), "no ONNX model in this directory")
     assert_refused(gpt2x("bench", tmp_path / "none"), "none")

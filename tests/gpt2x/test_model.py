@@ -81,13 +81,13 @@ def test_every_switch_changes_the_logits(switch):
 
 
 def test_the_output_is_tied_unless_the_configuration_says_otherwise():
-    tied, untied = (GPT2.from_config(GPT2Config(**{**vars(TINY), "tie_word_embeddings": t})) for t in (True, False))
+    tied, untied = (GPT2(GPT2Config(**{**vars(TINY), "tie_word_embeddings": t})) for t in (True, False))
     assert "lm_head.weight" not in tied.state_dict()
     assert set(untied.state_dict()) - set(tied.state_dict()) == {"lm_head.weight"}
 
 
 def test_the_state_dict_is_the_canonical_form():
-    assert {n: tuple(t.shape) for n, t in GPT2.from_config(TINY).state_dict().items()} == TINY.shapes()
+    assert {n: tuple(t.shape) for n, t in GPT2(TINY).state_dict().items()} == TINY.shapes()
 
 
 # ------------------------------------------------------------------------------------------- cache and batches
@@ -230,7 +230,7 @@ def test_gradients_equal_those_of_transformers():
 @pytest.mark.parametrize("where", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
 def test_dropout_acts_in_training_alone_and_in_each_of_its_places(where):
     off = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    model = GPT2.from_config(GPT2Config(**{**vars(TINY), **off, where: 0.5}))
+    model = GPT2(GPT2Config(**{**vars(TINY), **off, where: 0.5}))
     fill(model, random_checkpoint())
     ids = torch.arange(10)[None]
     model.eval()
@@ -267,8 +267,20 @@ def test_load_model_fills_the_same_object_and_puts_it_into_eval_mode(path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_model_is_built_from_a_configuration_or_from_its_sizes():
+    by_sizes = GPT2(13, 6, 2, 2, 24, 10, 0.2, activation_function="relu")
+    model = GPT2(by_sizes.config)
+    assert model.config == by_sizes.config
+    assert GPT2.from_config(by_sizes.config).config == by_sizes.config
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in by_sizes.state_dict().items()}
+    with pytest.raises(TypeError):
+        GPT2(by_sizes.config, num_heads=3)
+    with pytest.raises(TypeError, match="max_len"):
+        GPT2(13, 6, 2, 2, 24)
+
+
 def test_a_model_and_its_checkpoint_are_one(tmp_path):
-    model = GPT2.from_config(TINY)
+    model = GPT2(TINY)
     save_checkpoint(checkpoint_of(model), tmp_path / "m.safetensors")
     back = from_pretrained(tmp_path / "m.safetensors")
     assert back.config == model.config
@@ -277,12 +289,10 @@ def test_a_model_and_its_checkpoint_are_one(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_keeps_its_number_format_and_a_checkpoint_its_own(dtype, tmp_path):
-    model = GPT2.from_config(TINY).to(dtype)
+    model = GPT2(TINY).to(dtype)
     save_checkpoint(checkpoint_of(model), tmp_path / "m.safetensors")
-    assert load_model(GPT2.from_config(TINY), tmp_path / "m.safetensors").wte.weight.dtype == torch.float32
-    assert torch.equal(
-        load_model(GPT2.from_config(TINY).to(dtype), tmp_path / "m.safetensors").wte.weight, model.wte.weight
-    )
+    assert load_model(GPT2(TINY), tmp_path / "m.safetensors").wte.weight.dtype == torch.float32
+    assert torch.equal(load_model(GPT2(TINY).to(dtype), tmp_path / "m.safetensors").wte.weight, model.wte.weight)
 
 
 def test_a_legacy_bin_needs_no_configuration(tmp_path):

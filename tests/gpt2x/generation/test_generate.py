@@ -1,4 +1,4 @@
-"""Generation: sampling, stop conditions, batches, streaming; the same words as transformers."""
+"""Generation: sampling, stop conditions, batches, streaming; the same tokens as transformers."""
 
 import itertools
 

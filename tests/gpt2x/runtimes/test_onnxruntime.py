@@ -518,7 +518,7 @@ def test_verify_runs_the_onnx_on_whichever_side_it_is(gpt2x, tmp_path, monkeypat
         result = gpt2x("verify", *pair)
         assert result.exit_code == 1, pair
         assert "model.onnx in ONNX Runtime" in result.stdout
-    assert "ONNX of the first -          not run" in done(gpt2x("verify", "bad", "good")).stdout
+    assert "ONNX of the first -             not run" in done(gpt2x("verify", "bad", "good")).stdout
 
 
 def test_the_tokenizer_of_a_bare_onnx_file_is_found_above_it(gpt2x, shakespeare):
@@ -528,7 +528,7 @@ def test_the_tokenizer_of_a_bare_onnx_file_is_found_above_it(gpt2x, shakespeare)
 def test_verify_of_what_has_no_peer_asks_for_one(gpt2x, tiny):
     result = gpt2x("verify", tiny / "onnx/model.onnx")
     assert result.exit_code == 2
-    assert "is ONNX: say what to compare it with" in result.stderr
+    assert "is ONNX: pass B, the model to compare it with" in result.stderr
 
 
 def test_verify_without_torch_compares_onnx_with_the_float64_reference(gpt2x, tiny, monkeypatch):
@@ -574,8 +574,8 @@ def test_verify_compares_the_weights_that_only_transformers_would_load(gpt2x, sh
     (tmp_path / "m/model.safetensors").write_bytes(data)
     result = gpt2x("verify", SHAKESPEARE, tmp_path / "m")
     assert result.exit_code == 1
-    assert "weights         same       52 of 52 tensors" in result.stdout
-    assert "weights beside  DIFFERENT  51 of 52 tensors" in result.stdout
+    assert "weights         same          52 of 52 tensors" in result.stdout
+    assert "weights beside  DIFFERENT     51 of 52 tensors" in result.stdout
 
 
 @pytest.mark.parametrize("damage", ["cut", "another"])
@@ -604,7 +604,7 @@ def test_the_weights_of_two_onnx_files_are_compared(gpt2x, shakespeare, tmp_path
     for pair in ((ours, other), (other, ours), (other, SHAKESPEARE), (other, shakespeare)):
         result = gpt2x("verify", *pair)
         assert result.exit_code == 1
-        assert "weights         DIFFERENT  51 of 52 tensors bit-identical" in result.stdout
+        assert "weights         DIFFERENT     51 of 52 tensors bit-identical" in result.stdout
     assert done(gpt2x("verify", ours, shakespeare)).stdout.endswith("The same.\n")
 
 
@@ -619,7 +619,7 @@ def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp
         assert_refused(gpt2x("generate", tmp_path / "m", "ROMEO:", *options), "the logits contain NaN or infinity")
     result = gpt2x("verify", tmp_path / "m", tmp_path / "m/onnx/model.onnx")
     assert result.exit_code == 1
-    assert "greedy tokens   DIFFERENT  none: the first model's logits contain NaN or infinity" in result.stdout
+    assert "greedy tokens   DIFFERENT     none: the first model's logits contain NaN or infinity" in result.stdout
     assert (
         "0 of 52 tensors bit-identical; wte.weight differs in 393216 values (by nan"
         in gpt2x("verify", SHAKESPEARE, tmp_path / "m").stdout
@@ -645,3 +645,35 @@ def test_a_name_that_no_file_can_have(gpt2x, name):
 def test_a_precision_for_the_weights_of_a_directory_with_onnx(gpt2x, shakespeare):
     result = gpt2x("generate", shakespeare, "x", "--precision", "fp32", "--runtime", "torch")
     assert_refused(result, "a precision is for ONNX, and this would be run as weights")
+
+
+# ---------------------------------------------------------------------------------------------------------- logging
+
+
+def test_the_log_shows_which_model_runs_with_which_session_options(shakespeare, caplog):
+    with caplog.at_level("INFO", logger="gpt2x"):
+        OnnxDecoder(shakespeare, threads=2)
+    path = shakespeare / "onnx/model.onnx"
+    assert f"{path}: fp32, growing cache" in caplog.messages
+    (options,) = [message for message in caplog.messages if message.startswith("session options")]
+    assert options.startswith("session options: 2 threads, optimizations on")
+
+
+def test_the_log_shows_the_prompts_and_why_each_row_ended(tiny, caplog):
+    with caplog.at_level("INFO", logger="gpt2x"):
+        list(Generation(OnnxDecoder(tiny), [[1, 2, 3], [4]], 2, Sampling(temperature=0)))
+    assert "2 prompts of up to 3 tokens were read" in caplog.messages
+    assert "ended after 2 steps: length, length" in caplog.messages
+
+
+def test_nothing_is_logged_to_the_terminal_by_default(shakespeare, tmp_path):
+    code = f"""
+import logging
+from gpt2x import OnnxDecoder
+OnnxDecoder({str(shakespeare)!r}, threads=1)
+loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("gpt2x")]
+assert loggers
+assert not any(logger.handlers for logger in loggers)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from checkpoints import TINY, random_checkpoint
 
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.runtimes.base import Decoder
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model
+from gpt2x.runtimes.reference import ReferenceDecoder
+from gpt2x.runtimes.transformers import Transformers
 from gpt2x.verify.metrics import FP32, measure, perplexity
 from gpt2x.verify.scenarios import SCENARIOS, Text, chunk_sizes, compare_greedy, compare_logits, compare_runs, verdict
 
@@ -130,6 +134,29 @@ def test_metrics_do_not_depend_on_how_many_positions_are_compared_at_a_time():
     assert measure(long, long * np.float32(1.001)).kl_divergence == pytest.approx(
         measure(LOGITS, LOGITS * np.float32(1.001)).kl_divergence
     )
+
+
+# --------------------------------------------------------------------------------------------------- the protocol
+
+
+def test_every_runtime_declares_what_it_is(tmp_path):
+    tiny = random_checkpoint()
+    export_onnx(tiny, tmp_path / "m", ExportOptions(("fp16",), last=True), need_tokenizer=False)
+    onnx = OnnxDecoder(tmp_path / "m")
+    assert (onnx.precision, onnx.cache_kind, onnx.last_only) == ("fp16", "growing", True)
+    assert onnx.path == tmp_path / "m/onnx/model_fp16.onnx"
+    assert onnx.unoptimized().path == onnx.path
+    for decoder in (gpt2x_model(tiny), Transformers(tiny), ReferenceDecoder(tiny)):
+        assert (decoder.precision, decoder.cache_kind, decoder.last_only) == ("fp32", "growing", False)
+        assert decoder.path is None
+        assert decoder.unoptimized() is None
+    for decoder in (onnx, gpt2x_model(tiny), Transformers(tiny), ReferenceDecoder(tiny)):
+        assert (decoder.n_ctx, decoder.n_vocab, decoder.config) == (10, 13, tiny.config)
+
+
+def test_a_runtime_that_only_runs_also_steps():
+    logits, _ = Fixed(1.0, 2.0).step(np.array([[0, 1, 0]]), None, np.arange(3)[None], None)
+    assert logits.tolist() == [[1.0, 2.0]]
 
 
 # ----------------------------------------------------------------------------------------------- every scenario fails

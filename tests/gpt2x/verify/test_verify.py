@@ -17,6 +17,7 @@ from gpt2x import SHAKESPEARE
 from gpt2x.verify import report as parity
 from gpt2x.verify import weights
 from gpt2x.verify.report import verify_checkpoints
+from gpt2x.verify.report_page import page
 from gpt2x.verify.scenarios import SCENARIOS
 
 
@@ -199,6 +200,13 @@ def test_another_tokenizer_is_a_difference(gpt2x):
 def test_a_report_that_compared_nothing_has_not_passed():
     assert not parity.Report("a", "b", []).passed
     assert not parity.Report("a", "b", [parity.Check("logits", None, "")]).passed
+
+
+def test_the_page_of_a_rounded_model_is_headed_within_bounds():
+    rounded = parity.Report("a", "b", [parity.Check("chunks", True, "", {"inexact": True})])
+    assert '<span class="same">within bounds</span></h1>' in page(rounded)
+    equal = parity.Report("a", "b", [parity.Check("chunks", True, "", {})])
+    assert '<span class="same">same</span></h1>' in page(equal)
 
 
 def test_verify_reads_each_byte_of_each_file_once(monkeypatch):
