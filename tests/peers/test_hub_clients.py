@@ -219,8 +219,16 @@ def test_a_client_that_cannot_load_a_repository_is_seen(hub, run, tmp_path):
     assert fetched(hub, "me/old") == {"onnx/model.onnx"}
 
 
+class PageServer(ThreadingHTTPServer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.answers: queue.Queue = queue.Queue()
+
+
 class PageHandler(SimpleHTTPRequestHandler):
     """The files of this project, and what a page sends back."""
+
+    server: PageServer
 
     def __init__(self, *args):
         super().__init__(*args, directory=ROOT)
@@ -238,8 +246,7 @@ class PageHandler(SimpleHTTPRequestHandler):
 @contextmanager
 def page_server():
     """A server of pages, whose ``answers`` are a queue."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), PageHandler) as server:
-        server.answers = queue.Queue()
+    with PageServer(("127.0.0.1", 0), PageHandler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

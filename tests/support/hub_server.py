@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
 # Login -> what whoami says of it. "team" is an organization of the user "me".
@@ -98,7 +99,7 @@ class Hub(ThreadingHTTPServer):
         super().server_close()
         self._objects.cleanup()
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is part of the tests; anything else is a fault of this server."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)

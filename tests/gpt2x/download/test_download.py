@@ -15,6 +15,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.numpy
@@ -658,7 +659,7 @@ def hub(server, monkeypatch, tmp_path):
     }  # fmt: skip
     environment.pop("HF_TOKEN", None)
 
-    def run(*args, **more):
+    def run_one(*args, **more):
         return Done(process([sys.executable, "-m", "gpt2x", *map(str, args)], more))
 
     def run_all(commands):
@@ -671,6 +672,7 @@ def hub(server, monkeypatch, tmp_path):
     def process(command, more):
         return subprocess.run(command, capture_output=True, text=True, env={**environment, **more}, timeout=HANGS)
 
+    run: Any = run_one
     run.all = run_all
     return run
 
@@ -808,7 +810,9 @@ def test_an_index_that_points_elsewhere_is_refused(name, tmp_path):
 
 def test_one_kind_of_weights_is_chosen_in_the_order_in_which_a_directory_is_opened():
     from converters import formats
-    from gpt2x.download import hub as module
+    from gpt2x.download import hub
+
+    module: Any = hub
 
     assert tuple(module.WEIGHTS) == tuple(name for name in formats.WEIGHTS if name in module.WEIGHTS)
     names = [*module.WEIGHTS, "model.ckpt.index", "x.gguf", *formats.OTHERS]

@@ -285,7 +285,7 @@ def test_a_table_of_an_odd_width_is_right(tmp_path, precision):
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_chunks_of_a_prompt_give_the_logits_of_one_pass(shakespeare, precision):
     decoder = OnnxDecoder(shakespeare, precision=precision)
-    ids = np.random.default_rng(0).integers(2048, size=256)
+    ids = np.random.default_rng(0).integers(2048, size=256).tolist()
     expected = one_pass(decoder, ids)
     for sizes in ([128, 128], [64] * 4, [100, 100, 56]):
         found = np.concatenate(list(feed(decoder, ids, sizes)))
@@ -344,7 +344,7 @@ def test_w8a8_logits_do_not_hang_on_chunks_batch_or_optimizations(tmp_path, cach
     """Whole numbers are summed without an error, and each row has a scale of its own."""
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("w8a8",), cache))
     decoder, plain = (OnnxDecoder(tmp_path / "d", optimize=optimize) for optimize in (True, False))
-    ids = np.random.default_rng(0).integers(2048, size=64)
+    ids = np.random.default_rng(0).integers(2048, size=64).tolist()
     largest = np.abs(expected := one_pass(decoder, ids)).max()
     for other in (
         one_pass(plain, ids),

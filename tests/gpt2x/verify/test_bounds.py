@@ -1,13 +1,14 @@
 """How far few bits may be from the source: bounds that exact arithmetic passes on every model, and saturation does not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from converters import LazyTensor, open_checkpoint
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
-from gpt2x.precisions import weights as writing
+from gpt2x.precisions import weights
 from gpt2x.runtimes.onnxruntime import OnnxDecoder, saturates
 from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.verify.exact_arithmetic import rounded_model
@@ -91,6 +92,7 @@ def old(tmp_path_factory):
     """A w8a8 model as gpt2x 0.1.0 wrote it: pairs of weights of any sum, and nothing said of them."""
     folder = tmp_path_factory.mktemp("old") / "d"
     patch = pytest.MonkeyPatch()
+    writing: Any = weights
     quantize = writing.quantize
     patch.setattr(writing, "quantize", lambda *arguments, paired: quantize(*arguments))
     patch.setattr("gpt2x.export.onnx_directory.contract.PAIRS", "gpt2x.unknown")

@@ -139,6 +139,8 @@ def test_metrics_do_not_depend_on_how_many_positions_are_compared_at_a_time():
 class Faulty:
     """The tiny model with one fault in how it is run."""
 
+    runtime = "faulty"
+
     def __init__(self, fault, config=TINY):
         self.right, self.fault = gpt2x_model(random_checkpoint(config)), fault
         self.config, self.n_ctx, self.n_vocab = self.right.config, self.right.n_ctx, self.right.n_vocab
