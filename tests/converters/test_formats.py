@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import msgpack
@@ -540,7 +541,7 @@ def test_every_writer_is_in_the_list_and_on_the_command_line(gpt2x):
 
 def test_the_end_of_text_is_where_the_tokenizer_or_gpt2_has_it_and_else_nowhere(tmp_path):
     """Not at the last row: of a padded vocabulary that is padding, of characters it is a letter."""
-    config = {"n_layer": 1, "n_head": 1, "n_embd": 2, "n_ctx": 4}
+    config: dict[str, Any] = {"n_layer": 1, "n_head": 1, "n_embd": 2, "n_ctx": 4}
     for n_vocab, end in ((50304, 50256), (65, None)):
         save_checkpoint(random_checkpoint(GPT2Config(n_vocab=n_vocab, **config)), tmp_path / f"{n_vocab}", "llmc")
         assert open_checkpoint(tmp_path / f"{n_vocab}").config.eos_token_id == end

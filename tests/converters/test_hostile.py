@@ -7,6 +7,7 @@ import struct
 import time
 import zipfile
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,7 +292,7 @@ def test_force_does_not_replace_a_pipe(tmp_path):
 
 
 def tokenizer_json(**changes):
-    hf = {
+    hf: dict[str, Any] = {
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         "added_tokens": [{"id": 2, "content": "<|endoftext|>"}],

@@ -11,6 +11,7 @@ import struct
 from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import h5py
@@ -126,7 +127,7 @@ def says(key, kind, value):
 
 
 def is_set(**fields):
-    return lambda p: vars(p).update(fields)
+    return lambda p: p.__dict__.update(fields)
 
 
 def tensor(i, place, value):
@@ -1020,7 +1021,12 @@ def test_a_report_of_a_name_that_is_no_text_is_written():
     assert b"\\udcff" in report_page("\udcff").encode()
 
 
-CARD = {"last": False, "tokenizer": False, "runtimes": {"fp32": "1.18"}, "locations": {"fp32": "model.onnx_data"}}
+CARD: dict[str, Any] = {
+    "last": False,
+    "tokenizer": False,
+    "runtimes": {"fp32": "1.18"},
+    "locations": {"fp32": "model.onnx_data"},
+}
 
 
 @pytest.mark.parametrize("name", [n.replace("/", "") for n in HOSTILE])

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from seeds import Seed
 
@@ -121,7 +122,8 @@ def _doubled(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 def _number(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """Replace an integer by another value, or by a value near the old one."""
-    at, width, order = place(rng, len(data)), rng.choice((1, 2, 4, 8)), rng.choice(("little", "little", "big"))
+    at, width = place(rng, len(data)), rng.choice((1, 2, 4, 8))
+    order: Any = rng.choice(("little", "little", "big"))
     here = int.from_bytes(data[at : at + width], order)
     value = rng.choice(
         (rng.choice(NUMBERS), rng.choice(NUMBERS), -rng.choice(NUMBERS), len(data) + rng.randrange(-9, 9))
@@ -259,7 +261,7 @@ def _changed_index(rng: random.Random, data: bytes) -> bytes:
         entries[key] = blind(rng, entries[key], list(entries.values()))
     else:
         entries[blind(rng, key, list(entries))[:4000]] = entries.pop(key)
-    out = _Memory()
+    out: Any = _Memory()
     write_index(out, {k: v for k, v in entries.items() if k}, entries.get(b"", b""))
     return out.data
 
@@ -340,6 +342,6 @@ def _with_new_sums(index: bytes, files: dict[str, bytes]) -> bytes:
         if entry and not entry.slices:
             data = shards[entry.shard][entry.offset : entry.offset + entry.size]
             entries[key] = replace(entry, crc=mask(crc32c(0, data))).serialize()
-    out = _Memory()
+    out: Any = _Memory()
     write_index(out, {k: v for k, v in entries.items() if k}, entries[b""])
     return out.data

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 META = "seed.json"
@@ -72,7 +73,7 @@ def _plain():
     return replace(open_checkpoint(FIXTURES / "tf_plain"), source=None)
 
 
-def _saved(folder: Path, name: str, file: str, to: str, **options: object) -> Path:
+def _saved(folder: Path, name: str, file: str, to: str, **options: Any) -> Path:
     """Write the weights of ``tf_plain`` in another format, with gpt2x's writer."""
     from converters import save_checkpoint
 

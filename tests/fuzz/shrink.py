@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=300, help="cases of each format (default: 300)")
     arguments = parser.parse_args()
     warnings.simplefilter("error")
-    os.fsync = lambda descriptor: None
+    os.fsync = lambda fd: None
     with tempfile.TemporaryDirectory(prefix="seeds-") as folder:
         make_seeds(Path(folder))
         guard = Guard(("hdf5_listing.py",))

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import worker
@@ -137,7 +138,7 @@ def test_a_result_that_is_a_different_model_is_a_fault(tmp_path, monkeypatch):
     save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
     assert worker.check(tmp_path, "m.safetensors") == "read"
     (tmp_path / "result.safetensors").unlink()
-    readers = iter([lambda path, n_head: random_checkpoint(), lambda path: random_checkpoint(seed=1)])
+    readers: Any = iter([lambda path, n_head: random_checkpoint(), lambda path: random_checkpoint(seed=1)])
     monkeypatch.setattr(worker, "open_checkpoint", lambda *args, **options: next(readers)(*args, **options))
     with pytest.raises(worker.Wrong, match="another model: other bytes"):
         worker.check(tmp_path, "m.safetensors")

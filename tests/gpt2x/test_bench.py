@@ -74,7 +74,7 @@ def test_sixteen_times_the_bytes_take_sixteen_times_as_long(monkeypatch, threads
         with lock:
             clock[0] += part.nbytes
 
-    monkeypatch.setattr(bench.np, "max", read)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("gpt2x.bench.np.max", read)
+    monkeypatch.setattr("gpt2x.bench.time.perf_counter", lambda: clock[0])
     assert bench.streaming(1 << 12, threads) == 1 << 12
     assert bench.streaming(1 << 16, threads) == 1 << 16

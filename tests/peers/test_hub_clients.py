@@ -214,8 +214,16 @@ def test_transformers_js_fails_on_the_old_layout(hub, run, tmp_path):
     assert fetched(hub, "me/old") == {"onnx/model.onnx"}
 
 
+class PageServer(ThreadingHTTPServer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.answers: queue.Queue = queue.Queue()
+
+
 class PageHandler(SimpleHTTPRequestHandler):
     """Serves this project's files, and receives the answers of pages."""
+
+    server: PageServer
 
     def __init__(self, *args):
         super().__init__(*args, directory=ROOT)

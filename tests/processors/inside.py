@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -127,8 +128,10 @@ def main(models: Path, results: Path) -> None:
     converted = results / "converted"
     converted.mkdir()
     convert(converted)
-    np.savez(results / "products.npz", **multiply(models / "products"))
-    np.savez(results / "logits.npz", **decode(models / "exports"))
+    products: dict[str, Any] = {**multiply(models / "products")}
+    logits: dict[str, Any] = {**decode(models / "exports")}
+    np.savez(results / "products.npz", **products)
+    np.savez(results / "logits.npz", **logits)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import inside
 import numpy as np
@@ -242,7 +243,7 @@ def bounds_of_exports(
     for cache in CACHES:
         for precision in PRECISIONS:
             exported = OnnxDecoder(exports / cache, precision=precision)
-            exact = rounded_model(checkpoint, exported)
+            exact: Any = rounded_model(checkpoint, exported)
             for rows in inside.BATCHES:
                 lost = measure(logits[rows], torch_logits(exact, rows))
                 found[f"{cache} {precision} {rows}"] = widened(bounds_of(exported), lost, times_exact(exported))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -61,7 +62,8 @@ def test_a_directory_loads_in_transformers_with_the_same_bytes(gpt2x):
         "config.json", "generation_config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     expected = open_checkpoint("models/124M")
-    for kind in (GPT2LMHeadModel, AutoModelForCausalLM):
+    kinds: tuple[Any, ...] = (GPT2LMHeadModel, AutoModelForCausalLM)
+    for kind in kinds:
         state = kind.from_pretrained("gpt2-hf").transformer.state_dict()
         assert {n: t.numpy().tobytes() for n, t in state.items()} == {
             n: t.read().tobytes() for n, t in expected.tensors.items()
@@ -317,7 +319,7 @@ def test_a_disk_that_fills_up_in_the_midst_leaves_what_was_there(gpt2x, monkeypa
         return real(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(converters.io.publishing.os, "pwrite", write)
+        patch.setattr("converters.io.publishing.os.pwrite", write)
         result = gpt2x("convert", "models/124M", target, *to, "--force")
     assert_refused(result, "No space left on device")
     assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
@@ -345,8 +347,7 @@ def test_a_read_only_destination_is_refused(gpt2x, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(
-        converters.io.publishing.os,
-        "open",
+        "converters.io.publishing.os.open",
         lambda p, flags, *a: refuse() if flags & os.O_CREAT else os_open(p, flags, *a),
     )
     assert_refused(gpt2x("convert", "models/124M", "out.safetensors"), "cannot be written: Permission denied")
@@ -441,7 +442,7 @@ def test_a_forced_directory_takes_its_place_in_one_step(tmp_path, monkeypatch):
     (tmp_path / "d" / "more" / "empty").mkdir(parents=True)
     (tmp_path / "d" / "more" / "notes.txt").write_text("mine, too")
     (tmp_path / "d").chmod(0o750)
-    monkeypatch.setattr(converters.io.publishing.os, "replace", None)  # not file by file
+    monkeypatch.setattr("converters.io.publishing.os.replace", None)  # not file by file
     save_checkpoint(random_checkpoint(seed=1), tmp_path / "d", force=True)
     assert_same_bytes(random_checkpoint(seed=1), open_checkpoint(tmp_path / "d"))
     assert (tmp_path / "d" / "notes.txt").read_text() == "mine"

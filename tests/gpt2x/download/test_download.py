@@ -16,6 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -718,7 +719,7 @@ def hub(server, monkeypatch, tmp_path):
     """Run ``gpt2x`` in a new process (huggingface_hub reads its environment once), with the server as the Hub."""
     client = environment(server.url, tmp_path / "hf-home", PYTHONWARNINGS="error::ResourceWarning")
 
-    def run(*args, **more):
+    def run_one(*args, **more):
         return Done(process([sys.executable, "-m", "gpt2x", *map(str, args)], more))
 
     def run_all(commands):
@@ -731,6 +732,7 @@ def hub(server, monkeypatch, tmp_path):
     def process(command, more):
         return subprocess.run(command, capture_output=True, text=True, env={**client, **more}, timeout=HANGS)
 
+    run: Any = run_one
     run.all = run_all
     return run
 
@@ -866,7 +868,9 @@ def test_an_index_that_names_files_elsewhere_is_refused(name, tmp_path):
 
 def test_weights_are_chosen_in_the_order_in_which_a_directory_is_opened():
     from converters import formats
-    from gpt2x.download import hub as module
+    from gpt2x.download import hub
+
+    module: Any = hub
 
     assert tuple(module.WEIGHTS) == tuple(name for name in formats.WEIGHTS if name in module.WEIGHTS)
     names = [*module.WEIGHTS, "model.ckpt.index", "x.gguf", *formats.OTHERS]

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -111,7 +112,7 @@ def test_a_single_file_above_2_gb_is_refused_before_anything_is_written(tmp_path
 def test_the_1558m_model_is_refused_as_a_single_file_by_its_size():
     from gpt2x.export.onnx_plan import check_size
 
-    large = SimpleNamespace(parameters=1_557_611_200)
+    large: Any = SimpleNamespace(parameters=1_557_611_200)
     with pytest.raises(ConversionError, match=r"would be 6.2 GB, and one ONNX file holds 2 GB"):
         check_size(large, ExportOptions(single_file=True))
     check_size(large, ExportOptions(("int8",), single_file=True))

@@ -181,7 +181,7 @@ def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: ", ".join(f"{k}={v}" for k, v in s.items()) or "plain")
 def test_every_configuration_has_the_models_logits_however_it_is_run(tmp_path, switches):
     from gpt2x.runtimes.opening import gpt2x_model
-    from gpt2x.verify.report import sample_ids
+    from gpt2x.verify.sample_text import sample_ids
     from gpt2x.verify.scenarios import compare_runs
 
     config = GPT2Config(**{**vars(TINY), "n_inner": None, **switches})
@@ -606,7 +606,7 @@ def test_calibration_with_an_unknown_token_id_is_refused(tmp_path):
         export_onnx(
             random_checkpoint(),
             tmp_path / "m",
-            ExportOptions(("int8",), calibration=np.array([1, 13])),
+            ExportOptions(("int8",), calibration=[1, 13]),
             need_tokenizer=False,
         )
     assert list(tmp_path.iterdir()) == []

@@ -290,7 +290,7 @@ def test_a_table_of_an_odd_width_is_right(tmp_path, precision):
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_a_prompt_in_chunks_has_the_logits_of_one_pass(shakespeare, precision):
     decoder = OnnxDecoder(shakespeare, precision=precision)
-    ids = np.random.default_rng(0).integers(2048, size=256)
+    ids = np.random.default_rng(0).integers(2048, size=256).tolist()
     expected = one_pass(decoder, ids)
     for sizes in ([128, 128], [64] * 4, [100, 100, 56]):
         found = np.concatenate(list(feed(decoder, ids, sizes)))
@@ -349,7 +349,7 @@ def test_w8a8_logits_do_not_depend_on_chunks_or_optimizations(tmp_path, cache):
     """Integers are summed exactly, and each row has its own scale."""
     export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "d", ExportOptions(("w8a8",), cache))
     decoder, plain = (OnnxDecoder(tmp_path / "d", optimize=optimize) for optimize in (True, False))
-    ids = np.random.default_rng(0).integers(2048, size=64)
+    ids = np.random.default_rng(0).integers(2048, size=64).tolist()
     largest = np.abs(expected := one_pass(decoder, ids)).max()
     for other in (
         one_pass(plain, ids),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import onnx
@@ -162,7 +163,12 @@ def test_prompts_in_place_are_read_without_tiles_unless_the_user_says_otherwise(
         monkeypatch.setenv(name, said)
     export_onnx(gentle(), tmp_path / "d", ExportOptions(("fp32",), cache), need_tokenizer=False)
     session = ort.InferenceSession
-    monkeypatch.setattr(ort, "InferenceSession", lambda *a, **k: found.append(os.environ.get(name)) or session(*a, **k))
+
+    def made(*args, **options):
+        found.append(os.environ.get(name))
+        return session(*args, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", made)
     OnnxDecoder(tmp_path / "d")
     assert found == [seen]
     assert os.environ.get(name) == said
@@ -220,7 +226,6 @@ def test_a_mask_that_changes_for_earlier_slots_is_refused(decoder):
 
 
 def test_memory_that_ends_while_room_is_made_leaves_a_good_cache(decoder, monkeypatch):
-    import gpt2x.runtimes.kv_cache
 
     batch = RunningBatch(decoder)
     number, _ = batch.join(prompt(64))
@@ -233,7 +238,7 @@ def test_memory_that_ends_while_room_is_made_leaves_a_good_cache(decoder, monkey
         return zeros(shape, dtype)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2x.runtimes.kv_cache.np, "zeros", scarce)
+        patch.setattr("gpt2x.runtimes.kv_cache.np.zeros", scarce)
         with pytest.raises(MemoryError):
             batch.step({number: 5})
     found = batch.step({number: 5})[number]
@@ -367,7 +372,8 @@ def test_scales_of_an_8_bit_cache_cover_what_a_text_shows_and_more():
     source = open_checkpoint(SHAKESPEARE)
     ids = prompt(300)
     scales = cache_scales(source, ids)
-    _, present = gpt2x_model(source).model.hidden(torch.tensor([ids[:256]]))
+    decoder: Any = gpt2x_model(source)
+    _, present = decoder.model.hidden(torch.tensor([ids[:256]]))
     assert len(scales) == 4
     for pair, found in zip(scales, present, strict=True):
         for scale, x in zip(pair, found, strict=True):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from typing import Any
 
 import pytest
 from checkpoints import random_checkpoint
@@ -42,7 +43,7 @@ def test_a_generation_gives_its_memory_back_at_its_end_even_if_it_is_abandoned(t
     monkeypatch.setattr("gpt2x.generation.loop.give_back", lambda: given.append(1))
     assert len(list(Generation(decoder, [[1, 2], [3]], 4, Sampling(temperature=0)))) == 4
     assert given == [1]
-    steps = iter(Generation(decoder, [[1, 2]], 4, Sampling(temperature=0)))
+    steps: Any = iter(Generation(decoder, [[1, 2]], 4, Sampling(temperature=0)))
     next(steps)
     steps.close()
     assert given == [1, 1]

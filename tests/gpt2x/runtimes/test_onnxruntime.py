@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -118,8 +119,13 @@ def test_a_long_prompt_goes_in_pieces_and_gives_the_same_logits(shakespeare, tmp
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     expected, cache = decoder.step(ids, mask, positions, None)
     sizes, run = [], GrowingRun.run
+
+    def counted(self, ids, *others):
+        sizes.append(ids.shape[1])
+        return run(self, ids, *others)
+
     monkeypatch.setattr("gpt2x.runtimes.onnx_run.CHUNK", 16)
-    monkeypatch.setattr(GrowingRun, "run", lambda self, ids, *a: (sizes.append(ids.shape[1]), run(self, ids, *a))[1])
+    monkeypatch.setattr(GrowingRun, "run", counted)
     found, pieces = decoder.step(ids, mask, positions, None)
     assert sizes == [16, 16, 16, 2]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
@@ -375,7 +381,12 @@ def test_a_past_of_the_wrong_shape(tiny):
 def test_integers_of_other_widths_and_layouts_are_taken(tiny):
     decoder = OnnxDecoder(tiny)
     expected, _ = decoder.run(np.array([[1, 2], [3, 4]]), None, np.array([[0, 1], [0, 1]]), None)
-    for ids in (np.array([[1, 2], [3, 4]], np.int32), np.asfortranarray([[1, 2], [3, 4]]), [[1, 2], [3, 4]]):
+    others: tuple[Any, ...] = (
+        np.array([[1, 2], [3, 4]], np.int32),
+        np.asfortranarray([[1, 2], [3, 4]]),
+        [[1, 2], [3, 4]],
+    )
+    for ids in others:
         found, _ = decoder.run(ids, np.ones((2, 2), bool), np.array([[0, 1], [0, 1]], np.int32), None)
         np.testing.assert_array_equal(expected, found)
 
@@ -478,7 +489,7 @@ def test_corrupted_models_are_one_clear_error_and_nothing_on_stdout(tiny, capfd)
 
 def test_positions_longer_than_the_tokens(tiny):
     with pytest.raises(InputError, match="they must be the same"):
-        OnnxDecoder(tiny).step([[1]], None, [[0, 1]], None)
+        OnnxDecoder(tiny).step(np.array([[1]]), None, np.array([[0, 1]]), None)
 
 
 @pytest.mark.parametrize(
@@ -632,7 +643,8 @@ def test_logits_that_are_not_numbers_are_one_clear_error(gpt2x, shakespeare, tmp
 def test_a_decoder_with_options_that_cannot_be(tiny, options):
     with pytest.raises(ValueError, match="threads is|has no NoProvider; it has"):
         OnnxDecoder(tiny, **options)
-    OnnxDecoder(tiny, threads=np.int64(1), providers=[("CPUExecutionProvider", {})])
+    threads: Any = np.int64(1)
+    OnnxDecoder(tiny, threads=threads, providers=[("CPUExecutionProvider", {})])
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x/" * 5000, "a\0b"])

@@ -1,6 +1,7 @@
 """Bounds of quantized models: exact arithmetic passes them on every model, saturated products do not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,6 @@ from converters import LazyTensor, open_checkpoint
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.precisions import PRECISIONS
-from gpt2x.precisions import weights as writing
 from gpt2x.runtimes.onnx_model import saturates
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model
@@ -93,6 +93,7 @@ def old(tmp_path_factory):
     """A w8a8 model as gpt2x 0.1.0 wrote it: adjacent weights with any sum, and no metadata about them."""
     folder = tmp_path_factory.mktemp("old") / "d"
     patch = pytest.MonkeyPatch()
+    writing: Any = weights
     quantize = writing.quantize
     patch.setattr(writing, "quantize", lambda *arguments, paired: quantize(*arguments))
     patch.setattr("gpt2x.export.onnx_directory.contract.PAIRS", "gpt2x.unknown")

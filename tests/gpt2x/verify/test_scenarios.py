@@ -165,6 +165,8 @@ def test_a_runtime_that_only_runs_also_steps():
 class Faulty(Decoder):
     """The tiny model with one fault in how it is run."""
 
+    runtime = "faulty"
+
     def __init__(self, fault, config=TINY):
         self.right = gpt2x_model(random_checkpoint(config))
         self.fault = fault

@@ -16,6 +16,7 @@ from converters.tensors import F16
 from gpt2x import SHAKESPEARE
 from gpt2x.verify import report as parity
 from gpt2x.verify import weights
+from gpt2x.verify.checks import Check
 from gpt2x.verify.report import verify_checkpoints
 from gpt2x.verify.report_page import page
 from gpt2x.verify.scenarios import SCENARIOS
@@ -199,7 +200,7 @@ def test_another_tokenizer_is_a_difference(gpt2x):
 
 def test_a_report_that_compared_nothing_has_not_passed():
     assert not parity.Report("a", "b", []).passed
-    assert not parity.Report("a", "b", [parity.Check("logits", None, "")]).passed
+    assert not parity.Report("a", "b", [Check("logits", None, "")]).passed
 
 
 def test_the_page_of_a_rounded_model_is_headed_within_bounds():
