@@ -1,6 +1,7 @@
 """Any format: what is missing, unknown, contradicted or not weights at all is said, everything at once."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,7 +262,9 @@ def lazy(config):
         raise AssertionError("nothing is read")
 
     tensors = {name: LazyTensor(F32, shape, never) for name, shape in config.shapes().items()}
-    return lambda stated, n_head=None: assemble(Container("m", "m", tensors), stated, "config.json", n_head=n_head)
+    return lambda stated, n_head=None: assemble(
+        Container("m", Path("m"), tensors), stated, "config.json", n_head=n_head
+    )
 
 
 @pytest.mark.parametrize(

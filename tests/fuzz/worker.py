@@ -132,7 +132,7 @@ def warm_up(seeds: list[Seed], top: Path) -> list[dict[str, bytes]]:
 
 def main(seeds_folder: str, kept: str, name: str, first: str, count: str, step: str) -> None:
     warnings.simplefilter("error")
-    os.fsync = lambda descriptor: None  # fsync would take most of the time, and is not needed here
+    os.fsync = lambda fd: None  # fsync would take most of the time, and is not needed here
     seeds = load_seeds(Path(seeds_folder) / name)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
         known = warm_up(seeds, Path(top))

@@ -274,9 +274,9 @@ def test_a_model_is_built_from_a_configuration_or_from_its_sizes():
     assert GPT2.from_config(by_sizes.config).config == by_sizes.config
     assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in by_sizes.state_dict().items()}
     with pytest.raises(TypeError):
-        GPT2(by_sizes.config, num_heads=3)
+        GPT2(by_sizes.config, num_heads=3)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="max_len"):
-        GPT2(13, 6, 2, 2, 24)
+        GPT2(13, 6, 2, 2, 24)  # type: ignore[call-overload]
 
 
 def test_a_model_and_its_checkpoint_are_one(tmp_path):

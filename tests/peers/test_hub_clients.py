@@ -241,9 +241,7 @@ class PageHandler(SimpleHTTPRequestHandler):
 @contextmanager
 def page_server():
     """A server for pages, with a queue of ``answers``."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), PageHandler)
-    server.answers = queue.Queue()
-    with serving(server):
+    with serving(PageServer(("127.0.0.1", 0), PageHandler)) as server:
         yield server
 
 

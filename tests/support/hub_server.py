@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 # Token -> its role. "team" is an organization of the user "me".
@@ -102,7 +102,7 @@ class Hub(ThreadingHTTPServer):
         super().server_close()
         self._objects.cleanup()
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that disconnect; report other errors, which are faults of this server."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)

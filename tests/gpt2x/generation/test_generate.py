@@ -1,18 +1,20 @@
 """Generation: sampling, stop conditions, batches, streaming; the same tokens as transformers."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import random_checkpoint
+from checkpoints import TINY, random_checkpoint
 
 from gpt2x import SHAKESPEARE, PromptError, Tokenizer, from_pretrained, generate_text
 from gpt2x.generation.loop import Generation
 from gpt2x.generation.sampling import Sampling
 from gpt2x.generation.text import TextStream
 from gpt2x.load import model_of
+from gpt2x.runtimes.base import Decoder
 from gpt2x.runtimes.torch import TorchDecoder
 
 
@@ -26,11 +28,18 @@ def tokenizer():
     return Tokenizer.from_pretrained(SHAKESPEARE)
 
 
-class Scripted:
-    """A decoder that wants to say the same tokens whatever it is told; it notes what it was fed."""
+class Scripted(Decoder):
+    """A decoder that repeats the same tokens, whatever its input. ``fed`` lists the inputs."""
+
+    runtime = "a script"
 
     def __init__(self, script, n_ctx=10, n_vocab=13):
-        self.script, self.n_ctx, self.n_vocab, self.fed = itertools.cycle(script), n_ctx, n_vocab, []
+        self.config = replace(TINY, n_ctx=n_ctx, n_vocab=n_vocab)
+        self.script = itertools.cycle(script)
+        self.fed = []
+
+    def run(self, input_ids, attention_mask, position_ids, cache):
+        raise NotImplementedError
 
     def step(self, input_ids, attention_mask, position_ids, cache):
         self.fed.append((input_ids, attention_mask, position_ids))

@@ -8,7 +8,7 @@ import pytest
 from converters import LazyTensor, open_checkpoint
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
-from gpt2x.precisions import PRECISIONS
+from gpt2x.precisions import PRECISIONS, weights
 from gpt2x.runtimes.onnx_model import saturates
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model

@@ -21,6 +21,8 @@ IDS = [3, 1, 12, 0, 7, 7, 2, 11, 5, 9]
 class Fixed(Decoder):
     """A model that returns these logits (V,) after every token."""
 
+    runtime = "fixed logits"
+
     def __init__(self, *logits, n_ctx=40):
         self.row = np.array(logits, np.float32)
         self.config = replace(TINY, n_ctx=n_ctx, n_vocab=len(logits))

@@ -204,9 +204,9 @@ def test_a_report_that_compared_nothing_has_not_passed():
 
 
 def test_the_page_of_a_rounded_model_is_headed_within_bounds():
-    rounded = parity.Report("a", "b", [parity.Check("chunks", True, "", {"inexact": True})])
+    rounded = parity.Report("a", "b", [Check("chunks", True, "", {"inexact": True})])
     assert '<span class="same">within bounds</span></h1>' in page(rounded)
-    equal = parity.Report("a", "b", [parity.Check("chunks", True, "", {})])
+    equal = parity.Report("a", "b", [Check("chunks", True, "", {})])
     assert '<span class="same">same</span></h1>' in page(equal)
 
 
