@@ -230,7 +230,7 @@ def test_an_untied_output_is_the_seventeenth_parameter(tmp_path):
     assert untied.tensors["lm_head.weight"].shape == (13, 6)
     save_checkpoint(untied, tmp_path / "hf")
     assert_same_bytes(untied, open_checkpoint(tmp_path / "hf"))
-    with pytest.raises(CheckpointError, match="not tied"):
+    with pytest.raises(CheckpointError, match="untied lm_head"):
         save_checkpoint(untied, tmp_path / "tf", "tf")
     assert not (tmp_path / "tf").exists()
 
@@ -475,7 +475,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_noticed(tmp_path, tiny):
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
     with open(tmp_path / "m.safetensors", "r+b") as f:
         f.truncate(1000)
-    with pytest.raises(FormatError, match="changed while it was being read"):
+    with pytest.raises(FormatError, match="changed while it was read"):
         arrays_of(checkpoint)
 
 
@@ -488,7 +488,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, tiny):
         f.seek(-4, 2)
         f.write(b"\0\0\0\0")
     os.utime(tmp_path / "m.safetensors", ns=(1, 1))
-    with pytest.raises(FormatError, match="changed while it was being read"):
+    with pytest.raises(FormatError, match="changed while it was read"):
         arrays_of(checkpoint)
 
 

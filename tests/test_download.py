@@ -434,7 +434,7 @@ def refused(match, kind=ConversionError):
         (DATA, "to file:///etc/passwd", "redirects to somewhere that is not fetched from"),
         (DATA, "to ftp://127.0.0.1/x", "redirects to somewhere that is not fetched from"),
         (INDEX, "page", "a web page came"),
-        (INDEX, "hidden page", "24 bytes is too short for a TensorFlow index"),
+        (INDEX, "hidden page", "truncated: a TensorFlow index needs 48 bytes, the file has 24"),
         (INDEX, "flipped", "what came is not the file that was asked for"),
         (INDEX, "endless", "sends more than the 1,048,576 bytes"),
         ("hparams.json", "hidden page", "invalid JSON"),
@@ -604,7 +604,7 @@ def test_a_destination_that_cannot_be_is_refused_before_the_download(gpt2x, mirr
         (["folder"], "folder: exists already"),
         (["folder", "--to", "safetensors", "--force"], "is not replaced by a file"),
         (["out.h5"], "does not write .h5"),
-        (["hf://me/mine"], "gpt2x uploads nothing"),
+        (["hf://me/mine"], "gpt2x convert does not upload"),
     ):
         assert_refused(gpt2x("convert", "openai://124M", *args), words)
         assert_refused(gpt2x("convert", "hf://a/b", *args), words)

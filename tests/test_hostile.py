@@ -145,7 +145,7 @@ def test_a_slice_of_no_variable_is_refused(bundle):
     entry = bundle.entry("model/ln_f/b", shape=(0,), size=0, crc=0xA282EAD8)
     bundle.raw[b"\0stray"] = entry
     bundle.write()
-    refused(bundle, "a slice of no variable")
+    refused(bundle, "a slice of an unknown variable")
 
 
 def test_a_state_file_of_blank_lines_is_read_at_once(bundle):
