@@ -266,8 +266,8 @@ def test_a_block_that_is_not_as_the_format_says_is_refused(bundle, block, kind, 
         (b"\x08\x01\x10\x01\x1a\x02\x08\x01", "big-endian"),
         (b"\x08\x01\x1a\x04\x08\x01\x10\x02", "readers of version 2"),
         (b"\x08\x01\x1a\x04\x08\x01\x18\x01", "readers of version"),
-        (b"\x1a\x02\x08\x01", "0 data files"),
-        (b"\x08" + varint(2**64 - 1) + b"\x1a\x02\x08\x01", "-1 data files"),
+        (b"\x1a\x02\x08\x01", "invalid shard count: 0"),
+        (b"\x08" + varint(2**64 - 1) + b"\x1a\x02\x08\x01", "invalid shard count: -1"),
         (b"\x08\x02\x1a\x02\x08\x01", "data-00000-of-00002: no such file"),
     ],
 )
@@ -288,7 +288,7 @@ NAME = "model/ln_f/b"
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"shard": 1}, "lies in data file 2 of 1"),
+        ({"shard": 1}, "invalid shard: data file 2 of 1"),
         ({"shard": -1}, "negative"),
         ({"offset": -4}, "negative"),
         ({"size": -24}, "negative"),
