@@ -208,7 +208,7 @@ class Checksum:
             yield chunk
         if value != self.expected:
             raise ChecksumError(
-                f"{self.where}: checksum mismatch: {value:08x} computed, {self.expected:08x} stored: it is damaged. Download or copy it again"
+                f"{self.where}: checksum is {value:08x}, but the file states {self.expected:08x}: it is damaged"
             )
 
 

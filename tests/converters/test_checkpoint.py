@@ -110,7 +110,7 @@ def test_a_name_that_the_index_does_not_list_is_refused(shards):
     index = weight_map(shards)
     del index["wte.weight"]
     write_index(shards, index)
-    with pytest.raises(FormatError, match="holds wte.weight, which the index does not put there"):
+    with pytest.raises(FormatError, match="holds wte.weight, but the index states otherwise"):
         open_checkpoint(shards)
 
 
@@ -123,7 +123,7 @@ def test_a_name_that_no_shard_holds_is_refused(shards):
 @pytest.mark.parametrize("value", [{}, [], None, {"a": 1}, "x"])
 def test_an_index_without_a_sound_map_is_refused(shards, value):
     write_index(shards, value)
-    with pytest.raises(FormatError, match="no weight_map"):
+    with pytest.raises(FormatError, match="no valid weight_map"):
         open_checkpoint(shards)
 
 
@@ -231,7 +231,7 @@ def test_an_untied_output_is_the_seventeenth_parameter(tmp_path):
     assert untied.tensors["lm_head.weight"].shape == (13, 6)
     save_checkpoint(untied, tmp_path / "hf")
     assert_same_bytes(untied, open_checkpoint(tmp_path / "hf"))
-    with pytest.raises(CheckpointError, match="not tied"):
+    with pytest.raises(CheckpointError, match="untied lm_head"):
         save_checkpoint(untied, tmp_path / "tf", "tf")
     assert not (tmp_path / "tf").exists()
 
@@ -478,7 +478,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_noticed(tmp_path, tiny):
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
     with open(tmp_path / "m.safetensors", "r+b") as f:
         f.truncate(1000)
-    with pytest.raises(FormatError, match="changed while it was being read"):
+    with pytest.raises(FormatError, match="changed while it was read"):
         arrays_of(checkpoint)
 
 
@@ -491,7 +491,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, tiny):
         f.seek(-4, 2)
         f.write(b"\0\0\0\0")
     os.utime(tmp_path / "m.safetensors", ns=(1, 1))
-    with pytest.raises(FormatError, match="changed while it was being read"):
+    with pytest.raises(FormatError, match="changed while it was read"):
         arrays_of(checkpoint)
 
 

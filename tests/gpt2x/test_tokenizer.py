@@ -131,12 +131,12 @@ def test_where_there_is_none_the_option_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("files", "match"),
     [
-        ({"vocab.json": "[]", "merges.txt": ""}, "JSON object is expected"),
-        ({"vocab.json": "{}", "merges.txt": ""}, "not a table of tokens"),
-        ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "not a table of tokens"),
-        ({"vocab.json": '{"a": 1, "b": 1}', "merges.txt": ""}, "two tokens have one id"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "expected a JSON object"),
+        ({"vocab.json": "{}", "merges.txt": ""}, "not a valid table of tokens"),
+        ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "not a valid table of tokens"),
+        ({"vocab.json": '{"a": 1, "b": 1}', "merges.txt": ""}, "duplicate token id"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c\n"}, "not a merge of two tokens"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "do not fit together"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "do not match"),
         ({"tokenizer.json": "{}"}, "not a byte-level BPE"),
         ({"tokenizer.json": "nonsense"}, "invalid JSON"),
     ],

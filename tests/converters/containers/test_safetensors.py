@@ -97,7 +97,7 @@ def test_the_headers_that_the_tests_write_are_sound(tmp_path):
         ({"a": entry(extra=1)}, "and nothing else"),
         ({"a": {"dtype": "F32"}}, "must hold dtype, shape and data_offsets"),
         ({"a": 5}, "must hold dtype, shape and data_offsets"),
-        ({"a\0b": entry()}, "not a name"),
+        ({"a\0b": entry()}, "invalid tensor name"),
         ({"a": entry(), "__metadata__": {"format": 1}}, "table of strings"),
         ({"a": entry(), "__metadata__": {"config": "{"}}, "invalid JSON"),
         (b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), "duplicate key 'a'"),
@@ -121,8 +121,8 @@ def test_a_header_that_is_not_sound_is_refused(tmp_path, header, match):
         (0, "truncated"),
         (1, "truncated"),
         (10_000, "truncated"),
-        (2**63, "the format allows"),
-        (100_000_001, "the format allows"),
+        (2**63, "which exceeds the limit of 100000000"),
+        (100_000_001, "which exceeds the limit of 100000000"),
     ],
 )
 def test_a_header_of_an_impossible_size_is_refused(tmp_path, size, match):
@@ -133,7 +133,7 @@ def test_a_header_of_an_impossible_size_is_refused(tmp_path, size, match):
 @pytest.mark.parametrize("size", [1, 7, 9])
 def test_a_file_too_short_for_a_header_is_refused(tmp_path, size):
     (tmp_path / "f.safetensors").write_bytes(b"\0" * size)
-    with pytest.raises(FormatError, match="too short"):
+    with pytest.raises(FormatError, match="truncated"):
         open_checkpoint(tmp_path / "f.safetensors")
 
 

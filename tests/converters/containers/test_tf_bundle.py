@@ -142,7 +142,7 @@ def test_the_bundles_that_the_tests_write_are_sound(bundle):
 @pytest.mark.parametrize("size", [0, 1, 47])
 def test_an_index_shorter_than_its_footer_is_refused(bundle, size):
     bundle.index.write_bytes(bundle.index.read_bytes()[-size:] if size else b"")
-    refused(bundle, "too short")
+    refused(bundle, "truncated")
 
 
 def test_a_bad_magic_is_refused(bundle):
@@ -194,12 +194,12 @@ RESTART = struct.pack("<2I", 0, 1)
     ("block", "kind", "match"),
     [
         (ONE + RESTART, 1, "compressed"),
-        (ONE, 0, "restarts"),
-        (b"\x01", 0, "too short"),
-        (ONE + struct.pack("<I", 0), 0, "restarts"),
-        (ONE + struct.pack("<I", 10_000), 0, "restarts"),
-        (ONE + struct.pack("<2I", 3, 1), 0, "restarts"),
-        (ONE + struct.pack("<3I", 0, 5, 2), 0, "restart that is no entry"),
+        (ONE, 0, "restart points"),
+        (b"\x01", 0, "truncated"),
+        (ONE + struct.pack("<I", 0), 0, "restart points"),
+        (ONE + struct.pack("<I", 10_000), 0, "restart points"),
+        (ONE + struct.pack("<2I", 3, 1), 0, "restart points"),
+        (ONE + struct.pack("<3I", 0, 5, 2), 0, "restart point that is not an entry"),
         (ONE + b"\x05\x01\0a" + RESTART, 0, "invalid entry"),
         (ONE + b"\0\x7f\0a" + RESTART, 0, "invalid entry"),
         (ONE + b"\0\x01\x7fa" + RESTART, 0, "invalid entry"),
@@ -220,8 +220,8 @@ def test_a_block_that_is_not_as_the_format_says_is_refused(bundle, block, kind, 
         (b"\x08\x01\x10\x01\x1a\x02\x08\x01", "big-endian"),
         (b"\x08\x01\x1a\x04\x08\x01\x10\x02", "readers of version 2"),
         (b"\x08\x01\x1a\x04\x08\x01\x18\x01", "readers of version"),
-        (b"\x1a\x02\x08\x01", "0 data files"),
-        (b"\x08" + varint(2**64 - 1) + b"\x1a\x02\x08\x01", "-1 data files"),
+        (b"\x1a\x02\x08\x01", "invalid shard count: 0"),
+        (b"\x08" + varint(2**64 - 1) + b"\x1a\x02\x08\x01", "invalid shard count: -1"),
         (b"\x08\x02\x1a\x02\x08\x01", "data-00000-of-00002: no such file"),
     ],
 )
@@ -242,7 +242,7 @@ NAME = "model/ln_f/b"
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"shard": 1}, "lies in data file 2 of 1"),
+        ({"shard": 1}, "invalid shard: data file 2 of 1"),
         ({"shard": -1}, "negative"),
         ({"offset": -4}, "negative"),
         ({"size": -24}, "negative"),
@@ -273,7 +273,7 @@ def test_a_shape_of_unknown_rank_is_refused(bundle):
 
 def test_an_entry_that_is_no_message_is_refused(bundle):
     bundle.write(model__ln_f__b=b"\x0b")
-    refused(bundle, "unknown kind of field")
+    refused(bundle, "unknown wire type")
 
 
 def test_a_name_that_is_not_utf8_is_refused(bundle):
@@ -324,7 +324,7 @@ def test_the_slices_of_a_partitioned_variable_are_found_by_their_keys(sliced):
     [
         ((A, B), "leave a gap"),
         ((A, B, C, C), "overlap"),
-        ((A, B, ((9, 3), (0, 6))), "missing or of another shape"),
+        ((A, B, ((9, 3), (0, 6))), "missing or has another shape"),
         ((A, B, ((9, 5), (0, 6))), "outside the shape"),
         ((A, B, ((9, 4),)), "outside the shape"),
     ],

@@ -343,7 +343,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused_and_leaves_nothing(tm
     struck = striking(strike)
     with pytest.raises(FormatError) as error:
         save_checkpoint(checkpoint, tmp_path / "out" / "m.safetensors")
-    assert str(error.value) == f"{struck[0]}: changed while it was being read"
+    assert str(error.value) == f"{struck[0]}: changed while it was read"
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -363,7 +363,7 @@ def test_a_source_that_shrinks_leaves_an_old_result_as_it_was(tmp_path, striking
     write_old(kind, target)
     before, checkpoint = contents(target), open_checkpoint(source, n_head=2)
     struck = striking(shrink)
-    with pytest.raises(FormatError, match="changed while it was being read"):
+    with pytest.raises(FormatError, match="changed while it was read"):
         save_checkpoint(checkpoint, target, kind, force=True)
     assert struck == [source]
     assert contents(target) == before
@@ -471,10 +471,10 @@ REFUSED = {
     "a file in the place of the source's folder": ("hf hf --to bin --force", "is a directory, which is not replaced by a file"),
     "a file below a file": ("m.safetensors m.safetensors/out.bin", "m.safetensors/out.bin: "),
     "a folder below a file": ("m.safetensors m.safetensors/deep/hf", "m.safetensors/deep/hf: "),
-    "a shard of the source": ("shards shards/model-00001-of-00004.safetensors --force", "is a part of the source"),
-    "the data of the source": ("tf tf/model.ckpt.data-00000-of-00001 --to bin --force", "is a part of the source"),
-    "the index of the source": ("tf tf/model.ckpt.index --to bin --force", "is a part of the source"),
-    "the index of the source's shards": ("shards shards/model.safetensors.index.json --to bin --force", "is a part of the source"),
+    "a shard of the source": ("shards shards/model-00001-of-00004.safetensors --force", "is one of several files of the source"),
+    "the data of the source": ("tf tf/model.ckpt.data-00000-of-00001 --to bin --force", "is one of several files of the source"),
+    "the index of the source": ("tf tf/model.ckpt.index --to bin --force", "is one of several files of the source"),
+    "the index of the source's shards": ("shards shards/model.safetensors.index.json --to bin --force", "is one of several files of the source"),
 }  # fmt: skip
 
 

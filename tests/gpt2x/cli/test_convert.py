@@ -426,7 +426,7 @@ def test_an_interrupted_convert_leaves_the_old_or_the_new(signalled, here, numbe
 
 def test_a_destination_that_appears_meanwhile_is_not_overwritten(tmp_path):
     with (
-        pytest.raises(DestinationError, match="has appeared meanwhile"),
+        pytest.raises(DestinationError, match="was created meanwhile"),
         converters.io.publishing.new_file(tmp_path / "f") as out,
     ):
         out.write(b"ours")

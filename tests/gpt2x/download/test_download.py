@@ -671,7 +671,7 @@ def test_an_invalid_destination_is_refused_before_the_download(gpt2x, mirror):
         (["folder"], "folder: exists already"),
         (["folder", "--to", "safetensors", "--force"], "is not replaced by a file"),
         (["out.h5"], "does not write .h5"),
-        (["hf://me/mine"], "gpt2x uploads nothing"),
+        (["hf://me/mine"], "gpt2x convert does not upload"),
     ):
         assert_refused(gpt2x("convert", "openai://124M", *args), words)
         assert_refused(gpt2x("convert", "hf://a/b", *args), words)

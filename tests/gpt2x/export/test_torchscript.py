@@ -268,7 +268,7 @@ def test_a_cache_that_does_not_fit_is_refused(decoder, edit, words):
 @pytest.mark.parametrize("name", ["m.pt", "m.pt2"])
 def test_reading_a_program_as_weights_says_what_it_is(gpt2x, tiny_files, name):
     assert_refused(
-        gpt2x("inspect", tiny_files / name), "of which no weights are read: gpt2x generate and verify run it"
+        gpt2x("inspect", tiny_files / name), "whose weights gpt2x does not read; run it with gpt2x generate or verify"
     )
 
 
