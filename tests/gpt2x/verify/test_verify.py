@@ -205,9 +205,9 @@ def test_a_report_that_compared_nothing_has_not_passed():
 
 def test_the_page_of_a_rounded_model_is_headed_within_bounds():
     rounded = parity.Report("a", "b", [Check("chunks", True, "", {"inexact": True})])
-    assert '<span class="same">within bounds</span></h1>' in page(rounded)
+    assert '<span class="passed">within bounds</span></h1>' in page(rounded)
     equal = parity.Report("a", "b", [Check("chunks", True, "", {})])
-    assert '<span class="same">same</span></h1>' in page(equal)
+    assert '<span class="passed">same</span></h1>' in page(equal)
 
 
 def test_verify_reads_each_byte_of_each_file_once(monkeypatch):
