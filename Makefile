@@ -6,16 +6,13 @@ PIP := -m pip --disable-pip-version-check install --quiet --constraint constrain
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test coverage test-slow check test-processors test-versions test-executorch test-tensorflow test-clients test-llama test-all fuzz bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-clients test-llama test-all fuzz bench clean
 
-demo: $(VENV)/.demo ## set up what it needs, then walk the main road on the model that ships with gpt2x
+demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
 
-test: $(VENV)/.ready check ## set up, then lint, type-check and test: what a change needs, in minutes
-	$(PYTEST)
-
-coverage: $(VENV)/.ready ## the tests of make test, with the lines and branches that they run
-	$(PYTEST) --cov --cov-report=term:skip-covered
+test: $(VENV)/.ready check ## set up, then lint, type-check and test; with COVERAGE=1 also measure the lines and branches that the tests run
+	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 test-slow: $(VENV)/.ready ## the tests that prove more than a change needs
 	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py

@@ -439,7 +439,7 @@ def refused(match, kind=ConversionError):
         (DATA, "to file:///etc/passwd", "redirects to an address that gpt2x does not follow"),
         (DATA, "to ftp://127.0.0.1/x", "redirects to an address that gpt2x does not follow"),
         (INDEX, "page", "sent a web page instead of the file"),
-        (INDEX, "hidden page", "24 bytes is too short for a TensorFlow index"),
+        (INDEX, "hidden page", "truncated: a TensorFlow index needs 48 bytes, the file has 24"),
         (INDEX, "flipped", "the downloaded file is not valid"),
         (INDEX, "endless", "sends more than the limit of 1,048,576 bytes"),
         ("hparams.json", "hidden page", "invalid JSON"),
