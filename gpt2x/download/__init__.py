@@ -1,1 +1,3 @@
 """Downloads of hf:// and openai:// addresses."""
+
+__all__ = ["fetch", "hub", "openai"]

@@ -1,1 +1,3 @@
 """Text generation over any runtime."""
+
+__all__ = ["loop", "sampling", "text"]
