@@ -95,7 +95,7 @@ def check_destination(
         DestinationError: if there is no such format, or it lacks an option.
     """
     if not str(path):
-        raise DestinationError("the destination is an empty name")
+        raise DestinationError("the destination path is empty")
     if str(path) == "-":
         raise DestinationError("the destination is '-', but gpt2x cannot write to a pipe; pass a file name")
     path = Path(path)

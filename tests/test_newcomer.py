@@ -56,7 +56,7 @@ def test_a_fine_tuned_directory_keeps_what_belongs_to_it(gpt2x):
 def test_added_tokens_that_openais_layout_cannot_mark_are_said(gpt2x):
     fine_tuned()
     assert (
-        "cannot mark added tokens, which will be read as text: [PAD]"
+        "cannot mark added tokens, which will be read as plain text: [PAD]"
         in done(gpt2x("convert", "tuned", "tf", "--to", "tf")).stdout
     )
     assert "added tokens" not in done(gpt2x("convert", SHAKESPEARE, "tf2", "--to", "tf")).stdout
@@ -98,8 +98,8 @@ def test_a_wrong_path_is_blamed_not_the_tokenizer(gpt2x):
 
 def test_an_empty_name_is_not_the_current_directory(gpt2x):
     save_checkpoint(random_checkpoint(), "pytorch_model.bin")
-    assert_refused(gpt2x("convert", "", "out"), "empty name")
-    assert_refused(gpt2x("convert", SHAKESPEARE, ""), "empty name")
+    assert_refused(gpt2x("convert", "", "out"), "the source path is empty")
+    assert_refused(gpt2x("convert", SHAKESPEARE, ""), "the destination path is empty")
 
 
 def test_a_suffix_is_known_in_any_case(gpt2x):
@@ -111,7 +111,7 @@ def test_a_suffix_is_known_in_any_case(gpt2x):
 def test_a_report_is_replaced_where_the_user_says_so(gpt2x):
     save_checkpoint(random_checkpoint(), "a.safetensors")
     done(gpt2x("verify", "a.safetensors", "--json", "r.json"))
-    assert_refused(gpt2x("verify", "a.safetensors", "--json", "r.json"), "exists already; --force replaces it")
+    assert_refused(gpt2x("verify", "a.safetensors", "--json", "r.json"), "already exists; pass --force to replace it")
     done(gpt2x("verify", "a.safetensors", "--json", "r.json", "--force"))
 
 

@@ -131,7 +131,7 @@ def check_free(path: Path, force: bool, directory: bool) -> None:
             f"{path}: exists and is {kind}, which cannot be replaced by {wanted}; choose another name"
         )
     if not force:
-        raise DestinationError(f"{path}: exists; pass --force to replace it")
+        raise DestinationError(f"{path}: already exists; pass --force to replace it")
 
 
 @contextlib.contextmanager

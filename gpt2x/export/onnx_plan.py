@@ -286,7 +286,7 @@ def _check_large(request: Request, large: list[str]) -> None:
     """Refuse to replace models of a directory that is kept, unless ``force`` is given."""
     for file in (request.path / name for name in large):
         if os.path.lexists(file) and not request.force:
-            raise DestinationError(f"{file}: exists already; --force replaces it")
+            raise DestinationError(f"{file}: already exists; pass --force to replace it")
 
 
 def _card_name(request: Request, kept: bool) -> str | None:

@@ -41,7 +41,7 @@ BAD_NAME = (
 )
 NO_LOGIN = "uploading needs a login: log in (hf auth login) or set HF_TOKEN"
 READ_ONLY = "this login can only read: log in (hf auth login) with a token that can write, or set HF_TOKEN to one"
-EXISTS = "exists already on the Hub, and gpt2x uploads to new repositories only: choose another name"
+EXISTS = "already exists on the Hub, and gpt2x uploads to new repositories only: choose another name"
 NO_XET = "cannot connect to the Hub's storage of large files (Xet): set HF_HUB_DISABLE_XET=1 to upload without it"
 
 # What a status means for an upload, where that differs from a download.

@@ -38,7 +38,7 @@ def test_every_model_and_batch_is_measured_and_written_as_json_and_as_a_plot(gpt
         assert 20 < run["rss_mb"] < 2000
     assert len(shown) == 5 and re.match(r"int4 +3 ", shown[-1])
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    assert_refused(gpt2x("bench", exported, *options, *files), "b.json: exists already")
+    assert_refused(gpt2x("bench", exported, *options, *files), "b.json: already exists")
 
 
 def test_json_on_the_terminal_is_nothing_else(gpt2x, exported):

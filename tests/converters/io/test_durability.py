@@ -430,7 +430,7 @@ def sources():
 def test_a_source_that_is_the_destination_is_left_alone_and_with_force_is_not_lost(here, gpt2x, words):
     before = sources()
     result = gpt2x("convert", *words.split())
-    assert_refused(result, f"{Path(words.split()[1])}: exists already; --force replaces it")
+    assert_refused(result, f"{Path(words.split()[1])}: already exists; pass --force to replace it")
     assert len(result.stderr.splitlines()) == 1
     assert sources() == before
     done(gpt2x("convert", *words.split(), "--force"))
@@ -467,8 +467,8 @@ REFUSED = {
     "Hugging Face's into the folder of TensorFlow": ("tf tf --force", "tf: holds checkpoint, which would be read together"),
     "one file into the folder of shards": ("shards shards --force", "holds model.safetensors.index.json, which would be read together"),
     "shards into the folder of one file": ("hf hf --max-shard-size 2KB --force", "holds model.safetensors, which would be read together"),
-    "a folder in the place of the source": ("m.safetensors m.safetensors --to hf --force", "is a file, which is not replaced by a directory"),
-    "a file in the place of the source's folder": ("hf hf --to bin --force", "is a directory, which is not replaced by a file"),
+    "a folder in the place of the source": ("m.safetensors m.safetensors --to hf --force", "is a file, which cannot be replaced by a directory"),
+    "a file in the place of the source's folder": ("hf hf --to bin --force", "is a directory, which cannot be replaced by a file"),
     "a file below a file": ("m.safetensors m.safetensors/out.bin", "m.safetensors/out.bin: "),
     "a folder below a file": ("m.safetensors m.safetensors/deep/hf", "m.safetensors/deep/hf: "),
     "a shard of the source": ("shards shards/model-00001-of-00004.safetensors --force", "is one of several files of the source"),
@@ -495,7 +495,7 @@ def test_a_result_around_its_source_keeps_what_else_is_there(here, gpt2x):
     save_checkpoint(random_checkpoint(seed=3), "outer/model.safetensors")
     save_checkpoint(random_checkpoint(), "outer/deep/source.safetensors")
     Path("outer/notes.txt").write_text("mine")
-    assert_refused(gpt2x("convert", "outer/deep/source.safetensors", "outer"), "outer: exists already")
+    assert_refused(gpt2x("convert", "outer/deep/source.safetensors", "outer"), "outer: already exists")
     done(gpt2x("convert", "outer/deep/source.safetensors", "outer", "--force"))
     for path in ("outer", "outer/deep/source.safetensors"):
         assert_same_bytes(random_checkpoint(), open_checkpoint(path))
@@ -503,7 +503,7 @@ def test_a_result_around_its_source_keeps_what_else_is_there(here, gpt2x):
 
 
 def test_the_folder_that_one_is_in_can_be_the_destination(here, gpt2x):
-    assert_refused(gpt2x("convert", "m.safetensors", "."), "exists already")
+    assert_refused(gpt2x("convert", "m.safetensors", "."), "already exists")
     done(gpt2x("convert", "m.safetensors", ".", "--force"))
     assert_same_bytes(random_checkpoint(), open_checkpoint("."))
     assert_same_bytes(random_checkpoint(), open_checkpoint("m.safetensors"))
@@ -513,7 +513,7 @@ def test_a_model_in_memory_has_no_source_to_lose(tmp_path):
     tensors = {name: LazyTensor.of(tensor.read()) for name, tensor in random_checkpoint().tensors.items()}
     memory = replace(random_checkpoint(), tensors=tensors)
     save_checkpoint(memory, tmp_path / "m.safetensors")
-    with pytest.raises(DestinationError, match="exists already"):
+    with pytest.raises(DestinationError, match="already exists"):
         save_checkpoint(memory, tmp_path / "m.safetensors")
     save_checkpoint(memory, tmp_path / "m.safetensors", force=True)
     assert_same_bytes(memory, open_checkpoint(tmp_path / "m.safetensors"))

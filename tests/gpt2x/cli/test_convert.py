@@ -217,7 +217,7 @@ def test_convert_never_touches_an_existing_destination_without_force(gpt2x, targ
         Path(target, "hparams.json" if options else "config.json").write_text("precious")
         Path(target, "notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
-    assert_refused(gpt2x("convert", "models/124M", target, *options), "exists already; --force replaces it")
+    assert_refused(gpt2x("convert", "models/124M", target, *options), "already exists; pass --force to replace it")
     assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
     done(gpt2x("convert", "models/124M", target, *options, "--force"))
     assert_same_bytes(open_checkpoint("models/124M"), open_checkpoint(target))
@@ -241,7 +241,7 @@ def test_a_name_that_asks_for_a_file_that_is_not_written_is_refused(gpt2x, name)
 
 def test_a_source_converted_onto_itself_is_not_lost(gpt2x):
     done(gpt2x("convert", "models/124M", "m.safetensors"))
-    assert_refused(gpt2x("convert", "m.safetensors", "m.safetensors"), "exists already")
+    assert_refused(gpt2x("convert", "m.safetensors", "m.safetensors"), "already exists")
     done(gpt2x("convert", "m.safetensors", "m.safetensors", "--force"))
     assert_same_bytes(open_checkpoint("models/124M"), open_checkpoint("m.safetensors"))
     done(gpt2x("convert", "models/124M", "models/124M", "--to", "tf", "--force"))

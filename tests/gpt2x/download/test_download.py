@@ -667,15 +667,15 @@ def test_an_invalid_destination_is_refused_before_the_download(gpt2x, mirror):
     Path("out.bin").write_text("mine")
     Path("folder").mkdir()
     for args, words in (
-        (["out.bin"], "out.bin: exists already"),
-        (["folder"], "folder: exists already"),
-        (["folder", "--to", "safetensors", "--force"], "is not replaced by a file"),
+        (["out.bin"], "out.bin: already exists"),
+        (["folder"], "folder: already exists"),
+        (["folder", "--to", "safetensors", "--force"], "cannot be replaced by a file"),
         (["out.h5"], "does not write .h5"),
         (["hf://me/mine"], "gpt2x convert does not upload"),
     ):
         assert_refused(gpt2x("convert", "openai://124M", *args), words)
         assert_refused(gpt2x("convert", "hf://a/b", *args), words)
-    assert_refused(gpt2x("export", "openai://124M", "--onnx", "folder"), "folder: exists already")
+    assert_refused(gpt2x("export", "openai://124M", "--onnx", "folder"), "folder: already exists")
     assert_refused(gpt2x("bench", "openai://124M"), "gpt2x export openai://124M --onnx DIR")
     assert mirror.asked == []
     assert Path("out.bin").read_text() == "mine"

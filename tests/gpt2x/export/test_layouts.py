@@ -251,7 +251,7 @@ def test_hostile_metadata_do_not_reach_the_card(tmp_path):
 
 
 def test_an_empty_name_to_push_to_is_refused(tmp_path, gpt2x):
-    assert_refused(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--push", ""), "not the name of a repository")
+    assert_refused(gpt2x("export", SHAKESPEARE, "--onnx", tmp_path / "d", "--push", ""), "not a valid repository name")
     assert not (tmp_path / "d").exists()
 
 

@@ -310,7 +310,7 @@ def test_export_never_touches_an_existing_destination_without_force(gpt2x, tmp_p
     done(gpt2x("export", "a.safetensors", *options))
     Path("d/notes.txt").write_text("mine")
     before = {name: Path("d", name).read_bytes() for name in files_of(Path("d"))}
-    assert_refused(gpt2x("export", "b.safetensors", *options), "d: exists already; --force replaces it")
+    assert_refused(gpt2x("export", "b.safetensors", *options), "d: already exists; pass --force to replace it")
     assert before == {name: Path("d", name).read_bytes() for name in files_of(Path("d"))}
     done(gpt2x("export", "b.safetensors", *options, "--force"))
     assert_same_bytes(random_checkpoint(seed=1), open_checkpoint("d"))
@@ -354,7 +354,9 @@ def test_an_export_into_the_source_itself_adds_the_onnx_folder_and_one_key(gpt2x
         "tokenizer.json",
     } <= set(after)
     assert_same_bytes(open_checkpoint(SHAKESPEARE), open_checkpoint("m"))
-    assert_refused(gpt2x("export", "m", "--onnx", "m/"), "m/onnx/model.onnx: exists already; --force replaces it")
+    assert_refused(
+        gpt2x("export", "m", "--onnx", "m/"), "m/onnx/model.onnx: already exists; pass --force to replace it"
+    )
     monkeypatch.chdir("m")
     done(gpt2x("export", ".", "--onnx", ".", "--force", "--no-verify"))
     assert files_of(Path()) == after
@@ -527,7 +529,7 @@ def test_a_symbolic_link_is_neither_followed_nor_replaced(gpt2x, tmp_path, monke
     save_checkpoint(random_checkpoint(), "h", "hf")
     Path("big").mkdir()
     Path("h/onnx").symlink_to(tmp_path / "big")
-    assert_refused(gpt2x("export", "h", "--onnx", "h", "--no-tokenizer"), "h/onnx: is a link")
+    assert_refused(gpt2x("export", "h", "--onnx", "h", "--no-tokenizer"), "h/onnx: is a symbolic link")
     assert Path("h/onnx").is_symlink()
     assert list(Path("big").iterdir()) == []
 
@@ -583,7 +585,7 @@ def test_two_results_with_one_path_are_refused(gpt2x, tmp_path, monkeypatch):
     save_checkpoint(random_checkpoint(), "a.safetensors")
     assert gpt2x("export", "a.safetensors", "--torchscript", "q.pt2", "--pt2", "q.pt2").exit_code == 2
     Path("q.pt2").write_text("mine")
-    assert_refused(gpt2x("export", "a.safetensors", "--torchscript", "q.pt", "--pt2", "q.pt2"), "exists already")
+    assert_refused(gpt2x("export", "a.safetensors", "--torchscript", "q.pt", "--pt2", "q.pt2"), "already exists")
     assert not Path("q.pt").exists()
     assert gpt2x("export", "a.safetensors", "--torchscript", "q.pt", "--logits", "last").exit_code == 2
 

@@ -170,9 +170,9 @@ REFUSED = (
     ("hf_test", "you/new", "you/new: you does not belong to this login: use its own name, me, or one of its organizations"),
     ("hf_test", "Me/new", "Me/new: the owner's name on the Hub is me: use me/new"),
     ("hf_fine", "TEAM/new", "TEAM/new: the owner's name on the Hub is team: use team/new"),
-    ("hf_test", "me/there", "me/there: exists already on the Hub"),
-    ("hf_test", "me/There", "me/There: exists already on the Hub"),
-    ("hf_fine", "you/there", "you/there: exists already on the Hub"),
+    ("hf_test", "me/there", "me/there: already exists on the Hub"),
+    ("hf_test", "me/There", "me/There: already exists on the Hub"),
+    ("hf_fine", "you/there", "you/there: already exists on the Hub"),
 )  # fmt: skip
 
 
@@ -328,7 +328,7 @@ def test_a_refusal_by_the_hub_changes_nothing(hub, run, exported):
     (hub.root / "me/x/config.json").write_text("somebody made it meanwhile")
     there, denied = run(("push", "hf_test", "me/x", exported), ("push", "hf_fine", "you/x", exported))
     nothing = f". Nothing was uploaded; {exported} is complete. Upload it with: hf upload OWNER/NAME '{exported}'"
-    assert there.startswith("me/x: exists already on the Hub")
+    assert there.startswith("me/x: already exists on the Hub")
     assert denied.startswith("you/x: this login cannot create or change the repository: check OWNER")
     assert there.endswith(nothing)
     assert denied.endswith(nothing)

@@ -137,7 +137,7 @@ def test_export_writes_verifies_and_refuses_to_write_over(gpt2x, tmp_path, monke
     out = done(gpt2x("export", "a.safetensors", "--torchscript", "m.pt")).stdout
     assert "right padding   same" in out
     before = Path("m.pt").read_bytes()
-    assert_refused(gpt2x("export", "a.safetensors", "--torchscript", "m.pt"), "m.pt: exists already")
+    assert_refused(gpt2x("export", "a.safetensors", "--torchscript", "m.pt"), "m.pt: already exists")
     done(gpt2x("export", "a.safetensors", "--torchscript", "m.pt", "--force"))
     assert Path("m.pt").read_bytes() == before
     assert gpt2x("export", "a.safetensors", "--pt2", "m.zip").exit_code == 2

@@ -99,7 +99,7 @@ def test_the_report_is_written_as_json(gpt2x):
 
 def test_a_report_is_never_written_over_a_file(gpt2x):
     before = Path("a.safetensors").read_bytes()
-    assert_refused(gpt2x("verify", "a.safetensors", "--json", "a.safetensors"), "exists already")
+    assert_refused(gpt2x("verify", "a.safetensors", "--json", "a.safetensors"), "already exists")
     assert Path("a.safetensors").read_bytes() == before
 
 
