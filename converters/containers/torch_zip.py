@@ -21,15 +21,7 @@ from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, Checksum, LazyTensor
 from .container import Container
-from .torch_pickle import (
-    MAX_PICKLE,
-    Storage,
-    TensorRef,
-    check_overlaps,
-    dump_pickle,
-    load_pickle,
-    state_dict,
-)
+from .torch_pickle import MAX_PICKLE, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
 
 LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64

@@ -10,7 +10,7 @@ from .assemble import assemble
 from .find import find
 from .open import open_container
 from .read_configuration import read_configuration
-from .recognise import recognise
+from .recognise_dialect import recognise
 from .resolve import resolve
 from .tokenizer import add_tokenizer, tokenizer_in
 from .unwrap import unwrap

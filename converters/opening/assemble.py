@@ -9,7 +9,7 @@ from ..checkpoint import Checkpoint, not_gpt2, same_bytes, shape_faults
 from ..errors import CheckpointError
 from ..spec import LM_HEAD, GPT2Config
 from ..tensors import LazyTensor
-from .recognise import Parameters
+from .recognise_dialect import Parameters
 from .resolve import Resolved
 
 

@@ -11,7 +11,7 @@ from ..errors import CheckpointError, ConfigError, UnknownHeadsError
 from ..spec import PUBLISHED, GPT2Config
 from ..tensors import LazyTensor
 from .read_configuration import Stated
-from .recognise import Parameters
+from .recognise_dialect import Parameters
 
 
 @dataclass(frozen=True)

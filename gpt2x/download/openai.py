@@ -106,7 +106,7 @@ def _complete(folder: Path, size: str, progress: ProgressBar) -> None:
     missing = [name for name in (*SMALL, INDEX) if not _is_valid(folder / name)]
     if not missing and _has_data(folder):
         return
-    from .transfer import http_client  # here, so that a complete copy needs no HTTP library
+    from .transfer import http_client
 
     base = f"{_base_url()}/{size}"
     with http_client() as client:

@@ -11,7 +11,7 @@ from converters import Checkpoint, GPT2Config, LazyTensor
 from converters.containers.container import Container
 from converters.opening.assemble import assemble as last_step
 from converters.opening.read_configuration import Stated
-from converters.opening.recognise import recognise
+from converters.opening.recognise_dialect import recognise
 from converters.opening.resolve import resolve
 from converters.opening.unwrap import unwrap
 
