@@ -32,6 +32,9 @@ DTYPES = {
     )
 }  # fmt: skip
 
+# The names in Python and on the command line -> safetensors' or GGUF's.
+NAMES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+
 # The first bytes (sign and leading exponent bits) of NaN, infinity and very large values.
 EXPONENTS = {
     "F64": (b"\x7f", b"\xff"),

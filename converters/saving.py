@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import Checkpoint
-from .dtypes import whole_items
+from .dtypes import NAMES, whole_items
 from .errors import DestinationError
 from .formats import BY_NAME, CONFIG_FILES, MODELS, OTHERS, WEIGHTS, WRITE_SUFFIXES, WRITERS, Format, Job
 from .formats.huggingface import hf_companions
@@ -62,8 +62,9 @@ def save_checkpoint(
         path: the destination. Without ``to``, its suffix selects the format; any unknown suffix is a directory in
             Hugging Face's layout.
         to: one of ``WRITERS``.
-        dtype: dtype of the weights: F64, F32, F16, BF16, or Q8_0 for GGUF. Default: each tensor's own. For GGUF it is
-            the dtype of the matrices, as llama.cpp requires positions, biases and norms in float32.
+        dtype: dtype of the weights, as in ``--dtype``: fp64, fp32, fp16, bf16, or q8_0 for GGUF; safetensors' names, such
+            as F32, are accepted, too. Default: each tensor's own. For GGUF it is the dtype of the matrices, as llama.cpp
+            requires positions, biases and norms in float32.
         max_shard_size: split the weights of a Hugging Face directory into files of at most this size: bytes, or text
             such as "5GB" or "500MiB".
         force: replace what is there.
@@ -75,6 +76,7 @@ def save_checkpoint(
         ConversionError: if the source turns out to be damaged, or the format cannot store the model.
     """
     path, kind = check_destination(path, to, dtype, max_shard_size)
+    dtype = _file_name_of(dtype)
     entry = BY_NAME[kind]
     if force:
         _check_source(checkpoint, path)
@@ -103,6 +105,7 @@ def check_destination(
     if kind not in WRITERS:
         raise DestinationError(f"{kind!r} is not a format that gpt2x writes; it writes {', '.join(WRITERS)}")
     entry = BY_NAME[kind]
+    dtype = _file_name_of(dtype)
     if dtype and dtype not in entry.writes:
         raise _no_such_dtype(path, entry, dtype)
     if max_shard_size is not None:
@@ -112,6 +115,11 @@ def check_destination(
                 f"{path}: --max-shard-size: only a directory in Hugging Face's layout can be written in several files"
             )
     return path, kind
+
+
+def _file_name_of(dtype: str | None) -> str | None:
+    """The name of a dtype in files: F32 of fp32."""
+    return None if dtype is None else NAMES.get(dtype, dtype)
 
 
 def _no_such_dtype(path: Path, entry: Format, dtype: str) -> DestinationError:

@@ -11,7 +11,7 @@ import click
 from .source import check_before, is_remote, local
 from .text import printable, progress_bar
 
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+DTYPES = ("fp32", "fp16", "bf16", "q8_0")
 
 
 class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
@@ -85,8 +85,8 @@ def convert(
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
 
-    kind = None if dtype == "keep" else DTYPES[dtype]
-    _check_destination(src, dst, to, kind, max_shard_size, force)
+    wanted = None if dtype == "keep" else dtype
+    _check_destination(src, dst, to, wanted, max_shard_size, force)
     path = local(src)
     start = time.perf_counter()
     checkpoint = open_checkpoint(
@@ -103,7 +103,7 @@ def convert(
             checkpoint,
             dst,
             to,
-            dtype=kind,
+            dtype=wanted,
             max_shard_size=max_shard_size,
             force=force,
             progress=advance,

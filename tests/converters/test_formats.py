@@ -166,7 +166,7 @@ def test_float64_is_refused_where_it_cannot_be_held_and_rounded_where_that_is_as
     wide = random_checkpoint().cast(F64)
     with pytest.raises(CheckpointError, match="--dtype fp32"):
         save_checkpoint(wide, tmp_path / "m", writer)
-    save_checkpoint(wide, tmp_path / "m", writer, dtype="F32")
+    save_checkpoint(wide, tmp_path / "m", writer, dtype="fp32")
     assert_same_bytes(random_checkpoint(), open_checkpoint(tmp_path / "m"))
 
 
@@ -253,7 +253,7 @@ def test_q8_0_of_ggufs_own_writer_reads_as_what_it_stands_for_and_is_said_to_be_
 
 def test_q8_0_is_rounded_as_ggufs_own_writer_rounds_it(tmp_path):
     """The same blocks, bit for bit; and so within half a step of each block's scale, and what its float16 loses."""
-    save_checkpoint(open_checkpoint(FIXTURES / "gguf/F32.gguf"), tmp_path / "ours.gguf", dtype="Q8_0")
+    save_checkpoint(open_checkpoint(FIXTURES / "gguf/F32.gguf"), tmp_path / "ours.gguf", dtype="q8_0")
     ours, theirs = (open_checkpoint(path) for path in (tmp_path / "ours.gguf", FIXTURES / "gguf/Q8_0.gguf"))
     assert_same_bytes(theirs, ours)
     before, after = (
@@ -528,11 +528,13 @@ def test_q8_0_is_refused_outside_gguf_before_anything_is_read(gpt2x, tmp_path):
 
 
 def test_every_writer_is_in_the_list_and_on_the_command_line(gpt2x):
+    from converters.dtypes import NAMES
     from gpt2x.cli.convert import DTYPES
 
     assert f"--to [{'|'.join(WRITERS)}]" in gpt2x("convert", "--help").stdout
     assert set(WRITERS) == {f.name for f in FORMATS if f.writes} - {"shards"}
-    assert {d for f in FORMATS for d in f.writes} == {*DTYPES.values(), "F64"}
+    assert {d for f in FORMATS for d in f.writes} == set(NAMES.values())
+    assert {*DTYPES, "fp64"} == set(NAMES)
     assert {name for f in FORMATS for name in f.dialects} == {d.name for d in DIALECTS}
 
 
@@ -716,3 +718,9 @@ def test_shards_may_carry_their_configuration_in_any_of_them_and_a_model_of_its_
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ConversionError, match="not a shard but a whole model"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "stored"), [("fp16", "F16"), ("F16", "F16"), ("fp64", "F64"), ("bf16", "BF16")])
+def test_a_dtype_has_the_name_of_the_command_line_or_of_safetensors(tmp_path, name, stored):
+    save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors", dtype=name)
+    assert {kind for kind, _ in open_checkpoint(tmp_path / "m.safetensors").stored.values()} == {stored}
