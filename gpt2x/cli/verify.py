@@ -151,14 +151,8 @@ def _heading() -> str:
 
 
 def _mark(check: Check) -> str:
-    """The result of a check in a word or two."""
-    if check.details.get("near_tie"):
-        return "near tie"
-    if check.passed is None:
-        return "-"
-    if not check.passed:
-        return "DIFFERENT"
-    return "within bounds" if check.details.get("inexact") else "same"
+    """The verdict of a check, where a failure stands out and a check that was not made shows as a dash."""
+    return check.verdict.replace("different", "DIFFERENT") or "-"
 
 
 def _conclusion(report: Report) -> str:

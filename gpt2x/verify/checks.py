@@ -15,3 +15,14 @@ class Check:
     passed: bool | None  # None: not checked, for the reason in ``result``
     result: str
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """The result in a word or two, for a table; empty if it was not checked."""
+        if self.details.get("near_tie"):
+            return "near tie"
+        if self.passed is None:
+            return ""
+        if not self.passed:
+            return "different"
+        return "within bounds" if self.details.get("inexact") else "same"

@@ -107,38 +107,14 @@ def _verdict(report: Report) -> tuple[str, str]:
         return "different", "The two models differ."
     if not report.passed:
         return "nothing compared", "Nothing was compared."
-    if any(_is_rounded(check) for check in report.checks):
+    if report.inexact:
         return "within bounds", "The two models agree within the bounds of the number format."
     return "same", "The two models are the same."
-
-
-def _is_rounded(check: Check) -> bool:
-    """Whether a check allows for rounding, so that passing it means that the error is within bounds."""
-    return bool(check.details.get("inexact"))
-
-
-def _mark(check: Check) -> str:
-    """Return the verdict of one check, in the words of the table on the terminal."""
-    if check.details.get("near_tie"):
-        return "near tie"
-    if check.passed is None:
-        return ""
-    if not check.passed:
-        return "different"
-    return "within bounds" if _is_rounded(check) else "same"
 
 
 def _escaped(text: str) -> str:
     """Return text for the page: without markup, control characters and invalid Unicode."""
     return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
-
-
-def _word(passed: bool | None, inexact: bool) -> str:
-    if passed is None:
-        return ""
-    if not passed:
-        return "different"
-    return "within bounds" if inexact else "same"
 
 
 def _share(check: Check) -> float:
@@ -150,7 +126,7 @@ def _share(check: Check) -> float:
 
 def _check_row(check: Check) -> str:
     name, result, what = map(_escaped, (check.name, check.result, EXPLAINED.get(check.name, "")))
-    return f'<tr><td>{name}<td class="{STATUS[check.passed]}">{_mark(check)}<td>{result}<td>{what}</tr>\n'
+    return f'<tr><td>{name}<td class="{STATUS[check.passed]}">{check.verdict}<td>{result}<td>{what}</tr>\n'
 
 
 def _metrics_row(check: Check) -> str:
