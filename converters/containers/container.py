@@ -23,6 +23,7 @@ class Container:
         notes: what the user should know of the file.
         parts: the files of weights, if there are several.
         shards: the containers that this one is made of, if it is an index of them.
+        wrappers: the parts of wrappers that were taken out of the names of tensors.
     """
 
     format: str
@@ -33,6 +34,7 @@ class Container:
     notes: tuple[str, ...] = ()
     parts: tuple[Path, ...] = ()
     shards: tuple[Container, ...] = ()
+    wrappers: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:

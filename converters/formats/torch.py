@@ -8,10 +8,8 @@ from pathlib import Path
 from ..config import to_hf
 from ..containers.container import Container
 from ..dialects import HF
-from ..errors import FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import LM_HEAD
 from .format import FLOATS, Embedded, Format, Job, Opener, Written, starts_with
 from .huggingface import CODEC
 from .nanogpt import embedded as nanogpt_embedded
@@ -22,29 +20,13 @@ RECORD = "extra/config.json"  # torch.load ignores it. With it, a lone .bin is c
 def _open_zip(path: Path) -> Container:
     from ..containers.torch_zip import open_torch_zip
 
-    return _without_shared(open_torch_zip(path, records=(RECORD,)))
+    return open_torch_zip(path, records=(RECORD,))
 
 
 def _open_legacy(path: Path) -> Container:
     from ..containers.torch_legacy import open_torch_legacy
 
-    return _without_shared(open_torch_legacy(path))
-
-
-def _without_shared(container: Container) -> Container:
-    """Refuse one tensor under two names. Only ``lm_head`` may be another name of the token embedding.
-
-    Raises:
-        FormatError: if there is one.
-    """
-    names: dict[int, str] = {}
-    for name, tensor in container.tensors.items():
-        if name.endswith(LM_HEAD) or not tensor.size:
-            continue
-        first = names.setdefault(id(tensor), name)
-        if first != name:
-            raise FormatError(f"{container.path}: {first} and {name} overlap in one storage")
-    return container
+    return open_torch_legacy(path)
 
 
 def _embedded(container: Container) -> Embedded | None:

@@ -23,7 +23,8 @@ def open_checkpoint(
     n_vocab: int | None = None,
     activation_function: str | None = None,
     tokenizer: str | Path | None = None,
-    tie: bool = False,
+    tie: bool | None = None,
+    prefix: str | None = None,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -33,7 +34,9 @@ def open_checkpoint(
         n_vocab: truncate a padded vocabulary to this many rows of the token embedding.
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
-        tie: drop an untied ``lm_head``.
+        tie: drop (True) or keep (False) an ``lm_head`` that differs from the token embedding, if no configuration states
+            ``tie_word_embeddings: false``. By default, it is refused.
+        prefix: prefix of the names of the GPT-2 to read, if the file has several.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
@@ -42,7 +45,7 @@ def open_checkpoint(
     with reading(source.path):
         container = open_container(source)
         stated = read_configuration(source, container, activation_function)
-        parameters = recognise(unwrap(container), n_vocab)
+        parameters = recognise(unwrap(container), n_vocab, prefix)
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)
         return add_tokenizer(checkpoint, stated, source, container, tokenizer)

@@ -52,7 +52,12 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--n-vocab", type=click.IntRange(min=1), help="Truncate a padded vocabulary to N rows.")
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
-@click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
+@click.option(
+    "--tie/--untie",
+    default=None,
+    help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
+)
+@click.option("--prefix", metavar="PREFIX", help="Prefix of the tensors' names to read, if SRC has several GPT-2s.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
@@ -65,7 +70,8 @@ def convert(
     n_vocab: int | None,
     activation_function: str | None,
     tokenizer_dir: str | None,
-    tie: bool,
+    tie: bool | None,
+    prefix: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +102,7 @@ def convert(
         activation_function=activation_function,
         tokenizer=tokenizer_dir,
         tie=tie,
+        prefix=prefix,
     )
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:

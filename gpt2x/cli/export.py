@@ -49,7 +49,7 @@ class Request:
     no_tokenizer: bool = False
     no_verify: bool = False
     n_head: int | None = None
-    tie: bool = False
+    tie: bool | None = None
     force: bool = False
     as_json: bool = False
 
@@ -137,7 +137,11 @@ def _hint(part: str) -> str:
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
-@click.option("--tie", is_flag=True, help="Drop an untied lm_head.")
+@click.option(
+    "--tie/--untie",
+    default=None,
+    help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..precisions import DEFAULT
 from .source import PRECISION, runnable
 from .text import printable
+
+if TYPE_CHECKING:
+    from converters.heads import Head
 
 
 @click.command(short_help="Show format, sizes, configuration and checksums of a model.")
@@ -102,6 +105,8 @@ def describe(path: str) -> dict[str, Any]:
         "path": path,
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
+        "wrapper": {"prefix": checkpoint.prefix, "parts": list(checkpoint.wrappers)},
+        "heads": [_head(head) for head in checkpoint.heads],
         "size": checkpoint.config.size_name if config["n_head"] else None,
         "config": config,
         "tensors": len(tensors),
@@ -116,6 +121,12 @@ def describe(path: str) -> dict[str, Any]:
             {"name": name, "dtype": checkpoint.stored[name][0], "shape": list(t.shape)} for name, t in tensors.items()
         ],
     }
+
+
+def _head(head: Head) -> dict[str, Any]:
+    """The kind of a head, and its tensors."""
+    tensors = [{"name": name, "dtype": t.dtype.name, "shape": list(t.shape)} for name, t in head.tensors.items()]
+    return {"kind": head.kind, "tensors": tensors}
 
 
 def _checksums(text: str) -> dict[str, str]:
@@ -159,6 +170,20 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _wrapper_rows(wrapper: dict[str, Any]) -> list[tuple[str, str]]:
+    """What wrappers put into the names of tensors; no row if there is nothing."""
+    found = []
+    if wrapper["prefix"]:
+        found.append(f"prefix {wrapper['prefix']}")
+    found += wrapper["parts"]
+    return [("wrapper", ", ".join(found))] if found else []
+
+
+def _head_text(head: dict[str, Any]) -> str:
+    tensors = ", ".join(f"{tensor['name']} {tensor['shape']}" for tensor in head["tensors"])
+    return f"{head['kind']}: {tensors}"
+
+
 def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     config = facts["config"]
     size = f" ({facts['size']})" if facts["size"] else ""
@@ -168,6 +193,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     }
     return [
         ("format", f"{facts['format']}, dialect {facts['dialect']}"),
+        *_wrapper_rows(facts["wrapper"]),
         (
             "model",
             f"GPT-2{size}, {facts['parameters']:,} parameters in {facts['tensors']} tensors, {facts['bytes']:,} bytes",
@@ -182,6 +208,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
             else "none in this format",
         ),
         ("tokenizer", facts["tokenizer"] or "none beside it"),
+        *(("head", _head_text(head)) for head in facts["heads"]),
         *(("left out", name) for name in facts["left_out"]),
         *(("note", note) for note in facts["notes"]),
         *((t["dtype"], f"{t['name']} {t['shape']}") for t in facts.get("tensor_list", [])),
