@@ -11,7 +11,6 @@ from ..dialects import HF
 from ..errors import FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import LM_HEAD
 from .format import FLOATS, Embedded, Format, Job, Opener, Written, starts_with
 from .huggingface import CODEC
 from .nanogpt import embedded as nanogpt_embedded
@@ -39,7 +38,7 @@ def _without_shared(container: Container) -> Container:
     """
     names: dict[int, str] = {}
     for name, tensor in container.tensors.items():
-        if name.endswith(LM_HEAD) or not tensor.size:
+        if "lm_head" in name.split(".") or not tensor.size:
             continue
         first = names.setdefault(id(tensor), name)
         if first != name:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..io.reading import reading
+from .adapter import merge_adapter, open_adapter
 from .assemble import assemble
 from .find import find
 from .open import open_container
@@ -24,6 +25,8 @@ def open_checkpoint(
     activation_function: str | None = None,
     tokenizer: str | Path | None = None,
     tie: bool = False,
+    adapter: str | Path | None = None,
+    merged_dtype: str | None = None,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -34,6 +37,8 @@ def open_checkpoint(
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
         tie: drop an untied ``lm_head``.
+        adapter: the directory of a PEFT adapter (LoRA), which is merged while tensors are read.
+        merged_dtype: dtype of the tensors that the adapter changes, as in ``--dtype``; by default the base's.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
@@ -41,11 +46,15 @@ def open_checkpoint(
     source = find(path)
     with reading(source.path):
         container = open_container(source)
-        stated = read_configuration(source, container, activation_function)
-        parameters = recognise(unwrap(container), n_vocab)
+        opened = open_adapter(source, container, adapter)
+        stated = read_configuration(source, opened.base, activation_function)
+        parameters = recognise(unwrap(opened.base), n_vocab)
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)
-        return add_tokenizer(checkpoint, stated, source, container, tokenizer)
+        if opened.adapter:
+            checkpoint = merge_adapter(checkpoint, opened.adapter, merged_dtype, tie)
+            tokenizer = tokenizer or opened.tokenizer
+        return add_tokenizer(checkpoint, stated, source, opened.base, tokenizer)
 
 
 __all__ = ["open_checkpoint", "tokenizer_in"]
