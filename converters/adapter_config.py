@@ -244,6 +244,11 @@ def not_a_model(path: Path, config: AdapterConfig) -> CheckpointError:
     return CheckpointError(f"{path}: {described(config.kind)}{base}, not a whole model. {how_to_merge(config, path)}")
 
 
+def is_merged(kind: str) -> bool:
+    """Whether gpt2x merges adapters of a type."""
+    return kind in (LORA, TOKENS)
+
+
 def described(kind: str) -> str:
     """A type for people: "a LoRA adapter"."""
     return "a LoRA adapter" if kind == LORA else f"a PEFT adapter of type {kind}"
@@ -251,7 +256,7 @@ def described(kind: str) -> str:
 
 def how_to_merge(config: AdapterConfig, path: Path) -> str:
     """What to type, to get one model of an adapter and its base."""
-    if config.kind in (LORA, TOKENS):
+    if is_merged(config.kind):
         return f"Merge it into its base: gpt2x convert {_address(config.base)} OUT --adapter {path}"
     if config.kind in UNMERGEABLE:
         return "It cannot be merged: no weights of a GPT-2 alone compute what it computes"

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from ..adapter_config import (
     CONFIG_FILE,
-    LORA,
-    TOKENS,
     WEIGHT_FILES,
     AdapterConfig,
     adapter_folder,
     described,
     how_to_merge,
+    is_merged,
     not_a_model,
     read_adapter_config,
 )
@@ -33,8 +32,9 @@ from .open import open_file
 
 WTE = "wte.weight"
 BASE = (WTE, "wpe.weight", "h.0.mlp.c_fc.weight")  # a state dict with these holds a whole model
-UNTIED = """lm_head is no longer tied to wte, as the adapter changes only one of them. That is what the model with its adapter computes; \
-peft's merge_and_unload changes both where they are tied"""
+UNTIED = "lm_head is no longer tied to wte, as the adapter changes only one of them"
+# peft#2018
+UNLIKE_PEFT = "; the model with its adapter computes that, while peft's merge_and_unload would change both"
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,13 @@ def adapter_in(path: str | Path) -> Adapter:
 
 
 def _beside(container: Container, folder: Path) -> Opened:
-    adapter = adapter_in(folder)
-    return Opened(container, adapter, folder if find_tokenizer(folder) else None)
+    return Opened(container, adapter_in(folder), tokenizer_beside(folder))
+
+
+def tokenizer_beside(path: str | Path) -> Path | None:
+    """The directory of an adapter, if it has a tokenizer: the one of its training, which may have more tokens."""
+    folder = _folder(path)
+    return folder if find_tokenizer(folder) else None
 
 
 def _folder(path: str | Path) -> Path:
@@ -119,7 +124,7 @@ def _configuration(folder: Path, what: str = "") -> AdapterConfig:
             "pass --adapter DIR with the directory that has one"
         )
     config = read_adapter_config(file)
-    if config.kind not in (LORA, TOKENS):
+    if not is_merged(config.kind):
         raise ConfigError(f"{folder}: {described(config.kind)}. {how_to_merge(config, folder)}")
     return config
 
@@ -154,7 +159,8 @@ def merge_adapter(
     if tie:
         tensors.pop(LM_HEAD, None)
     elif checkpoint.config.tie_word_embeddings and not is_tied:
-        notes.append(UNTIED)
+        is_low_rank = WTE in adapter.factors or LM_HEAD in adapter.factors
+        notes.append(UNTIED + UNLIKE_PEFT if is_low_rank else UNTIED)
     config = replace(checkpoint.config, n_vocab=tensors[WTE].shape[0], tie_word_embeddings=is_tied)
     return replace(
         checkpoint,
@@ -175,12 +181,13 @@ def _touched(adapter: Adapter) -> set[str]:
 
 def _embeddings(checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, tie: bool) -> dict[str, LazyTensor]:
     """``wte``, and ``lm_head`` where it differs from ``wte`` after the change."""
+    is_tied = checkpoint.config.tie_word_embeddings
+    if is_tied and WTE in adapter.rows:
+        adapter = replace(adapter, rows={LM_HEAD: adapter.rows[WTE], **adapter.rows})  # peft replaces rows of both
     touched = _touched(adapter)
     base = checkpoint.tensors[WTE]
     wte = changed(WTE, base, adapter, dtype) if WTE in touched else base
-    if checkpoint.config.tie_word_embeddings and not _unties(adapter):
-        return {WTE: wte}
-    if tie:
+    if tie or (is_tied and not touched & {WTE, LM_HEAD}):
         return {WTE: wte}
     head = checkpoint.tensors.get(LM_HEAD, base)
     if LM_HEAD in touched:
@@ -190,13 +197,8 @@ def _embeddings(checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, t
             f"{adapter.path}: does not fit {checkpoint.source}: it brings a token embedding of {wte.shape[0]} rows, "
             f"but lm_head has {head.shape[0]}; pass the base with the added tokens, or --tie to use the embedding as lm_head"
         )
-    is_same = checkpoint.config.tie_word_embeddings and same_bytes(wte, head)
+    is_same = is_tied and same_bytes(wte, head)
     return {WTE: wte} if is_same else {WTE: wte, LM_HEAD: head}
-
-
-def _unties(adapter: Adapter) -> bool:
-    """Whether it may change one of a tied pair alone. peft replaces rows of both."""
-    return any(name in names for name in (WTE, LM_HEAD) for names in (adapter.factors, adapter.replaced))
 
 
 def _check_fits(checkpoint: Checkpoint, adapter: Adapter) -> None:

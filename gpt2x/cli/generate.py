@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import click
 
-from .source import PRECISION, runnable
+from .source import PRECISION, adapter_option, local_adapter, runnable
 
 
 @click.command(short_help="Continue a prompt.")
@@ -39,16 +40,18 @@ from .source import PRECISION, runnable
 )
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
 @click.option("--precision", type=PRECISION, help="ONNX model of MODEL to run (default: fp32, or the only one).")
+@adapter_option("MODEL")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside MODEL.")
 def generate(
     model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
-    tokenizer_dir: str | None, runtime: str | None, precision: str | None, n_head: int | None,
+    tokenizer_dir: str | None, runtime: str | None, precision: str | None, adapter: str | None, n_head: int | None,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
     \b
       gpt2x generate models/124M "In a shocking finding," --top-k 40 --seed 1
       gpt2x generate gpt2-onnx/ "In a shocking finding," --temperature 0
+      gpt2x generate gpt2-hf/ "In a shocking finding," --adapter lora/
 
     ONNX Runtime runs a directory with an ONNX model, without torch.
     """
@@ -63,18 +66,18 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    model = runnable(model, runtime, precision)
+    model = runnable(model, "torch" if adapter and runtime is None else runtime, precision)
+    adapter = local_adapter(adapter)
+    open_model = partial(open_decoder, model, runtime, n_head=n_head, precision=precision, adapter=adapter)
     try:
         tokenizer = Tokenizer.from_pretrained(
-            tokenizer_dir or _home(model)
+            tokenizer_dir or _home(model, adapter)
         )  # before the model, which takes longer to open
     except TokenizerError:
         if os.path.isdir(model):
-            open_decoder(
-                model, runtime, n_head=n_head, precision=precision
-            )  # a missing model is the more important error
+            open_model()  # a missing model is the more important error
         raise
-    decoder = open_decoder(model, runtime, n_head=n_head, precision=precision)
+    decoder = open_model()
     generation = Generation(decoder, [tokenizer.encode(prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):
         click.echo(piece, nl=False)
@@ -83,8 +86,13 @@ def generate(
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
 
 
-def _home(model: str) -> str:
-    """The directory of a model's tokenizer: for ``onnx/model.onnx``, the one above ``onnx``."""
+def _home(model: str, adapter: str | None) -> str:
+    """The directory of a model's tokenizer: the adapter's, if it has one; for ``onnx/model.onnx``, the one above ``onnx``."""
+    from converters.opening.adapter import tokenizer_beside
+
+    beside = tokenizer_beside(adapter) if adapter else None
+    if beside:
+        return str(beside)
     folder = os.path.dirname(os.path.abspath(model))
     inside = model.endswith(".onnx") and os.path.basename(folder) == "onnx"
     if inside and os.path.isfile(model):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import ConversionError, UnsafeError
+from converters.adapter_config import CONFIG_FILE, WEIGHT_FILES
 from converters.formats import OTHERS, WEIGHTS
 from converters.io.json import read_json
 from converters.io.publishing import writing
@@ -121,7 +122,9 @@ def _choose(address: Address, names: frozenset[str], want: Want) -> Choice:
     choice = _CHOOSERS[want](address, folder, here, names)
     if choice:
         return choice
-    if want == "onnx":
+    if want == "adapter":
+        missing, advice = "PEFT adapter", f"name its folder: {_base(address)}/FOLDER"
+    elif want == "onnx":
         missing, advice = "ONNX model that gpt2x reads", "export one: gpt2x export SRC --onnx DIR"
     else:
         missing, advice = "weights under a known file name", f"name a file: {_base(address)}/FILE"
@@ -167,10 +170,18 @@ def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) 
     return Choice(folder, files, folder) if files else None
 
 
+def _adapter(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
+    weights = next((name for name in WEIGHT_FILES if name in here), None)
+    if weights is None or CONFIG_FILE not in here:
+        return None
+    return Choice(folder, (folder + weights, folder + CONFIG_FILE), folder)
+
+
 _CHOOSERS: dict[Want, Callable[[Address, str, set[str], frozenset[str]], Choice | None]] = {
     "weights": _weights_or_onnx,
     "onnx": _onnx,
     "either": _either,
+    "adapter": _adapter,
 }
 
 

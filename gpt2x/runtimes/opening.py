@@ -59,7 +59,12 @@ def run_kind(path: str | Path, runtime: str | None) -> str:
 
 
 def open_decoder(
-    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
+    path: str | Path,
+    runtime: str | None = None,
+    *,
+    n_head: int | None = None,
+    precision: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Decoder:
     """Open anything that runs.
 
@@ -67,10 +72,13 @@ def open_decoder(
         runtime: as for ``run_kind``.
         n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
+        adapter: the directory of a PEFT adapter to merge into weights. Of a directory that also has ONNX, weights run.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
+    if adapter is not None:
+        return _with_adapter(path, runtime, adapter, n_head, precision)
     kind = run_kind(path, runtime)
     log.info("%s: run as %s", path, NAMES[kind])
     if kind == "onnx":
@@ -86,6 +94,21 @@ def open_decoder(
     if kind == "torchscript":
         return ModuleDecoder.from_torchscript(path)
     return ModuleDecoder.from_pt2(path)
+
+
+def _with_adapter(
+    path: str | Path, runtime: str | None, adapter: str | Path, n_head: int | None, precision: str | None
+) -> Decoder:
+    """gpt2x's own model of weights with an adapter merged into them.
+
+    Raises:
+        FormatError: if ONNX is asked for, or the path holds a program.
+    """
+    kind = run_kind(path, runtime or "torch")
+    if kind != "weights" or precision is not None:
+        what = NAMES["onnx"] if precision is not None else NAMES[kind]
+        raise FormatError(f"{path}: an adapter is merged into weights, and this would be run as {what}")
+    return gpt2x_model(open_checkpoint(path, n_head=n_head, adapter=adapter))
 
 
 def gpt2x_model(checkpoint: Checkpoint) -> Decoder:
