@@ -28,7 +28,7 @@ UNMERGEABLE = frozenset(
 
 # Keys that decide the arithmetic, and are read here.
 READ = frozenset(
-    ["alpha_pattern", "base_model_name_or_path", "enable_lora", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "token_indices", "trainable_token_indices", "use_rslora"]
+    ["alpha_pattern", "base_model_name_or_path", "enable_lora", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "token_indices", "trainable_token_indices", "use_dora", "use_rslora"]
 )  # fmt: skip
 # Keys of training and bookkeeping, and those whose effect the names of the tensors show.
 INERT = frozenset(
@@ -36,7 +36,7 @@ INERT = frozenset(
     auto_mapping bias corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
     init_weights layers_pattern layers_to_transform loftq_config lora_bias lora_dropout lora_ga_config megatron_config
     megatron_core merge_weights modules_to_save peft_version qalora_group_size revision runtime_config target_modules
-    task_type use_dora velora_config
+    task_type velora_config
     """.split()  # noqa: SIM905  a table reads better as words
 )
 # Initialisations that subtract something from the base, so that the saved factors belong to another base.
@@ -56,6 +56,7 @@ class AdapterConfig:
         rank_pattern: pattern of a module's name -> rank.
         alpha_pattern: pattern of a module's name -> alpha.
         rank_stabilized: whether the scale is alpha / sqrt(rank), not alpha / rank.
+        has_magnitudes: whether it is DoRA.
         enabled: peft before 0.3: which of query, key and value the factors of ``c_attn`` change; empty for all.
         token_indices: the rows that trained tokens replace; of one embedding, or by its name.
     """
@@ -68,6 +69,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilized: bool = False
+    has_magnitudes: bool = False
     enabled: tuple[bool, ...] = ()
     token_indices: Any = None
 
@@ -144,6 +146,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         rank_pattern={key: _rank(path, key, value) for key, value in ranks.items()},
         alpha_pattern={key: _number(path, key, value) for key, value in alphas.items()},
         rank_stabilized=_flag(path, raw, "use_rslora"),
+        has_magnitudes=_flag(path, raw, "use_dora"),
         enabled=_enabled(path, raw.get("enable_lora")),
         token_indices=raw.get("trainable_token_indices"),
     )

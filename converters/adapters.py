@@ -253,7 +253,7 @@ class _Reading:
             if self.config.enabled:
                 change = _with_all_outputs(change, self.config.enabled)
                 rank *= sum(self.config.enabled)
-            fault = _fault_of(change, rank)
+            fault = _fault_of(change, rank, self.config.has_magnitudes)
             if fault:
                 self.faults.append(f"shape     {canonical}: {fault}")
             else:
@@ -283,12 +283,15 @@ def _canonical(name: str) -> str | None:
     return row.replace("{i}", str(layer))
 
 
-def _fault_of(change: LowRank, rank: int) -> str | None:
+def _fault_of(change: LowRank, rank: int, has_magnitudes: bool) -> str | None:
     a, b = change.a.shape, change.b.shape
     if len(a) != 2 or len(b) != 2:
         return f"lora_A is {list(a)} and lora_B is {list(b)}; expected two matrices"
     if a[0] != rank or b[1] != rank:
         return f"lora_A is {list(a)} and lora_B is {list(b)}, but the configuration states rank {rank}"
+    if has_magnitudes != (change.magnitude is not None):
+        state = "true, but it has no" if has_magnitudes else "false, but it has a"
+        return f"use_dora is {state} lora_magnitude_vector"
     for name, tensor in (("lora_magnitude_vector", change.magnitude), ("the bias of lora_B", change.bias)):
         if tensor is not None and tensor.size != b[0]:
             return f"{name} is {list(tensor.shape)}; expected [{b[0]}]"

@@ -26,14 +26,13 @@ def added(tensor: LazyTensor, product: Product, dtype: DType, name: str, rows: i
             yield cast_array(block, F64, dtype, name).tobytes()
         return
     magnitude = _wide(product.magnitude).reshape(-1)
-    factors = None if product.by_row else magnitude / _column_lengths(tensor, product, rows)
+    lengths = None if product.by_row else _column_lengths(tensor, product, rows)
     first = 0
     for block in _sums(tensor, product, rows):
-        if factors is None:
-            lengths = np.sqrt((block * block).sum(1))  # (rows,)
-            block *= (magnitude[first : first + len(block)] / lengths)[:, None]
+        if lengths is None:
+            block = _scaled(block, magnitude[first : first + len(block), None], _row_lengths(block))
         else:
-            block *= factors
+            block = _scaled(block, magnitude, lengths)
         first += len(block)
         yield cast_array(block, F64, dtype, name).tobytes()
 
@@ -66,17 +65,38 @@ def spread(b: LazyTensor, enabled: tuple[bool, ...], outputs: int, rank: int) ->
 
 def _sums(tensor: LazyTensor, product: Product, rows: int) -> Iterator[Matrix]:
     """The matrix and the product, added, some rows at a time."""
-    right = _wide(product.right) * product.scale  # (rank, columns)
+    right = _wide(product.right)  # (rank, columns)
     for block, left in zip(_blocks(tensor, rows), _blocks(product.left, rows), strict=True):
-        block += left @ right
-        yield block
+        yield _sum(block, left, right, product.scale)
+
+
+# A file may hold NaN, infinity and zeros: they go into the result, which is checked when it is written, without a warning.
+
+
+def _sum(block: Matrix, left: Matrix, right: Matrix, scale: float) -> Matrix:
+    with np.errstate(all="ignore"):
+        return block + (left @ right) * scale
+
+
+def _scaled(block: Matrix, magnitude: Matrix, lengths: Matrix) -> Matrix:
+    with np.errstate(all="ignore"):
+        return block * (magnitude / lengths)
+
+
+def _row_lengths(block: Matrix) -> Matrix:
+    """(rows, 1)"""
+    with np.errstate(all="ignore"):
+        lengths: Matrix = np.sqrt((block * block).sum(1, keepdims=True))
+        return lengths
 
 
 def _column_lengths(tensor: LazyTensor, product: Product, rows: int) -> Matrix:
+    """(columns,)"""
     squares = np.zeros(tensor.shape[1])
-    for block in _sums(tensor, product, rows):
-        squares += (block * block).sum(0)
-    return np.sqrt(squares)
+    with np.errstate(all="ignore"):
+        for block in _sums(tensor, product, rows):
+            squares += (block * block).sum(0)
+        return np.sqrt(squares)
 
 
 def _blocks(tensor: LazyTensor, rows: int) -> Iterator[Matrix]:

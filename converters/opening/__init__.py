@@ -52,7 +52,9 @@ def open_checkpoint(
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)
         if opened.adapter:
-            checkpoint = merge_adapter(checkpoint, opened.adapter, merged_dtype, tie)
+            checkpoint = merge_adapter(
+                checkpoint, opened.adapter, merged_dtype, tie=tie, is_truncated=n_vocab is not None
+            )
             tokenizer = tokenizer or opened.tokenizer
         return add_tokenizer(checkpoint, stated, source, opened.base, tokenizer)
 

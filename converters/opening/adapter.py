@@ -133,7 +133,12 @@ def _configuration(folder: Path, what: str = "") -> AdapterConfig:
 
 
 def merge_adapter(
-    checkpoint: Checkpoint, adapter: Adapter, merged_dtype: str | None = None, tie: bool = False
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    merged_dtype: str | None = None,
+    *,
+    tie: bool = False,
+    is_truncated: bool = False,
 ) -> Checkpoint:
     """The checkpoint with an adapter merged into it, lazily.
 
@@ -142,11 +147,12 @@ def merge_adapter(
         adapter: the adapter.
         merged_dtype: dtype of the tensors that it changes; by default the base's.
         tie: drop an ``lm_head`` that differs from the token embedding.
+        is_truncated: whether the user asked for the number of rows of the base's token embedding, so that it stays.
 
     Raises:
         CheckpointError: if the adapter does not fit the base.
     """
-    _check_fits(checkpoint, adapter)
+    _check_fits(checkpoint, adapter, is_truncated)
     dtype = DTYPES[NAMES.get(merged_dtype, merged_dtype)] if merged_dtype else None
     tensors = dict(checkpoint.tensors)
     for name in _touched(adapter):
@@ -201,9 +207,9 @@ def _embeddings(checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, t
     return {WTE: wte} if is_same else {WTE: wte, LM_HEAD: head}
 
 
-def _check_fits(checkpoint: Checkpoint, adapter: Adapter) -> None:
+def _check_fits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> None:
     """Refuse an adapter of another base, in one line."""
-    faults = list(_misfits(checkpoint, adapter))
+    faults = list(_misfits(checkpoint, adapter, is_truncated))
     if not faults:
         return
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -212,7 +218,7 @@ def _check_fits(checkpoint: Checkpoint, adapter: Adapter) -> None:
     raise CheckpointError(f"{adapter.path}: does not fit {checkpoint.source}: {faults[0]}{more}{advice}")
 
 
-def _misfits(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[str]:
+def _misfits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> Iterator[str]:
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes.setdefault(LM_HEAD, shapes[WTE])
     for name in _touched(adapter):
@@ -220,8 +226,8 @@ def _misfits(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[str]:
             yield f"it changes {name}, which the base with {checkpoint.config.n_layer} layers does not have"
     for name, tensor in adapter.replaced.items():
         expected = shapes.get(name)
-        has_other_rows = name in (WTE, LM_HEAD) and len(tensor.shape) == 2 and tensor.shape[1:] == shapes[WTE][1:]
-        if has_other_rows:
+        is_embedding = name in (WTE, LM_HEAD) and len(tensor.shape) == 2
+        if is_embedding and not is_truncated and tensor.shape[1] == shapes[WTE][1]:
             shapes[name] = tensor.shape
         elif expected and tensor.shape != expected:
             yield f"its {name} is {list(tensor.shape)}, the base's is {list(expected)}"

@@ -345,6 +345,28 @@ def test_a_rank_that_is_not_the_configuration_s_is_refused(copy):
         open_checkpoint(BASE, adapter=folder)
 
 
+@pytest.mark.parametrize(("case", "stated"), [("dora", False), ("c_attn", True)])
+def test_magnitudes_that_the_configuration_contradicts_are_refused(copy, case, stated):
+    folder = copy(case)
+    edit(folder, use_dora=stated)
+    with pytest.raises(CheckpointError, match=f"use_dora is {str(stated).lower()}, but"):
+        open_checkpoint(BASE, adapter=folder)
+
+
+def test_a_truncated_vocabulary_stays_as_the_user_asked():
+    with pytest.raises(CheckpointError, match=r"its .* is \[52, 16\], the base's is \[40, 16\]"):
+        opened("resized", n_vocab=40)
+    assert opened("c_attn", n_vocab=40).config.n_vocab == 40
+
+
+def test_values_that_are_not_finite_go_into_the_result_without_a_warning(copy):
+    folder = copy("dora")
+    tensors = tensors_of(folder)
+    tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"][:] = np.inf
+    write(folder, tensors)
+    assert np.isnan(open_checkpoint(BASE, adapter=folder).tensors["h.0.attn.c_attn.weight"].read()).all()
+
+
 def test_two_adapters_in_one_state_dict_are_refused(copy):
     folder = copy()
     tensors = {}

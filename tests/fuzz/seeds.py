@@ -255,7 +255,14 @@ def _tokenizer(folder: Path) -> None:
         place.rename(folder / name)
 
 
+def _adapter(folder: Path) -> None:
+    """A model with its adapter in one state dict, and the adapter's configuration beside it."""
+    _fixture(folder, "adapters/whole", "", ("pytorch_model.bin",)).rename(folder / "tensors")
+    _fixture(folder, "adapters/whole", "", ("adapter_config.json",)).rename(folder / "configuration")
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "tf": _tf, "safetensors": _safetensors, "zip": _zip, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
     "gguf": _gguf, "hdf5": _hdf5, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
+    "adapter": _adapter,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 import httpx2
 import pytest
 import safetensors.numpy
+from adapters import write_adapter
 from checkpoints import assert_same_bytes, random_checkpoint
 from commands import SEVERAL, Done, assert_refused, done
 from hub_server import HANGS, environment, serving
@@ -820,6 +821,20 @@ def test_an_export_on_the_hub_is_run_by_onnx_runtime(server, hub, gpt2x):
     bench = ["bench", "hf://me/onnx", "--prompt", "4", "--new", "2"]
     for result in hub.all([one, ["generate", "hf://me/onnx", *args], bench]):
         assert done(result).stdout.startswith((expected, "precision"))
+
+
+def test_an_adapter_on_the_hub_is_merged_with_its_tokenizer(server, hub, hf_files):
+    write_adapter(Path("lora"), open_checkpoint(SHAKESPEARE))
+    files = {path.name: path.read_bytes() for path in Path("lora").iterdir()}
+    tokenizer = {name: data for name, data in hf_files.items() if name in ("vocab.json", "merges.txt")}
+    server.repos["me/lora"] = {"files": {**files, **tokenizer, "optimizer.pt": b"", "README.md": b""}}
+    server.repos["me/none"] = {"files": {"README.md": b""}}
+    commands = [["convert", str(SHAKESPEARE), "out", "--adapter", f"hf://me/{name}"] for name in ("lora", "none")]
+    merged, missing = hub.all(commands)
+    done(merged)
+    assert_refused(missing, "hf://me/none: no PEFT adapter")
+    assert fetched(server) == sorted([*files, *tokenizer])
+    assert_same_bytes(open_checkpoint(SHAKESPEARE, adapter="lora"), open_checkpoint("out"))
 
 
 WRONG = (
