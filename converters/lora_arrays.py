@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .lora import Product
 
 Matrix = NDArray[np.float64]
+ONE_THREAD = 1 << 18  # multiplications up to which OpenBLAS (interface/gemm.c) uses one thread
 
 
 def added(tensor: LazyTensor, product: Product, dtype: DType, name: str, rows: int) -> Iterator[bytes]:
@@ -75,7 +76,21 @@ def _sums(tensor: LazyTensor, product: Product, rows: int) -> Iterator[Matrix]:
 
 def _sum(block: Matrix, left: Matrix, right: Matrix, scale: float) -> Matrix:
     with np.errstate(all="ignore"):
-        return block + (left @ right) * scale
+        return block + _product(left, right) * scale
+
+
+def _product(left: Matrix, right: Matrix) -> Matrix:
+    """left right, in tiles of columns that are small enough for one thread.
+
+    OpenBLAS divides larger products among threads. They are finished so soon that the threads mostly wait for one another,
+    which takes ten times as long on a machine that is busy.
+    """
+    result = np.empty((left.shape[0], right.shape[1]))
+    width = max(1, ONE_THREAD // max(1, left.size))
+    for first in range(0, right.shape[1], width):
+        columns = slice(first, first + width)
+        np.matmul(left, right[:, columns], out=result[:, columns])
+    return result
 
 
 def _scaled(block: Matrix, magnitude: Matrix, lengths: Matrix) -> Matrix:
