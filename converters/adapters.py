@@ -24,8 +24,8 @@ MAX_NAME = 256
 FACTORS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b", "lora_magnitude_vector": "magnitude"}  # fmt: skip
 SAVED, ORIGINAL = "modules_to_save", "original_module"
 MARKS = {**FACTORS, "trainable_tokens_delta": "rows", SAVED: "saved", ORIGINAL: "original"}
-# Parts that PEFT, FSDP and torch.compile put into names.
-WRAPPERS = ("base_layer", "token_adapter", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# Parts that PEFT, DataParallel, FSDP and torch.compile put into names.
+WRAPPERS = ("base_layer", "token_adapter", "module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 # Heads of other tasks, which a language model does not have.
 HEADS = ("score.", "classifier.", "v_head.", "multiple_choice_head.")
 
@@ -155,12 +155,18 @@ def is_unmerged(tensors: Mapping[str, LazyTensor]) -> bool:
 
 
 def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """The base's tensors, under their names before PEFT wrapped them, and the adapter's, of one state dict."""
+    """The base's tensors, under their names before PEFT wrapped them, and the adapter's, of one state dict.
+
+    Raises:
+        CheckpointError: if two different tensors had the same name.
+    """
     base: dict[str, LazyTensor] = {}
     adapter: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         part = _part_of(name)
         if part.role in ("whole", "original"):
+            if part.name in base and not same_bytes(base[part.name], tensor):
+                raise CheckpointError(f"{name[:MAX_NAME]}: another tensor has this place, and other values")
             base[part.name] = tensor
         else:
             adapter[name] = tensor
@@ -229,8 +235,9 @@ class _Reading:
             self._put(canonical, part, name, tensor)
 
     def _put(self, canonical: str, part: _Part, name: str, tensor: LazyTensor) -> None:
-        place, key = (self.replaced, canonical)
-        if not part.is_whole:
+        if part.is_whole:
+            place, key = self.replaced, canonical
+        else:
             place, key = self.parts.setdefault(canonical, {}), part.role
             self.paths[canonical] = part.path
         if key in place and not same_bytes(place[key], tensor):
@@ -242,7 +249,7 @@ class _Reading:
     def factors(self) -> Iterator[tuple[str, LowRank]]:
         """The changes of low rank; one that is not complete, or does not fit itself, is a fault."""
         for canonical, parts in self.parts.items():
-            if "rows" in parts:
+            if parts.keys() == {"rows"}:
                 continue
             if "a" not in parts or "b" not in parts:
                 self.faults.append(f"missing   lora_{'A' if 'a' not in parts else 'B'} of {canonical}")

@@ -367,6 +367,23 @@ def test_values_that_are_not_finite_go_into_the_result_without_a_warning(copy):
     assert np.isnan(open_checkpoint(BASE, adapter=folder).tensors["h.0.attn.c_attn.weight"].read()).all()
 
 
+def test_two_values_of_one_parameter_are_refused(copy):
+    folder = copy("saved_head")
+    tensors = tensors_of(folder)
+    tensors["base_model.model.lm_head.modules_to_save.weight"] = tensors["base_model.model.lm_head.weight"] + 1
+    write(folder, tensors)
+    with pytest.raises(CheckpointError, match="duplicate .* another tensor has this place"):
+        open_checkpoint(BASE, adapter=folder)
+
+
+def test_factors_of_an_embedding_with_trained_rows_must_be_complete(copy):
+    folder = copy("tokens")
+    tensors = tensors_of(folder)
+    write(folder, {**tensors, "base_model.model.transformer.wte.lora_embedding_A": np.zeros((4, 48), np.float32)})
+    with pytest.raises(CheckpointError, match="missing   lora_B of wte.weight"):
+        open_checkpoint(BASE, adapter=folder)
+
+
 def test_two_adapters_in_one_state_dict_are_refused(copy):
     folder = copy()
     tensors = {}
