@@ -90,7 +90,7 @@ class Format:
         what: who writes it.
         files: its usual file names, for people.
         dialects: names of the dialects that are usual in it.
-        reads: the dtypes that are read. ``Q8_0`` is read as float32.
+        reads: the dtypes that are read. Quantized ones are read as float32.
         writes: the dtypes that are written; empty without a writer.
         ask: how a user asks for it on the command line.
         configuration: where the configuration is stored; empty if not in the file.

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 META = "seed.json"
 
 
@@ -187,8 +189,14 @@ def _llmc(folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> None:
-    for kind in ("F32", "F16", "BF16", "Q8_0"):
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         _fixture(folder, f"gguf/{kind}.gguf", f"{kind}.gguf")
+    from quantized import MATRICES, write_quantized
+
+    kinds = ("MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "TQ1_0")  # small ones
+    (folder / "quantized").mkdir()
+    write_quantized(folder / "quantized/m.gguf", dict(zip(MATRICES, kinds, strict=True)))
+    _meta(folder / "quantized", "m.gguf")
     _saved(folder, "ours", "m.gguf", "gguf")
 
 
