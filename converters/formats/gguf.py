@@ -199,7 +199,7 @@ def _plan(checkpoint: Checkpoint, dtype: str | None) -> _Plan:
         is_matrix = len(tensor.shape) == 2 and name != "wpe.weight"
         tensors[name] = tensor.cast(_matrix_dtype(tensor, dtype) if is_matrix else F32, name)
         if is_matrix:
-            matrices.append(DIALECT.layout(name)[0])
+            matrices.append(DIALECT.names(name)[0])
     written = DIALECT.write(tensors, checkpoint.config)
     quantized = []
     if dtype == "Q8_0":

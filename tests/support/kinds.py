@@ -113,7 +113,7 @@ KINDS = {
 
 def name_in(kind, canonical):
     dialect = KINDS[kind][0]
-    return canonical if canonical == LM_HEAD else dialect.prefixes[0] + dialect.layout(canonical)[0]
+    return canonical if canonical == LM_HEAD else dialect.prefixes[0] + dialect.names(canonical)[0]
 
 
 def any_file(folder, kind, change=lambda arrays: None, checkpoint=None):
