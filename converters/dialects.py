@@ -571,6 +571,45 @@ KERAS = Dialect(
     under_any=True,
 )
 
+# keras-hub's GPT2Backbone, as Keras 3 saves weights: the path of a layer's attributes, then a number for each variable.
+# Keras counts the layers of a class from the second one on; here the first one has the number 0 (see formats/keras.py).
+KERAS_HUB = Dialect(
+    "keras-hub",
+    {
+        "wte.weight": Same("reversible_embedding/vars/0"),
+        "wpe.weight": Same("position_embedding/vars/0"),
+        "h.{i}.ln_1.weight": Same("transformer_decoder_{i}/_self_attention_layer_norm/vars/0"),
+        "h.{i}.ln_1.bias": Same("transformer_decoder_{i}/_self_attention_layer_norm/vars/1"),
+        "h.{i}.attn.c_attn.weight": Joined(
+            (
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/query_dense/vars/0"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/key_dense/vars/0"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/value_dense/vars/0"),
+            )
+        ),
+        "h.{i}.attn.c_attn.bias": Joined(
+            (
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/query_dense/vars/1"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/key_dense/vars/1"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/value_dense/vars/1"),
+            )
+        ),
+        "h.{i}.attn.c_proj.weight": HeadsFirst("transformer_decoder_{i}/_self_attention_layer/output_dense/vars/0"),
+        "h.{i}.attn.c_proj.bias": Same("transformer_decoder_{i}/_self_attention_layer/output_dense/vars/1"),
+        "h.{i}.ln_2.weight": Same("transformer_decoder_{i}/_feedforward_layer_norm/vars/0"),
+        "h.{i}.ln_2.bias": Same("transformer_decoder_{i}/_feedforward_layer_norm/vars/1"),
+        "h.{i}.mlp.c_fc.weight": Same("transformer_decoder_{i}/_feedforward_intermediate_dense/vars/0"),
+        "h.{i}.mlp.c_fc.bias": Same("transformer_decoder_{i}/_feedforward_intermediate_dense/vars/1"),
+        "h.{i}.mlp.c_proj.weight": Same("transformer_decoder_{i}/_feedforward_output_dense/vars/0"),
+        "h.{i}.mlp.c_proj.bias": Same("transformer_decoder_{i}/_feedforward_output_dense/vars/1"),
+        "ln_f.weight": Same("layer_normalization/vars/0"),
+        "ln_f.bias": Same("layer_normalization/vars/1"),
+    },
+    prefixes=("layers/",),
+    under_any=True,
+    computes=PUBLISHED,
+)
+
 # transformers 4's modeling_flax_gpt2.py, whose FlaxConv1D keeps [out, in].
 FLAX = Dialect(
     "flax",
@@ -596,7 +635,7 @@ FLAX = Dialect(
     prefixes=("transformer/", ""),
 )
 
-DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, LLMC, GGUF, KERAS, FLAX)
+DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, LLMC, GGUF, KERAS, KERAS_HUB, FLAX)
 
 
 def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:

@@ -9,7 +9,7 @@ from ..containers.container import Container
 from ..containers.shard_index import open_shards
 from ..containers.tf_bundle import V1, open_bundle
 from ..errors import FormatError
-from ..formats import FORMATS
+from ..formats import FORMATS, INDEXES
 from ..formats.format import Opener
 from ..io import sstable
 from ..io.reading import File
@@ -28,6 +28,9 @@ def open_container(source: Source) -> Container:
     """
     if source.is_bundle:
         return _open_bundle(source.weights)
+    for suffix, open_index in INDEXES.items():
+        if source.weights.name.endswith(suffix):
+            return open_index(source.weights)
     if source.weights.name.endswith(".index.json"):
         return open_shards(source.weights, open_file)
     return open_file(source.weights)

@@ -205,6 +205,8 @@ def _hdf5(folder: Path) -> None:
 
     for name in ("keras", "keras_2019"):
         _fixture(folder, name, "tf_model.h5", ("tf_model.h5",))
+    _fixture(folder, "keras_hub", "", ("model.weights.h5", "config.json"))
+    _fixture(folder, "keras_hub_shards", "", ("model_00001.weights.h5", "model.weights.json"))
     place = _fixture(folder, "keras/tf_model.h5", "tf_model.h5", ("tf_model.h5",))
     with h5py.File(place / "tf_model.h5", "a") as file:
         file["elsewhere"] = h5py.ExternalLink("/etc/hostname", "/x")
