@@ -8,25 +8,21 @@ from __future__ import annotations
 import io
 import math
 import struct
-import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FormatError
 from ..io.publishing import Output
 from ..io.reading import File
-from ..tensors import DTYPES, Checksum, LazyTensor
+from ..tensors import Checksum, LazyTensor
 from .container import Container
 from .torch_pickle import MAX_PICKLE, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
+from .zip_members import LOCAL, Member, check_stored, crc32, read_members
 
-LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
-MAX_MEMBERS = 100_000
-DESCRIPTOR = 24  # bytes of a data descriptor, at most
+KERAS_WEIGHTS = "model.weights.h5"  # a member that only Keras's archives have
 PROGRAMS = {  # kind -> a member that only such an archive has, and its name for people
     "pt2": ("/models/model.json", "a program of torch.export"),
     "torchscript": ("/constants.pkl", "TorchScript"),
@@ -46,7 +42,9 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         CheckpointError: if it holds something other than tensors.
     """
     file = File(path)
-    members = _members(file)
+    members = read_members(file)
+    _refuse_programs(file, members)
+    check_stored(file, members, "PyTorch stores its members uncompressed")
     members = _rooted(members, str(path))
     if _small(file, members, "byteorder", b"little") != b"little":
         raise FormatError(f"{path}: written on a big-endian machine, which gpt2x does not read")
@@ -66,61 +64,8 @@ def program_in(names: Sequence[str]) -> str | None:
     return next((kind for kind, (end, _) in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
 
 
-def _crc32(value: int, data: bytes) -> int:
-    return zlib.crc32(data, value)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A stored member of an archive: where its bytes are, and their checksum."""
-
-    header: int
-    start: int
-    size: int
-    crc: int
-    descriptor: int  # bytes that may follow the data: a data descriptor
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
-
-
-def _members(file: File) -> dict[str, _Member]:
-    """Every member by name. Each is stored, none is a duplicate, and they cover the archive without gaps."""
-    infos, directory = _central_directory(file)
-    _refuse_programs(file, infos)
-    members: dict[str, _Member] = {}
-    for info in infos:
-        name = info.orig_filename
-        if name in members:
-            raise FormatError(f"{file.path}: duplicate member {name!r}")
-        members[name] = _member(file, info)
-    _check_cover(file, members.values(), directory)
-    return members
-
-
-def _central_directory(file: File) -> tuple[list[zipfile.ZipInfo], int]:
-    """The entries of the archive's directory, and where it begins."""
-    try:
-        with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
-            infos = archive.infolist()
-            directory = archive.start_dir
-            comment = archive.comment
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, UnicodeDecodeError) as error:
-        raise FormatError(f"{file.path}: not a valid zip archive: {error}") from None
-    if file.read(file.size - 22, 4) != b"PK\x05\x06":
-        raise FormatError(f"{file.path}: extra bytes after the end of the zip archive")
-    if comment:
-        raise FormatError(f"{file.path}: a zip archive with a comment, which PyTorch does not write")
-    if len(infos) > MAX_MEMBERS:
-        raise FormatError(
-            f"{file.path}: a zip archive with {len(infos)} members, which exceeds the limit of {MAX_MEMBERS}"
-        )
-    return infos, directory
-
-
-def _refuse_programs(file: File, infos: Sequence[zipfile.ZipInfo]) -> None:
-    kind = program_in([info.filename for info in infos])
+def _refuse_programs(file: File, members: Iterable[str]) -> None:
+    kind = program_in(list(members))
     if kind:
         _, name = PROGRAMS[kind]
         raise CheckpointError(
@@ -128,46 +73,10 @@ def _refuse_programs(file: File, infos: Sequence[zipfile.ZipInfo]) -> None:
         )
 
 
-def _check_cover(file: File, members: Iterable[_Member], directory: int) -> None:
-    """Between two members lies nothing but a data descriptor, where the first one has it."""
-    end, descriptor = 0, 0
-    for member in sorted(members, key=lambda member: member.header):
-        _check_gap(file, end, member.header, descriptor)
-        end, descriptor = member.end, member.descriptor
-    _check_gap(file, end, directory, descriptor)
-
-
-def _check_gap(file: File, end: int, begin: int, allowed: int) -> None:
-    if begin < end:
-        raise FormatError(f"{file.path}: not a valid zip archive: members overlap")
-    if begin - end > allowed:
-        raise FormatError(f"{file.path}: not a valid zip archive: stray bytes at {end}")
-
-
-def _member(file: File, info: zipfile.ZipInfo) -> _Member:
-    """Check a member's own header against the archive's directory."""
-    where = f"{file.path}: the member {info.orig_filename!r}"
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-        raise FormatError(f"{where} is compressed or encrypted; PyTorch stores its members uncompressed")
-    fields = LOCAL.unpack(file.read(info.header_offset, LOCAL.size))
-    signature, compression = fields[0], fields[3]
-    name_length, extra_length = fields[9], fields[10]
-    if signature != b"PK\x03\x04" or compression != 0:
-        raise FormatError(f"{where} has an invalid header")
-    name = file.read(info.header_offset + LOCAL.size, name_length)
-    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
-    if name != info.orig_filename.encode(encoding):
-        raise FormatError(f"{where} has another name in its own header")
-    start: int = info.header_offset + LOCAL.size + name_length + extra_length
-    end = start + info.file_size
-    if end > file.size:
-        raise FormatError(f"{where} is truncated: it ends at byte {end}, the file has {file.size}")
-    descriptor = DESCRIPTOR if info.flag_bits & 8 else 0
-    return _Member(info.header_offset, start, info.file_size, info.CRC, descriptor)
-
-
-def _rooted(members: Mapping[str, _Member], where: str) -> dict[str, _Member]:
+def _rooted(members: Mapping[str, Member], where: str) -> dict[str, Member]:
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if KERAS_WEIGHTS in members:
+        raise FormatError(f"{where}: a .keras archive; unzip it, and pass the folder")
     if len(pickles) != 1:
         raise FormatError(f"{where}: a zip archive without PyTorch's data.pkl")
     root = pickles[0].removesuffix("data.pkl")
@@ -177,7 +86,7 @@ def _rooted(members: Mapping[str, _Member], where: str) -> dict[str, _Member]:
     return {name.removeprefix(root): member for name, member in members.items()}
 
 
-def _small(file: File, members: Mapping[str, _Member], name: str, default: bytes | None = None) -> bytes:
+def _small(file: File, members: Mapping[str, Member], name: str, default: bytes | None = None) -> bytes:
     """A small member's bytes; their checksum is verified."""
     if name not in members:
         if default is None:
@@ -186,11 +95,10 @@ def _small(file: File, members: Mapping[str, _Member], name: str, default: bytes
     member = members[name]
     if member.size > MAX_PICKLE:
         raise FormatError(f"{file.path}: {name} has {member.size} bytes, which exceeds the limit of {MAX_PICKLE}")
-    check = Checksum(_crc32, member.crc, f"{file.path}: {name}")
-    return LazyTensor.in_file(file, member.start, DTYPES["U8"], (member.size,), check).read().tobytes()
+    return member.tensor(file, name).read().tobytes()
 
 
-def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyTensor:
+def _tensor(file: File, members: Mapping[str, Member], ref: TensorRef) -> LazyTensor:
     name = f"data/{ref.storage.key}"
     where = f"{file.path}: {name}"
     if name not in members:
@@ -201,7 +109,7 @@ def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyT
         raise FormatError(
             f"{where}: {member.size} bytes, but the pickle states {storage.size} values of {storage.dtype}"
         )
-    checksum = Checksum(_crc32, member.crc, where)
+    checksum = Checksum(crc32, member.crc, where)
     whole = LazyTensor.in_file(file, member.start, storage.dtype, (storage.size,), checksum)
     return part_of(whole, ref)
 
@@ -290,7 +198,7 @@ class _ZipWriter:
         )
         crc = 0
         for chunk in data.chunks():
-            crc = _crc32(crc, chunk)
+            crc = crc32(crc, chunk)
             self.out.write(chunk)
         self.out.patch(header + 14, struct.pack("<L", crc))
         places = [size, size] if large else []

@@ -11,13 +11,14 @@ from .huggingface import HF, SHARDS
 from .keras import HDF5
 from .llmc import LLMC
 from .nanogpt import NANOGPT
+from .npz import NPZ
 from .onnx import ONNX
 from .safetensors import SAFETENSORS
 from .tensorflow import TF
 from .torch import BIN
 
 # In the order in which a file's first bytes are compared with them; those that are uncertain come last.
-FORMATS = (TF, HF, SHARDS, SAFETENSORS, BIN, NANOGPT, LLMC, GGUF, HDF5, ONNX, MSGPACK)
+FORMATS = (TF, HF, SHARDS, SAFETENSORS, NPZ, BIN, NANOGPT, LLMC, GGUF, HDF5, ONNX, MSGPACK)
 BY_NAME = {entry.name: entry for entry in FORMATS}
 
 WRITERS: dict[str, Callable[[Job], Written]] = {entry.name: entry.write for entry in FORMATS if entry.write}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import h5py
 import numpy as np
@@ -159,6 +160,14 @@ def test_a_layer_under_two_names_is_refused(preset):
         file.copy("layers/transformer_decoder", "layers/transformer_decoder_0")
     with pytest.raises(FormatError, match="are the same layer"):
         open_checkpoint(preset)
+
+
+def test_an_archive_of_keras_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        for name in ("config.json", "model.weights.h5"):
+            archive.write(PRESET / name, name)
+    with pytest.raises(FormatError, match=r"a \.keras archive; unzip it, and pass the folder"):
+        open_checkpoint(tmp_path / "m.keras")
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

@@ -127,6 +127,24 @@ def _zip64(source: Path, place: Path) -> None:
     _meta(place, "m.bin")
 
 
+def _npz(folder: Path) -> None:
+    import numpy as np
+
+    arrays = {name: tensor.read() for name, tensor in _plain().tensors.items()}
+    fortran = {name: np.asfortranarray(array) for name, array in arrays.items()}
+    objects = {**arrays, "ln_f.bias": np.array([object] * 6)}
+    for name, saved in (("numpy", arrays), ("fortran", fortran), ("objects", objects)):
+        (folder / name).mkdir()
+        _savez(folder / name / "m.npz", saved)
+        _meta(folder / name, "m.npz", sound=name != "objects")
+
+
+def _savez(path, arrays):
+    import numpy as np
+
+    np.savez(path, **arrays)
+
+
 def _legacy(folder: Path) -> None:
     import torch
 
@@ -266,6 +284,6 @@ def _tokenizer(folder: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
-    "tf": _tf, "safetensors": _safetensors, "zip": _zip, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
+    "tf": _tf, "safetensors": _safetensors, "zip": _zip, "npz": _npz, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
     "gguf": _gguf, "hdf5": _hdf5, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
 }  # fmt: skip
