@@ -58,7 +58,16 @@ class TensorRef:
     shape: tuple[int, ...]
 
 
+@dataclass
+class Module:
+    """The object of an archive of libtorch's ``OutputArchive``: named values."""
+
+    state: Any = None
+
+
+MODULE = "__torch__.Module"
 ALLOWED = {
+    MODULE,
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",
@@ -328,9 +337,19 @@ class _Machine:
             )
         return TensorRef(storage, offset, tuple(shape))
 
+    def op_NEWOBJ(self, _: None) -> None:
+        arguments = self.stack.pop()
+        kind = self.stack.pop()
+        if kind != Global(MODULE) or arguments != ():
+            raise UnsafeError(f"{self.where}: the pickle builds an object of an unknown class (NEWOBJ): refused")
+        self.stack.append(Module())
+
     def op_BUILD(self, _: None) -> None:
-        self.stack.pop()  # the _metadata of a state dict, which weights do not need
-        self._top(dict)
+        state = self.stack.pop()  # of a state dict, its _metadata, which weights do not need
+        if isinstance(self.stack[-1], Module):
+            self.stack[-1].state = state
+        else:
+            self._top(dict)
 
 
 _CONSTANTS: Mapping[str, Any] = {

@@ -1,6 +1,10 @@
 """``torch.save`` since PyTorch 1.6: a zip archive with one pickle and one stored member a storage.
 
-Source: PyTorch's ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc``.
+libtorch's ``OutputArchive`` writes such an archive, too, with a module in place of a dict, and its code beside it. tch-rs's
+``VarStore::save`` uses it for rust-bert's ``rust_model.ot``. The code is not read.
+
+Sources: PyTorch's ``torch/serialization.py``, ``caffe2/serialize/inline_container.cc`` and ``output-archive.cpp``; tch-rs's
+``torch_api.cpp`` and ``tensor.rs``, which writes ``|`` in names for a dot.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import io
 import math
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +22,20 @@ from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import Checksum, LazyTensor
 from .container import Container
-from .torch_pickle import MAX_PICKLE, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
+from .torch_pickle import MAX_PICKLE, Module, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
 from .zip_members import LOCAL, Member, check_stored, crc32, read_members
 
 ALIGNMENT = 64
+CONSTANTS = "constants.pkl"
 KERAS_WEIGHTS = "model.weights.h5"  # a member that only Keras's archives have
 PROGRAMS = {  # kind -> a member that only such an archive has, and its name for people
     "pt2": ("/models/model.json", "a program of torch.export"),
-    "torchscript": ("/constants.pkl", "TorchScript"),
+    "torchscript": (f"/{CONSTANTS}", "TorchScript"),
 }
+
+
+OUTPUT_ARCHIVE = b"\x80\x02c__torch__\nModule\n"  # the beginning of data.pkl
+CODE = "code/"  # members that are compressed, and not read
 
 
 def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
@@ -44,12 +53,16 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
     file = File(path)
     members = read_members(file)
     _refuse_programs(file, members)
-    check_stored(file, members, "PyTorch stores its members uncompressed")
     members = _rooted(members, str(path))
+    is_module = CONSTANTS in members
+    read = {name: member for name, member in members.items() if not (is_module and name.startswith(CODE))}
+    check_stored(file, read, "PyTorch stores its members uncompressed")
     if _small(file, members, "byteorder", b"little") != b"little":
         raise FormatError(f"{path}: written on a big-endian machine, which gpt2x does not read")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
     saved = load_pickle(pickle, f"{path}: data.pkl")
+    if is_module:
+        saved = _module_state(saved, str(path))
     found = state_dict(saved, str(path))
     if pickle.read(1):
         raise FormatError(f"{path}: data.pkl: extra bytes after the end of the pickle")
@@ -59,13 +72,33 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
     return Container("bin", path, tensors, metadata, left_out=tuple(map(str, found.beside)))
 
 
-def program_in(names: Sequence[str]) -> str | None:
-    """Which of ``PROGRAMS`` an archive with members of these names is; None if it is none."""
+def _module_state(saved: Any, where: str) -> dict[str, Any]:
+    """The named tensors of a module, with dots in their names."""
+    state = saved.state if isinstance(saved, Module) else None
+    if not isinstance(state, dict) or not all(isinstance(value, TensorRef) for value in state.values()):
+        raise CheckpointError(f"{where}: a module that does not only hold tensors, which gpt2x does not read")
+    result = {name.replace("|", "."): value for name, value in state.items()}
+    if len(result) != len(state):
+        raise FormatError(f"{where}: two tensors of one name, once | in it is a dot")
+    return result
+
+
+def program_in(names: Sequence[str], start: bytes = b"") -> str | None:
+    """Which of ``PROGRAMS`` an archive is; None if it is none.
+
+    Args:
+        names: of its members.
+        start: the first bytes of its ``data.pkl``, which tell a module of tensors alone from a program.
+    """
+    if start.startswith(OUTPUT_ARCHIVE):
+        return None
     return next((kind for kind, (end, _) in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
 
 
-def _refuse_programs(file: File, members: Iterable[str]) -> None:
-    kind = program_in(list(members))
+def _refuse_programs(file: File, members: Mapping[str, Member]) -> None:
+    pickle = next((member for name, member in members.items() if name.endswith("/data.pkl")), None)
+    start = file.read(pickle.start, min(pickle.size, len(OUTPUT_ARCHIVE))) if pickle else b""
+    kind = program_in(list(members), start)
     if kind:
         _, name = PROGRAMS[kind]
         raise CheckpointError(

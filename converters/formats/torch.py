@@ -67,7 +67,7 @@ def _write(job: Job) -> Written:
 BIN = Format(
     name="bin",
     what="PyTorch, since 1.6 (zip) and before (legacy)",
-    files="`.bin`, `.pt`, `.pth`",
+    files="`.bin`, `.pt`, `.pth`, `rust_model.ot`",
     dialects=("hf", "llms-from-scratch"),
     reads=FLOATS,
     writes=FLOATS,
@@ -79,7 +79,7 @@ BIN = Format(
         Opener(starts_with(b"\x80\x02\x8a\x0a"), _open_legacy),
     ),
     file_names=("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    suffixes=(".bin", ".pt", ".pth"),
+    suffixes=(".bin", ".pt", ".pth", ".ot"),
     codec=CODEC,
     embedded=_embedded,
     write=_write,

@@ -105,6 +105,7 @@ def _zip(folder: Path) -> None:
     _saved(folder, "ours_nanogpt", "ckpt.pt", "nanogpt")
     _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt")
     _fixture(folder, "nanogpt_no_bias/ckpt.pt", "ckpt.pt")
+    _fixture(folder, "rust_bert/rust_model.ot", "rust_model.ot")
     (folder / "torch").mkdir()
     torch.save(_tensors(), folder / "torch/m.bin")
     _meta(folder / "torch", "m.bin")
