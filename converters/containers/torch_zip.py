@@ -11,7 +11,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, Checksum, LazyTensor
 from .container import Container
-from .torch_pickle import MAX_PICKLE, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
+from .torch_dump import dump_pickle
+from .torch_entries import container_of, named_tensors
+from .torch_pickle import MAX_PICKLE, load_pickle
+from .torch_values import Storage, TensorRef
 
 LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
@@ -41,9 +44,9 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         records: names of small members that go into the metadata, as bytes, where the archive has them.
 
     Raises:
-        UnsafeError: if its pickle would run code.
+        UnsafeError: if its pickle would do harm.
         FormatError: if the archive or the pickle is invalid.
-        CheckpointError: if it holds something other than tensors.
+        CheckpointError: if it holds no named tensors.
     """
     file = File(path)
     members = _members(file)
@@ -52,13 +55,11 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         raise FormatError(f"{path}: written on a big-endian machine, which gpt2x does not read")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
     saved = load_pickle(pickle, f"{path}: data.pkl")
-    found = state_dict(saved, str(path))
     if pickle.read(1):
         raise FormatError(f"{path}: data.pkl: extra bytes after the end of the pickle")
-    check_overlaps(found.tensors, str(path))
-    metadata = {**found.beside, **{name: _small(file, members, name) for name in records if name in members}}
-    tensors = one_each(found.tensors, lambda ref: _tensor(file, members, ref))
-    return Container("bin", path, tensors, metadata, left_out=tuple(map(str, found.beside)))
+    found = named_tensors(saved, str(path))
+    given = {name: _small(file, members, name) for name in records if name in members}
+    return container_of(path, found, lambda ref: _tensor(file, members, ref), given)
 
 
 def program_in(names: Sequence[str]) -> str | None:
@@ -206,12 +207,6 @@ def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyT
     return part_of(whole, ref)
 
 
-def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
-    """A tensor for each name. Two names of one tensor (a tied ``lm_head``) get the same object."""
-    made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
-    return {name: made[ref] for name, ref in refs.items()}
-
-
 def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
     """The tensor in a storage: all of it, or a part (the checksum covers all of it)."""
     if ref.offset == 0 and math.prod(ref.shape) == storage.size:
@@ -256,7 +251,7 @@ def write_torch_zip(
     storages = {id(tensor): tensor for tensor in tensors.values()}
     keys = {one: str(i) for i, one in enumerate(storages)}
     refs = OrderedDict(
-        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size), 0, t.shape)) for name, t in tensors.items()
+        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size, t.size), 0, t.shape)) for name, t in tensors.items()
     )
     saved = refs if beside is None else {"model": refs, **beside}
     writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))
