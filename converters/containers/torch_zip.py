@@ -13,7 +13,7 @@ import io
 import math
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import Checksum, LazyTensor
 from .container import Container
-from .torch_pickle import MAX_PICKLE, Module, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
+from .torch_dump import dump_pickle
+from .torch_entries import container_of, named_tensors
+from .torch_pickle import MAX_PICKLE, load_pickle
+from .torch_values import Opaque, Storage, TensorRef
 from .zip_members import LOCAL, Member, check_stored, crc32, read_members
 
 ALIGNMENT = 64
@@ -35,6 +38,7 @@ PROGRAMS = {  # kind -> a member that only such an archive has, and its name for
 
 
 OUTPUT_ARCHIVE = b"\x80\x02c__torch__\nModule\n"  # the beginning of data.pkl
+MODULE = "__torch__.Module"
 CODE = "code/"  # members that are compressed, and not read
 
 
@@ -46,9 +50,9 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         records: names of small members that go into the metadata, as bytes, where the archive has them.
 
     Raises:
-        UnsafeError: if its pickle would run code.
+        UnsafeError: if its pickle would do harm.
         FormatError: if the archive or the pickle is invalid.
-        CheckpointError: if it holds something other than tensors.
+        CheckpointError: if it holds no named tensors.
     """
     file = File(path)
     members = read_members(file)
@@ -63,18 +67,17 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
     saved = load_pickle(pickle, f"{path}: data.pkl")
     if is_module:
         saved = _module_state(saved, str(path))
-    found = state_dict(saved, str(path))
     if pickle.read(1):
         raise FormatError(f"{path}: data.pkl: extra bytes after the end of the pickle")
-    check_overlaps(found.tensors, str(path))
-    metadata = {**found.beside, **{name: _small(file, members, name) for name in records if name in members}}
-    tensors = one_each(found.tensors, lambda ref: _tensor(file, members, ref))
-    return Container("bin", path, tensors, metadata, left_out=tuple(map(str, found.beside)))
+    found = named_tensors(saved, str(path))
+    given = {name: _small(file, members, name) for name in records if name in members}
+    return container_of(path, found, lambda ref: _tensor(file, members, ref), given)
 
 
 def _module_state(saved: Any, where: str) -> dict[str, Any]:
     """The named tensors of a module, with dots in their names."""
-    state = saved.state if isinstance(saved, Module) else None
+    is_plain = isinstance(saved, Opaque) and saved.name == MODULE and saved.arguments == ()
+    state = saved.state if is_plain else None
     if not isinstance(state, dict) or not all(isinstance(value, TensorRef) for value in state.values()):
         raise CheckpointError(f"{where}: a module that does not only hold tensors, which gpt2x does not read")
     result = {name.replace("|", "."): value for name, value in state.items()}
@@ -147,12 +150,6 @@ def _tensor(file: File, members: Mapping[str, Member], ref: TensorRef) -> LazyTe
     return part_of(whole, ref)
 
 
-def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
-    """A tensor for each name. Two names of one tensor (a tied ``lm_head``) get the same object."""
-    made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
-    return {name: made[ref] for name, ref in refs.items()}
-
-
 def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
     """The tensor in a storage: all of it, or a part (the checksum covers all of it)."""
     if ref.offset == 0 and math.prod(ref.shape) == storage.size:
@@ -197,7 +194,7 @@ def write_torch_zip(
     storages = {id(tensor): tensor for tensor in tensors.values()}
     keys = {one: str(i) for i, one in enumerate(storages)}
     refs = OrderedDict(
-        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size), 0, t.shape)) for name, t in tensors.items()
+        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size, t.size), 0, t.shape)) for name, t in tensors.items()
     )
     saved = refs if beside is None else {"model": refs, **beside}
     writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))

@@ -24,6 +24,7 @@ def open_checkpoint(
     activation_function: str | None = None,
     tokenizer: str | Path | None = None,
     tie: bool = False,
+    entry: str | None = None,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -34,13 +35,15 @@ def open_checkpoint(
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
         tie: drop an untied ``lm_head``.
+        entry: the keys that lead to the tensors in a file of ``torch.save``, such as ``checkpoint.model``, if it holds
+            several models.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
     """
     source = find(path)
     with reading(source.path):
-        container = open_container(source)
+        container = open_container(source, entry)
         stated = read_configuration(source, container, activation_function)
         parameters = recognise(unwrap(container), n_vocab)
         resolved = resolve(parameters, stated, n_head)

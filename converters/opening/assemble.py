@@ -44,6 +44,7 @@ def assemble(parameters: Parameters, resolved: Resolved, tie: bool = False) -> C
         files=container.files,
         format=container.format,
         dialect=dialect.name,
+        entry=container.entry,
         left_out=(*container.left_out, *parameters.left_out, *dropped),
         notes=notes,
         stated=resolved.is_stated,

@@ -52,6 +52,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--n-vocab", type=click.IntRange(min=1), help="Truncate a padded vocabulary to N rows.")
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -65,6 +66,7 @@ def convert(
     n_vocab: int | None,
     activation_function: str | None,
     tokenizer_dir: str | None,
+    entry: str | None,
     tie: bool,
     force: bool,
     as_json: bool,
@@ -96,6 +98,7 @@ def convert(
         activation_function=activation_function,
         tokenizer=tokenizer_dir,
         tie=tie,
+        entry=entry,
     )
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:

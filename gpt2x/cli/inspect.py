@@ -22,8 +22,9 @@ from .text import printable
     type=PRECISION,
     help="Precision of the ONNX model to show (default: fp32, or else the first).",
 )
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool) -> None:
+def inspect(path: str, precision: str | None, entry: str | None, show_tensors: bool, as_json: bool) -> None:
     """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
@@ -33,22 +34,22 @@ def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool)
 
     Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
-    facts = {**everything(runnable(path, None, precision), precision), "path": path}
+    facts = {**everything(runnable(path, None, precision), precision, entry), "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str, precision: str | None = None) -> dict[str, Any]:
+def everything(path: str, precision: str | None = None, entry: str | None = None) -> dict[str, Any]:
     """The facts of weights, of an ONNX model, or of a directory with both."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
-        return describe(path)
+        return describe(path, entry)
     from converters import ConversionError
 
     try:
-        facts = describe(path) if not path.endswith(".onnx") else {"path": path}
+        facts = describe(path, entry) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
@@ -84,17 +85,17 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     }
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str, entry: str | None = None) -> dict[str, Any]:
     """The facts of weights, without reading them."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
 
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, entry=entry)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
-        checkpoint = open_checkpoint(path, n_head=1)  # 1 divides any n_embd: shows everything else
+        checkpoint = open_checkpoint(path, n_head=1, entry=entry)  # 1 divides any n_embd: shows everything else
         config = {**to_hf(checkpoint.config), "n_head": None}
     notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors
@@ -102,6 +103,7 @@ def describe(path: str) -> dict[str, Any]:
         "path": path,
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
+        "entry": checkpoint.entry or None,
         "size": checkpoint.config.size_name if config["n_head"] else None,
         "config": config,
         "tensors": len(tensors),
@@ -159,6 +161,11 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _entry(entry: str | None) -> str:
+    """Where the weights are in their file, unless they are all that it holds."""
+    return f", entry {entry}" if entry and entry != "." else ""
+
+
 def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     config = facts["config"]
     size = f" ({facts['size']})" if facts["size"] else ""
@@ -167,7 +174,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         k: v for k, v in config.items() if k.startswith(("activation", "layer_norm", "scale", "reorder", "tie"))
     }
     return [
-        ("format", f"{facts['format']}, dialect {facts['dialect']}"),
+        ("format", f"{facts['format']}, dialect {facts['dialect']}{_entry(facts['entry'])}"),
         (
             "model",
             f"GPT-2{size}, {facts['parameters']:,} parameters in {facts['tensors']} tensors, {facts['bytes']:,} bytes",

@@ -110,6 +110,12 @@ def _zip(folder: Path) -> None:
     torch.save(_tensors(), folder / "torch/m.bin")
     _meta(folder / "torch", "m.bin")
     _zip64(folder / "torch/m.bin", folder / "zip64")
+    _fixture(folder, "torch_runs/lightning.ckpt", "lightning.ckpt")
+    _fixture(folder, "torch_runs/numpy_1.pt", "numpy_1.pt")
+    for name, saved in _runs().items():
+        (folder / name).mkdir()
+        torch.save(saved, folder / name / "m.bin")
+        _meta(folder / name, "m.bin")
     for name, pickle in HARMFUL.items():
         _harmful(folder / f"harmful_{name}", zipped(pickle))
 
@@ -149,7 +155,8 @@ def _savez(path, arrays):
 def _legacy(folder: Path) -> None:
     import torch
 
-    for name, saved in (("torch", _tensors()), ("wrapped", {"state_dict": _tensors(), "epoch": 3})):
+    wrapped = {"state_dict": _tensors(), "epoch": 3}
+    for name, saved in {"torch": _tensors(), "wrapped": wrapped, **_runs()}.items():
         (folder / name).mkdir()
         torch.save(saved, folder / name / "m.bin", _use_new_zipfile_serialization=False)
         _meta(folder / name, "m.bin")
@@ -162,6 +169,36 @@ def _tensors():
     import torch
 
     return {name: torch.from_numpy(tensor.read()) for name, tensor in _plain().tensors.items()}
+
+
+def _runs() -> dict[str, Any]:
+    """Return what a training run leaves: objects beside the weights, weights at a depth, a model that was saved whole."""
+    import argparse
+    import datetime
+
+    import numpy as np
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from converters.config import to_hf
+
+    config = to_hf(_plain().config)
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    model.transformer.load_state_dict(_tensors())
+    objects = {
+        "args": argparse.Namespace(lr=1e-3, out=Path("runs")),
+        "loss": np.mean([3.1, 3.2]),
+        "losses": np.array([3.1, 3.2]),
+        "began": datetime.datetime(2024, 5, 1),
+        "done": {1, 2},
+        "device": torch.device("cpu"),
+        "optimizer": torch.optim.AdamW(model.parameters()),
+    }
+    return {
+        "objects": {"model_state_dict": _tensors(), **objects},
+        "deep": {"checkpoint": [{"model": {"weights": _tensors()}, "config": argparse.Namespace(**config)}]},
+        "whole": model,
+    }
 
 
 def _text(text: bytes) -> bytes:
