@@ -284,10 +284,7 @@ class _Reading:
 def _canonical(name: str) -> str | None:
     """The canonical name of a parameter; None if a GPT-2 has none of that name."""
     place = HF.locate(name)
-    if place is None:
-        return None
-    row, layer = place
-    return row.replace("{i}", str(layer))
+    return place.canonical if place else None
 
 
 def _fault_of(change: LowRank, rank: int, has_magnitudes: bool) -> str | None:

@@ -28,6 +28,7 @@ class Checkpoint:
     files: tuple[Path, ...] = ()  # the files of weights
     format: str = "memory"
     dialect: str = "hf"
+    entry: str = ""  # the place of the tensors in a file of torch.save that holds more than them
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tokenizer: TokenizerFiles | None = None

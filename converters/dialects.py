@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Same:
         """From the dialect's layout to the canonical one."""
         return tensor
 
-    def write(self, tensor: LazyTensor) -> LazyTensor:
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
         """From the canonical layout to the dialect's: the inverse of ``read``."""
         return tensor
 
@@ -44,7 +44,7 @@ class Lead1(Same):
             raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a leading axis of 1")
         return tensor.reshape(tensor.shape[1:])
 
-    def write(self, tensor: LazyTensor) -> LazyTensor:
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
         return tensor.reshape((1, *tensor.shape))
 
 
@@ -57,8 +57,102 @@ class Transposed(Same):
             raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a matrix")
         return tensor.transposed()
 
-    def write(self, tensor: LazyTensor) -> LazyTensor:
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
         return tensor.transposed()
+
+
+@dataclass(frozen=True)
+class HeadsLast(Same):
+    """The last axis split into heads, as in Keras's ``EinsumDense``: ``[in, heads, head_dim]``, and ``[heads, head_dim]`` of a bias."""
+
+    def read(self, tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) not in (2, 3):
+            raise CheckpointError(
+                f"{self.name} is {list(tensor.shape)}; expected [in, heads, head_dim] or [heads, head_dim]"
+            )
+        *before, heads, width = tensor.shape
+        return tensor.reshape((*before, heads * width))
+
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
+        *before, width = tensor.shape
+        return tensor.reshape((*before, config.n_head, width // config.n_head))
+
+
+@dataclass(frozen=True)
+class HeadsFirst(Same):
+    """The first axis of a matrix split into heads, as in the output projection of Keras's attention: ``[heads, head_dim, out]``."""
+
+    def read(self, tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) != 3:
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected [heads, head_dim, out]")
+        heads, width, out = tensor.shape
+        return tensor.reshape((heads * width, out))
+
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
+        width, out = tensor.shape
+        return tensor.reshape((config.n_head, width // config.n_head, out))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A parameter that is stored as several tensors of equal shape: query, key and value.
+
+    In canonical layout they are side by side: ``[in, out]`` each, ``[in, parts x out]`` together; a bias is ``[parts x out]``.
+    """
+
+    parts: tuple[Same, ...]
+
+    def read(self, tensors: Sequence[LazyTensor]) -> LazyTensor:
+        """The canonical parameter, lazily. ``tensors`` are in the order of ``parts``.
+
+        Parts that are stored as ``[out, in]`` are concatenated as they are, and nothing is transposed to write them so again.
+        """
+        canonical = [layout.read(tensor) for layout, tensor in zip(self.parts, tensors, strict=True)]
+        first = canonical[0]
+        for layout, tensor in zip(self.parts, canonical, strict=True):
+            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+                raise CheckpointError(
+                    f"{layout.name} is {tensor.dtype} {list(tensor.shape)}, but {self.parts[0].name} is {first.dtype} {list(first.shape)}"
+                )
+        if len(first.shape) == 1:
+            return LazyTensor.joined(canonical, (len(canonical) * first.shape[0],))
+        if len(first.shape) != 2:
+            raise CheckpointError(f"{self.parts[0].name} is {list(first.shape)}; expected a matrix or a vector")
+        width, out = first.shape
+        return LazyTensor.joined([part.transposed() for part in canonical], (len(canonical) * out, width)).transposed()
+
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> list[LazyTensor]:
+        """The tensor of each part: the inverse of ``read``."""
+        is_matrix = len(tensor.shape) == 2
+        stored = tensor.transposed() if is_matrix else tensor
+        size = stored.shape[0] // len(self.parts)
+        written = []
+        for i, layout in enumerate(self.parts):
+            part = stored.rows(i * size, (i + 1) * size)
+            written.append(layout.write(part.transposed() if is_matrix else part, config))
+        return written
+
+
+Layout = Same | Joined
+
+
+def parts_of(layout: Layout) -> tuple[Same, ...]:
+    """The layouts of the tensors that a parameter is stored as: one, or several that are joined."""
+    return layout.parts if isinstance(layout, Joined) else (layout,)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which parameter a name belongs to: the row of SPEC, the layer (-1 outside the blocks), and the part of a joined one."""
+
+    row: str
+    layer: int
+    part: int = 0
+
+    @property
+    def canonical(self) -> str:
+        """The canonical name."""
+        return self.row.replace("{i}", str(self.layer))
 
 
 MAX_PREFIXES = 4  # that are tried; a model has one
@@ -73,14 +167,16 @@ class ReadModel:
         left_out: known tensors that are not parameters.
         faults: everything that is wrong, one line each.
         n_layer: number of layers.
-        zero_biases: whether zeros stand for missing biases.
+        zero_biases: rows of SPEC for which zeros stand.
+        pieces: canonical name -> part -> tensor, of parameters that are stored as several tensors.
     """
 
     parameters: dict[str, LazyTensor] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     n_layer: int = 1
-    zero_biases: bool = False
+    zero_biases: tuple[str, ...] = ()
+    pieces: dict[str, dict[int, LazyTensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,11 +196,11 @@ class Dialect:
         any_width: whether its code supports a feed-forward width other than 4 x n_embd.
         head_untied: whether an ``lm_head`` that differs from the token embedding is enough to be untied.
         copies_wte: whether its code always ties ``lm_head``, and yet requires it under its own name.
-        biasless: whether all biases may be missing, in which case they are zeros.
+        biasless: rows of biases that may be missing, all of them together, in which case they are zeros.
     """
 
     name: str
-    table: Mapping[str, Same]
+    table: Mapping[str, Layout]
     _: KW_ONLY
     lm_head: tuple[Same, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
@@ -117,20 +213,27 @@ class Dialect:
     any_width: bool = True
     head_untied: bool = False
     copies_wte: bool = False
-    biasless: bool = False
+    biasless: tuple[str, ...] = ()
 
-    def locate(self, name: str, prefix: str = "") -> tuple[str, int] | None:
-        """The row of SPEC and the layer (-1 outside the blocks) of a name; None if it is not a parameter."""
+    def locate(self, name: str, prefix: str = "") -> Place | None:
+        """The parameter that a name belongs to; None if it is none."""
         if self.head_layout(name):
-            return LM_HEAD, -1
+            return Place(LM_HEAD, -1)
         if not name.startswith(prefix):
             return None
-        places = places_of(name[len(prefix) :])
-        return next(((self._rows[place], layer) for place, layer in places if place in self._rows), None)
+        for template, layer in places_of(name[len(prefix) :]):
+            if template in self._rows:
+                row, part = self._rows[template]
+                return Place(row, layer, part)
+        return None
 
     @functools.cached_property
-    def _rows(self) -> dict[str, str]:
-        rows = {layout.name: row for row, layout in self.table.items()}
+    def _rows(self) -> dict[str, tuple[str, int]]:
+        """Name in the table -> row of SPEC and part of a joined parameter."""
+        rows = {}
+        for row, layout in self.table.items():
+            for i, part in enumerate(parts_of(layout)):
+                rows[part.name] = (row, i)
         return rows | {other: rows[name] for other, name in self.also.items()}
 
     def head_layout(self, name: str) -> Same | None:
@@ -142,7 +245,7 @@ class Dialect:
         """The prefixes to try: the known ones, or those of the last norm's name."""
         if not self.under_any:
             return self.prefixes
-        end = self.table["ln_f.weight"].name
+        end = parts_of(self.table["ln_f.weight"])[0].name
         found = dict.fromkeys(name.removesuffix(end) for name in names if name.endswith(end))
         return tuple(found)[:MAX_PREFIXES] or self.prefixes
 
@@ -152,15 +255,19 @@ class Dialect:
         stems = (name.removesuffix(slot) for slot in self.slots if name.endswith(slot))
         return any(place in self.extras for place, _ in places_of(bare)) or any(self.locate(s, prefix) for s in stems)
 
-    def layout(self, canonical: str) -> tuple[str, Same]:
-        """The name (without prefix) that a canonical name has here, and its layout."""
-        if canonical == LM_HEAD:
-            if not self.lm_head:
-                raise CheckpointError(f"an untied lm_head cannot be written as {self.name}")
-            return self.lm_head[0].name, self.lm_head[0]
-        row, layer = _row_of(canonical)
-        layout = self.table[row]
-        return layout.name.replace("{i}", str(layer)), layout
+    def layout(self, canonical: str) -> Layout:
+        """The layout that a canonical name has here."""
+        if canonical != LM_HEAD:
+            return self.table[_row_of(canonical)[0]]
+        if not self.lm_head:
+            raise CheckpointError(f"an untied lm_head cannot be written as {self.name}")
+        return self.lm_head[0]
+
+    def names(self, canonical: str) -> tuple[str, ...]:
+        """The names (without prefix) of the tensors that hold a parameter here: one, or one for each part of a joined one."""
+        layout = self.layout(canonical)
+        layer = -1 if canonical == LM_HEAD else _row_of(canonical)[1]
+        return tuple(part.name.replace("{i}", str(layer)) for part in parts_of(layout))
 
     def read(self, tensors: Mapping[str, LazyTensor], prefix: str) -> ReadModel:
         """A whole model under canonical names and in canonical layout: the inverse of ``write``."""
@@ -173,16 +280,22 @@ class Dialect:
                 model.left_out.append(name)
             else:
                 model.faults.append(f"unknown   {name[:200]}")
+        self._join(model)
         self._check_layers(model)
         self._fill(model, prefix)
         return model
 
-    def _add_parameter(self, model: ReadModel, name: str, tensor: LazyTensor, place: tuple[str, int]) -> None:
-        row, layer = place
-        canonical = row.replace("{i}", str(layer))
-        layout = self.head_layout(name) or self.table[row]
+    def _add_parameter(self, model: ReadModel, name: str, tensor: LazyTensor, place: Place) -> None:
+        canonical = place.canonical
+        layout = self.head_layout(name) or self.table[place.row]
         if not tensor.dtype.is_float:
             model.faults.append(f"integers  {name} is {tensor.dtype}; a parameter must be float")
+            return
+        if isinstance(layout, Joined):
+            pieces = model.pieces.setdefault(canonical, {})
+            if place.part in pieces:
+                model.faults.append(f"duplicate {name} is a part of {canonical}, and so is another tensor of this name")
+            pieces[place.part] = tensor
             return
         if canonical in model.parameters:
             model.faults.append(f"duplicate {name} is {canonical}, and so is another tensor")
@@ -191,6 +304,19 @@ class Dialect:
         except CheckpointError as error:
             model.parameters[canonical] = tensor
             model.faults.append(f"shape     {error}")
+
+    def _join(self, model: ReadModel) -> None:
+        """Join the parts of each parameter that is stored as several tensors, where all of them are there."""
+        for canonical, pieces in model.pieces.items():
+            layout = self.layout(canonical)
+            if not isinstance(layout, Joined) or len(pieces) != len(layout.parts):
+                continue
+            tensors = [pieces[i] for i in range(len(pieces))]
+            try:
+                model.parameters[canonical] = layout.read(tensors)
+            except CheckpointError as error:
+                model.parameters[canonical] = tensors[0]
+                model.faults.append(f"shape     {error}".replace("{i}", canonical.split(".")[1]))
 
     def _check_layers(self, model: ReadModel) -> None:
         """Count the layers; a gap between them is a fault."""
@@ -204,12 +330,19 @@ class Dialect:
 
     def _fill(self, model: ReadModel, prefix: str) -> None:
         """Put zeros for biases, if the dialect may lack them all; what else is missing is a fault."""
-        expected = {prefix + self.layout(name)[0]: name for _, _, name in rows(model.n_layer)}
-        if self.biasless:
-            zeros = _zero_biases(model.parameters, expected.values())
+        expected = list(rows(model.n_layer))
+        biases = [canonical for row, _, canonical in expected if row in self.biasless]
+        zeros = _zero_biases(model.parameters, biases)
+        if zeros and not any(canonical in model.pieces for canonical in biases):
             model.parameters |= zeros
-            model.zero_biases = bool(zeros)
-        missing = [f"missing   {name}" for name, canonical in expected.items() if canonical not in model.parameters]
+            model.zero_biases = self.biasless
+        missing = []
+        for _, _, canonical in expected:
+            if canonical in model.parameters:
+                continue
+            pieces = model.pieces.get(canonical, {})
+            names = self.names(canonical)
+            missing += [f"missing   {prefix}{name}" for part, name in enumerate(names) if part not in pieces]
         model.faults = missing + model.faults
 
     def write(self, tensors: Mapping[str, LazyTensor], config: GPT2Config) -> dict[str, LazyTensor]:
@@ -237,8 +370,13 @@ class Dialect:
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
         written = {}
         for canonical, tensor in tensors.items():
-            name, layout = self.layout(canonical)
-            written[name if canonical == LM_HEAD else self.prefixes[0] + name] = layout.write(tensor)
+            prefix = "" if canonical == LM_HEAD else self.prefixes[0]
+            layout = self.layout(canonical)
+            parts = layout.write(tensor, config)
+            if isinstance(parts, LazyTensor):
+                parts = [parts]
+            for name, part in zip(self.names(canonical), parts, strict=True):
+                written[prefix + name] = part
         return written
 
 
@@ -254,6 +392,7 @@ def _row_of(canonical: str) -> tuple[str, int]:
 
 
 C_ATTN = "h.{i}.attn.c_attn.weight"
+BIASES = tuple(row for row in SPEC if row.endswith(".bias"))
 PUBLISHED = {switch: (getattr(GPT2Config, switch),) for switch in SWITCHES}
 MASKS = ("h.{i}.attn.bias", "h.{i}.attn.masked_bias")  # buffers of causal attention
 
@@ -310,9 +449,50 @@ NANOGPT = Dialect(
     computes={**PUBLISHED, "activation_function": ("gelu", "gelu_new")},
     any_width=False,
     copies_wte=True,
-    biasless=True,
+    biasless=BIASES,
 )
 MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=MASKS)
+
+# rasbt/LLMs-from-scratch: GPTModel of ch04.py, with GELU in the tanh form. qkv_bias is false in the book's own training.
+LLMS_FROM_SCRATCH = Dialect(
+    "llms-from-scratch",
+    {
+        "wte.weight": Same("tok_emb.weight"),
+        "wpe.weight": Same("pos_emb.weight"),
+        "h.{i}.ln_1.weight": Same("trf_blocks.{i}.norm1.scale"),
+        "h.{i}.ln_1.bias": Same("trf_blocks.{i}.norm1.shift"),
+        "h.{i}.attn.c_attn.weight": Joined(
+            (
+                Transposed("trf_blocks.{i}.att.W_query.weight"),
+                Transposed("trf_blocks.{i}.att.W_key.weight"),
+                Transposed("trf_blocks.{i}.att.W_value.weight"),
+            )
+        ),
+        "h.{i}.attn.c_attn.bias": Joined(
+            (
+                Same("trf_blocks.{i}.att.W_query.bias"),
+                Same("trf_blocks.{i}.att.W_key.bias"),
+                Same("trf_blocks.{i}.att.W_value.bias"),
+            )
+        ),
+        "h.{i}.attn.c_proj.weight": Transposed("trf_blocks.{i}.att.out_proj.weight"),
+        "h.{i}.attn.c_proj.bias": Same("trf_blocks.{i}.att.out_proj.bias"),
+        "h.{i}.ln_2.weight": Same("trf_blocks.{i}.norm2.scale"),
+        "h.{i}.ln_2.bias": Same("trf_blocks.{i}.norm2.shift"),
+        "h.{i}.mlp.c_fc.weight": Transposed("trf_blocks.{i}.ff.layers.0.weight"),
+        "h.{i}.mlp.c_fc.bias": Same("trf_blocks.{i}.ff.layers.0.bias"),
+        "h.{i}.mlp.c_proj.weight": Transposed("trf_blocks.{i}.ff.layers.2.weight"),
+        "h.{i}.mlp.c_proj.bias": Same("trf_blocks.{i}.ff.layers.2.bias"),
+        "ln_f.weight": Same("final_norm.scale"),
+        "ln_f.bias": Same("final_norm.shift"),
+    },
+    lm_head=(Same("out_head.weight"),),
+    extras=("trf_blocks.{i}.att.mask",),
+    computes=PUBLISHED,
+    any_width=False,
+    head_untied=True,
+    biasless=("h.{i}.attn.c_attn.bias",),
+)
 
 # karpathy/llm.c: ParameterTensors in train_gpt2.c, whose arrays hold all layers; here each layer has its own name.
 LLMC = Dialect(
@@ -391,6 +571,45 @@ KERAS = Dialect(
     under_any=True,
 )
 
+# keras-hub's GPT2Backbone, as Keras 3 saves weights: the path of a layer's attributes, then a number for each variable.
+# Keras counts the layers of a class from the second one on; here the first one has the number 0 (see formats/keras.py).
+KERAS_HUB = Dialect(
+    "keras-hub",
+    {
+        "wte.weight": Same("reversible_embedding/vars/0"),
+        "wpe.weight": Same("position_embedding/vars/0"),
+        "h.{i}.ln_1.weight": Same("transformer_decoder_{i}/_self_attention_layer_norm/vars/0"),
+        "h.{i}.ln_1.bias": Same("transformer_decoder_{i}/_self_attention_layer_norm/vars/1"),
+        "h.{i}.attn.c_attn.weight": Joined(
+            (
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/query_dense/vars/0"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/key_dense/vars/0"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/value_dense/vars/0"),
+            )
+        ),
+        "h.{i}.attn.c_attn.bias": Joined(
+            (
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/query_dense/vars/1"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/key_dense/vars/1"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/value_dense/vars/1"),
+            )
+        ),
+        "h.{i}.attn.c_proj.weight": HeadsFirst("transformer_decoder_{i}/_self_attention_layer/output_dense/vars/0"),
+        "h.{i}.attn.c_proj.bias": Same("transformer_decoder_{i}/_self_attention_layer/output_dense/vars/1"),
+        "h.{i}.ln_2.weight": Same("transformer_decoder_{i}/_feedforward_layer_norm/vars/0"),
+        "h.{i}.ln_2.bias": Same("transformer_decoder_{i}/_feedforward_layer_norm/vars/1"),
+        "h.{i}.mlp.c_fc.weight": Same("transformer_decoder_{i}/_feedforward_intermediate_dense/vars/0"),
+        "h.{i}.mlp.c_fc.bias": Same("transformer_decoder_{i}/_feedforward_intermediate_dense/vars/1"),
+        "h.{i}.mlp.c_proj.weight": Same("transformer_decoder_{i}/_feedforward_output_dense/vars/0"),
+        "h.{i}.mlp.c_proj.bias": Same("transformer_decoder_{i}/_feedforward_output_dense/vars/1"),
+        "ln_f.weight": Same("layer_normalization/vars/0"),
+        "ln_f.bias": Same("layer_normalization/vars/1"),
+    },
+    prefixes=("layers/",),
+    under_any=True,
+    computes=PUBLISHED,
+)
+
 # transformers 4's modeling_flax_gpt2.py, whose FlaxConv1D keeps [out, in].
 FLAX = Dialect(
     "flax",
@@ -416,7 +635,7 @@ FLAX = Dialect(
     prefixes=("transformer/", ""),
 )
 
-DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMC, GGUF, KERAS, FLAX)
+DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, LLMC, GGUF, KERAS, KERAS_HUB, FLAX)
 
 
 def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:
@@ -430,14 +649,16 @@ def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:
     def score(candidate: tuple[Dialect, str]) -> tuple[int, int]:
         dialect, prefix = candidate
         places = {name: dialect.locate(name, prefix) for name in tensors}
-        c_attn = [tensors[name] for name, place in places.items() if place and place[0] == C_ATTN]
+        c_attn = [tensors[name] for name, place in places.items() if place and place.row == C_ATTN]
         upright = sum(_is_wide(dialect.table[C_ATTN], tensor) for tensor in c_attn)
         return sum(place is not None for place in places.values()), upright
 
     return max(((d, prefix) for d in DIALECTS for prefix in d.prefixes_in(tensors)), key=score)
 
 
-def _is_wide(layout: Same, c_attn: LazyTensor) -> bool:
+def _is_wide(layout: Layout, c_attn: LazyTensor) -> bool:
+    if isinstance(layout, Joined):  # its parts are square
+        return False
     try:
         shape = layout.read(c_attn).shape
     except CheckpointError:
@@ -445,12 +666,10 @@ def _is_wide(layout: Same, c_attn: LazyTensor) -> bool:
     return len(shape) == 2 and shape[1] == 3 * shape[0]
 
 
-def _zero_biases(tensors: Mapping[str, LazyTensor], names: Iterable[str]) -> dict[str, LazyTensor]:
-    """Zeros for every bias, if there is not a single one. Each has the length of the last axis of its weight."""
+def _zero_biases(tensors: Mapping[str, LazyTensor], biases: Iterable[str]) -> dict[str, LazyTensor]:
+    """Zeros for these biases, if there is not a single one. Each has the length of the last axis of its weight."""
     zeros = {}
-    for name in names:
-        if not name.endswith(".bias"):
-            continue
+    for name in biases:
         weight = tensors.get(name.removesuffix("bias") + "weight")
         if name in tensors or weight is None or not weight.shape:
             return {}

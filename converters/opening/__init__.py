@@ -27,6 +27,7 @@ def open_checkpoint(
     tie: bool = False,
     adapter: str | Path | None = None,
     merged_dtype: str | None = None,
+    entry: str | None = None,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -39,13 +40,15 @@ def open_checkpoint(
         tie: drop an untied ``lm_head``.
         adapter: the directory of a PEFT adapter (LoRA), which is merged while tensors are read.
         merged_dtype: dtype of the tensors that the adapter changes, as in ``--dtype``; by default the base's.
+        entry: the keys that lead to the tensors in a file of ``torch.save``, such as ``checkpoint.model``, if it holds
+            several models.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
     """
     source = find(path)
     with reading(source.path):
-        container = open_container(source)
+        container = open_container(source, entry)
         opened = open_adapter(source, container, adapter)
         stated = read_configuration(source, opened.base, activation_function)
         parameters = recognise(unwrap(opened.base), n_vocab)

@@ -25,7 +25,7 @@ class Parameters:
         n_layer: number of layers.
         n_vocab: the number of rows that the token embedding was truncated to, if it was.
         left_out: names of the tensors that are not parameters.
-        zero_biases: whether zeros stand for missing biases.
+        zero_biases: rows of SPEC for which zeros stand, as the file has no such biases.
     """
 
     container: Container
@@ -34,7 +34,7 @@ class Parameters:
     n_layer: int
     n_vocab: int | None
     left_out: tuple[str, ...]
-    zero_biases: bool
+    zero_biases: tuple[str, ...]
 
 
 def recognise(container: Container, n_vocab: int | None = None) -> Parameters:

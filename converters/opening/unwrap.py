@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from ..containers.container import Container
 from ..errors import CheckpointError
-from ..formats.nanogpt import CONFIG_KEY, MODEL_ARGS
 from ..tensors import LazyTensor
 
 MAX_NAME = 256
@@ -23,8 +22,7 @@ def unwrap(container: Container) -> Container:
         CheckpointError: if there are no tensors, quantized ones, or names that no GPT-2 has.
     """
     _check_names(container)
-    left_out = tuple(name for name in container.left_out if name not in (CONFIG_KEY, MODEL_ARGS))
-    return replace(container, tensors=_without_prefixes(container.tensors), left_out=left_out)
+    return replace(container, tensors=_without_prefixes(container.tensors))
 
 
 def _check_names(container: Container) -> None:

@@ -53,6 +53,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
 @adapter_option("SRC")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -67,6 +68,7 @@ def convert(
     activation_function: str | None,
     tokenizer_dir: str | None,
     adapter: str | None,
+    entry: str | None,
     tie: bool,
     force: bool,
     as_json: bool,
@@ -101,6 +103,7 @@ def convert(
         tie=tie,
         adapter=local_adapter(adapter),
         merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
+        entry=entry,
     )
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:

@@ -50,6 +50,7 @@ class Request:
     no_verify: bool = False
     n_head: int | None = None
     adapter: str | None = None
+    entry: str | None = None
     tie: bool = False
     force: bool = False
     as_json: bool = False
@@ -139,6 +140,7 @@ def _hint(part: str) -> str:
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
 @adapter_option("SRC")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--tie", is_flag=True, help="Drop an untied lm_head.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -228,7 +230,7 @@ def _plan(request: Request) -> Checkpoint:
 
         check_push(request.push)
     source, adapter = local(request.src), local_adapter(request.adapter)
-    checkpoint = open_checkpoint(source, n_head=request.n_head, tie=request.tie, adapter=adapter)
+    checkpoint = open_checkpoint(source, n_head=request.n_head, tie=request.tie, adapter=adapter, entry=request.entry)
     checkpoint = _with_tokenizer(checkpoint, request)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):

@@ -23,8 +23,11 @@ from .text import printable
     help="Precision of the ONNX model to show (default: fp32, or else the first).",
 )
 @adapter_option("PATH")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, precision: str | None, show_tensors: bool, adapter: str | None, as_json: bool) -> None:
+def inspect(
+    path: str, precision: str | None, show_tensors: bool, adapter: str | None, entry: str | None, as_json: bool
+) -> None:
     """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
@@ -36,25 +39,25 @@ def inspect(path: str, precision: str | None, show_tensors: bool, adapter: str |
     Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
     if adapter:
-        facts = describe(runnable(path, "torch"), local_adapter(adapter))
+        facts = describe(runnable(path, "torch"), local_adapter(adapter), entry)
     else:
-        facts = everything(runnable(path, None, precision), precision)
+        facts = everything(runnable(path, None, precision), precision, entry)
     facts = {**facts, "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str, precision: str | None = None) -> dict[str, Any]:
+def everything(path: str, precision: str | None = None, entry: str | None = None) -> dict[str, Any]:
     """The facts of weights, of an ONNX model, or of a directory with both."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
-        return describe_adapter(path) if is_adapter(path) else describe(path)
+        return describe_adapter(path) if is_adapter(path) else describe(path, entry=entry)
     from converters import ConversionError
 
     try:
-        facts = describe(path) if not path.endswith(".onnx") else {"path": path}
+        facts = describe(path, entry=entry) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
@@ -128,17 +131,18 @@ def describe_adapter(path: str) -> dict[str, Any]:
     }
 
 
-def describe(path: str, adapter: str | None = None) -> dict[str, Any]:
+def describe(path: str, adapter: str | None = None, entry: str | None = None) -> dict[str, Any]:
     """The facts of weights, with an adapter merged into them, without reading them."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
 
     try:
-        checkpoint = open_checkpoint(path, adapter=adapter)
+        checkpoint = open_checkpoint(path, adapter=adapter, entry=entry)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
-        checkpoint = open_checkpoint(path, n_head=1, adapter=adapter)  # 1 divides any n_embd: shows everything else
+        # 1 divides any n_embd: shows everything else.
+        checkpoint = open_checkpoint(path, n_head=1, adapter=adapter, entry=entry)
         config = {**to_hf(checkpoint.config), "n_head": None}
     notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors
@@ -146,6 +150,7 @@ def describe(path: str, adapter: str | None = None) -> dict[str, Any]:
         "path": path,
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
+        "entry": checkpoint.entry or None,
         "size": checkpoint.config.size_name if config["n_head"] else None,
         "config": config,
         "tensors": len(tensors),
@@ -219,6 +224,11 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _entry(entry: str | None) -> str:
+    """Where the weights are in their file, unless they are all that it holds."""
+    return f", entry {entry}" if entry and entry != "." else ""
+
+
 def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     config = facts["config"]
     size = f" ({facts['size']})" if facts["size"] else ""
@@ -227,7 +237,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         k: v for k, v in config.items() if k.startswith(("activation", "layer_norm", "scale", "reorder", "tie"))
     }
     return [
-        ("format", f"{facts['format']}, dialect {facts['dialect']}"),
+        ("format", f"{facts['format']}, dialect {facts['dialect']}{_entry(facts['entry'])}"),
         (
             "model",
             f"GPT-2{size}, {facts['parameters']:,} parameters in {facts['tensors']} tensors, {facts['bytes']:,} bytes",

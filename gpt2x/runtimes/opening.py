@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .base import Decoder
 
 log = logging.getLogger(__name__)
 
+START = 64  # bytes that tell an archive's kind
 NAMES = {"weights": "weights", "onnx": "ONNX", **{kind: name for kind, (_, name) in PROGRAMS.items()}}
 
 
@@ -27,16 +29,18 @@ def kind_of(path: str | Path) -> str:
     if has_onnx(path):
         return "onnx"
     if path.is_file() and zipfile.is_zipfile(path):
-        return program_in(_members(path)) or "weights"
+        return _program_in(path) or "weights"
     return "weights"
 
 
-def _members(path: Path) -> list[str]:
+def _program_in(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError):
-        return []  # opening it as weights reports the fault
+            names = archive.namelist()
+            pickle = next((name for name in names if name.endswith("/data.pkl")), None)
+            return program_in(names, archive.open(pickle).read(START) if pickle else b"")
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError):
+        return None  # opening it as weights reports the fault
 
 
 def run_kind(path: str | Path, runtime: str | None) -> str:

@@ -25,7 +25,7 @@ from adapters import write_adapter
 from checkpoints import assert_same_bytes, random_checkpoint
 from commands import SEVERAL, Done, assert_refused, done
 from hub_server import HANGS, environment, serving
-from paths import ROOT
+from paths import FIXTURES, ROOT, files_of
 
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, fetch
@@ -784,6 +784,17 @@ def test_shards_in_the_hubs_cache_are_opened(server, hub, hf_files, tmp_path):
     done(hub("convert", "hf://me/shards", "out.bin"))
     assert_same_bytes(open_checkpoint(SHAKESPEARE), open_checkpoint("out.bin"))
     assert "model-3.safetensors" not in fetched(server)
+
+
+def test_a_preset_of_keras_hub_is_downloaded_with_its_tokenizer_and_all_its_files(server, hub):
+    preset, shards = FIXTURES / "keras_hub", FIXTURES / "keras_hub_shards"
+    server.repos["keras/whole"] = {"files": {name: (preset / name).read_bytes() for name in files_of(preset)}}
+    server.repos["keras/shards"] = {"files": {name: (shards / name).read_bytes() for name in files_of(shards)}}
+    done(hub("convert", "hf://keras/whole", "whole"))
+    done(hub("convert", "hf://keras/shards", "shards.bin"))
+    for path in ("whole", "shards.bin"):
+        assert_same_bytes(open_checkpoint(FIXTURES / "tf_plain"), open_checkpoint(path))
+    assert Path("whole/vocab.json").read_bytes() == (preset / "assets/tokenizer/vocabulary.json").read_bytes()
 
 
 def tiny_repo(kind, name):
