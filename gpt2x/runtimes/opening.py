@@ -59,14 +59,16 @@ def run_kind(path: str | Path, runtime: str | None) -> str:
 
 
 def open_decoder(
-    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
-) -> Decoder:
+    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None,
+    threads: int | None = None,
+) -> Decoder:  # fmt: skip
     """Open anything that runs.
 
     Args:
         runtime: as for ``run_kind``.
         n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
+        threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
 
     Raises:
         ConversionError: if it cannot be opened.
@@ -76,9 +78,13 @@ def open_decoder(
     if kind == "onnx":
         from .onnxruntime import OnnxDecoder
 
-        return OnnxDecoder(path, precision=precision)
+        return OnnxDecoder(path, precision=precision, threads=threads)
     if precision is not None:
         raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     if kind == "weights":
         return gpt2x_model(open_checkpoint(path, n_head=n_head))
     from .torch import ModuleDecoder
