@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..generation.config import FileControls
 
 
-class TokenIds(click.ParamType):
+class TokenIds(click.ParamType[tuple[int, ...]]):
     """Token ids, separated by commas."""
 
     name = "ids"
@@ -25,7 +25,7 @@ class TokenIds(click.ParamType):
             self.fail(f"{value!r} is not a list of token ids such as 50256,198", param, ctx)
 
 
-class Bias(click.ParamType):
+class Bias(click.ParamType[tuple[tuple[int, ...], float]]):
     """Token ids and what is added to the logit of the last: 50256=-1.5."""
 
     name = "ids=bias"

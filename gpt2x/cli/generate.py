@@ -135,7 +135,7 @@ def _print(decoder: Decoder, tokenizer: Tokenizer, config: GenerationConfig, pro
         for (piece,) in stream_text(generation, tokenizer, [prompt], config.stop_strings):
             click.echo(piece, nl=False)
         click.echo()
-        finishes = list(generation.finish)
+        finishes = [finish for finish in generation.finish if finish]
     if "context" in finishes:
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import numpy as np
+
 from ..runtimes.base import Decoder
 from ..runtimes.opening import as_decoder
 from .beams import beam_search
@@ -34,9 +36,20 @@ class Continuation:
 
 
 def continuations(
-    decoder: Decoder, tokenizer: TextTokenizer, prompts: Sequence[str], config: GenerationConfig
+    decoder: Decoder,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    generators: Sequence[np.random.Generator] | None = None,
 ) -> list[list[Continuation]]:
     """Continue several prompts at once.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        prompts: texts.
+        config: the controls.
+        generators: the random stream of each continuation, instead of those of the seed.
 
     Returns:
         For each prompt, ``config.num_return_sequences`` continuations; of beam search the best first, and fewer if it
@@ -49,7 +62,8 @@ def continuations(
     if config.beams:
         return _beam_continuations(decoder, tokenizer, prompts, config)
     generation = new_generation(decoder, tokenizer, prompts, config)
-    streams = [_Stream(tokenizer, config.stop_strings) for _ in range(generation.rows)]
+    generation.generators = generators
+    streams = [TextPieces(tokenizer, config.stop_strings) for _ in range(generation.rows)]
     tokens: list[list[int]] = [[] for _ in streams]
     texts = [""] * len(streams)
     for step in generation:
@@ -82,12 +96,13 @@ def new_generation(
         ids,
         config.new_tokens(max(map(len, ids), default=0)),
         config.sampling,
-        _end_tokens(decoder, tokenizer, config),
+        end_tokens_of(decoder, tokenizer, config),
         config.num_return_sequences,
     )
 
 
-def _end_tokens(decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig) -> tuple[int, ...]:
+def end_tokens_of(decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig) -> tuple[int, ...]:
+    """The tokens that end a text: the configuration's, or the tokenizer's, or the model's."""
     end = tokenizer.eos_token_id
     if end is None:
         end = decoder.config.eos_token_id
@@ -109,7 +124,7 @@ def _beam_continuations(
         config.new_tokens(max(map(len, ids), default=0)),
         config.beams,
         sampling=config.sampling,
-        end_tokens=_end_tokens(decoder, tokenizer, config),
+        end_tokens=end_tokens_of(decoder, tokenizer, config),
         hits_stop=hits_stop if config.stop_strings else None,
     )
     results = []
@@ -125,12 +140,17 @@ def _beam_continuations(
 # ----------------------------------------------------------------------------------------------------------- streams
 
 
-class _Stream:
+class TextPieces:
     """Tokens in, text out, up to a stop string."""
 
     def __init__(self, tokenizer: TextTokenizer, stop_strings: Sequence[str]) -> None:
         self.text = TextStream(tokenizer)
         self.stops = StopStrings(stop_strings)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stops.stopped
 
     def push(self, token: int | None) -> str:
         """Return the text that one more token completes; None returns what is left."""
@@ -138,8 +158,8 @@ class _Stream:
         return shown if token is not None else shown + self.stops.flush()
 
 
-def _stop_where_found(generation: Generation, row: int, stream: _Stream) -> None:
-    if stream.stops.stopped:
+def _stop_where_found(generation: Generation, row: int, stream: TextPieces) -> None:
+    if stream.stopped:
         generation.stop(row)
 
 
@@ -151,7 +171,7 @@ def stream_text(
     With stop strings, a row ends before the first of them, and no piece holds the start of one.
     """
     yield [prompt for prompt in prompts for _ in range(generation.num_return_sequences)]
-    streams = [_Stream(text_tokenizer(tokenizer), stop_strings) for _ in range(generation.rows)]
+    streams = [TextPieces(text_tokenizer(tokenizer), stop_strings) for _ in range(generation.rows)]
     for tokens in generation:
         pieces = []
         for row, token in enumerate(tokens):

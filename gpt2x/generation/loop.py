@@ -31,6 +31,7 @@ class Generation:
         sampling: how the next token is chosen.
         eos_token_id: the token, or the tokens, that end a row; None for no such token.
         num_return_sequences: how many rows continue each prompt. The rows of a prompt follow one another.
+        generators: the random stream of each row, instead of those of ``sampling.seed``.
 
     Raises:
         PromptError: if a prompt is empty, longer than the context, or holds an id outside the vocabulary.
@@ -43,6 +44,7 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
     eos_token_id: int | Sequence[int] | None = None
     num_return_sequences: int = 1
+    generators: Sequence[np.random.Generator] | None = None
 
     def __post_init__(self) -> None:
         self.end_tokens = as_end_tokens(self.eos_token_id)
@@ -85,7 +87,7 @@ class Generation:
             mask = np.concatenate((mask, np.ones_like(ids)), axis=1)
 
     def _choosers(self) -> Iterator[tuple[Sequence[int], Chooser]]:
-        generators = iter(self.sampling.generators(self.rows))
+        generators = iter(self.generators or self.sampling.generators(self.rows))
         for prompt in self.prompts:
             for _ in range(self.num_return_sequences):
                 yield prompt, Chooser(self.sampling, len(prompt), self.end_tokens, next(generators))

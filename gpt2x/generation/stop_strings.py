@@ -28,11 +28,11 @@ class StopStrings:
         if self.stopped:
             return ""
         text = self.held + piece
-        found = [at for at in (text.find(string) for string in self.strings) if at >= 0]
-        if found:
+        at = first_stop(text, self.strings)
+        if at is not None:
             self.stopped = True
             self.held = ""
-            return text[: min(found)]
+            return text[:at]
         keep = self._start_at_end(text)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -64,7 +64,16 @@ def check_stop_strings(strings: Sequence[str]) -> None:
         raise ValueError("a stop string is empty; it would stop every text at once")
 
 
+def first_stop(text: str, strings: Sequence[str]) -> int | None:
+    """Where the stop string begins that is complete first, as the text arrives; None if there is none."""
+    found = []
+    for string in strings:
+        at = text.find(string)
+        if at >= 0:
+            found.append((at + len(string), at))
+    return min(found)[1] if found else None
+
+
 def cut(text: str, strings: Sequence[str]) -> str:
     """A text up to its first stop string."""
-    ends = [at for at in (text.find(string) for string in strings) if at >= 0]
-    return text[: min(ends)] if ends else text
+    return text[: first_stop(text, strings)]
