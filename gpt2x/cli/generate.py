@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(exists=True, dir_okay=False),
+    type=click.Path(),
     help='JSON Lines, each {"prompt": "..."}; "-" for PROMPT reads one prompt from standard input.',
 )
-@click.option("--output", type=click.Path(dir_okay=False), help="Where the results of --prompts go, as JSON Lines.")
+@click.option("--output", type=click.Path(), help="Where the results of --prompts go, as JSON Lines.")
 @click.option("--resume", is_flag=True, help="Continue an --output that was interrupted.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at once, with --prompts."
@@ -78,6 +78,8 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
         raise click.UsageError("pass either PROMPT or --prompts FILE")
     if (prompts_file is None) != (output is None):
         raise click.UsageError("--prompts and --output go together")
+    if prompts_file and not os.path.isfile(prompts_file):
+        raise click.FileError(prompts_file, "not a file")
     if resume and not output:
         raise click.UsageError("--resume continues an --output: pass --prompts and --output, too")
 
