@@ -62,8 +62,12 @@ def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
     assert {"demo", "test"} <= set(made) <= targets
 
 
-@pytest.mark.parametrize("program", blocks(ROOT / "README.md", "python"), ids=lambda code: code.splitlines()[-1][:40])
-def test_every_program_of_the_readme_runs(program, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "program",
+    [*blocks(ROOT / "README.md", "python"), *blocks(ROOT / "docs/generation.md", "python")],
+    ids=lambda code: code.splitlines()[-1][:40],
+)
+def test_every_program_of_the_readme_and_of_generation_runs(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "README.md", "exec"), {})
 

@@ -69,6 +69,7 @@ def open_decoder(
     n_head: int | None = None,
     precision: str | None = None,
     adapter: str | Path | None = None,
+    threads: int | None = None,
 ) -> Decoder:
     """Open anything that runs.
 
@@ -77,6 +78,7 @@ def open_decoder(
         n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
         adapter: the directory of a PEFT adapter to merge into weights. Of a directory that also has ONNX, weights run.
+        threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
 
     Raises:
         ConversionError: if it cannot be opened.
@@ -88,9 +90,13 @@ def open_decoder(
     if kind == "onnx":
         from .onnxruntime import OnnxDecoder
 
-        return OnnxDecoder(path, precision=precision)
+        return OnnxDecoder(path, precision=precision, threads=threads)
     if precision is not None:
         raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     if kind == "weights":
         return gpt2x_model(open_checkpoint(path, n_head=n_head))
     from .torch import ModuleDecoder
