@@ -72,14 +72,6 @@ def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
 
 
-def from_q8_0(data: bytes) -> NDArray[np.float32]:
-    """The values of blocks of Q8_0: a float16 scale times each of 32 signed bytes, exact in float32."""
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
-    with np.errstate(invalid="ignore"):  # a scale that is infinite or NaN
-        values: NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * blocks["values"].astype(np.float32)
-        return values
-
-
 def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
     """Blocks of Q8_0, rounded as ggml's reference does: half away from zero, with a scale of the largest magnitude / 127.
 

@@ -30,6 +30,7 @@ class Checkpoint:
     files: tuple[Path, ...] = ()  # the files of weights
     format: str = "memory"
     dialect: str = "hf"
+    entry: str = ""  # the place of the tensors in a file of torch.save that holds more than them
     left_out: tuple[str, ...] = ()
     heads: tuple[Head, ...] = ()  # other than lm_head
     prefix: str = ""  # that a wrapper put before the dialect's names
@@ -37,6 +38,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     tokenizer: TokenizerFiles | None = None
     stated: bool = True  # whether the source states its configuration; else it comes from the shapes
+    adapter: Path | None = None  # what was merged into the source
 
     def __post_init__(self) -> None:
         shapes = self.config.shapes()
@@ -48,6 +50,11 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.source or ''} {self.format} ({self.dialect}), {self.parameters:,} parameters>"
+
+    @property
+    def origin(self) -> str:
+        """The source for people, with the adapter that was merged into it."""
+        return f"{self.source} + {self.adapter}" if self.adapter else str(self.source)
 
     @property
     def parameters(self) -> int:

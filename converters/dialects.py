@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Same:
         """From the dialect's layout to the canonical one."""
         return tensor
 
-    def write(self, tensor: LazyTensor) -> LazyTensor:
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
         """From the canonical layout to the dialect's: the inverse of ``read``."""
         return tensor
 
@@ -46,7 +46,7 @@ class Lead1(Same):
             raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a leading axis of 1")
         return tensor.reshape(tensor.shape[1:])
 
-    def write(self, tensor: LazyTensor) -> LazyTensor:
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
         return tensor.reshape((1, *tensor.shape))
 
 
@@ -59,8 +59,102 @@ class Transposed(Same):
             raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected a matrix")
         return tensor.transposed()
 
-    def write(self, tensor: LazyTensor) -> LazyTensor:
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
         return tensor.transposed()
+
+
+@dataclass(frozen=True)
+class HeadsLast(Same):
+    """The last axis split into heads, as in Keras's ``EinsumDense``: ``[in, heads, head_dim]``, and ``[heads, head_dim]`` of a bias."""
+
+    def read(self, tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) not in (2, 3):
+            raise CheckpointError(
+                f"{self.name} is {list(tensor.shape)}; expected [in, heads, head_dim] or [heads, head_dim]"
+            )
+        *before, heads, width = tensor.shape
+        return tensor.reshape((*before, heads * width))
+
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
+        *before, width = tensor.shape
+        return tensor.reshape((*before, config.n_head, width // config.n_head))
+
+
+@dataclass(frozen=True)
+class HeadsFirst(Same):
+    """The first axis of a matrix split into heads, as in the output projection of Keras's attention: ``[heads, head_dim, out]``."""
+
+    def read(self, tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) != 3:
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected [heads, head_dim, out]")
+        heads, width, out = tensor.shape
+        return tensor.reshape((heads * width, out))
+
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> LazyTensor:
+        width, out = tensor.shape
+        return tensor.reshape((config.n_head, width // config.n_head, out))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A parameter that is stored as several tensors of equal shape: query, key and value.
+
+    In canonical layout they are side by side: ``[in, out]`` each, ``[in, parts x out]`` together; a bias is ``[parts x out]``.
+    """
+
+    parts: tuple[Same, ...]
+
+    def read(self, tensors: Sequence[LazyTensor]) -> LazyTensor:
+        """The canonical parameter, lazily. ``tensors`` are in the order of ``parts``.
+
+        Parts that are stored as ``[out, in]`` are concatenated as they are, and nothing is transposed to write them so again.
+        """
+        canonical = [layout.read(tensor) for layout, tensor in zip(self.parts, tensors, strict=True)]
+        first = canonical[0]
+        for layout, tensor in zip(self.parts, canonical, strict=True):
+            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+                raise CheckpointError(
+                    f"{layout.name} is {tensor.dtype} {list(tensor.shape)}, but {self.parts[0].name} is {first.dtype} {list(first.shape)}"
+                )
+        if len(first.shape) == 1:
+            return LazyTensor.joined(canonical, (len(canonical) * first.shape[0],))
+        if len(first.shape) != 2:
+            raise CheckpointError(f"{self.parts[0].name} is {list(first.shape)}; expected a matrix or a vector")
+        width, out = first.shape
+        return LazyTensor.joined([part.transposed() for part in canonical], (len(canonical) * out, width)).transposed()
+
+    def write(self, tensor: LazyTensor, config: GPT2Config) -> list[LazyTensor]:
+        """The tensor of each part: the inverse of ``read``."""
+        is_matrix = len(tensor.shape) == 2
+        stored = tensor.transposed() if is_matrix else tensor
+        size = stored.shape[0] // len(self.parts)
+        written = []
+        for i, layout in enumerate(self.parts):
+            part = stored.rows(i * size, (i + 1) * size)
+            written.append(layout.write(part.transposed() if is_matrix else part, config))
+        return written
+
+
+Layout = Same | Joined
+
+
+def parts_of(layout: Layout) -> tuple[Same, ...]:
+    """The layouts of the tensors that a parameter is stored as: one, or several that are joined."""
+    return layout.parts if isinstance(layout, Joined) else (layout,)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which parameter a name belongs to: the row of SPEC, the layer (-1 outside the blocks), and the part of a joined one."""
+
+    row: str
+    layer: int
+    part: int = 0
+
+    @property
+    def canonical(self) -> str:
+        """The canonical name."""
+        return self.row.replace("{i}", str(self.layer))
 
 
 MAX_PREFIXES = 8  # that are tried for a dialect, the most frequent ones
@@ -76,7 +170,8 @@ class ReadModel:
         left_out: known tensors that are not parameters.
         faults: everything that is wrong, one line each.
         n_layer: number of layers.
-        zero_biases: whether zeros stand for missing biases.
+        zero_biases: rows of SPEC for which zeros stand.
+        pieces: canonical name -> part -> tensor, of parameters that are stored as several tensors.
         is_complete: whether no parameter is missing.
         heads: heads other than ``lm_head``.
         rest: names of tensors outside the GPT-2: it is a part of a larger model.
@@ -88,7 +183,8 @@ class ReadModel:
     left_out: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     n_layer: int = 1
-    zero_biases: bool = False
+    zero_biases: tuple[str, ...] = ()
+    pieces: dict[str, dict[int, LazyTensor]] = field(default_factory=dict)
     is_complete: bool = False
     heads: tuple[Head, ...] = ()
     rest: list[str] = field(default_factory=list)
@@ -113,11 +209,11 @@ class Dialect:
         any_width: whether its code supports a feed-forward width other than 4 x n_embd.
         head_untied: whether an ``lm_head`` that differs from the token embedding is enough to be untied.
         copies_wte: whether its code always ties ``lm_head``, and yet requires it under its own name.
-        biasless: whether all biases may be missing, in which case they are zeros.
+        biasless: rows of biases that may be missing, all of them together, in which case they are zeros.
     """
 
     name: str
-    table: Mapping[str, Same]
+    table: Mapping[str, Layout]
     _: KW_ONLY
     lm_head: tuple[Same, ...] = ()
     lm_head_also: tuple[str, ...] = ()
@@ -130,20 +226,27 @@ class Dialect:
     any_width: bool = True
     head_untied: bool = False
     copies_wte: bool = False
-    biasless: bool = False
+    biasless: tuple[str, ...] = ()
 
-    def locate(self, name: str, prefix: str = "") -> tuple[str, int] | None:
-        """The row of SPEC and the layer (-1 outside the blocks) of a name; None if it is not a parameter."""
+    def locate(self, name: str, prefix: str = "") -> Place | None:
+        """The parameter that a name belongs to; None if it is none."""
         if self.head_layout(name, prefix):
-            return LM_HEAD, -1
+            return Place(LM_HEAD, -1)
         if not name.startswith(prefix):
             return None
-        places = places_of(name[len(prefix) :])
-        return next(((self._rows[place], layer) for place, layer in places if place in self._rows), None)
+        for template, layer in places_of(name[len(prefix) :]):
+            if template in self._rows:
+                row, part = self._rows[template]
+                return Place(row, layer, part)
+        return None
 
     @functools.cached_property
-    def _rows(self) -> dict[str, str]:
-        rows = {layout.name: row for row, layout in self.table.items()}
+    def _rows(self) -> dict[str, tuple[str, int]]:
+        """Name in the table -> row of SPEC and part of a joined parameter."""
+        rows = {}
+        for row, layout in self.table.items():
+            for i, part in enumerate(parts_of(layout)):
+                rows[part.name] = (row, i)
         return rows | {other: rows[name] for other, name in self.also.items()}
 
     def head_layout(self, name: str, prefix: str = "") -> Same | None:
@@ -181,10 +284,10 @@ class Dialect:
 
     def is_whole(self, names: Collection[str], prefix: str) -> bool:
         """Whether names have every row of the table, in the first layer of those that are in layers."""
-        have = {self._rows[place] for place in self._rows if prefix + place.replace("{i}", "0") in names}
+        have = {found for place, found in self._rows.items() if prefix + place.replace("{i}", "0") in names}
         if self.lm_head_name(names, prefix):
-            have.add("wte.weight")  # one name of a tied pair is enough
-        required = {row for row in self.table if not (self.biasless and row.endswith(".bias"))}
+            have.add(("wte.weight", 0))  # one name of a tied pair is enough
+        required = {(row, part) for row, part in self._rows.values() if row not in self.biasless}
         return required <= have
 
     def is_extra(self, name: str, prefix: str) -> bool:
@@ -193,15 +296,19 @@ class Dialect:
         stems = (name.removesuffix(slot) for slot in self.slots if name.endswith(slot))
         return any(place in self.extras for place, _ in places_of(bare)) or any(self.locate(s, prefix) for s in stems)
 
-    def layout(self, canonical: str) -> tuple[str, Same]:
-        """The name (without prefix) that a canonical name has here, and its layout."""
-        if canonical == LM_HEAD:
-            if not self.lm_head:
-                raise CheckpointError(f"an untied lm_head cannot be written as {self.name}")
-            return self.lm_head[0].name, self.lm_head[0]
-        row, layer = _row_of(canonical)
-        layout = self.table[row]
-        return layout.name.replace("{i}", str(layer)), layout
+    def layout(self, canonical: str) -> Layout:
+        """The layout that a canonical name has here."""
+        if canonical != LM_HEAD:
+            return self.table[_row_of(canonical)[0]]
+        if not self.lm_head:
+            raise CheckpointError(f"an untied lm_head cannot be written as {self.name}")
+        return self.lm_head[0]
+
+    def names(self, canonical: str) -> tuple[str, ...]:
+        """The names (without prefix) of the tensors that hold a parameter here: one, or one for each part of a joined one."""
+        layout = self.layout(canonical)
+        layer = -1 if canonical == LM_HEAD else _row_of(canonical)[1]
+        return tuple(part.name.replace("{i}", str(layer)) for part in parts_of(layout))
 
     def read(self, tensors: Mapping[str, LazyTensor], prefix: str) -> ReadModel:
         """A whole model under canonical names and in canonical layout: the inverse of ``write``."""
@@ -210,25 +317,29 @@ class Dialect:
         for name, tensor in tensors.items():
             place = self.locate(name, prefix)
             if place is not None:
-                layout = self.head_layout(name, prefix) or self.table[place[0]]
+                layout = self.head_layout(name, prefix) or self.table[place.row]
                 self._add_parameter(model, name, tensor, place, layout)
             elif self.is_extra(name, prefix):
                 model.left_out.append(name)
             else:
                 others[name] = tensor
         self._find_other_lm_head(model, others, prefix)
+        self._join(model)
         self._check_layers(model)
         self._fill(model, prefix)
         self._sort_others(model, others, prefix)
         return model
 
-    def _add_parameter(
-        self, model: ReadModel, name: str, tensor: LazyTensor, place: tuple[str, int], layout: Same
-    ) -> None:
-        row, layer = place
-        canonical = row.replace("{i}", str(layer))
+    def _add_parameter(self, model: ReadModel, name: str, tensor: LazyTensor, place: Place, layout: Layout) -> None:
+        canonical = place.canonical
         if not tensor.dtype.is_float:
             model.faults.append(f"integers  {name} is {tensor.dtype}; a parameter must be float")
+            return
+        if isinstance(layout, Joined):
+            pieces = model.pieces.setdefault(canonical, {})
+            if place.part in pieces:
+                model.faults.append(f"duplicate {name} is a part of {canonical}, and so is another tensor of this name")
+            pieces[place.part] = tensor
             return
         if canonical in model.parameters:
             model.faults.append(f"duplicate {name} is {canonical}, and so is another tensor")
@@ -238,6 +349,19 @@ class Dialect:
             model.parameters[canonical] = tensor
             model.faults.append(f"shape     {error}")
 
+    def _join(self, model: ReadModel) -> None:
+        """Join the parts of each parameter that is stored as several tensors, where all of them are there."""
+        for canonical, pieces in model.pieces.items():
+            layout = self.layout(canonical)
+            if not isinstance(layout, Joined) or len(pieces) != len(layout.parts):
+                continue
+            tensors = [pieces[i] for i in range(len(pieces))]
+            try:
+                model.parameters[canonical] = layout.read(tensors)
+            except CheckpointError as error:
+                model.parameters[canonical] = tensors[0]
+                model.faults.append(f"shape     {error}".replace("{i}", canonical.split(".")[1]))
+
     def _find_other_lm_head(self, model: ReadModel, others: dict[str, LazyTensor], prefix: str) -> None:
         """Take ``lm_head`` under one of its other names. A classifier may have the same name, but not the same shape."""
         wte = model.parameters.get("wte.weight")
@@ -245,7 +369,7 @@ class Dialect:
             path = next((path for path in paths_under(name, prefix) if path in self.lm_head_also), None)
             if path is None or wte is None or LM_HEAD in model.parameters or tensor.shape != wte.shape:
                 continue
-            self._add_parameter(model, name, tensor, (LM_HEAD, -1), Same(path))
+            self._add_parameter(model, name, tensor, Place(LM_HEAD, -1), Same(path))
             model.lm_head_stem = first_part(path)
             del others[name]
 
@@ -291,12 +415,19 @@ class Dialect:
         if "wte.weight" not in model.parameters and LM_HEAD in model.parameters and not self.head_untied:
             model.parameters["wte.weight"] = model.parameters.pop(LM_HEAD)
             model.wte_is_lm_head = True
-        expected = {prefix + self.layout(name)[0]: name for _, _, name in rows(model.n_layer)}
-        if self.biasless:
-            zeros = _zero_biases(model.parameters, expected.values())
+        expected = list(rows(model.n_layer))
+        biases = [canonical for row, _, canonical in expected if row in self.biasless]
+        zeros = _zero_biases(model.parameters, biases)
+        if zeros and not any(canonical in model.pieces for canonical in biases):
             model.parameters |= zeros
-            model.zero_biases = bool(zeros)
-        missing = [f"missing   {name}" for name, canonical in expected.items() if canonical not in model.parameters]
+            model.zero_biases = self.biasless
+        missing = []
+        for _, _, canonical in expected:
+            if canonical in model.parameters:
+                continue
+            pieces = model.pieces.get(canonical, {})
+            names = self.names(canonical)
+            missing += [f"missing   {prefix}{name}" for part, name in enumerate(names) if part not in pieces]
         model.faults = missing + model.faults
         model.is_complete = not missing
 
@@ -325,8 +456,13 @@ class Dialect:
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
         written = {}
         for canonical, tensor in tensors.items():
-            name, layout = self.layout(canonical)
-            written[name if canonical == LM_HEAD else self.prefixes[0] + name] = layout.write(tensor)
+            prefix = "" if canonical == LM_HEAD else self.prefixes[0]
+            layout = self.layout(canonical)
+            parts = layout.write(tensor, config)
+            if isinstance(parts, LazyTensor):
+                parts = [parts]
+            for name, part in zip(self.names(canonical), parts, strict=True):
+                written[prefix + name] = part
         return written
 
 
@@ -350,6 +486,7 @@ def _row_of(canonical: str) -> tuple[str, int]:
 
 
 C_ATTN = "h.{i}.attn.c_attn.weight"
+BIASES = tuple(row for row in SPEC if row.endswith(".bias"))
 PUBLISHED = {switch: (getattr(GPT2Config, switch),) for switch in SWITCHES}
 # Names of lm_head in other programs: pytorch-pretrained-bert and DialoGPT; a float32 cast around lm_head; others.
 LM_HEAD_ALSO = (
@@ -364,7 +501,8 @@ LM_HEAD_ALSO = (
     "cls.weight",
 )
 MASKS = ("h.{i}.attn.bias", "h.{i}.attn.masked_bias")  # buffers of causal attention
-BUFFERS = (*MASKS, "n_averaged")  # and the count of torch.optim.swa_utils.AveragedModel
+AVERAGED = "n_averaged"  # the count of torch.optim.swa_utils.AveragedModel
+BUFFERS = (*MASKS, AVERAGED)
 
 # OpenAI's gpt-2/src/model.py; verified against the index of the 117M release.
 OPENAI = Dialect(
@@ -421,9 +559,51 @@ NANOGPT = Dialect(
     computes={**PUBLISHED, "activation_function": ("gelu", "gelu_new")},
     any_width=False,
     copies_wte=True,
-    biasless=True,
+    biasless=BIASES,
 )
 MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=BUFFERS)
+
+# rasbt/LLMs-from-scratch: GPTModel of ch04.py, with GELU in the tanh form. qkv_bias is false in the book's own training.
+LLMS_FROM_SCRATCH = Dialect(
+    "llms-from-scratch",
+    {
+        "wte.weight": Same("tok_emb.weight"),
+        "wpe.weight": Same("pos_emb.weight"),
+        "h.{i}.ln_1.weight": Same("trf_blocks.{i}.norm1.scale"),
+        "h.{i}.ln_1.bias": Same("trf_blocks.{i}.norm1.shift"),
+        "h.{i}.attn.c_attn.weight": Joined(
+            (
+                Transposed("trf_blocks.{i}.att.W_query.weight"),
+                Transposed("trf_blocks.{i}.att.W_key.weight"),
+                Transposed("trf_blocks.{i}.att.W_value.weight"),
+            )
+        ),
+        "h.{i}.attn.c_attn.bias": Joined(
+            (
+                Same("trf_blocks.{i}.att.W_query.bias"),
+                Same("trf_blocks.{i}.att.W_key.bias"),
+                Same("trf_blocks.{i}.att.W_value.bias"),
+            )
+        ),
+        "h.{i}.attn.c_proj.weight": Transposed("trf_blocks.{i}.att.out_proj.weight"),
+        "h.{i}.attn.c_proj.bias": Same("trf_blocks.{i}.att.out_proj.bias"),
+        "h.{i}.ln_2.weight": Same("trf_blocks.{i}.norm2.scale"),
+        "h.{i}.ln_2.bias": Same("trf_blocks.{i}.norm2.shift"),
+        "h.{i}.mlp.c_fc.weight": Transposed("trf_blocks.{i}.ff.layers.0.weight"),
+        "h.{i}.mlp.c_fc.bias": Same("trf_blocks.{i}.ff.layers.0.bias"),
+        "h.{i}.mlp.c_proj.weight": Transposed("trf_blocks.{i}.ff.layers.2.weight"),
+        "h.{i}.mlp.c_proj.bias": Same("trf_blocks.{i}.ff.layers.2.bias"),
+        "ln_f.weight": Same("final_norm.scale"),
+        "ln_f.bias": Same("final_norm.shift"),
+    },
+    lm_head=(Same("out_head.weight"),),
+    lm_head_also=LM_HEAD_ALSO,
+    extras=("trf_blocks.{i}.att.mask", AVERAGED),
+    computes=PUBLISHED,
+    any_width=False,
+    head_untied=True,
+    biasless=("h.{i}.attn.c_attn.bias",),
+)
 
 # karpathy/llm.c: ParameterTensors in train_gpt2.c, whose arrays hold all layers; here each layer has its own name.
 LLMC = Dialect(
@@ -501,6 +681,44 @@ KERAS = Dialect(
     prefixes=("transformer/tfgp_t2lm_head_model/transformer/",),
 )
 
+# keras-hub's GPT2Backbone, as Keras 3 saves weights: the path of a layer's attributes, then a number for each variable.
+# Keras counts the layers of a class from the second one on; here the first one has the number 0 (see formats/keras.py).
+KERAS_HUB = Dialect(
+    "keras-hub",
+    {
+        "wte.weight": Same("reversible_embedding/vars/0"),
+        "wpe.weight": Same("position_embedding/vars/0"),
+        "h.{i}.ln_1.weight": Same("transformer_decoder_{i}/_self_attention_layer_norm/vars/0"),
+        "h.{i}.ln_1.bias": Same("transformer_decoder_{i}/_self_attention_layer_norm/vars/1"),
+        "h.{i}.attn.c_attn.weight": Joined(
+            (
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/query_dense/vars/0"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/key_dense/vars/0"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/value_dense/vars/0"),
+            )
+        ),
+        "h.{i}.attn.c_attn.bias": Joined(
+            (
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/query_dense/vars/1"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/key_dense/vars/1"),
+                HeadsLast("transformer_decoder_{i}/_self_attention_layer/value_dense/vars/1"),
+            )
+        ),
+        "h.{i}.attn.c_proj.weight": HeadsFirst("transformer_decoder_{i}/_self_attention_layer/output_dense/vars/0"),
+        "h.{i}.attn.c_proj.bias": Same("transformer_decoder_{i}/_self_attention_layer/output_dense/vars/1"),
+        "h.{i}.ln_2.weight": Same("transformer_decoder_{i}/_feedforward_layer_norm/vars/0"),
+        "h.{i}.ln_2.bias": Same("transformer_decoder_{i}/_feedforward_layer_norm/vars/1"),
+        "h.{i}.mlp.c_fc.weight": Same("transformer_decoder_{i}/_feedforward_intermediate_dense/vars/0"),
+        "h.{i}.mlp.c_fc.bias": Same("transformer_decoder_{i}/_feedforward_intermediate_dense/vars/1"),
+        "h.{i}.mlp.c_proj.weight": Same("transformer_decoder_{i}/_feedforward_output_dense/vars/0"),
+        "h.{i}.mlp.c_proj.bias": Same("transformer_decoder_{i}/_feedforward_output_dense/vars/1"),
+        "ln_f.weight": Same("layer_normalization/vars/0"),
+        "ln_f.bias": Same("layer_normalization/vars/1"),
+    },
+    prefixes=("layers/",),
+    computes=PUBLISHED,
+)
+
 # transformers 4's modeling_flax_gpt2.py, whose FlaxConv1D keeps [out, in].
 FLAX = Dialect(
     "flax",
@@ -526,7 +744,7 @@ FLAX = Dialect(
     prefixes=("transformer/", ""),
 )
 
-DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMC, GGUF, KERAS, FLAX)
+DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, LLMC, GGUF, KERAS, KERAS_HUB, FLAX)
 
 
 @dataclass(frozen=True)
@@ -558,14 +776,16 @@ def _score(candidate: Candidate, tensors: Mapping[str, LazyTensor]) -> tuple[int
     places = {name: dialect.locate(name, prefix) for name in names}
     lm_head = dialect.lm_head_name(tensors, prefix)
     if lm_head:
-        places[lm_head] = (LM_HEAD, -1)
-    c_attn = [tensors[name] for name, place in places.items() if place and place[0] == C_ATTN]
+        places[lm_head] = Place(LM_HEAD, -1)
+    c_attn = [tensors[name] for name, place in places.items() if place and place.row == C_ATTN]
     upright = sum(_is_wide(dialect.table[C_ATTN], tensor) for tensor in c_attn)
     own = dialect.own_end(prefix)
     return sum(place is not None for place in places.values()), upright, -1 if own is None else len(own)
 
 
-def _is_wide(layout: Same, c_attn: LazyTensor) -> bool:
+def _is_wide(layout: Layout, c_attn: LazyTensor) -> bool:
+    if isinstance(layout, Joined):  # its parts are square
+        return False
     try:
         shape = layout.read(c_attn).shape
     except CheckpointError:
@@ -573,12 +793,10 @@ def _is_wide(layout: Same, c_attn: LazyTensor) -> bool:
     return len(shape) == 2 and shape[1] == 3 * shape[0]
 
 
-def _zero_biases(tensors: Mapping[str, LazyTensor], names: Iterable[str]) -> dict[str, LazyTensor]:
-    """Zeros for every bias, if there is not a single one. Each has the length of the last axis of its weight."""
+def _zero_biases(tensors: Mapping[str, LazyTensor], biases: Iterable[str]) -> dict[str, LazyTensor]:
+    """Zeros for these biases, if there is not a single one. Each has the length of the last axis of its weight."""
     zeros = {}
-    for name in names:
-        if not name.endswith(".bias"):
-            continue
+    for name in biases:
         weight = tensors.get(name.removesuffix("bias") + "weight")
         if name in tensors or weight is None or not weight.shape:
             return {}

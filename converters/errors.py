@@ -20,9 +20,9 @@ from collections.abc import Iterable
 SHOWN = 20  # faults listed before "and N more"
 
 
-def short(facts: list[str]) -> list[str]:
-    """The first ``SHOWN`` lines, and how many more there are."""
-    return facts if len(facts) <= SHOWN else [*facts[:SHOWN], f"and {len(facts) - SHOWN} more"]
+def short(facts: list[str], shown: int = SHOWN) -> list[str]:
+    """The first ``shown`` lines, and how many more there are."""
+    return facts if len(facts) <= shown else [*facts[:shown], f"and {len(facts) - shown} more"]
 
 
 class ConversionError(Exception):

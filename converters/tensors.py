@@ -148,29 +148,35 @@ class LazyTensor:
 
         return LazyTensor(self.dtype, (columns, rows), stream, None, self.checksummed, self, self.stored)
 
-    def first_rows(self, count: int) -> LazyTensor:
-        """The first rows of a matrix. The others are read, too, if that verifies a checksum."""
-        size = count * math.prod(self.shape[1:]) * self.dtype.itemsize
+    def rows(self, begin: int, end: int) -> LazyTensor:
+        """Rows ``begin`` to ``end`` of a matrix, or values of a vector. The others are read, too, if that verifies a checksum."""
+        row_size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        first, last = begin * row_size, end * row_size
 
         def stream() -> Iterator[bytes]:
-            left = size
+            position = 0
             for chunk in self.chunks():
-                if left:
-                    yield chunk[:left]
-                elif not self.checksummed:
+                kept = chunk[max(0, first - position) : max(0, last - position)]
+                position += len(chunk)
+                if kept:
+                    yield kept
+                if position >= last and not self.checksummed:
                     return
-                left = max(0, left - len(chunk))
 
-        mapped, rows = self.mapped, self.shape[0]
-        stored = (self.stored[0], self.stored[1] * count // rows) if self.stored else None
+        mapped, total = self.mapped, self.shape[0]
+        stored = (self.stored[0], self.stored[1] * (end - begin) // total) if self.stored else None
         return LazyTensor(
             self.dtype,
-            (count, *self.shape[1:]),
+            (end - begin, *self.shape[1:]),
             stream,
-            (lambda: mapped()[:size]) if mapped else None,
+            (lambda: mapped()[first:last]) if mapped else None,
             self.checksummed,
             stored=stored,
         )
+
+    def first_rows(self, count: int) -> LazyTensor:
+        """The first rows of a matrix."""
+        return self.rows(0, count)
 
     def cast(self, dtype: DType, name: str) -> LazyTensor:
         """The same values in another dtype, rounded to nearest-even, lazily.

@@ -85,7 +85,10 @@ class Vocabulary:
 
 
 def find_tokenizer(directory: Path) -> TokenizerFiles | None:
-    """The tokenizer in a directory, if there is one."""
+    """The tokenizer in a directory, if there is one. In a KerasHub preset it is in a folder, and ``tokenizer.json`` is Keras's."""
+    assets = directory / "assets" / "tokenizer"
+    if (assets / "vocabulary.json").is_file() and (assets / "merges.txt").is_file():
+        return TokenizerFiles(assets, assets / "vocabulary.json", assets / "merges.txt", None)
     present = {name: directory / name for pair in PAIRS for name in pair if (directory / name).is_file()}
     vocab, merges = next(((present[v], present[m]) for v, m in PAIRS if v in present and m in present), (None, None))
     whole = directory / "tokenizer.json"

@@ -9,11 +9,17 @@ import re
 from pathlib import Path
 
 from converters import FORMATS
-from converters.dialects import DIALECTS, Dialect, Lead1, Same, Transposed
+from converters.dialects import DIALECTS, Dialect, HeadsFirst, HeadsLast, Layout, Lead1, Same, Transposed, parts_of
 from converters.spec import LM_HEAD, SPEC
 
 PAGE = Path(__file__).with_name("formats.md")
-MARKS: dict[type[Same], str] = {Same: "", Transposed: " **T**", Lead1: " **1**"}
+MARKS: dict[type[Same], str] = {
+    Same: "",
+    Transposed: " **T**",
+    Lead1: " **1**",
+    HeadsLast: " **H**",
+    HeadsFirst: " **H**",
+}
 
 
 def formats() -> str:
@@ -41,9 +47,9 @@ def names() -> str:
     return table(head, [*rows, ("*prefix*", "", *prefixes)])
 
 
-def cell(layout: Same) -> str:
-    """Return a tensor name and the mark of its layout."""
-    return f"`{layout.name}`{MARKS[type(layout)]}"
+def cell(layout: Layout) -> str:
+    """Return a tensor name and the mark of its layout; of a joined parameter, those of every part."""
+    return " + ".join(f"`{part.name}`{MARKS[type(part)]}" for part in parts_of(layout))
 
 
 def output(dialect: Dialect) -> str:

@@ -27,7 +27,10 @@ _HOMES = {
     "gpt2x.download.fetch": ("fetch",),
     "gpt2x.load": ("load_model", "from_pretrained", "checkpoint_of"),
     "gpt2x.tokenizer": ("Tokenizer",),
-    "gpt2x.generation.loop": ("generate_text", "Generation"),
+    "gpt2x.generation.beams": ("Beams", "beam_search"),
+    "gpt2x.generation.config": ("GenerationConfig",),
+    "gpt2x.generation.generate": ("generate_text",),
+    "gpt2x.generation.loop": ("Generation",),
     "gpt2x.generation.sampling": ("Sampling",),
     "gpt2x.generation.text": ("TextStream",),
     "gpt2x.runtimes.base": ("InputError", "PromptError"),
@@ -48,7 +51,10 @@ if TYPE_CHECKING:
 
     from .download.fetch import fetch
     from .export.onnx_directory import ExportOptions, export_onnx
-    from .generation.loop import Generation, generate_text
+    from .generation.beams import Beams, beam_search
+    from .generation.config import GenerationConfig
+    from .generation.generate import generate_text
+    from .generation.loop import Generation
     from .generation.sampling import Sampling
     from .generation.text import TextStream
     from .load import checkpoint_of, from_pretrained, load_model
@@ -85,11 +91,13 @@ __all__ = [
     "NUM_LAYERS",
     "SHAKESPEARE",
     "VOCAB_SIZE",
+    "Beams",
     "Checkpoint",
     "ConversionError",
     "ExportOptions",
     "GPT2Config",
     "Generation",
+    "GenerationConfig",
     "InputError",
     "OnnxDecoder",
     "PromptError",
@@ -98,6 +106,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "__version__",
+    "beam_search",
     "checkpoint_of",
     "export_onnx",
     "fetch",

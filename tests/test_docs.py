@@ -5,10 +5,11 @@ import shlex
 import shutil
 
 import pytest
+from adapters import write_adapter
 from checkpoints import random_checkpoint
 from paths import FIXTURES, ROOT
 
-from converters import WRITERS, save_checkpoint
+from converters import WRITERS, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,14 +32,42 @@ def test_every_command_of_the_readme_runs(gpt2x, tmp_path, monkeypatch):
         assert result.exit_code == 0, (command, result.output)
 
 
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """The base and the adapter of docs/adapters.md, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    base = open_checkpoint(SHAKESPEARE)
+    save_checkpoint(base, "gpt2-hf")
+    write_adapter(tmp_path / "lora", base)
+
+
+@pytest.mark.slow
+def test_every_command_on_adapters_runs(gpt2x, tuned):
+    lines = [line for block in blocks(ROOT / "docs" / "adapters.md", "console") for line in block.splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        result = gpt2x(*shlex.split(line.removeprefix("$ gpt2x "), comments=True))
+        assert result.exit_code == 0, (line, result.output)
+
+
+def test_the_program_on_adapters_runs(tuned, capsys):
+    (program,) = blocks(ROOT / "docs" / "adapters.md", "python")
+    exec(compile(program, "adapters.md", "exec"), {})
+    assert "merged a LoRA adapter, lora: 4 matrices of rank 4" in capsys.readouterr().out
+
+
 def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     made = re.findall(r"(?:^\$ |`)make ([\w-]+)", "".join(path.read_text() for path in DOCS), re.M)
     assert {"demo", "test"} <= set(made) <= targets
 
 
-@pytest.mark.parametrize("program", blocks(ROOT / "README.md", "python"), ids=lambda code: code.splitlines()[-1][:40])
-def test_every_program_of_the_readme_runs(program, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "program",
+    [*blocks(ROOT / "README.md", "python"), *blocks(ROOT / "docs/generation.md", "python")],
+    ids=lambda code: code.splitlines()[-1][:40],
+)
+def test_every_program_of_the_readme_and_of_generation_runs(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "README.md", "exec"), {})
 

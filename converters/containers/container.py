@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..tensors import LazyTensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of several sets of named tensors that a file holds.
+
+    Args:
+        name: its place in the file: the keys that lead to it, such as ``checkpoint.model``.
+        tensors: name -> what identifies the tensor; equal for two names of the same values.
+        open: opens it alone.
+    """
+
+    name: str
+    tensors: Mapping[str, Hashable]
+    open: Callable[[], Container]
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,8 @@ class Container:
         parts: the files of weights, if there are several.
         shards: the containers that this one is made of, if it is an index of them.
         wrappers: the parts of wrappers that were taken out of the names of tensors.
+        entry: the place of the tensors in the file, if they are one of the values that it holds.
+        entries: the sets of named tensors, if the file holds several; then ``tensors`` is empty.
     """
 
     format: str
@@ -35,6 +52,8 @@ class Container:
     parts: tuple[Path, ...] = ()
     shards: tuple[Container, ...] = ()
     wrappers: tuple[str, ...] = ()
+    entry: str = ""
+    entries: tuple[Entry, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:

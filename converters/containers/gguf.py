@@ -1,7 +1,6 @@
 """GGUF, the format of llama.cpp: metadata, a list of tensors, and their data, aligned.
 
-Sources: ``docs/gguf.md`` of ggml; ``gguf-py``'s ``constants.py`` for the numbers of types; ``ggml-quants.c`` for Q8_0:
-blocks of 32 values, each a float16 scale and 32 signed bytes.
+The types of tensors are in ``gguf_types.py``. Sources: ``docs/gguf.md`` of ggml; ``ggml-quants.c`` for how Q8_0 is rounded.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from ..dtypes import whole_items
 from ..errors import CheckpointError, FormatError
 from ..io.publishing import Output
 from ..io.reading import Cursor, File
-from ..tensors import BF16, F16, F32, F64, DType, LazyTensor
+from ..tensors import F32, LazyTensor
 from .container import Container
+from .gguf_types import PLAIN, Q8_0, TYPES, UNREAD, TensorType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -32,11 +33,6 @@ MAX_RANK = 4
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 UINT32, FLOAT32, INT32 = 4, 6, 5
-
-# Types of tensors -> dtype. Q8_0 is read as float32.
-TYPES: dict[int, DType] = {0: F32, 1: F16, 28: F64, 30: BF16}
-Q8_0, BLOCK, BLOCK_BYTES = 8, 32, 34
-OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -70,9 +66,14 @@ def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None
     start = -(-cursor.position // alignment) * alignment
     _check_places(file, infos, start, alignment)
     tensors = {info.name: _tensor(file, start, info) for info in infos}
-    quantized = sum(info.kind == Q8_0 for info in infos)
-    note = f"{quantized} tensors are quantized (Q8_0): they are read as the rounded values that they store"
-    return Container("gguf", path, tensors, metadata, notes=(note,) if quantized else ())
+    return Container("gguf", path, tensors, metadata, notes=tuple(_notes(infos)))
+
+
+def _notes(infos: Sequence[_Info]) -> Iterator[str]:
+    counts = Counter(info.kind.name for info in infos if info.kind.is_quantized)
+    if counts:
+        types = ", ".join(f"{count} x {name}" for name, count in counts.items())
+        yield f"{counts.total()} tensors are quantized ({types}): they are read as F32: the rounded values that they store"
 
 
 def _count(count: int, cursor: Cursor) -> int:
@@ -123,13 +124,12 @@ def _array(cursor: Cursor, key: str) -> list[Any]:
 class _Info:
     name: str
     shape: tuple[int, ...]  # outermost first; the file stores the reverse
-    kind: int
+    kind: TensorType
     offset: int  # from the start of the data
 
     @property
     def nbytes(self) -> int:
-        size = math.prod(self.shape)
-        return size // BLOCK * BLOCK_BYTES if self.kind == Q8_0 else size * TYPES[self.kind].itemsize
+        return math.prod(self.shape) // self.kind.values * self.kind.nbytes
 
 
 def _info(cursor: Cursor) -> _Info:
@@ -138,15 +138,19 @@ def _info(cursor: Cursor) -> _Info:
     if not 0 < rank <= MAX_RANK or "\0" in name:
         raise FormatError(f"{where}: not a tensor of 1 to {MAX_RANK} dimensions with a proper name")
     shape = tuple(cursor.number("<Q") for _ in range(rank))[::-1]
-    kind, offset = cursor.number("<I"), cursor.number("<Q")
-    if kind not in TYPES and kind != Q8_0:
-        name = OTHER_TYPES.get(kind, f"number {kind}")
+    number, offset = cursor.number("<I"), cursor.number("<Q")
+    kind = TYPES.get(number)
+    if kind is None:
         raise CheckpointError(
-            f"{where}: the type {name} is not supported; F32, F16, BF16, F64 and Q8_0 are. "
-            "Convert the file that it was quantized from"
+            f"{where}: the type {UNREAD.get(number, f'number {number}')} is not supported; run 'gpt2x formats' for a list. "
+            "Convert the file that it was made from"
         )
-    if math.prod(shape) >= 2**40 or (kind == Q8_0 and shape[-1] % BLOCK):
+    if math.prod(shape) >= 2**40:
         raise FormatError(f"{where}: invalid shape, {list(shape)}")
+    if shape[-1] % kind.values:
+        raise FormatError(
+            f"{where}: invalid shape, {list(shape)}: {kind.name} needs rows of a multiple of {kind.values}"
+        )
     return _Info(name, shape, kind, offset)
 
 
@@ -170,16 +174,22 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
 
 
 def _tensor(file: File, start: int, info: _Info) -> LazyTensor:
-    if info.kind != Q8_0:
-        return LazyTensor.in_file(file, start + info.offset, TYPES[info.kind], info.shape)
+    begin = start + info.offset
+    if not info.kind.is_quantized:
+        return LazyTensor.in_file(file, begin, info.kind.dtype, info.shape)
 
     def stream() -> Iterator[bytes]:
-        from ..arrays import from_q8_0
+        return _dequantized(file.chunks(begin, info.nbytes), info.kind)
 
-        for chunk in whole_items(file.chunks(start + info.offset, info.nbytes), BLOCK_BYTES):
-            yield from_q8_0(chunk).tobytes()
+    return LazyTensor(F32, info.shape, stream, stored=(info.kind.name, info.nbytes))
 
-    return LazyTensor(F32, info.shape, stream, stored=("Q8_0", info.nbytes))
+
+def _dequantized(chunks: Iterator[bytes], kind: TensorType) -> Iterator[bytes]:
+    from .gguf_quants import dequantize
+
+    for chunk in whole_items(chunks, kind.nbytes):
+        for values in dequantize(kind, chunk):
+            yield values.tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -195,14 +205,14 @@ def write_gguf(
     infos = []
     offset = 0
     for name, tensor in tensors.items():
-        kind = Q8_0 if name in quantized else next(n for n, dtype in TYPES.items() if dtype == tensor.dtype)
+        kind = Q8_0 if name in quantized else next(kind for kind in PLAIN if kind.dtype == tensor.dtype)
         infos.append(_Info(name, tensor.shape, kind, offset))
         offset += -(-infos[-1].nbytes // ALIGNMENT) * ALIGNMENT
     head = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(infos), len(metadata))
     head += b"".join(_packed(key) + _typed(value) for key, value in metadata.items())
     for info in infos:
         head += _packed(info.name) + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape[::-1])
-        head += struct.pack("<IQ", info.kind, info.offset)
+        head += struct.pack("<IQ", info.kind.number, info.offset)
     out.write(head)
     for info in infos:
         _align(out)
@@ -215,13 +225,13 @@ def _align(out: Output) -> None:
     out.write(bytes(-out.position % ALIGNMENT))
 
 
-def _stored(name: str, tensor: LazyTensor, kind: int) -> Iterator[bytes]:
+def _stored(name: str, tensor: LazyTensor, kind: TensorType) -> Iterator[bytes]:
     if kind != Q8_0:
         yield from tensor.chunks()
         return
     from ..arrays import as_array, to_q8_0
 
-    for chunk in whole_items(tensor.cast(F32, name).chunks(), BLOCK * F32.itemsize):
+    for chunk in whole_items(tensor.cast(F32, name).chunks(), Q8_0.values * F32.itemsize):
         yield to_q8_0(as_array(chunk, F32, (-1,)), name)
 
 
@@ -233,9 +243,7 @@ def through_q8_0(tensor: LazyTensor, name: str) -> LazyTensor:
     """
 
     def stream() -> Iterator[bytes]:
-        from ..arrays import from_q8_0
-
-        return (from_q8_0(blocks).tobytes() for blocks in _stored(name, tensor, Q8_0))
+        return _dequantized(_stored(name, tensor, Q8_0), Q8_0)
 
     return LazyTensor(F32, tensor.shape, stream)
 

@@ -14,8 +14,10 @@ from ..errors import FormatError
 from ..io.reading import File
 from ..tensors import LazyTensor
 from .container import Container
-from .torch_pickle import Storage, check_overlaps, load_pickle, state_dict
-from .torch_zip import one_each, part_of
+from .torch_entries import container_of, named_tensors
+from .torch_pickle import load_pickle
+from .torch_values import Storage
+from .torch_zip import part_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -35,15 +37,13 @@ def open_torch_legacy(path: Path) -> Container:
             raise FormatError(f"{where}: written on a big-endian machine, which gpt2x does not read")
         described: dict[str, Storage] = {}
         saved = load_pickle(raw, where, described)
-        found = state_dict(saved, where)
         keys = load_pickle(raw, where)
         start = raw.tell()
-    check_overlaps(found.tensors, where)
     storages = _storages(file, start, keys, described)
     if missing := sorted(set(described) - set(storages)):
         raise FormatError(f"{where}: missing storage {missing[0]}")
-    tensors = one_each(found.tensors, lambda ref: part_of(storages[ref.storage.key], ref))
-    return Container("bin", path, tensors, found.beside, left_out=tuple(map(str, found.beside)))
+    found = named_tensors(saved, where)
+    return container_of(path, found, lambda ref: part_of(storages[ref.storage.key], ref))
 
 
 def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:
@@ -54,10 +54,10 @@ def _storages(file: File, position: int, keys: object, described: dict[str, Stor
     for key in keys:
         if key not in described:
             raise FormatError(f"{file.path}: the storage {key} does not belong to a tensor")
-        dtype, size = described[key].dtype, described[key].size
+        dtype, size, stated = described[key].dtype, described[key].size, described[key].count
         count = struct.unpack("<q", file.read(position, 8))[0]
-        if count != size:
-            raise FormatError(f"{file.path}: the storage {key} has {count} values, but the pickle states {size}")
+        if count != stated:
+            raise FormatError(f"{file.path}: the storage {key} has {count} values, but the pickle states {stated}")
         end = position + 8 + size * dtype.itemsize
         if end > file.size:
             raise FormatError(f"{file.path}: truncated: the storage {key} needs {end} bytes, the file has {file.size}")

@@ -1,87 +1,65 @@
 """The pickles inside PyTorch's files, read without executing anything.
 
-A pickle is a program for a small stack machine. This is such a machine with the instructions that PyTorch's files
-use and a table of the few globals they name; each becomes a plain description, and nothing is imported or called.
-Everything else is refused. Sources: ``pickletools`` (the instruction set), PyTorch's
-``torch/serialization.py`` and ``torch/_utils.py`` (what its files hold).
+A pickle is a program for a small stack machine. This is such a machine, with the instructions that ``pickle`` writes
+in protocols 0 to 5. What it would build of tensors becomes a plain description; any other object becomes an ``Opaque``:
+the name of its class, and the values that it would be built from. Nothing is imported, constructed or called. Globals
+that would do harm are refused (``torch_globals``). Sources: ``pickletools`` (the instruction set), PyTorch's
+``torch/serialization.py``, ``torch/_utils.py`` and ``torch/_tensor.py`` (what its files hold).
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import pickletools
-import struct
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import IO, Any
 
-from ..errors import CheckpointError, FormatError, UnsafeError
-from ..tensors import DTYPES, DType
+from ..errors import FormatError, UnsafeError
+from ..tensors import DTYPES
+from .torch_globals import REBUILD, full_name, is_harmful, may_be_called
+from .torch_values import Global, Opaque, OtherKey, Storage, TensorRef, UnreadTensor, describe
 
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
 MAX_RANK = 8
 MAX_COPIED = 1_000_000
+MAX_KEY = 2**63  # of a dict, where it is an integer
 MAX_BITS = 1024  # of an integer; Python does not print very long ones
 
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
-SCALARS = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-@dataclass(frozen=True)
-class Global:
-    """A global that the pickle names. It is never resolved."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A block of raw values that the pickle refers to by key."""
-
-    key: str
-    dtype: DType
-    size: int  # values
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A contiguous tensor in a storage."""
-
-    storage: Storage
-    offset: int  # values
-    shape: tuple[int, ...]
-
-
-ALLOWED = {
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch.Size",
-    "torch.device",
-    *(f"torch.{name}" for name in STORAGES),
-    *(f"torch.{name}" for name in SCALARS),
+# Kinds of storages that gpt2x does not read -> bytes of a value. They may lie beside the weights.
+UNREAD_STORAGES = {
+    "ComplexHalfStorage": 4, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16, "QInt8Storage": 1, "QUInt8Storage": 1,
+    "QInt32Storage": 4, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1, "UntypedStorage": 1, "storage.UntypedStorage": 1,
+}  # fmt: skip
+UNREAD_TENSORS = {
+    "_rebuild_qtensor": "a quantized tensor",
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_sparse_csr_tensor": "a sparse tensor",
+    "_rebuild_meta_tensor_no_storage": "a tensor of the device 'meta', which has no values",
+    "_rebuild_nested_tensor": "a nested tensor",
+    "_rebuild_device_tensor_from_numpy": "a tensor of another kind of device; move it to the CPU and save it again",
+    "_rebuild_wrapper_subclass": "a tensor of a subclass of torch.Tensor, such as a shard of a distributed one",
 }
-PLAINLY = {
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-}
+TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+SUBCLASSES = ("torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_type_v2")
+# Functions that return an object of the class that is their first argument.
+CLASS_FIRST = ("copyreg._reconstructor", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+DICTS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
 
 
 def load_pickle(stream: IO[bytes], where: str, storages: dict[str, Storage] | None = None) -> Any:
-    """The object that one pickle describes: dicts, lists, tuples, strings, numbers, TensorRef and Global.
+    """The object that one pickle describes: dicts, lists, tuples, strings, numbers, TensorRef, Global and Opaque.
 
     ``storages`` collects every storage that the pickle refers to, by key.
 
     Raises:
-        UnsafeError: if it names a global that is not allowed.
-        FormatError: if it is invalid pickle of the kind that PyTorch writes.
+        UnsafeError: if it names a global that would do harm, or uses an instruction that ``pickle`` does not write.
+        FormatError: if it is not a valid pickle.
     """
     try:
         return _Machine(where, {} if storages is None else storages).run(_Bounded(stream, where))
@@ -169,6 +147,15 @@ class _Machine:
     def op_MARK(self, _: None) -> None:
         self.marks.append(len(self.stack))
 
+    def op_POP(self, _: None) -> None:
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.stack.pop()
+
+    def op_POP_MARK(self, _: None) -> None:
+        self._since_mark()
+
     # the memo
 
     def op_BINPUT(self, key: int) -> None:
@@ -205,71 +192,114 @@ class _Machine:
 
     def op_APPEND(self, _: None) -> None:
         value = self.stack.pop()
-        self._top(list).append(value)
+        self._list_on_top().append(value)
 
     def op_APPENDS(self, _: None) -> None:
         values = self._since_mark()
-        self._top(list).extend(values)
+        self._list_on_top().extend(values)
+
+    op_ADDITEMS = op_APPENDS
+
+    def op_EMPTY_SET(self, _: None) -> None:
+        self.stack.append(Opaque("builtins.set"))
+
+    def op_FROZENSET(self, _: None) -> None:
+        self.stack.append(Opaque("builtins.frozenset", (self._since_mark(),)))
 
     def op_DICT(self, _: None) -> None:
         self.stack.append(self._fill({}, self._since_mark()))
 
     def op_SETITEM(self, _: None) -> None:
         pair = [self.stack.pop(-2), self.stack.pop(-1)]
-        self._fill(self._top(dict), pair)
+        self._fill(self._dict_on_top(), pair)
 
     def op_SETITEMS(self, _: None) -> None:
         items = self._since_mark()
-        self._fill(self._top(dict), items)
+        self._fill(self._dict_on_top(), items)
 
-    def _top(self, kind: type) -> Any:
-        if type(self.stack[-1]) is not kind:
-            raise FormatError(
-                f"{self.where}: a pickle that fills a {type(self.stack[-1]).__name__} like a {kind.__name__}"
-            )
-        return self.stack[-1]
+    def _list_on_top(self) -> list[Any]:
+        top = self.stack[-1]
+        if isinstance(top, Opaque):
+            if top.items is None:
+                top.items = []
+            return top.items
+        items: list[Any] = self._expected(top, list)
+        return items
+
+    def _dict_on_top(self) -> dict[Any, Any]:
+        top = self.stack[-1]
+        if isinstance(top, Opaque):
+            if top.pairs is None:
+                top.pairs = {}
+            return top.pairs
+        pairs: dict[Any, Any] = self._expected(top, dict)
+        return pairs
+
+    def _expected(self, value: Any, kind: type) -> Any:
+        if type(value) is not kind:
+            raise FormatError(f"{self.where}: a pickle that fills a {type(value).__name__} like a {kind.__name__}")
+        return value
 
     def _fill(self, target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not (key is None or isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**31)):
-                raise FormatError(f"{self.where}: a pickle with a {type(key).__name__} as a key")
+        for given, value in zip(items[::2], items[1::2], strict=True):
+            key = self._key(given)
             if key in target:
                 raise FormatError(f"{self.where}: duplicate key {key!r}")
             target[key] = value
         return target
 
+    def _key(self, key: Any) -> Any:
+        """A key that is hashed at once: a string, a number, None, or what stands for any other."""
+        if key is None or isinstance(key, str):
+            return key
+        # Optimizers of old versions of torch have the ids of parameters as keys. Larger ones can be made to collide.
+        if isinstance(key, int) and abs(key) < MAX_KEY:
+            return key
+        if isinstance(key, int | list | dict):
+            raise FormatError(f"{self.where}: a pickle with a {type(key).__name__} as a key")
+        return OtherKey(describe(key))
+
     # globals, calls and storages: descriptions only
 
     def op_GLOBAL(self, argument: str) -> None:
-        name = argument.replace(" ", ".", 1)
-        if name.startswith("__builtin__."):
-            name = name.replace("__builtin__", "builtins", 1)
-        if name in PLAINLY:
-            raise FormatError(f"{self.where}: holds {PLAINLY[name]}, which gpt2x does not read")
-        if name not in ALLOWED:
+        module, _, name = argument.partition(" ")
+        self.stack.append(self._global(module, name))
+
+    def _global(self, module: str, name: str) -> Global:
+        full = full_name(module, name)
+        if is_harmful(module, name):
             raise UnsafeError(
-                f"{self.where}: the pickle refers to {name[:200]}, which weights never need: refused, nothing was executed"
+                f"{self.where}: the pickle refers to {full[:200]}, which weights never need: refused, nothing was executed"
             )
-        self.stack.append(Global(name))
+        return Global(full)
 
     def op_STACK_GLOBAL(self, _: None) -> None:
         name = self.stack.pop()
         module = self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise FormatError(f"{self.where}: a global without a valid name")
-        self.op_GLOBAL(f"{module} {name}")
+        self.stack.append(self._global(module, name))
 
     def op_BINPERSID(self, _: None) -> None:
-        self.stack.append(self._storage(self.stack.pop()))
+        pid = self.stack.pop()
+        # Before PyTorch 1.6, a class of modules is stored with its source code, which is not read.
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global):
+            self.stack.append(pid[1])
+        else:
+            self.stack.append(self._storage(pid))
 
     def _storage(self, pid: Any) -> Storage:
-        tag, kind, key, _location, size = pid[:5]
+        tag, kind, key, _location, count = pid[:5]
         name = kind.name.removeprefix("torch.") if isinstance(kind, Global) else ""
-        if tag != "storage" or name not in STORAGES or not isinstance(key, str) or not _is_natural(size):
+        is_known = name in STORAGES or name in UNREAD_STORAGES
+        if tag != "storage" or not is_known or not isinstance(key, str) or not _is_natural(count):
             raise FormatError(f"{self.where}: an invalid reference to a storage")
         if len(pid) > 5 and pid[5] is not None:
             raise FormatError(f"{self.where}: a view of a storage, as PyTorch before 0.4 wrote it")
-        storage = Storage(key, DTYPES[STORAGES[name]], size)
+        if name in STORAGES:
+            storage = Storage(key, DTYPES[STORAGES[name]], count, count)
+        else:
+            storage = Storage(key, DTYPES["U8"], count * UNREAD_STORAGES[name], count, unread=name)
         if self.storages.setdefault(key, storage) != storage:
             raise FormatError(f"{self.where}: contradicting descriptions of the storage {key}")
         return storage
@@ -281,21 +311,64 @@ class _Machine:
             raise UnsafeError(f"{self.where}: the pickle calls an unknown function: refused")
         self.stack.append(self._call(function.name, arguments))
 
+    def op_NEWOBJ(self, _: None) -> None:
+        arguments = self.stack.pop()
+        self._object(self.stack.pop(), arguments)
+
+    def op_NEWOBJ_EX(self, _: None) -> None:
+        self._expected(self.stack.pop(), dict)  # of arguments by name
+        self.op_NEWOBJ(None)
+
+    def op_INST(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        arguments = tuple(self._since_mark())
+        self._object(self._global(module, name), arguments)
+
+    def op_OBJ(self, _: None) -> None:
+        kind, *arguments = self._since_mark()
+        self._object(kind, tuple(arguments))
+
+    def _object(self, kind: Any, arguments: Any) -> None:
+        """Describe an object of a class."""
+        if not isinstance(kind, Global) or not isinstance(arguments, tuple):
+            raise FormatError(
+                f"{self.where}: a pickle with an object of {describe(kind)}, which is not a class (NEWOBJ)"
+            )
+        self.stack.append(Opaque(kind.name, arguments))
+
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name == "collections.OrderedDict":
-            pairs = arguments[0] if arguments else []
-            self._charge(len(pairs))
-            return self._fill({}, [item for key, value in pairs for item in (key, value)])
-        if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return self._tensor(*self._plain(arguments))
-        if name == "torch._utils._rebuild_parameter":
+        if name in DICTS:
+            return self._dict(name, arguments)
+        if name in TENSORS:
+            return self._tensor(arguments)
+        if name in PARAMETERS:
             return arguments[0]
+        if name in SUBCLASSES and isinstance(arguments[0], Global) and arguments[0].name in (*TENSORS, *PARAMETERS):
+            return self._call(arguments[0].name, arguments[2])  # after the function and the class
+        if name.startswith(REBUILD):
+            end = name.removeprefix("torch._utils.")
+            return UnreadTensor(UNREAD_TENSORS.get(end, f"a tensor that {name[:100]} would build"))
         if name == "torch.Size":
             self._charge(len(arguments[0]))
             return tuple(arguments[0])
-        if name == "torch.device":
-            return Global(name)
-        raise UnsafeError(f"{self.where}: the pickle calls {name}: refused")
+        if name in CLASS_FIRST and isinstance(arguments[0], Global):
+            return Opaque(arguments[0].name, arguments[1:])
+        is_storage = name.removeprefix("torch.") in (*STORAGES, *UNREAD_STORAGES)
+        if is_storage or not may_be_called(name) or not _is_plain_call(name, arguments):
+            raise UnsafeError(f"{self.where}: the pickle calls {name[:200]}: refused, nothing was executed")
+        return Opaque(name, arguments)
+
+    def _dict(self, name: str, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        """An OrderedDict of pairs, a defaultdict of a function for what is missing, a Counter of a dict."""
+        if not arguments or name == "collections.defaultdict":
+            return {}
+        given = arguments[0]
+        self._charge(len(given))
+        pairs = given.items() if isinstance(given, dict) else given
+        items = []
+        for key, value in pairs:
+            items += [key, value]
+        return self._fill({}, items)
 
     def _charge(self, items: int) -> None:
         # A few bytes of a pickle can copy a long list many times.
@@ -303,13 +376,9 @@ class _Machine:
         if self.copied > MAX_COPIED:
             raise FormatError(f"{self.where}: a pickle that copies more than {MAX_COPIED} items")
 
-    def _plain(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Storage, offset, shape and stride. Hooks may follow, and flags that change the values, which are refused."""
-        if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
-            raise FormatError(f"{self.where}: a negated or conjugated tensor view, which gpt2x does not read")
-        return arguments[:4]
-
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
+    def _tensor(self, arguments: tuple[Any, ...]) -> TensorRef | UnreadTensor:
+        """A tensor of a storage, an offset, a shape and strides. Hooks may follow, and flags that change the values."""
+        storage, offset, shape, stride = arguments[:4]
         if (
             not isinstance(storage, Storage)
             or not all(map(_is_natural, (offset, *shape, *stride)))
@@ -318,9 +387,13 @@ class _Machine:
             raise FormatError(f"{self.where}: an invalid tensor")
         if len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
             raise FormatError(f"{self.where}: invalid shape, {list(shape)[:9]}")
+        if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
+            return UnreadTensor("a negated or conjugated tensor view")
+        if storage.unread:
+            return UnreadTensor(f"a tensor in a {storage.unread}")
         if not _is_contiguous(shape, stride):
-            raise FormatError(
-                f"{self.where}: a tensor of shape {list(shape)} with strides {list(stride)}: not contiguous; call .contiguous() and save it again"
+            return UnreadTensor(
+                f"a tensor of shape {list(shape)} with strides {list(stride)}: not contiguous; call .contiguous() and save it again"
             )
         if offset + math.prod(shape) > storage.size:
             raise FormatError(
@@ -329,8 +402,12 @@ class _Machine:
         return TensorRef(storage, offset, tuple(shape))
 
     def op_BUILD(self, _: None) -> None:
-        self.stack.pop()  # the _metadata of a state dict, which weights do not need
-        self._top(dict)
+        state = self.stack.pop()
+        top = self.stack[-1]
+        if isinstance(top, Opaque):
+            top.state = state
+        else:
+            self._expected(top, dict)  # the state is the _metadata of a state dict, which weights do not need
 
 
 _CONSTANTS: Mapping[str, Any] = {
@@ -340,8 +417,24 @@ _CONSTANTS: Mapping[str, Any] = {
 _LITERALS = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
+
+
+def _is_plain_call(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether two functions of Python, if the pickle calls one, do what ``pickle`` writes them for.
+
+    ``getattr`` finds a method of an object or a member of an enumeration; ``type`` is that of None.
+    """
+    if name == "builtins.type":
+        return arguments == (None,)
+    if name != "builtins.getattr":
+        return True
+    if len(arguments) != 2:
+        return False
+    owner, attribute = arguments
+    is_public = isinstance(attribute, str) and attribute.isidentifier() and not attribute.startswith("__")
+    return is_public and isinstance(owner, Opaque | Global)
 
 
 def _is_natural(value: Any) -> bool:
@@ -355,113 +448,3 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return math.prod(shape) == 0
         expected *= n
     return True
-
-
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # the keys of Lightning, of PyTorch's tutorials, of nanoGPT
-
-
-@dataclass(frozen=True)
-class StateDict:
-    """The named tensors of a saved object, and what it holds beside them."""
-
-    tensors: dict[str, TensorRef]
-    beside: dict[Any, Any]
-
-
-def state_dict(value: Any, where: str) -> StateDict:
-    """Find the named tensors of a saved object.
-
-    Raises:
-        CheckpointError: if it is neither a dict of tensors nor a known wrapper of one.
-    """
-    others: dict[Any, Any] = {}
-    if isinstance(value, dict):
-        for key in WRAPPERS:
-            if isinstance(value.get(key), dict):
-                others = {other: item for other, item in value.items() if other != key}
-                for other, item in others.items():
-                    if _holds_tensors(other, item):
-                        raise CheckpointError(
-                            f"{where}: {other!r} and {key!r} both hold tensors of a model; save only one of them"
-                        )
-                value = value[key]
-                break
-    if not isinstance(value, dict) or not value:
-        raise CheckpointError(f"{where}: holds {_describe(value)}, not a dict of tensors")
-    if wrong := [key for key, item in value.items() if not isinstance(key, str) or not isinstance(item, TensorRef)]:
-        raise CheckpointError(
-            f"{where}: {str(wrong[0])[:100]!r} is {_describe(value[wrong[0]])}, not a tensor: not a dict of tensors"
-        )
-    return StateDict(value, others)
-
-
-def _holds_tensors(key: Any, value: Any) -> bool:
-    """Whether a value beside a wrapped state dict may hold weights, too, and not an optimizer's state or a loss."""
-    return (isinstance(value, TensorRef) and math.prod(value.shape) > 1) or (
-        key in WRAPPERS and isinstance(value, dict)
-    )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, TensorRef):
-        return "a tensor"
-    return "an empty dict" if value == {} else f"a {type(value).__name__}"
-
-
-def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:
-    """Refuse tensors that share a part of their values. One tensor may have several names."""
-    spans = sorted(
-        (ref.storage.key, ref.offset, ref.offset + math.prod(ref.shape))
-        for ref in set(tensors.values())
-        if math.prod(ref.shape)
-    )
-    for (key, _, end), (other, start, _) in itertools.pairwise(spans):
-        if key == other and start < end:
-            names = [n for n, t in tensors.items() if t.storage.key == key]
-            raise FormatError(f"{where}: {' and '.join(names[:3])} overlap in one storage")
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def dump_pickle(value: Any) -> bytes:
-    """The pickle of dicts, OrderedDicts, str, bool, int, float and TensorRef, as ``torch.save`` writes it."""
-    return b"\x80\x02" + _pickled(value) + b"."
-
-
-def _pickled(value: Any) -> bytes:
-    if isinstance(value, TensorRef):
-        return _rebuilt(value)
-    if isinstance(value, dict):
-        empty = b"ccollections\nOrderedDict\n)R" if isinstance(value, OrderedDict) else b"}"
-        return empty + b"(" + b"".join(_str(key) + _pickled(item) for key, item in value.items()) + b"u"
-    if isinstance(value, bool):
-        return b"\x88" if value else b"\x89"
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    return _str(value) if isinstance(value, str) else _int(value)
-
-
-def _rebuilt(ref: TensorRef) -> bytes:
-    storage, kinds = ref.storage, {dtype: name for name, dtype in STORAGES.items()}
-    strides = [math.prod(ref.shape[i + 1 :]) for i in range(len(ref.shape))]
-    kind = f"ctorch\n{kinds[storage.dtype.name]}\n".encode()
-    pid = b"(" + _str("storage") + kind + _str(storage.key) + _str("cpu") + _int(storage.size) + b"tQ"
-    hooks = b"ccollections\nOrderedDict\n)R"
-    arguments = pid + _int(ref.offset) + _ints(ref.shape) + _ints(strides) + b"\x89" + hooks
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-
-
-def _str(text: str) -> bytes:
-    data = text.encode()
-    return b"X" + len(data).to_bytes(4, "little") + data
-
-
-def _int(value: int) -> bytes:
-    if value < 2**31:
-        return b"J" + value.to_bytes(4, "little", signed=True)
-    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
-
-
-def _ints(values: Any) -> bytes:
-    return b"(" + b"".join(_int(v) for v in values) + b"t"

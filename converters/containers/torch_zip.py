@@ -1,6 +1,10 @@
 """``torch.save`` since PyTorch 1.6: a zip archive with one pickle and one stored member a storage.
 
-Source: PyTorch's ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc``.
+libtorch's ``OutputArchive`` writes such an archive, too, with a module in place of a dict, and its code beside it. tch-rs's
+``VarStore::save`` uses it for rust-bert's ``rust_model.ot``. The code is not read.
+
+Sources: PyTorch's ``torch/serialization.py``, ``caffe2/serialize/inline_container.cc`` and ``output-archive.cpp``; tch-rs's
+``torch_api.cpp`` and ``tensor.rs``, which writes ``|`` in names for a dot.
 """
 
 from __future__ import annotations
@@ -8,29 +12,34 @@ from __future__ import annotations
 import io
 import math
 import struct
-import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FormatError
 from ..io.publishing import Output
 from ..io.reading import File
-from ..tensors import DTYPES, Checksum, LazyTensor
+from ..tensors import Checksum, LazyTensor
 from .container import Container
-from .torch_pickle import MAX_PICKLE, Storage, TensorRef, check_overlaps, dump_pickle, load_pickle, state_dict
+from .torch_dump import dump_pickle
+from .torch_entries import container_of, named_tensors
+from .torch_pickle import MAX_PICKLE, load_pickle
+from .torch_values import Opaque, Storage, TensorRef
+from .zip_members import LOCAL, Member, check_stored, crc32, read_members
 
-LOCAL = struct.Struct("<4s5H3L2H")
 ALIGNMENT = 64
-MAX_MEMBERS = 100_000
-DESCRIPTOR = 24  # bytes of a data descriptor, at most
+CONSTANTS = "constants.pkl"
+KERAS_WEIGHTS = "model.weights.h5"  # a member that only Keras's archives have
 PROGRAMS = {  # kind -> a member that only such an archive has, and its name for people
     "pt2": ("/models/model.json", "a program of torch.export"),
-    "torchscript": ("/constants.pkl", "TorchScript"),
+    "torchscript": (f"/{CONSTANTS}", "TorchScript"),
 }
+
+
+OUTPUT_ARCHIVE = b"\x80\x02c__torch__\nModule\n"  # the beginning of data.pkl
+MODULE = "__torch__.Module"
+CODE = "code/"  # members that are compressed, and not read
 
 
 def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
@@ -41,86 +50,58 @@ def open_torch_zip(path: Path, records: Collection[str] = ()) -> Container:
         records: names of small members that go into the metadata, as bytes, where the archive has them.
 
     Raises:
-        UnsafeError: if its pickle would run code.
+        UnsafeError: if its pickle would do harm.
         FormatError: if the archive or the pickle is invalid.
-        CheckpointError: if it holds something other than tensors.
+        CheckpointError: if it holds no named tensors.
     """
     file = File(path)
-    members = _members(file)
+    members = read_members(file)
+    _refuse_programs(file, members)
     members = _rooted(members, str(path))
+    is_module = CONSTANTS in members
+    read = {name: member for name, member in members.items() if not (is_module and name.startswith(CODE))}
+    check_stored(file, read, "PyTorch stores its members uncompressed")
     if _small(file, members, "byteorder", b"little") != b"little":
         raise FormatError(f"{path}: written on a big-endian machine, which gpt2x does not read")
     pickle = io.BytesIO(_small(file, members, "data.pkl"))
     saved = load_pickle(pickle, f"{path}: data.pkl")
-    found = state_dict(saved, str(path))
+    if is_module:
+        saved = _module_state(saved, str(path))
     if pickle.read(1):
         raise FormatError(f"{path}: data.pkl: extra bytes after the end of the pickle")
-    check_overlaps(found.tensors, str(path))
-    metadata = {**found.beside, **{name: _small(file, members, name) for name in records if name in members}}
-    tensors = one_each(found.tensors, lambda ref: _tensor(file, members, ref))
-    return Container("bin", path, tensors, metadata, left_out=tuple(map(str, found.beside)))
+    found = named_tensors(saved, str(path))
+    given = {name: _small(file, members, name) for name in records if name in members}
+    return container_of(path, found, lambda ref: _tensor(file, members, ref), given)
 
 
-def program_in(names: Sequence[str]) -> str | None:
-    """Which of ``PROGRAMS`` an archive with members of these names is; None if it is none."""
+def _module_state(saved: Any, where: str) -> dict[str, Any]:
+    """The named tensors of a module, with dots in their names."""
+    is_plain = isinstance(saved, Opaque) and saved.name == MODULE and saved.arguments == ()
+    state = saved.state if is_plain else None
+    if not isinstance(state, dict) or not all(isinstance(value, TensorRef) for value in state.values()):
+        raise CheckpointError(f"{where}: a module that does not only hold tensors, which gpt2x does not read")
+    result = {name.replace("|", "."): value for name, value in state.items()}
+    if len(result) != len(state):
+        raise FormatError(f"{where}: two tensors of one name, once | in it is a dot")
+    return result
+
+
+def program_in(names: Sequence[str], start: bytes = b"") -> str | None:
+    """Which of ``PROGRAMS`` an archive is; None if it is none.
+
+    Args:
+        names: of its members.
+        start: the first bytes of its ``data.pkl``, which tell a module of tensors alone from a program.
+    """
+    if start.startswith(OUTPUT_ARCHIVE):
+        return None
     return next((kind for kind, (end, _) in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
 
 
-def _crc32(value: int, data: bytes) -> int:
-    return zlib.crc32(data, value)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A stored member of an archive: where its bytes are, and their checksum."""
-
-    header: int
-    start: int
-    size: int
-    crc: int
-    descriptor: int  # bytes that may follow the data: a data descriptor
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
-
-
-def _members(file: File) -> dict[str, _Member]:
-    """Every member by name. Each is stored, none is a duplicate, and they cover the archive without gaps."""
-    infos, directory = _central_directory(file)
-    _refuse_programs(file, infos)
-    members: dict[str, _Member] = {}
-    for info in infos:
-        name = info.orig_filename
-        if name in members:
-            raise FormatError(f"{file.path}: duplicate member {name!r}")
-        members[name] = _member(file, info)
-    _check_cover(file, members.values(), directory)
-    return members
-
-
-def _central_directory(file: File) -> tuple[list[zipfile.ZipInfo], int]:
-    """The entries of the archive's directory, and where it begins."""
-    try:
-        with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
-            infos = archive.infolist()
-            directory = archive.start_dir
-            comment = archive.comment
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, UnicodeDecodeError) as error:
-        raise FormatError(f"{file.path}: not a valid zip archive: {error}") from None
-    if file.read(file.size - 22, 4) != b"PK\x05\x06":
-        raise FormatError(f"{file.path}: extra bytes after the end of the zip archive")
-    if comment:
-        raise FormatError(f"{file.path}: a zip archive with a comment, which PyTorch does not write")
-    if len(infos) > MAX_MEMBERS:
-        raise FormatError(
-            f"{file.path}: a zip archive with {len(infos)} members, which exceeds the limit of {MAX_MEMBERS}"
-        )
-    return infos, directory
-
-
-def _refuse_programs(file: File, infos: Sequence[zipfile.ZipInfo]) -> None:
-    kind = program_in([info.filename for info in infos])
+def _refuse_programs(file: File, members: Mapping[str, Member]) -> None:
+    pickle = next((member for name, member in members.items() if name.endswith("/data.pkl")), None)
+    start = file.read(pickle.start, min(pickle.size, len(OUTPUT_ARCHIVE))) if pickle else b""
+    kind = program_in(list(members), start)
     if kind:
         _, name = PROGRAMS[kind]
         raise CheckpointError(
@@ -128,46 +109,10 @@ def _refuse_programs(file: File, infos: Sequence[zipfile.ZipInfo]) -> None:
         )
 
 
-def _check_cover(file: File, members: Iterable[_Member], directory: int) -> None:
-    """Between two members lies nothing but a data descriptor, where the first one has it."""
-    end, descriptor = 0, 0
-    for member in sorted(members, key=lambda member: member.header):
-        _check_gap(file, end, member.header, descriptor)
-        end, descriptor = member.end, member.descriptor
-    _check_gap(file, end, directory, descriptor)
-
-
-def _check_gap(file: File, end: int, begin: int, allowed: int) -> None:
-    if begin < end:
-        raise FormatError(f"{file.path}: not a valid zip archive: members overlap")
-    if begin - end > allowed:
-        raise FormatError(f"{file.path}: not a valid zip archive: stray bytes at {end}")
-
-
-def _member(file: File, info: zipfile.ZipInfo) -> _Member:
-    """Check a member's own header against the archive's directory."""
-    where = f"{file.path}: the member {info.orig_filename!r}"
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-        raise FormatError(f"{where} is compressed or encrypted; PyTorch stores its members uncompressed")
-    fields = LOCAL.unpack(file.read(info.header_offset, LOCAL.size))
-    signature, compression = fields[0], fields[3]
-    name_length, extra_length = fields[9], fields[10]
-    if signature != b"PK\x03\x04" or compression != 0:
-        raise FormatError(f"{where} has an invalid header")
-    name = file.read(info.header_offset + LOCAL.size, name_length)
-    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
-    if name != info.orig_filename.encode(encoding):
-        raise FormatError(f"{where} has another name in its own header")
-    start: int = info.header_offset + LOCAL.size + name_length + extra_length
-    end = start + info.file_size
-    if end > file.size:
-        raise FormatError(f"{where} is truncated: it ends at byte {end}, the file has {file.size}")
-    descriptor = DESCRIPTOR if info.flag_bits & 8 else 0
-    return _Member(info.header_offset, start, info.file_size, info.CRC, descriptor)
-
-
-def _rooted(members: Mapping[str, _Member], where: str) -> dict[str, _Member]:
+def _rooted(members: Mapping[str, Member], where: str) -> dict[str, Member]:
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if KERAS_WEIGHTS in members:
+        raise FormatError(f"{where}: a .keras archive; unzip it, and pass the folder")
     if len(pickles) != 1:
         raise FormatError(f"{where}: a zip archive without PyTorch's data.pkl")
     root = pickles[0].removesuffix("data.pkl")
@@ -177,7 +122,7 @@ def _rooted(members: Mapping[str, _Member], where: str) -> dict[str, _Member]:
     return {name.removeprefix(root): member for name, member in members.items()}
 
 
-def _small(file: File, members: Mapping[str, _Member], name: str, default: bytes | None = None) -> bytes:
+def _small(file: File, members: Mapping[str, Member], name: str, default: bytes | None = None) -> bytes:
     """A small member's bytes; their checksum is verified."""
     if name not in members:
         if default is None:
@@ -186,11 +131,10 @@ def _small(file: File, members: Mapping[str, _Member], name: str, default: bytes
     member = members[name]
     if member.size > MAX_PICKLE:
         raise FormatError(f"{file.path}: {name} has {member.size} bytes, which exceeds the limit of {MAX_PICKLE}")
-    check = Checksum(_crc32, member.crc, f"{file.path}: {name}")
-    return LazyTensor.in_file(file, member.start, DTYPES["U8"], (member.size,), check).read().tobytes()
+    return member.tensor(file, name).read().tobytes()
 
 
-def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyTensor:
+def _tensor(file: File, members: Mapping[str, Member], ref: TensorRef) -> LazyTensor:
     name = f"data/{ref.storage.key}"
     where = f"{file.path}: {name}"
     if name not in members:
@@ -201,15 +145,9 @@ def _tensor(file: File, members: Mapping[str, _Member], ref: TensorRef) -> LazyT
         raise FormatError(
             f"{where}: {member.size} bytes, but the pickle states {storage.size} values of {storage.dtype}"
         )
-    checksum = Checksum(_crc32, member.crc, where)
+    checksum = Checksum(crc32, member.crc, where)
     whole = LazyTensor.in_file(file, member.start, storage.dtype, (storage.size,), checksum)
     return part_of(whole, ref)
-
-
-def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
-    """A tensor for each name. Two names of one tensor (a tied ``lm_head``) get the same object."""
-    made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
-    return {name: made[ref] for name, ref in refs.items()}
 
 
 def part_of(storage: LazyTensor, ref: TensorRef) -> LazyTensor:
@@ -256,7 +194,7 @@ def write_torch_zip(
     storages = {id(tensor): tensor for tensor in tensors.values()}
     keys = {one: str(i) for i, one in enumerate(storages)}
     refs = OrderedDict(
-        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size), 0, t.shape)) for name, t in tensors.items()
+        (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size, t.size), 0, t.shape)) for name, t in tensors.items()
     )
     saved = refs if beside is None else {"model": refs, **beside}
     writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))
@@ -290,7 +228,7 @@ class _ZipWriter:
         )
         crc = 0
         for chunk in data.chunks():
-            crc = _crc32(crc, chunk)
+            crc = crc32(crc, chunk)
             self.out.write(chunk)
         self.out.patch(header + 14, struct.pack("<L", crc))
         places = [size, size] if large else []

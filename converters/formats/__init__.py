@@ -11,17 +11,27 @@ from .huggingface import HF, SHARDS
 from .keras import HDF5
 from .llmc import LLMC
 from .nanogpt import NANOGPT
+from .npz import NPZ
 from .onnx import ONNX
 from .safetensors import SAFETENSORS
 from .tensorflow import TF
 from .torch import BIN
 
 # In the order in which a file's first bytes are compared with them; those that are uncertain come last.
-FORMATS = (TF, HF, SHARDS, SAFETENSORS, BIN, NANOGPT, LLMC, GGUF, HDF5, ONNX, MSGPACK)
+FORMATS = (TF, HF, SHARDS, SAFETENSORS, NPZ, BIN, NANOGPT, LLMC, GGUF, HDF5, ONNX, MSGPACK)
 BY_NAME = {entry.name: entry for entry in FORMATS}
 
 WRITERS: dict[str, Callable[[Job], Written]] = {entry.name: entry.write for entry in FORMATS if entry.write}
-CONFIG_FILES = {entry.config_file: entry.codec for entry in FORMATS if entry.config_file and entry.codec}
+INDEXES = {suffix: open_index for entry in FORMATS for suffix, open_index in entry.indexes.items()}
+
+
+def _codecs(name: str) -> tuple[Codec, ...]:
+    found = [entry.codec for entry in FORMATS if entry.config_file == name and entry.codec]
+    return tuple(sorted(found, key=lambda codec: codec.applies is None))
+
+
+# Name of a file that states a configuration -> how it may be spelled. The first that applies is read; the last always does.
+CONFIG_FILES = {entry.config_file: _codecs(entry.config_file) for entry in FORMATS if entry.config_file}
 
 
 def _file_names(turn: int) -> tuple[str, ...]:
@@ -39,6 +49,7 @@ __all__ = [
     "BY_NAME",
     "CONFIG_FILES",
     "FORMATS",
+    "INDEXES",
     "MODELS",
     "OTHERS",
     "SUFFIXES",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ class Codec:
     Args:
         read: the format's keys and values, and the place they come from -> fields of GPT2Config. Raises ConfigError.
         write: GPT2Config -> the format's keys and values.
+        applies: whether keys and values are spelled so, where several formats name their file alike; None is any.
     """
 
     read: Callable[[Mapping[str, Any], str], dict[str, Any]]
     write: Callable[[GPT2Config], dict[str, Any]]
+    applies: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Format:
         what: who writes it.
         files: its usual file names, for people.
         dialects: names of the dialects that are usual in it.
-        reads: the dtypes that are read. ``Q8_0`` is read as float32.
+        reads: the dtypes that are read. Quantized ones are read as float32.
         writes: the dtypes that are written; empty without a writer.
         ask: how a user asks for it on the command line.
         configuration: where the configuration is stored; empty if not in the file.
@@ -98,6 +100,7 @@ class Format:
         tokenizer: where the tokenizer is stored.
         untied: whether it can hold an untied ``lm_head``.
         openers: how its files are recognised by their first bytes, and opened.
+        indexes: suffix of a JSON file that lists several files of weights -> opens them.
         file_names: the names by which a directory's weights are found, in order.
         turn: when a directory is searched for them: FIRST, LATER or EXPORTED.
         suffixes: suffixes of its files, by which a lone file in a directory is found.
@@ -125,6 +128,7 @@ class Format:
     tokenizer: str = "beside it"
     untied: bool = True
     openers: tuple[Opener, ...] = ()
+    indexes: Mapping[str, Callable[[Path], Container]] = field(default_factory=dict)
     file_names: tuple[str, ...] = ()
     turn: int = FIRST
     suffixes: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..config import UNSUPPORTED
 from ..containers.container import Container
+from ..containers.gguf_types import Q8_0, QUANTIZED
 from ..dialects import GGUF as DIALECT
 from ..errors import CheckpointError, ConfigError, TokenizerError
 from ..io.publishing import new_file
@@ -192,19 +193,17 @@ class _Plan:
 
 def _plan(checkpoint: Checkpoint, dtype: str | None) -> _Plan:
     """Choose each tensor's dtype. llama.cpp requires positions, biases and norms in float32."""
-    from ..containers.gguf import BLOCK
-
     tensors: dict[str, LazyTensor] = {}
     matrices = []
     for name, tensor in checkpoint.tensors.items():
         is_matrix = len(tensor.shape) == 2 and name != "wpe.weight"
         tensors[name] = tensor.cast(_matrix_dtype(tensor, dtype) if is_matrix else F32, name)
         if is_matrix:
-            matrices.append(DIALECT.layout(name)[0])
+            matrices.append(DIALECT.names(name)[0])
     written = DIALECT.write(tensors, checkpoint.config)
     quantized = []
     if dtype == "Q8_0":
-        quantized = [name for name in matrices if written[name].shape[-1] % BLOCK == 0]
+        quantized = [name for name in matrices if written[name].shape[-1] % Q8_0.values == 0]
     file_type = "Q8_0" if quantized else tensors["wte.weight"].dtype.name
     return _Plan(written, matrices, quantized, file_type)
 
@@ -246,6 +245,8 @@ def _notes(checkpoint: Checkpoint, plan: _Plan, dtype: str | None) -> list[str]:
         notes = tokenizer_notes(checkpoint, keeps_prefix_space=False)
     else:
         notes = [f"{NO_TOKENIZER}. Without a tokenizer, llama.cpp accepts token ids only"]
+    if dtype is None and any(tensor.stored for tensor in plan.tensors.values()):
+        notes.append("the quantized tensors are written as F32; llama.cpp's llama-quantize can quantize the file again")
     if dtype == "Q8_0":
         note = f"Q8_0 is lossy: {len(plan.quantized)} matrices are rounded to 8 bits"
         kept = len(plan.matrices) - len(plan.quantized)
@@ -260,7 +261,7 @@ GGUF = Format(
     what="llama.cpp",
     files="`.gguf`",
     dialects=("gguf",),
-    reads=(*FLOATS, "Q8_0"),
+    reads=(*FLOATS, *(kind.name for kind in QUANTIZED)),
     writes=("F32", "F16", "BF16", "Q8_0"),
     ask="`NAME.gguf`",
     configuration="in its metadata",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..config import to_hf
@@ -29,6 +31,11 @@ KEYS = {
     "n_embd": "n_embd",
 }
 INERT = ("dropout", "bias")
+# Keys under which training scripts keep the configuration of their model. An object there is not constructed: its plain
+# fields are read. Of a class of the script's own, as karpathy/build-nanogpt's GPTConfig, those of KEYS are.
+RUN_KEYS = (MODEL_ARGS, "config", "model_config", "args", "hparams", "hyper_parameters")
+REQUIRED = frozenset(["n_layer", "n_head", "n_embd"])
+HF_CLASS = "GPT2Config"
 
 
 def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -57,22 +64,73 @@ def to_model_args(config: GPT2Config) -> dict[str, Any]:
 CODEC = Codec(from_model_args, to_model_args)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A configuration that lies beside the tensors of a file of PyTorch's.
+
+    Args:
+        key: the key that it is under.
+        embedded: the configuration.
+        ignored: the names of fields that were set and not read.
+    """
+
+    key: str
+    embedded: Embedded
+    ignored: tuple[str, ...] = ()
+
+
 def embedded(container: Container) -> Embedded | None:
     """The configuration that lies beside the tensors of a file of PyTorch's, if there is one.
 
     Raises:
         FormatError: if it is invalid.
     """
+    found = configuration_beside(container)
+    return found.embedded if found else None
+
+
+def configuration_beside(container: Container) -> Beside | None:
+    """The configuration that lies beside the tensors, and where: gpt2x's, nanoGPT's, or else one that a run left.
+
+    Raises:
+        FormatError: if it is invalid.
+    """
     text = container.metadata.get(CONFIG_KEY)
     if isinstance(text, str):
-        return Embedded(parse_json(text.encode(), f"{container.path}: {CONFIG_KEY}"), HF_CODEC)
+        raw = parse_json(text.encode(), f"{container.path}: {CONFIG_KEY}")
+        return Beside(CONFIG_KEY, Embedded(raw, HF_CODEC))
     arguments = container.metadata.get(MODEL_ARGS)
-    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
-        return None
+    if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
+        _check_plain(arguments, container.path)
+        return Beside(MODEL_ARGS, Embedded(arguments, CODEC, complete=False))
+    for key in RUN_KEYS:
+        found = _left_by_a_run(key, container.metadata.get(key))
+        if found:
+            return found
+    return None
+
+
+def _check_plain(arguments: Mapping[str, Any], path: Path) -> None:
     for key, value in arguments.items():
         if not isinstance(value, PLAIN):
-            raise FormatError(f"{container.path}: {key[:100]!r} in {MODEL_ARGS} is not a string, a number or None")
-    return Embedded(arguments, CODEC, complete=False)
+            raise FormatError(f"{path}: {key[:100]!r} in {MODEL_ARGS} is not a string, a number or None")
+
+
+def _left_by_a_run(key: str, value: Any) -> Beside | None:
+    """A configuration of transformers' or of a GPT like nanoGPT's: a dict, or an object whose fields are read."""
+    from ..containers.torch_values import Opaque, plain_fields
+
+    fields = plain_fields(value)
+    if fields is None:
+        return None
+    class_name = value.name.rpartition(".")[2] if isinstance(value, Opaque) else ""
+    if class_name == HF_CLASS or fields.get("model_type") == "gpt2":
+        return Beside(key, Embedded(fields, HF_CODEC))
+    if not fields.keys() >= REQUIRED:
+        return None
+    known = {name: item for name, item in fields.items() if name in KEYS or name in INERT}
+    ignored = tuple(name for name, item in fields.items() if name not in known and item)
+    return Beside(key, Embedded(known, CODEC, complete=False), ignored)
 
 
 def _write(job: Job) -> Written:

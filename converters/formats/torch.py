@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import to_hf
-from ..containers.container import Container
+from ..containers.container import Container, Entry
 from ..dialects import HF
+from ..errors import short
 from ..io.json import parse_json
 from ..io.publishing import new_file
 from .format import FLOATS, Embedded, Format, Job, Opener, Written, starts_with
 from .huggingface import CODEC
+from .nanogpt import configuration_beside
 from .nanogpt import embedded as nanogpt_embedded
 
 RECORD = "extra/config.json"  # torch.load ignores it. With it, a lone .bin is complete
@@ -20,13 +24,40 @@ RECORD = "extra/config.json"  # torch.load ignores it. With it, a lone .bin is c
 def _open_zip(path: Path) -> Container:
     from ..containers.torch_zip import open_torch_zip
 
-    return open_torch_zip(path, records=(RECORD,))
+    return _checked(open_torch_zip(path, records=(RECORD,)))
 
 
 def _open_legacy(path: Path) -> Container:
     from ..containers.torch_legacy import open_torch_legacy
 
-    return open_torch_legacy(path)
+    return _checked(open_torch_legacy(path))
+
+
+def _checked(container: Container) -> Container:
+    """The container, or each of its entries once it is opened, with what is known of the configuration in it."""
+    if not container.entries:
+        return _without_configuration(container)
+    entries = []
+    for entry in container.entries:
+        opened = functools.partial(_open_entry, entry)
+        entries.append(replace(entry, open=opened))
+    return replace(container, entries=tuple(entries))
+
+
+def _open_entry(entry: Entry) -> Container:
+    return _checked(entry.open())
+
+
+def _without_configuration(container: Container) -> Container:
+    """What is read as the configuration is not left out. A note names the fields of it that are not read."""
+    found = configuration_beside(container)
+    if found is None:
+        return container
+    left_out = tuple(name for name in container.left_out if name.partition(" (")[0].rpartition(".")[2] != found.key)
+    notes = container.notes
+    if found.ignored:
+        notes = (*notes, f"of {found.key}, only the sizes are read, and not {', '.join(short(list(found.ignored), 8))}")
+    return replace(container, left_out=left_out, notes=notes)
 
 
 def _embedded(container: Container) -> Embedded | None:
@@ -49,8 +80,8 @@ def _write(job: Job) -> Written:
 BIN = Format(
     name="bin",
     what="PyTorch, since 1.6 (zip) and before (legacy)",
-    files="`.bin`, `.pt`, `.pth`",
-    dialects=("hf",),
+    files="`.bin`, `.pt`, `.pth`, `rust_model.ot`",
+    dialects=("hf", "llms-from-scratch"),
     reads=FLOATS,
     writes=FLOATS,
     ask="`NAME.bin`",
@@ -61,7 +92,7 @@ BIN = Format(
         Opener(starts_with(b"\x80\x02\x8a\x0a"), _open_legacy),
     ),
     file_names=("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    suffixes=(".bin", ".pt", ".pth"),
+    suffixes=(".bin", ".pt", ".pth", ".ot"),
     codec=CODEC,
     embedded=_embedded,
     write=_write,

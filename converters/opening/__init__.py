@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..io.reading import reading
+from .adapter import merge_adapter, open_adapter
 from .assemble import assemble
 from .find import find
 from .open import open_container
@@ -25,6 +26,9 @@ def open_checkpoint(
     tokenizer: str | Path | None = None,
     tie: bool | None = None,
     prefix: str | None = None,
+    adapter: str | Path | None = None,
+    merged_dtype: str | None = None,
+    entry: str | None = None,
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -37,18 +41,28 @@ def open_checkpoint(
         tie: drop (True) or keep (False) an ``lm_head`` that differs from the token embedding, if no configuration states
             ``tie_word_embeddings: false``. By default, it is refused.
         prefix: prefix of the names of the GPT-2 to read, if the file has several.
+        adapter: the directory of a PEFT adapter (LoRA), which is merged while tensors are read.
+        merged_dtype: dtype of the tensors that the adapter changes, as in ``--dtype``; by default the base's.
+        entry: the keys that lead to the tensors in a file of ``torch.save``, such as ``checkpoint.model``, if it holds
+            several models.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
     """
     source = find(path)
     with reading(source.path):
-        container = open_container(source)
-        stated = read_configuration(source, container, activation_function)
-        parameters = recognise(unwrap(container), n_vocab, prefix)
+        container = open_container(source, entry)
+        opened = open_adapter(source, container, adapter)
+        stated = read_configuration(source, opened.base, activation_function)
+        parameters = recognise(unwrap(opened.base), n_vocab, prefix)
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)
-        return add_tokenizer(checkpoint, stated, source, container, tokenizer)
+        if opened.adapter:
+            checkpoint = merge_adapter(
+                checkpoint, opened.adapter, merged_dtype, tie=tie, is_truncated=n_vocab is not None
+            )
+            tokenizer = tokenizer or opened.tokenizer
+        return add_tokenizer(checkpoint, stated, source, opened.base, tokenizer)
 
 
 __all__ = ["open_checkpoint", "tokenizer_in"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint, not_gpt2, same_bytes, shape_faults
+from ..dialects import BIASES
 from ..errors import CheckpointError
 from ..spec import LM_HEAD, GPT2Config
 from ..tensors import LazyTensor
@@ -48,6 +49,7 @@ def assemble(parameters: Parameters, resolved: Resolved, tie: bool | None = None
         files=container.files,
         format=container.format,
         dialect=dialect.name,
+        entry=container.entry,
         left_out=(*container.left_out, *parameters.left_out, *dropped),
         heads=parameters.heads,
         prefix=_wrapper_prefix(parameters),
@@ -73,7 +75,8 @@ def _notes(parameters: Parameters, tie: bool | None) -> list[str]:
     if parameters.wte_is_lm_head:
         notes.append(f"wte.weight is not in it: {LM_HEAD} is taken for both, as they are tied")
     if parameters.zero_biases:
-        notes.append("it has no biases; zeros stand for them")
+        only = "" if parameters.zero_biases == BIASES else f" {', '.join(parameters.zero_biases)}"
+        notes.append(f"it has no biases{only}; zeros stand for them")
     if tie and LM_HEAD in parameters.tensors:
         notes.append(f"{LM_HEAD} is dropped, as --tie asks, whatever its values")
     return notes

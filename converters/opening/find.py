@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter_config import lone_adapter
 from ..containers.tf_bundle import V1
 from ..errors import FormatError
 from ..formats import MODELS, OTHERS, SUFFIXES, WEIGHTS
@@ -43,6 +44,7 @@ def find(path: str | Path) -> Source:
 
     Raises:
         FormatError: if there are none, or several that are equally likely.
+        CheckpointError: if it is an adapter without its base.
     """
     if not str(path):
         raise FormatError("the source path is empty")
@@ -79,6 +81,9 @@ def _weights_in(path: Path) -> tuple[Path, bool]:
 
 def _only_file(path: Path) -> Path:
     """The one file in a directory that has the suffix of a known format."""
+    error = lone_adapter(path)
+    if error:
+        raise error
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if len(files) == 1:
         return files[0]

@@ -9,32 +9,45 @@ from ..containers.container import Container
 from ..containers.shard_index import open_shards
 from ..containers.tf_bundle import V1, open_bundle
 from ..errors import FormatError
-from ..formats import FORMATS
+from ..formats import FORMATS, INDEXES
 from ..formats.format import Opener
 from ..io import sstable
 from ..io.reading import File
 from .find import Source
+from .select_entry import select_entry
 
 HEAD = 512  # bytes that tell the format
 LLMC_STATES = tuple(number.to_bytes(4, "little") for number in (20240327, 20240527))  # of its tests, of its optimizer
 WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
-def open_container(source: Source) -> Container:
+def open_container(source: Source, entry: str | None = None) -> Container:
     """Open the file of weights, or the files that it names.
+
+    Args:
+        source: where the weights are.
+        entry: the place of the tensors in the file, if it holds several models.
 
     Raises:
         FormatError: if it is not of a known format, or not valid.
+        CheckpointError: if it holds several models, or nothing at ``entry``.
     """
     if source.is_bundle:
-        return _open_bundle(source.weights)
+        return select_entry(_open_bundle(source.weights), entry)
+    for suffix, open_index in INDEXES.items():
+        if source.weights.name.endswith(suffix):
+            return select_entry(open_index(source.weights), entry)
     if source.weights.name.endswith(".index.json"):
-        return open_shards(source.weights, open_file)
-    return open_file(source.weights)
+        return open_shards(source.weights, lambda path: open_file(path, entry))
+    return open_file(source.weights, entry)
 
 
-def open_file(path: Path) -> Container:
+def open_file(path: Path, entry: str | None = None) -> Container:
     """Open one file of any format that its first bytes tell."""
+    return select_entry(_open_any(path), entry)
+
+
+def _open_any(path: Path) -> Container:
     file = File(path)
     head = file.read(0, min(file.size, HEAD))
     opener = _opener(head, file.size)

@@ -81,7 +81,9 @@ def _beside(directory: Path) -> Stated:
     for name in sorted(CONFIG_FILES):
         path = directory / name
         if path.is_file():
-            found = CONFIG_FILES[name].read(read_json(path, MAX_JSON), str(path))
+            raw = read_json(path, MAX_JSON)
+            codec = next(codec for codec in CONFIG_FILES[name] if codec.applies is None or codec.applies(raw))
+            found = codec.read(raw, str(path))
             _check_agreement(directory, fields, " and ".join(names), found, name)
             fields = {**found, **fields}
             names.append(name)

@@ -38,7 +38,7 @@ class Parameters:
         n_layer: number of layers.
         n_vocab: the number of rows that the token embedding was truncated to, if it was.
         left_out: names of the tensors that are not parameters.
-        zero_biases: whether zeros stand for missing biases.
+        zero_biases: rows of SPEC for which zeros stand, as the file has no such biases.
         prefix: the prefix of the names, of which the end may be the dialect's own.
         heads: heads other than ``lm_head``.
         rest: names of tensors outside the GPT-2, which is a part of a larger model.
@@ -51,7 +51,7 @@ class Parameters:
     n_layer: int
     n_vocab: int | None
     left_out: tuple[str, ...]
-    zero_biases: bool
+    zero_biases: tuple[str, ...]
     prefix: str = ""
     heads: tuple[Head, ...] = ()
     rest: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ def _same_tensors(container: Container, found: Sequence[Candidate]) -> bool:
     places = []
     for each in found:
         names = {each.dialect.locate(name, each.prefix): id(tensor) for name, tensor in container.tensors.items()}
-        places.append({place: key for place, key in names.items() if place and place[0] != LM_HEAD})
+        places.append({place: key for place, key in names.items() if place and place.row != LM_HEAD})
     return all(place == places[0] for place in places)
 
 
@@ -159,7 +159,7 @@ def _check_shared(container: Container, candidate: Candidate) -> None:
     names: dict[int, str] = {}
     for name, tensor in container.tensors.items():
         place = candidate.dialect.locate(name, candidate.prefix)
-        if place is None or place[0] == LM_HEAD or not tensor.size:
+        if place is None or place.row == LM_HEAD or not tensor.size:
             continue
         first = names.setdefault(id(tensor), name)
         if first != name:

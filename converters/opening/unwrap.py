@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from ..containers.container import Container
 from ..errors import CheckpointError
-from ..formats.nanogpt import CONFIG_KEY, MODEL_ARGS
 from ..tensors import LazyTensor
 
 MAX_NAME = 256
@@ -32,10 +31,9 @@ def unwrap(container: Container) -> Container:
         CheckpointError: if there are no tensors, quantized ones, or names that no GPT-2 has; or if two names become one.
     """
     _check_names(container)
-    left_out = tuple(name for name in container.left_out if name not in (CONFIG_KEY, MODEL_ARGS))
     tensors = {**container.tensors, **_other_names(container)}
     tensors, found = _without_wrappers(tensors, container)
-    return replace(container, tensors=tensors, left_out=left_out, wrappers=found)
+    return replace(container, tensors=tensors, wrappers=found)
 
 
 def _check_names(container: Container) -> None:

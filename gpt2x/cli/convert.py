@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .source import check_before, is_remote, local
+from .source import adapter_option, check_before, is_remote, local, local_adapter
 from .text import printable, progress_bar
 
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
@@ -52,6 +52,8 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--n-vocab", type=click.IntRange(min=1), help="Truncate a padded vocabulary to N rows.")
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
+@adapter_option("SRC")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option(
     "--tie/--untie",
     default=None,
@@ -70,6 +72,8 @@ def convert(
     n_vocab: int | None,
     activation_function: str | None,
     tokenizer_dir: str | None,
+    adapter: str | None,
+    entry: str | None,
     tie: bool | None,
     prefix: str | None,
     force: bool,
@@ -83,6 +87,7 @@ def convert(
       gpt2x convert pytorch_model.bin gpt2.safetensors
       gpt2x convert gpt2-hf/ models/back --to tf
       gpt2x convert hf://openai-community/gpt2 gpt2.safetensors
+      gpt2x convert gpt2-hf/ tuned/ --adapter lora/
 
     SRC is a weight file of any format that 'gpt2x formats' lists, or a directory with one; hf://OWNER/NAME and
     openai://124M are downloaded. DST ends in .safetensors, .bin or .gguf, or is a directory in Hugging Face's layout; --to
@@ -103,6 +108,9 @@ def convert(
         tokenizer=tokenizer_dir,
         tie=tie,
         prefix=prefix,
+        adapter=local_adapter(adapter),
+        merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
+        entry=entry,
     )
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from .source import check_before, local
+from .source import adapter_option, check_before, local, local_adapter
 from .text import need, printable, progress_bar
 from .verify import read_text, table
 
@@ -49,6 +49,8 @@ class Request:
     no_tokenizer: bool = False
     no_verify: bool = False
     n_head: int | None = None
+    adapter: str | None = None
+    entry: str | None = None
     tie: bool | None = None
     force: bool = False
     as_json: bool = False
@@ -137,6 +139,8 @@ def _hint(part: str) -> str:
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
+@adapter_option("SRC")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option(
     "--tie/--untie",
     default=None,
@@ -153,6 +157,7 @@ def export(ctx: click.Context, /, **options: Any) -> None:
       gpt2x export models/124M --onnx gpt2-onnx/ --precision fp32,int8,int4
       gpt2x export models/124M --onnx gpt2-onnx/ --push me/my-gpt2
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
+      gpt2x export gpt2-hf/ --onnx tuned-onnx/ --adapter lora/
 
     SRC is anything that convert reads. ONNX Runtime, onnxruntime-genai, optimum and transformers.js load DIR, from disk
     or from the Hub; its README.md documents the inputs and outputs. The result is compared with SRC: exit code 1 if it
@@ -228,7 +233,8 @@ def _plan(request: Request) -> Checkpoint:
         from ..export.push import check_push
 
         check_push(request.push)
-    checkpoint = open_checkpoint(local(request.src), n_head=request.n_head, tie=request.tie)
+    source, adapter = local(request.src), local_adapter(request.adapter)
+    checkpoint = open_checkpoint(source, n_head=request.n_head, tie=request.tie, adapter=adapter, entry=request.entry)
     checkpoint = _with_tokenizer(checkpoint, request)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):

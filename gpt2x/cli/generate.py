@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import PRECISION, runnable
+from .controls import controls, given_controls, show_origin
+from .source import PRECISION, adapter_option, local_adapter, runnable
+
+if TYPE_CHECKING:
+    from ..generation.config import GenerationConfig
+    from ..runtimes.base import Decoder
+    from ..tokenizer import Tokenizer
 
 
-@click.command(short_help="Continue a prompt.")
+@click.command(short_help="Continue a prompt, or a file of prompts.")
 @click.argument("model")
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@controls
 @click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=0),
-    default=100,
-    show_default=True,
-    help="Maximum number of new tokens.",
+    "--prompts",
+    "prompts_file",
+    type=click.Path(),
+    help='JSON Lines, each {"prompt": "..."}; "-" for PROMPT reads one prompt from standard input.',
 )
+@click.option("--output", type=click.Path(), help="Where the results of --prompts go, as JSON Lines.")
+@click.option("--resume", is_flag=True, help="Continue an --output that was interrupted.")
 @click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=1.0,
-    show_default=True,
-    help="Sampling temperature; 0 for greedy decoding.",
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at once, with --prompts."
 )
-@click.option(
-    "--top-k", type=click.IntRange(min=0), default=0, help="Sample from the K likeliest tokens; 0 disables it."
-)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus sampling threshold; 1 disables it.")
-@click.option("--seed", type=click.IntRange(min=0), help="Random seed, for reproducible text.")
 @click.option(
     "--tokenizer",
     "tokenizer_dir",
@@ -39,52 +43,112 @@ from .source import PRECISION, runnable
 )
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
 @click.option("--precision", type=PRECISION, help="ONNX model of MODEL to run (default: fp32, or the only one).")
+@adapter_option("MODEL")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside MODEL.")
 def generate(
-    model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
-    tokenizer_dir: str | None, runtime: str | None, precision: str | None, n_head: int | None,
+    model: str, prompt: str | None, prompts_file: str | None, output: str | None, resume: bool, batch_size: int,
+    tokenizer_dir: str | None, runtime: str | None, precision: str | None, adapter: str | None, threads: int | None,
+    n_head: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
     \b
       gpt2x generate models/124M "In a shocking finding," --top-k 40 --seed 1
-      gpt2x generate gpt2-onnx/ "In a shocking finding," --temperature 0
+      gpt2x generate gpt2-onnx/ "In a shocking finding," --temperature 0 --repetition-penalty 1.2
+      gpt2x generate gpt2-onnx/ "Dear" --num-beams 4 --no-repeat-ngram-size 3
+      gpt2x generate gpt2-hf/ "In a shocking finding," --adapter lora/
+      gpt2x generate gpt2-onnx/ --prompts in.jsonl --output out.jsonl
 
-    ONNX Runtime runs a directory with an ONNX model, without torch.
+    ONNX Runtime runs a directory with an ONNX model, without torch. generation_config.json beside the model sets what no
+    option sets.
     """
+    _check_use(prompt, prompts_file, output, resume)
+    given = given_controls(options)
+    from ..runtimes.opening import open_decoder
+
+    model = runnable(model, "torch" if adapter and runtime is None else runtime, precision)
+    adapter = local_adapter(adapter)
+    open_model = partial(
+        open_decoder, model, runtime, n_head=n_head, precision=precision, adapter=adapter, threads=threads
+    )
+    tokenizer = _tokenizer(model, tokenizer_dir or _home(model, adapter), open_model)
+    config = _config(model, given)
+    decoder = open_model()
+    if prompts_file and output:
+        from .prompts_file import continue_file
+
+        continue_file(decoder, tokenizer, config, Path(prompts_file), Path(output), resume=resume, batch=batch_size)
+        return
+    _print(decoder, tokenizer, config, sys.stdin.read() if prompt == "-" else prompt or "")
+
+
+def _check_use(prompt: str | None, prompts_file: str | None, output: str | None, resume: bool) -> None:
+    if (prompt is None) == (prompts_file is None):
+        raise click.UsageError("pass either PROMPT or --prompts FILE")
+    if (prompts_file is None) != (output is None):
+        raise click.UsageError("--prompts and --output go together")
+    if prompts_file and not os.path.isfile(prompts_file):
+        raise click.FileError(prompts_file, "not a file")
+    if resume and not output:
+        raise click.UsageError("--resume continues an --output: pass --prompts and --output, too")
+
+
+def _tokenizer(model: str, folder: str, open_model: Callable[[], Decoder]) -> Tokenizer:
     from converters import TokenizerError
 
-    from ..generation.loop import Generation, stream_text
-    from ..generation.sampling import Sampling
-    from ..runtimes.opening import open_decoder
     from ..tokenizer import Tokenizer
 
     try:
-        sampling = Sampling(temperature, top_k, top_p, seed)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    model = runnable(model, runtime, precision)
-    try:
-        tokenizer = Tokenizer.from_pretrained(
-            tokenizer_dir or _home(model)
-        )  # before the model, which takes longer to open
+        return Tokenizer.from_pretrained(folder)  # before the model, which takes longer to open
     except TokenizerError:
         if os.path.isdir(model):
-            open_decoder(
-                model, runtime, n_head=n_head, precision=precision
-            )  # a missing model is the more important error
+            open_model()  # a missing model is the more important error
         raise
-    decoder = open_decoder(model, runtime, n_head=n_head, precision=precision)
-    generation = Generation(decoder, [tokenizer.encode(prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
-    for (piece,) in stream_text(generation, tokenizer, [prompt]):
-        click.echo(piece, nl=False)
-    click.echo()
-    if generation.finish == ["context"]:
+
+
+def _config(model: str, given: dict[str, Any]) -> GenerationConfig:
+    """The controls of the options, and of ``generation_config.json`` where no option sets them."""
+    from ..generation.config import GenerationConfig, controls_beside
+
+    home = Path(_home(model, None))
+    found = controls_beside(home if home.is_dir() else home.parent)
+    try:
+        config = GenerationConfig.of(**found.merged(given))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    show_origin(found, given)
+    return config
+
+
+def _print(decoder: Decoder, tokenizer: Tokenizer, config: GenerationConfig, prompt: str) -> None:
+    """Print the text while it is generated; of several texts, each when all are complete."""
+    from ..generation.generate import continuations, new_generation, stream_text
+
+    if config.beams or config.num_return_sequences > 1:
+        (found,) = continuations(decoder, tokenizer, [prompt], config)
+        for number, one in enumerate(found, 1):
+            if len(found) > 1:
+                click.echo(f"--- {number} of {len(found)}" + ("" if one.score is None else f", score {one.score:.4f}"))
+            click.echo(prompt + one.text)
+        finishes = [one.finish for one in found]
+    else:
+        generation = new_generation(decoder, tokenizer, [prompt], config)
+        for (piece,) in stream_text(generation, tokenizer, [prompt], config.stop_strings):
+            click.echo(piece, nl=False)
+        click.echo()
+        finishes = [finish for finish in generation.finish if finish]
+    if "context" in finishes:
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
 
 
-def _home(model: str) -> str:
-    """The directory of a model's tokenizer: for ``onnx/model.onnx``, the one above ``onnx``."""
+def _home(model: str, adapter: str | None) -> str:
+    """The directory of a model's tokenizer: the adapter's, if it has one; for ``onnx/model.onnx``, the one above ``onnx``."""
+    from converters.opening.adapter import tokenizer_beside
+
+    beside = tokenizer_beside(adapter) if adapter else None
+    if beside:
+        return str(beside)
     folder = os.path.dirname(os.path.abspath(model))
     inside = model.endswith(".onnx") and os.path.basename(folder) == "onnx"
     if inside and os.path.isfile(model):

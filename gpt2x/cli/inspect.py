@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import DEFAULT
-from .source import PRECISION, runnable
+from .source import PRECISION, adapter_option, local_adapter, runnable
 from .text import printable
 
 if TYPE_CHECKING:
@@ -25,33 +25,42 @@ if TYPE_CHECKING:
     type=PRECISION,
     help="Precision of the ONNX model to show (default: fp32, or else the first).",
 )
+@adapter_option("PATH")
+@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool) -> None:
+def inspect(
+    path: str, precision: str | None, show_tensors: bool, adapter: str | None, entry: str | None, as_json: bool
+) -> None:
     """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
       gpt2x inspect models/124M
       gpt2x inspect pytorch_model.bin --tensors --json
       gpt2x inspect gpt2-onnx/
+      gpt2x inspect lora/
 
     Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
-    facts = {**everything(runnable(path, None, precision), precision), "path": path}
+    if adapter:
+        facts = describe(runnable(path, "torch"), local_adapter(adapter), entry)
+    else:
+        facts = everything(runnable(path, None, precision), precision, entry)
+    facts = {**facts, "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str, precision: str | None = None) -> dict[str, Any]:
+def everything(path: str, precision: str | None = None, entry: str | None = None) -> dict[str, Any]:
     """The facts of weights, of an ONNX model, or of a directory with both."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
-        return describe(path)
+        return describe_adapter(path) if is_adapter(path) else describe(path, entry=entry)
     from converters import ConversionError
 
     try:
-        facts = describe(path) if not path.endswith(".onnx") else {"path": path}
+        facts = describe(path, entry=entry) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
@@ -87,17 +96,56 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     }
 
 
-def describe(path: str) -> dict[str, Any]:
-    """The facts of weights, without reading them."""
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds a PEFT adapter, and no whole model."""
+    from converters.adapter_config import lone_adapter
+    from converters.formats import WEIGHTS
+
+    folder = Path(path)
+    has_weights = any((folder / name).is_file() for name in WEIGHTS)
+    return folder.is_dir() and not has_weights and lone_adapter(folder) is not None
+
+
+def describe_adapter(path: str) -> dict[str, Any]:
+    """The facts of an adapter; of one that is not LoRA, its type and what to do with it.
+
+    Raises:
+        ConversionError: if it is LoRA, and not of a GPT-2.
+    """
+    from converters.adapter_config import CONFIG_FILE, adapter_folder, how_to_merge, is_merged, read_adapter_config
+    from converters.opening.adapter import adapter_in
+
+    folder = adapter_folder(Path(path)) or Path(path)
+    config = read_adapter_config(folder / CONFIG_FILE)
+    if not is_merged(config.kind):
+        facts = {"adapter": config.kind, "base": config.base or None, "summary": how_to_merge(config, folder)}
+        return {"path": path, **facts, "changes": {}, "rows": {}, "replaced": [], "left_out": []}
+    adapter = adapter_in(path)
+    changes = {name: {"rank": change.rank, "scale": change.scale} for name, change in adapter.factors.items()}
+    return {
+        "path": path,
+        "adapter": adapter.config.kind,
+        "base": adapter.config.base or None,
+        "summary": adapter.summary(),
+        "changes": changes,
+        "rows": {name: list(rows.indices) for name, rows in adapter.rows.items()},
+        "replaced": list(adapter.replaced),
+        "left_out": list(adapter.left_out),
+    }
+
+
+def describe(path: str, adapter: str | None = None, entry: str | None = None) -> dict[str, Any]:
+    """The facts of weights, with an adapter merged into them, without reading them."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
 
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, adapter=adapter, entry=entry)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
-        checkpoint = open_checkpoint(path, n_head=1)  # 1 divides any n_embd: shows everything else
+        # 1 divides any n_embd: shows everything else.
+        checkpoint = open_checkpoint(path, n_head=1, adapter=adapter, entry=entry)
         config = {**to_hf(checkpoint.config), "n_head": None}
     notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors
@@ -105,6 +153,7 @@ def describe(path: str) -> dict[str, Any]:
         "path": path,
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
+        "entry": checkpoint.entry or None,
         "wrapper": {"prefix": checkpoint.prefix, "parts": list(checkpoint.wrappers)},
         "heads": [_head(head) for head in checkpoint.heads],
         "size": checkpoint.config.size_name if config["n_head"] else None,
@@ -143,7 +192,23 @@ def _checksums(text: str) -> dict[str, str]:
 def lines(facts: dict[str, Any]) -> list[str]:
     """The facts as text."""
     rows = (_weights_rows(facts) if "format" in facts else []) + (_onnx_rows(facts["onnx"]) if "onnx" in facts else [])
+    if "adapter" in facts:
+        rows = _adapter_rows(facts)
     return [facts["path"], *(f"  {key:<10} {value}".replace("\n", "\\n") for key, value in rows)]
+
+
+def _adapter_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("adapter", f"PEFT {facts['adapter']}: {facts['summary']}"),
+        ("base", facts["base"] or "not stated"),
+        *(
+            ("low rank", f"{name}, rank {change['rank']}, scale {change['scale']:g}")
+            for name, change in facts["changes"].items()
+        ),
+        *(("rows", f"{len(indices)} of {name}") for name, indices in facts["rows"].items()),
+        *(("replaced", name) for name in facts["replaced"]),
+        *(("left out", name) for name in facts["left_out"]),
+    ]
 
 
 def _blocks(onnx: dict[str, Any]) -> str:
@@ -184,6 +249,11 @@ def _head_text(head: dict[str, Any]) -> str:
     return f"{head['kind']}: {tensors}"
 
 
+def _entry(entry: str | None) -> str:
+    """Where the weights are in their file, unless they are all that it holds."""
+    return f", entry {entry}" if entry and entry != "." else ""
+
+
 def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     config = facts["config"]
     size = f" ({facts['size']})" if facts["size"] else ""
@@ -192,7 +262,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         k: v for k, v in config.items() if k.startswith(("activation", "layer_norm", "scale", "reorder", "tie"))
     }
     return [
-        ("format", f"{facts['format']}, dialect {facts['dialect']}"),
+        ("format", f"{facts['format']}, dialect {facts['dialect']}{_entry(facts['entry'])}"),
         *_wrapper_rows(facts["wrapper"]),
         (
             "model",

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from ..precisions import PRECISIONS
 from .text import printable, progress_bar
 
+Command = TypeVar("Command", bound="Callable[..., object]")
+
 if TYPE_CHECKING:
     from ..download.common import Want
 
 
 PRECISION = click.Choice(list(PRECISIONS))
+
+
+def adapter_option(model: str) -> Callable[[Command], Command]:
+    """The option ``--adapter`` of a command whose argument is called ``model``."""
+    return click.option("--adapter", metavar="DIR", help=f"PEFT adapter (LoRA) to merge into the weights of {model}.")
 
 
 def is_remote(source: str) -> bool:
@@ -54,6 +62,15 @@ def _check_meant(source: str) -> None:
         raise FormatError(
             f"{source}: no such file or directory. For the model on the Hugging Face Hub, pass hf://{address}"
         )
+
+
+def local_adapter(source: str | None) -> str | None:
+    """The path of an adapter; a URL is downloaded first.
+
+    Raises:
+        ConversionError: if the download fails.
+    """
+    return local(source, "adapter") if source else None
 
 
 def runnable(source: str, runtime: str | None, precision: str | None = None) -> str:

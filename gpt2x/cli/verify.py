@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import PRECISION, is_remote, local, runnable
+from .source import PRECISION, adapter_option, is_remote, local, local_adapter, runnable
 from .text import need, printable
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     help="ONNX model of B, or else of A (default: fp32, or the only one).",
 )
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")
+@adapter_option("A")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside the files.")
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
-    html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool, n_head: int | None,
+    html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool, adapter: str | None,
+    n_head: int | None,
 ) -> None:  # fmt: skip
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same greedy tokens.
 
@@ -48,6 +50,7 @@ def verify(
       gpt2x verify gpt2.safetensors --against openai-124M
       gpt2x verify gpt2.safetensors half.safetensors --rounded
       gpt2x verify gpt2-hf/
+      gpt2x verify gpt2-hf/ tuned-onnx/ --adapter lora/
 
     A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. If a directory has weights
     and ONNX, A means the weights and B the ONNX (if B has no ONNX, A means the ONNX). Weights are compared byte for byte,
@@ -76,14 +79,19 @@ def verify(
     text = read_text(text_file) if text_file else None
     named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
     a, b = local(a), runnable(b, runtime, precision) if b else None
+    merged = local_adapter(adapter)
+    if adapter and "a" in named:
+        named["a"] += f" + {adapter}"
     if against:
-        report = parity.verify_release(open_checkpoint(a, n_head=n_head))
+        report = parity.verify_release(open_checkpoint(a, n_head=n_head, adapter=merged))
     elif b:
-        report = parity.verify(a, b, text=text, runtime=runtime, n_head=n_head, precision=precision, rounded=rounded)
+        report = parity.verify(
+            a, b, text=text, runtime=runtime, n_head=n_head, precision=precision, rounded=rounded, adapter=merged
+        )
     else:
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
             raise click.UsageError(f"{a} is {NAMES[kind]}: pass B, the model to compare it with")
-        report = parity.verify_alone(open_checkpoint(a, n_head=n_head), text)
+        report = parity.verify_alone(open_checkpoint(a, n_head=n_head, adapter=merged), text)
     report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
     show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)

@@ -13,7 +13,7 @@ SCHEMES = {
     "openai": "openai://124M, 355M, 774M or 1558M",
 }
 
-Want = Literal["weights", "onnx", "either"]
+Want = Literal["weights", "onnx", "either", "adapter"]
 
 Advance = Callable[[int], None]  # moves a progress bar by so many bytes, which may be negative
 ProgressBar = Callable[[int], AbstractContextManager[Advance | None]]  # total bytes -> a context that shows a bar

@@ -24,7 +24,8 @@ def fetch(
     Args:
         source: ``hf://OWNER/NAME[@REVISION][/FILE or folder]``, ``openai://124M``, or a path, which is
             returned unchanged.
-        want: "weights"; "onnx", the ONNX models of a repository that gpt2x exported; or "either", ONNX if it has some.
+        want: "weights"; "onnx", the ONNX models of a repository that gpt2x exported; "either", ONNX if it has some; or
+            "adapter", a PEFT adapter.
         progress: called with a number of bytes; returns a context manager, whose value is called with each advance in
             bytes, or is None. (huggingface_hub draws its own bar where stderr is a terminal.)
         warn: called with a sentence for the user.
@@ -43,6 +44,8 @@ def fetch(
     if scheme == "openai":
         from . import openai
 
+        if want == "adapter":
+            raise ConversionError(f"{source}: has weights, but no adapter")
         if want == "onnx":
             raise ConversionError(f"{source}: has weights, but no ONNX; export it: gpt2x export {source} --onnx DIR")
         return openai.download(str(source), rest, progress, warn or _ignore)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import ConversionError, UnsafeError
-from converters.formats import OTHERS, WEIGHTS
+from converters.adapter_config import CONFIG_FILE, WEIGHT_FILES
+from converters.formats import INDEXES, OTHERS, WEIGHTS
 from converters.io.json import read_json
 from converters.io.publishing import writing
 
@@ -36,9 +37,10 @@ COMPANIONS = (
     (("config.json", "hparams.json"), ("config.json", "hparams.json")),
     (("generation_config.json",), ("generation_config.json",)),
     (
-        ("tokenizer.json", "vocab.json", "encoder.json"),
+        ("tokenizer.json", "vocab.json", "encoder.json", "assets/tokenizer/vocabulary.json"),
         ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "assets/tokenizer/vocabulary.json",
+         "assets/tokenizer/merges.txt"),
     ),
 )  # fmt: skip
 
@@ -121,7 +123,9 @@ def _choose(address: Address, names: frozenset[str], want: Want) -> Choice:
     choice = _CHOOSERS[want](address, folder, here, names)
     if choice:
         return choice
-    if want == "onnx":
+    if want == "adapter":
+        missing, advice = "PEFT adapter", f"name its folder: {_base(address)}/FOLDER"
+    elif want == "onnx":
         missing, advice = "ONNX model that gpt2x reads", "export one: gpt2x export SRC --onnx DIR"
     else:
         missing, advice = "weights under a known file name", f"name a file: {_base(address)}/FILE"
@@ -167,10 +171,18 @@ def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) 
     return Choice(folder, files, folder) if files else None
 
 
+def _adapter(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
+    weights = next((name for name in WEIGHT_FILES if name in here), None)
+    if weights is None or CONFIG_FILE not in here:
+        return None
+    return Choice(folder, (folder + weights, folder + CONFIG_FILE), folder)
+
+
 _CHOOSERS: dict[Want, Callable[[Address, str, set[str], frozenset[str]], Choice | None]] = {
     "weights": _weights_or_onnx,
     "onnx": _onnx,
     "either": _either,
+    "adapter": _adapter,
 }
 
 
@@ -227,7 +239,7 @@ def _shards(address: Address, snapshot: Snapshot, choice: Choice) -> list[str]:
         UnsafeError: if a name is not that of a file beside the index.
     """
     index = choice.files[0]
-    if not index.endswith(".index.json"):
+    if not index.endswith((".index.json", *INDEXES)):
         return []
     shards = _shard_names(address, index, read_json(snapshot.get(index)).get("weight_map"))
     for name in shards:
@@ -239,10 +251,12 @@ def _shards(address: Address, snapshot: Snapshot, choice: Choice) -> list[str]:
 
 
 def _shard_names(address: Address, index: str, weight_map: object) -> list[str]:
-    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    values: list[object] = []
+    for files in weight_map.values() if isinstance(weight_map, dict) else ():
+        values += files if isinstance(files, list) else [files]
     if not values or not all(isinstance(value, str) for value in values):
         raise ConversionError(f"{address.source}: {index} has no weight_map from tensors to files")
-    return sorted(set(values))
+    return sorted(set(map(str, values)))
 
 
 def _is_shard(name: str) -> bool:

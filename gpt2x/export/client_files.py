@@ -48,8 +48,10 @@ def metadata(
 
 
 def source_name(checkpoint: Checkpoint) -> str:
-    """The base name of the source, as text: a file name may hold bytes that are not UTF-8."""
+    """The base name of the source, and of an adapter that was merged into it, as text: a file name may hold bytes that are not UTF-8."""
     name = checkpoint.source.name if checkpoint.source else "memory"
+    if checkpoint.adapter:
+        name += f" + {checkpoint.adapter.name}"
     return name.encode("utf-8", "backslashreplace").decode()
 
 

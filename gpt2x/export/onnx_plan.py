@@ -54,7 +54,13 @@ class Request:
     def is_home(self) -> bool:
         """Whether the destination is the source's own directory."""
         source = self.checkpoint.source
-        return source is not None and self.path.is_dir() and source.parent.resolve() == self.path.resolve()
+        is_changed = self.checkpoint.adapter is not None
+        return (
+            source is not None
+            and not is_changed
+            and self.path.is_dir()
+            and source.parent.resolve() == self.path.resolve()
+        )
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,8 @@ def _differences(found: Mapping[str, str], ours: Mapping[str, str]) -> list[str]
 
 def _is_own_source(checkpoint: Checkpoint, file: Path) -> bool:
     """Whether a checkpoint was opened from the directory of a model: an export can be the source of more precisions."""
+    if checkpoint.adapter:
+        return False
     here = {beside.resolve() for beside in file.parent.iterdir()}
     return bool(here.intersection(source.resolve() for source in checkpoint.files))
 

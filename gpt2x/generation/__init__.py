@@ -1,3 +1,3 @@
 """Text generation over any runtime."""
 
-__all__ = ["loop", "sampling", "text"]
+__all__ = ["beams", "config", "generate", "loop", "many", "processors", "sampling", "text"]

@@ -26,7 +26,7 @@ class Fp32(Precision):
         spans = write_safetensors(out, HF.write(checkpoint.tensors, checkpoint.config), to_hf(checkpoint.config))
         stored = {}
         for name, tensor in checkpoint.tensors.items():
-            offset = spans[HF.layout(name)[0]][0]
+            offset = spans[HF.names(name)[0]][0]
             stored[name] = Piece("float32", tensor.shape, offset, tensor.nbytes)
         return stored
 

@@ -74,6 +74,16 @@ class Decoder(Protocol):
         logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
         return logits[:, -1], cache
 
+    def reorder(self, cache: Any, rows: Ids) -> Any:
+        """A cache whose rows are the given rows (N,) of another, which is not used any more.
+
+        A row may be given several times, or not at all.
+
+        Raises:
+            InputError: if the runtime cannot do that, which is the default.
+        """
+        raise InputError(f"{self.runtime}: its cache has fixed rows, so it can continue each prompt only once")
+
     def unoptimized(self) -> Decoder | None:
         """The same model with graph optimizations disabled; None if the runtime has none to disable, or needs them."""
         return None

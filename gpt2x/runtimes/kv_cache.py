@@ -91,6 +91,31 @@ class RowCache:
             buffer[target, :, :n] = buffer[source, :, :n]
         self.lengths[target] = n
 
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Make the given rows (N,) of this cache its only rows, in this order. Only rows that change are copied."""
+        had = len(self.lengths)
+        used = int(self.lengths[rows].max(initial=0))
+        if len(rows) > had:
+            self._repeat(rows, used)
+        else:
+            changed = np.flatnonzero(rows != np.arange(len(rows)))
+            for buffer in self.buffers:
+                # What is read is copied before anything is written.
+                buffer[changed, :, :used] = buffer[rows[changed], :, :used]
+        if len(rows) < had:
+            self.bound = None
+            self.buffers = [buffer[: len(rows)] for buffer in self.buffers]
+        self.lengths = self.lengths[rows]
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
+    def _repeat(self, rows: NDArray[np.int64], used: int) -> None:
+        self.bound = None
+        for i, old in enumerate(self.buffers):
+            new = np.zeros((len(rows), *old.shape[1:]), old.dtype)
+            new[:, :, :used] = old[rows, :, :used]
+            self.buffers[i] = new
+
     def see(self, real: NDArray[np.bool_] | None, slots: int) -> None:
         """Remember new slots, and which of them hold tokens (rows, slots); None if all do."""
         if real is not None or self.mask is not None:

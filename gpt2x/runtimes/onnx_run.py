@@ -71,6 +71,12 @@ class GrowingRun:
         self.model.run(binding, None)
         return logits, binding.get_outputs()[:-1]
 
+    def reorder(self, cache: Cache, rows: Ids) -> Cache:
+        """As ``Decoder.reorder``."""
+        if np.array_equal(rows, np.arange(cache[0].shape()[0])):
+            return cache
+        return [ort.OrtValue.ortvalue_from_numpy(np.take(value.numpy(), rows, axis=0)) for value in cache]
+
     def _empty(self, B: int) -> Cache:
         shape = (B, self.model.config.n_head, 0, self.model.config.head_dim)
         empty = np.empty(shape, self.model.cache_dtype)
@@ -139,6 +145,11 @@ class InPlaceRun:
             logits = self._prefill_rows(rows, cache, (B, T), last)
         cache.see(real, T)
         return logits, cache
+
+    def reorder(self, cache: RowCache, rows: Ids) -> RowCache:
+        """As ``Decoder.reorder``, in the cache itself."""
+        cache.reorder(rows)
+        return cache
 
     def _checked(self, cache: Any, B: int) -> RowCache:
         if not isinstance(cache, RowCache) or cache.kind != self._kind:

@@ -95,6 +95,10 @@ class OnnxDecoder(Decoder):
             logits, cache = self._run.step(ids, attention_mask, positions, cache)
         return logits[:, -1], cache
 
+    def reorder(self, cache: Any, rows: Ids) -> Any:
+        """As ``Decoder.reorder``. In a cache in place, only rows that change are copied."""
+        return self._run.reorder(cache, rows)
+
     def row_cache(self, rows: int) -> RowCache:
         """An empty cache of so many rows.
 

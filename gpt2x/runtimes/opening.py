@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .base import Decoder
 
 log = logging.getLogger(__name__)
 
+START = 64  # bytes that tell an archive's kind
 NAMES = {"weights": "weights", "onnx": "ONNX", **{kind: name for kind, (_, name) in PROGRAMS.items()}}
 
 
@@ -27,16 +29,18 @@ def kind_of(path: str | Path) -> str:
     if has_onnx(path):
         return "onnx"
     if path.is_file() and zipfile.is_zipfile(path):
-        return program_in(_members(path)) or "weights"
+        return _program_in(path) or "weights"
     return "weights"
 
 
-def _members(path: Path) -> list[str]:
+def _program_in(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError):
-        return []  # opening it as weights reports the fault
+            names = archive.namelist()
+            pickle = next((name for name in names if name.endswith("/data.pkl")), None)
+            return program_in(names, archive.open(pickle).read(START) if pickle else b"")
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError):
+        return None  # opening it as weights reports the fault
 
 
 def run_kind(path: str | Path, runtime: str | None) -> str:
@@ -59,7 +63,13 @@ def run_kind(path: str | Path, runtime: str | None) -> str:
 
 
 def open_decoder(
-    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
+    path: str | Path,
+    runtime: str | None = None,
+    *,
+    n_head: int | None = None,
+    precision: str | None = None,
+    adapter: str | Path | None = None,
+    threads: int | None = None,
 ) -> Decoder:
     """Open anything that runs.
 
@@ -67,18 +77,26 @@ def open_decoder(
         runtime: as for ``run_kind``.
         n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
+        adapter: the directory of a PEFT adapter to merge into weights. Of a directory that also has ONNX, weights run.
+        threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
+    if adapter is not None:
+        return _with_adapter(path, runtime, adapter, n_head, precision)
     kind = run_kind(path, runtime)
     log.info("%s: run as %s", path, NAMES[kind])
     if kind == "onnx":
         from .onnxruntime import OnnxDecoder
 
-        return OnnxDecoder(path, precision=precision)
+        return OnnxDecoder(path, precision=precision, threads=threads)
     if precision is not None:
         raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     if kind == "weights":
         return gpt2x_model(open_checkpoint(path, n_head=n_head))
     from .torch import ModuleDecoder
@@ -86,6 +104,21 @@ def open_decoder(
     if kind == "torchscript":
         return ModuleDecoder.from_torchscript(path)
     return ModuleDecoder.from_pt2(path)
+
+
+def _with_adapter(
+    path: str | Path, runtime: str | None, adapter: str | Path, n_head: int | None, precision: str | None
+) -> Decoder:
+    """gpt2x's own model of weights with an adapter merged into them.
+
+    Raises:
+        FormatError: if ONNX is asked for, or the path holds a program.
+    """
+    kind = run_kind(path, runtime or "torch")
+    if kind != "weights" or precision is not None:
+        what = NAMES["onnx"] if precision is not None else NAMES[kind]
+        raise FormatError(f"{path}: an adapter is merged into weights, and this would be run as {what}")
+    return gpt2x_model(open_checkpoint(path, n_head=n_head, adapter=adapter))
 
 
 def gpt2x_model(checkpoint: Checkpoint) -> Decoder:

@@ -56,6 +56,10 @@ class TorchDecoder(Decoder):
         x, cache = self.model.hidden(self._tensor(ids), seen, self._tensor(positions), cache, last)
         return self.model.logits(x).float().cpu().numpy(), cache
 
+    def reorder(self, cache: Any, rows: Ids) -> Any:
+        """As ``Decoder.reorder``."""
+        return _reordered(cache, self._tensor(rows))
+
     @property
     def _cache_dtype(self) -> torch.dtype:
         return torch.float32 if self.config.reorder_and_upcast_attn else self.model.wte.weight.dtype
@@ -147,6 +151,10 @@ class ModuleDecoder(Decoder):
             )
         return found, present
 
+    def reorder(self, cache: Any, rows: Ids) -> Any:
+        """As ``Decoder.reorder``."""
+        return _reordered(cache, torch.from_numpy(rows))
+
     def _empty(self, B: int) -> list[tuple[Tensor, Tensor]]:
         size = (B, self.config.n_head, 0, self.config.head_dim)
         return [(torch.empty(size), torch.empty(size)) for _ in range(self.config.n_layer)]
@@ -159,6 +167,10 @@ def _embedded_config(path: str | Path, text: str | bytes) -> GPT2Config:
     data = text if isinstance(text, bytes) else text.encode()
     where = f"{path}: config.json"
     return config_of(parse_json(data, where), where)
+
+
+def _reordered(past: Past, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in past]
 
 
 def _length(past: Past, config: GPT2Config, B: int, dtype: torch.dtype) -> int:

@@ -38,6 +38,13 @@ class Transformers(Decoder):
             )
         return out.logits.numpy(), out.past_key_values
 
+    def reorder(self, cache: Any, rows: Ids) -> Any:
+        """As ``Decoder.reorder``."""
+        import torch
+
+        cache.reorder_cache(torch.from_numpy(rows))
+        return cache
+
 
 def _language_model(checkpoint: Checkpoint) -> Any:
     import torch

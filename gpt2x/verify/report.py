@@ -24,7 +24,7 @@ from converters.tokenizer import TokenizerFiles
 from .. import contract
 from ..precisions import PRECISIONS, Bounds, Precision
 from ..runtimes.base import Decoder
-from ..runtimes.opening import gpt2x_model, kind_of, open_decoder
+from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder
 from ..runtimes.reference import ReferenceDecoder
 from ..runtimes.transformers import Transformers
 from .checks import Check
@@ -86,6 +86,7 @@ def verify(
     n_head: int | None = None,
     precision: str | None = None,
     rounded: bool = False,
+    adapter: str | Path | None = None,
 ) -> Report:
     """Compare any two of: weights, TorchScript, ``.pt2``, ONNX.
 
@@ -97,16 +98,17 @@ def verify(
         n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of ``b``, or of ``a`` if only ``a`` has any; by default fp32, or else the only one.
         rounded: compare the weights of ``b`` with those of ``a`` after rounding them to the dtypes of ``b``.
+        adapter: the directory of a PEFT adapter to merge into the weights of ``a``.
 
     Raises:
-        ConversionError: if one of them cannot be opened, or ``rounded`` is asked of anything but weights.
+        ConversionError: if one of them cannot be opened, or ``rounded`` or ``adapter`` is asked of anything but weights.
     """
-    first = _weights_of(a, n_head)
+    first = _merged(a, n_head, adapter, rounded) if adapter is not None else _weights_of(a, n_head)
     second_kind = _kind_of_second(b, runtime)
     if rounded and (first is None or second_kind != "weights"):
         raise ConversionError(f"{b if first else a}: --rounded compares weights with weights only: leave it out")
     match kind_of(a), second_kind:
-        case "onnx", "weights" if runtime is None and not rounded:
+        case "onnx", "weights" if runtime is None and not rounded and adapter is None:
             # A directory with both may be the first. Its ONNX is what can be wrong.
             return verify_export(open_checkpoint(b, n_head=n_head), a, text, precision)
         case _ if first is None:
@@ -120,6 +122,13 @@ def verify(
             return replace(report, checks=[*report.checks, remark])
         case _:
             return verify_export(first, b, text, precision)
+
+
+def _merged(path: str | Path, n_head: int | None, adapter: str | Path, rounded: bool) -> Checkpoint:
+    """The weights of a path with an adapter merged into them; not rounded, if they are rounded later."""
+    if kind_of(path) != "weights" and not Path(path).is_dir():
+        raise ConversionError(f"{path}: an adapter is merged into weights, and this is {NAMES[kind_of(path)]}")
+    return open_checkpoint(path, n_head=n_head, adapter=adapter, merged_dtype="fp64" if rounded else None)
 
 
 def _weights_of(path: str | Path, n_head: int | None) -> Checkpoint | None:
@@ -155,7 +164,7 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     if not a.config.differences(model.config, TOKEN_SIZES):
         checks += _run_export(a, b, model, text, faithful=not _failed(checks))
     name = f"{b} ({precision})" if precision else str(b)
-    return Report(str(a.source), name, checks)
+    return Report(a.origin, name, checks)
 
 
 def _run_export(a: Checkpoint, b: str | Path, model: Decoder, text: str | None, *, faithful: bool) -> list[Check]:
@@ -224,7 +233,7 @@ def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None, ro
         checks.append(Check("logits", None, needs_torch()))
     else:
         checks += _run(gpt2x_model(a), gpt2x_model(b), a.tokenizer, text)
-    return Report(str(a.source), str(b.source), checks)
+    return Report(a.origin, str(b.source), checks)
 
 
 def _rounding(b: Checkpoint) -> Check:
@@ -241,15 +250,15 @@ def _dtypes_differ(a: Checkpoint, b: Checkpoint) -> bool:
 def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
     """Compare gpt2x's model of a checkpoint with transformers, or with the float64 reference if that is missing."""
     if not _installed("torch"):
-        return Report(str(a.source), "nothing", [Check("logits", None, needs_torch())])
+        return Report(a.origin, "nothing", [Check("logits", None, needs_torch())])
     if _installed("transformers"):
-        return Report(str(a.source), "transformers", _run(Transformers(a), gpt2x_model(a), a.tokenizer, text))
-    return Report(str(a.source), "float64 reference", _run(ReferenceDecoder(a), gpt2x_model(a), a.tokenizer, text))
+        return Report(a.origin, "transformers", _run(Transformers(a), gpt2x_model(a), a.tokenizer, text))
+    return Report(a.origin, "float64 reference", _run(ReferenceDecoder(a), gpt2x_model(a), a.tokenizer, text))
 
 
 def verify_release(a: Checkpoint) -> Report:
     """Compare a checkpoint with the checksums of OpenAI's 124M release."""
-    return Report(str(a.source), "openai-124M", [compare_release(a)])
+    return Report(a.origin, "openai-124M", [compare_release(a)])
 
 
 # ------------------------------------------------------------------------------------------------------- the run

@@ -14,6 +14,7 @@ from converters import Checkpoint, ConversionError, open_checkpoint
 from converters.arrays import as_array, cast_array
 from converters.checkpoint import crc_of, zip_chunks
 from converters.containers.gguf import through_q8_0
+from converters.containers.gguf_types import Q8_0
 from converters.dtypes import whole_items
 from converters.tensors import F32, F64, LazyTensor
 
@@ -38,6 +39,9 @@ def _not_compared(error: ConversionError) -> Check:
 def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
     """Return the first checkpoint with each tensor rounded to the dtype in the second's file, lazily.
 
+    Raises:
+        ConversionError: if a tensor of the second is quantized to a type other than Q8_0.
+
     Raises (while streaming):
         ConversionError: if a value does not fit into the dtype.
     """
@@ -50,7 +54,10 @@ def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
 def _rounded_like(tensor: LazyTensor, like: LazyTensor, name: str) -> LazyTensor:
     if like.stored is None or tensor.stored == like.stored or tensor.shape != like.shape:
         return tensor.cast(like.dtype, name)
-    # Q8_0: a block is a part of a row in the file.
+    kind, _ = like.stored
+    if kind != Q8_0.name:
+        raise ConversionError(f"{name}: stored as {kind}, to which gpt2x cannot round; compare without --rounded")
+    # A block is a part of a row in the file.
     if like.transpose_of:
         return through_q8_0(tensor.transposed(), name).transposed()
     return through_q8_0(tensor, name)

@@ -220,10 +220,9 @@ def test_llmcs_bfloat16_is_the_same_model_rounded():
 def test_a_gguf_of_its_own_writer_holds_the_values_that_it_was_given(kind, dtype):
     read = open_checkpoint(FIXTURES / f"gguf/{kind}.gguf")
     given = np.load(FIXTURES / "wide.npz")
-    names = {name: dialects.GGUF.layout(name) for name in read.tensors}
     for name, tensor in read.tensors.items():
-        array = given[names[name][0]]
-        array = array.T if isinstance(names[name][1], Transposed) else array
+        array = given[dialects.GGUF.names(name)[0]]
+        array = array.T if isinstance(dialects.GGUF.layout(name), Transposed) else array
         matrix = array.ndim == 2 and name != "wpe.weight"
         assert tensor.dtype == (dtype if matrix else F32)
         wanted = converted(array, tensor.dtype)
@@ -264,9 +263,7 @@ def test_q8_0_is_rounded_as_ggufs_own_writer_rounds_it(tmp_path):
     assert (np.abs(before - after) <= step * (0.5 + 127 * 2**-11)).all()
 
 
-def test_other_quantised_types_are_refused_by_name():
-    with pytest.raises(CheckpointError, match=r"the type Q4_0 is not supported"):
-        open_checkpoint(FIXTURES / "gguf/Q4_0.gguf")
+def test_other_programs_quantized_weights_are_refused():
     with pytest.raises(CheckpointError, match="quantized weights"):
         open_checkpoint(FIXTURES / "mlx_quantised")
 

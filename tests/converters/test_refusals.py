@@ -139,6 +139,14 @@ def tensor(i, place, value):
     return change
 
 
+def both(*changes):
+    def change(p):
+        for one in changes:
+            one(p)
+
+    return change
+
+
 def again(p):
     p.more, p.n_more = text("gpt2.block_count") + struct.pack("<2I", UINT32, 2), 1
 
@@ -200,11 +208,14 @@ BROKEN_GGUF = {
     "a size of 63 bits": (tensor(0, "sizes", (2**63, 1)), FormatError, "'token_embd.weight': invalid shape"),
     "sizes whose product overflows": (tensor(0, "sizes", (2**32, 2**32)), FormatError, "invalid shape"),
     "sizes whose product wraps to the right one": (tensor(0, "sizes", (2**62, 4, 78)), FormatError, "invalid shape"),
-    "a tensor of Q4_0": (tensor(0, "type", 2), CheckpointError, "'token_embd.weight': the type Q4_0 is not supported"),
-    "a tensor of Q6_K": (tensor(0, "type", 14), CheckpointError, "the type Q6_K is not supported"),
-    "a tensor of integers": (tensor(0, "type", 26), CheckpointError, "the type number 26 is not supported"),
+    "a tensor of Q8_1": (tensor(0, "type", 9), CheckpointError, "'token_embd.weight': the type Q8_1 is not supported"),
+    "a tensor of Q1_0": (tensor(0, "type", 41), CheckpointError, "the type Q1_0 is not supported"),
+    "a tensor of integers": (tensor(0, "type", 26), CheckpointError, "the type I32 is not supported"),
     "a tensor of no known type": (tensor(0, "type", 2**31), CheckpointError, f"the type number {2**31}"),
-    "rows that blocks of Q8_0 do not fill": (tensor(0, "type", 8), FormatError, "'token_embd.weight': invalid shape, [13, 6]"),
+    "rows that blocks of Q8_0 do not fill": (tensor(0, "type", 8), FormatError, "'token_embd.weight': invalid shape, [13, 6]: Q8_0 needs rows of a multiple of 32"),
+    "rows that blocks of Q4_K do not fill": (tensor(0, "type", 12), FormatError, "invalid shape, [13, 6]: Q4_K needs rows of a multiple of 256"),
+    "blocks that fill the tensor, but not its rows": (both(tensor(0, "type", 8), tensor(0, "sizes", (16, 4))), FormatError, "invalid shape, [4, 16]"),
+    "quantized values that the file does not have": (both(tensor(0, "type", 2), tensor(0, "sizes", (2**30, 2**9))), FormatError, "does not follow the tensor before it"),
     "a key of the model that is not known": (says("gpt2.rope.freq_base", FLOAT32, bytes(4)), ConfigError, "gpt2.rope.freq_base is 0.0: unknown to gpt2x, and it may change the arithmetic"),
     "heads by layer": (says("gpt2.attention.head_count", ARRAY, listed(INT32, [2, 3])), ConfigError, "n_head is [2, 3]"),
     "fewer heads of keys than of queries": (says("gpt2.attention.head_count_kv", UINT32, b"\1\0\0\0"), ConfigError, "gpt2.attention.head_count_kv is 1"),
@@ -781,9 +792,9 @@ def test_an_unbroken_file_of_any_kind_opens(tmp_path, tiny, kind):
     assert_same_bytes(tiny, open_checkpoint(any_file(tmp_path, kind), n_head=2))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flax_model.msgpack"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("flax_model.msgpack", "model.npz")])
 def test_a_file_of_no_tensors_is_refused(tmp_path, kind):
-    """(An empty map of Flax's is a single byte, and nothing that could be recognised.)"""
+    """(An empty map of Flax's is a single byte, and an empty archive is anyone's: nothing that could be recognised.)"""
     path = any_file(tmp_path, kind, dict.clear)
     error = FormatError if kind == "m.gguf" else CheckpointError
     word = "an empty dict" if "torch" in kind or kind in ("legacy.bin", "ckpt.pt") else "no tensors in it"

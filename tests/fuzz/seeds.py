@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 META = "seed.json"
 
 
@@ -103,10 +105,17 @@ def _zip(folder: Path) -> None:
     _saved(folder, "ours_nanogpt", "ckpt.pt", "nanogpt")
     _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt")
     _fixture(folder, "nanogpt_no_bias/ckpt.pt", "ckpt.pt")
+    _fixture(folder, "rust_bert/rust_model.ot", "rust_model.ot")
     (folder / "torch").mkdir()
     torch.save(_tensors(), folder / "torch/m.bin")
     _meta(folder / "torch", "m.bin")
     _zip64(folder / "torch/m.bin", folder / "zip64")
+    _fixture(folder, "torch_runs/lightning.ckpt", "lightning.ckpt")
+    _fixture(folder, "torch_runs/numpy_1.pt", "numpy_1.pt")
+    for name, saved in _runs().items():
+        (folder / name).mkdir()
+        torch.save(saved, folder / name / "m.bin")
+        _meta(folder / name, "m.bin")
     for name, pickle in HARMFUL.items():
         _harmful(folder / f"harmful_{name}", zipped(pickle))
 
@@ -125,10 +134,29 @@ def _zip64(source: Path, place: Path) -> None:
     _meta(place, "m.bin")
 
 
+def _npz(folder: Path) -> None:
+    import numpy as np
+
+    arrays = {name: tensor.read() for name, tensor in _plain().tensors.items()}
+    fortran = {name: np.asfortranarray(array) for name, array in arrays.items()}
+    objects = {**arrays, "ln_f.bias": np.array([object] * 6)}
+    for name, saved in (("numpy", arrays), ("fortran", fortran), ("objects", objects)):
+        (folder / name).mkdir()
+        _savez(folder / name / "m.npz", saved)
+        _meta(folder / name, "m.npz", sound=name != "objects")
+
+
+def _savez(path, arrays):
+    import numpy as np
+
+    np.savez(path, **arrays)
+
+
 def _legacy(folder: Path) -> None:
     import torch
 
-    for name, saved in (("torch", _tensors()), ("wrapped", {"state_dict": _tensors(), "epoch": 3})):
+    wrapped = {"state_dict": _tensors(), "epoch": 3}
+    for name, saved in {"torch": _tensors(), "wrapped": wrapped, **_runs()}.items():
         (folder / name).mkdir()
         torch.save(saved, folder / name / "m.bin", _use_new_zipfile_serialization=False)
         _meta(folder / name, "m.bin")
@@ -141,6 +169,36 @@ def _tensors():
     import torch
 
     return {name: torch.from_numpy(tensor.read()) for name, tensor in _plain().tensors.items()}
+
+
+def _runs() -> dict[str, Any]:
+    """Return what a training run leaves: objects beside the weights, weights at a depth, a model that was saved whole."""
+    import argparse
+    import datetime
+
+    import numpy as np
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from converters.config import to_hf
+
+    config = to_hf(_plain().config)
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    model.transformer.load_state_dict(_tensors())
+    objects = {
+        "args": argparse.Namespace(lr=1e-3, out=Path("runs")),
+        "loss": np.mean([3.1, 3.2]),
+        "losses": np.array([3.1, 3.2]),
+        "began": datetime.datetime(2024, 5, 1),
+        "done": {1, 2},
+        "device": torch.device("cpu"),
+        "optimizer": torch.optim.AdamW(model.parameters()),
+    }
+    return {
+        "objects": {"model_state_dict": _tensors(), **objects},
+        "deep": {"checkpoint": [{"model": {"weights": _tensors()}, "config": argparse.Namespace(**config)}]},
+        "whole": model,
+    }
 
 
 def _text(text: bytes) -> bytes:
@@ -187,8 +245,14 @@ def _llmc(folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> None:
-    for kind in ("F32", "F16", "BF16", "Q8_0"):
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         _fixture(folder, f"gguf/{kind}.gguf", f"{kind}.gguf")
+    from quantized import MATRICES, write_quantized
+
+    kinds = ("MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "TQ1_0")  # small ones
+    (folder / "quantized").mkdir()
+    write_quantized(folder / "quantized/m.gguf", dict(zip(MATRICES, kinds, strict=True)))
+    _meta(folder / "quantized", "m.gguf")
     _saved(folder, "ours", "m.gguf", "gguf")
 
 
@@ -197,6 +261,8 @@ def _hdf5(folder: Path) -> None:
 
     for name in ("keras", "keras_2019"):
         _fixture(folder, name, "tf_model.h5", ("tf_model.h5",))
+    _fixture(folder, "keras_hub", "", ("model.weights.h5", "config.json"))
+    _fixture(folder, "keras_hub_shards", "", ("model_00001.weights.h5", "model.weights.json"))
     place = _fixture(folder, "keras/tf_model.h5", "tf_model.h5", ("tf_model.h5",))
     with h5py.File(place / "tf_model.h5", "a") as file:
         file["elsewhere"] = h5py.ExternalLink("/etc/hostname", "/x")
@@ -255,7 +321,14 @@ def _tokenizer(folder: Path) -> None:
         place.rename(folder / name)
 
 
+def _adapter(folder: Path) -> None:
+    """A model with its adapter in one state dict, and the adapter's configuration beside it."""
+    _fixture(folder, "adapters/whole", "", ("pytorch_model.bin",)).rename(folder / "tensors")
+    _fixture(folder, "adapters/whole", "", ("adapter_config.json",)).rename(folder / "configuration")
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
-    "tf": _tf, "safetensors": _safetensors, "zip": _zip, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
+    "tf": _tf, "safetensors": _safetensors, "zip": _zip, "npz": _npz, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
     "gguf": _gguf, "hdf5": _hdf5, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
+    "adapter": _adapter,
 }  # fmt: skip

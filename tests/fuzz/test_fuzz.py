@@ -20,8 +20,8 @@ from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
 
 # Cases of each format: about two minutes in total on two cores. The fast tests run a part of them.
 CASES = {
-    "tf": 1000, "safetensors": 1200, "zip": 1500, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "msgpack": 1200,
-    "onnx": 1000, "config": 900, "tokenizer": 500,
+    "tf": 1000, "safetensors": 1200, "zip": 1500, "npz": 800, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "msgpack": 1200,
+    "onnx": 1000, "config": 900, "tokenizer": 500, "adapter": 600,
 }  # fmt: skip
 
 

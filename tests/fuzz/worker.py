@@ -27,8 +27,19 @@ from converters.tokenizer import build
 
 CHECKSUMMED = ("tf", "zip")
 # Imported before monitoring starts, so that an import during a case is caused by the file.
-CONTAINERS = ("onnx", "gguf", "hdf5", "msgpack", "llmc", "torch_zip", "torch_legacy")
-NEEDED = [*(f"converters.containers.{name}" for name in CONTAINERS), "converters.arrays"]
+CONTAINERS = (
+    "onnx",
+    "gguf",
+    "gguf_quants",
+    "hdf5",
+    "keras_shards",
+    "msgpack",
+    "llmc",
+    "npz",
+    "torch_zip",
+    "torch_legacy",
+)
+NEEDED = [*(f"converters.containers.{name}" for name in CONTAINERS), "converters.arrays", "converters.lora_arrays"]
 CODECS = ["encodings.cp437", "encodings.raw_unicode_escape", "encodings.unicode_escape", "encodings.ascii", "encodings.utf_16", "tokenizers", "stringprep"]  # fmt: skip
 
 

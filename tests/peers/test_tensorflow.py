@@ -24,31 +24,32 @@ def test_tensorflow_reads_what_we_write(tmp_path, dtype):
     ours = checkpoint().cast(dtype)
     save_checkpoint(ours, tmp_path / "tf", "tf")
     reader = tf.train.load_checkpoint(str(tmp_path / "tf"))  # by the file "checkpoint"
-    assert set(reader.get_variable_to_shape_map()) == {OPENAI.layout(name)[0] for name in ours.tensors}
+    assert set(reader.get_variable_to_shape_map()) == {OPENAI.names(name)[0] for name in ours.tensors}
     for name, tensor in ours.tensors.items():
-        theirs = reader.get_tensor(OPENAI.layout(name)[0])
+        theirs = reader.get_tensor(OPENAI.names(name)[0])
         assert theirs.tobytes() == tensor.read().tobytes()
 
 
 def test_tensorflow_reads_the_shipped_model():
     reader = tf.train.load_checkpoint(str(SHAKESPEARE / "model.ckpt"))
     for name, tensor in open_checkpoint(SHAKESPEARE).tensors.items():
-        assert reader.get_tensor(OPENAI.layout(name)[0]).tobytes() == tensor.read().tobytes()
+        assert reader.get_tensor(OPENAI.names(name)[0]).tobytes() == tensor.read().tobytes()
 
 
 @pytest.mark.parametrize("parts", [None, 3])
 def test_we_read_what_tensorflow_writes(tmp_path, parts):
     v1, ours = tf.compat.v1, checkpoint()
+    written = OPENAI.write(ours.tensors, ours.config)
     with tf.Graph().as_default(), v1.Session() as session:
         for name, tensor in ours.tensors.items():
-            value = tensor.read().reshape(OPENAI.layout(name)[1].write(tensor).shape)
+            value = tensor.read().reshape(written[OPENAI.names(name)[0]].shape)
 
             def part(shape, dtype=None, partition_info=None, value=value):
                 start = partition_info.var_offset if partition_info else [0] * value.ndim
                 return value[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
 
             split = v1.fixed_size_partitioner(parts) if parts and name == "wte.weight" else None
-            v1.get_variable(OPENAI.layout(name)[0], value.shape, tf.float32, part, partitioner=split)
+            v1.get_variable(OPENAI.names(name)[0], value.shape, tf.float32, part, partitioner=split)
         session.run(v1.global_variables_initializer())
         v1.train.Saver().save(session, str(tmp_path / "model.ckpt"))  # with its .meta, as OpenAI published it
     theirs = open_checkpoint(tmp_path, n_head=2)

@@ -59,6 +59,10 @@ def write_nanogpt(path, arrays):
     )
 
 
+def write_npz(path, arrays):
+    np.savez(path, **arrays)
+
+
 def write_tf(path, arrays):
     write_bundle(
         path.with_name("model.ckpt"), {name: LazyTensor.of(np.ascontiguousarray(a)) for name, a in arrays.items()}
@@ -102,6 +106,7 @@ KINDS = {
     "mlx.safetensors": (MLX, write_safetensors),
     "pytorch_model.bin": (HF, write_zip),
     "legacy.bin": (HF, write_legacy),
+    "model.npz": (HF, write_npz),
     "ckpt.pt": (NANOGPT, write_nanogpt),
     "model.ckpt.index": (OPENAI, write_tf),
     "tf_model.h5": (KERAS, write_hdf5),
@@ -113,7 +118,7 @@ KINDS = {
 
 def name_in(kind, canonical):
     dialect = KINDS[kind][0]
-    return canonical if canonical == LM_HEAD else dialect.prefixes[0] + dialect.layout(canonical)[0]
+    return canonical if canonical == LM_HEAD else dialect.prefixes[0] + dialect.names(canonical)[0]
 
 
 def any_file(folder, kind, change=lambda arrays: None, checkpoint=None):

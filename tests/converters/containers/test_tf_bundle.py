@@ -30,7 +30,7 @@ def test_what_tensorflow_wrote_is_read_to_the_same_values(folder):
     checkpoint = open_checkpoint(FIXTURES / folder)
     dtype = np.float16 if folder == "tf_fp16" else np.float32
     for name, array in arrays_of(checkpoint).items():
-        expected = VALUES[OPENAI.layout(name)[0]].astype(dtype)
+        expected = VALUES[OPENAI.names(name)[0]].astype(dtype)
         assert array.tobytes() == expected.tobytes(), name
     assert checkpoint.checksummed == 28
     assert (checkpoint.config.n_head, checkpoint.config.n_ctx) == (2, 10)
@@ -109,7 +109,7 @@ def test_the_real_index_lists_gpt2_small_and_its_148_checksums():
     table = release_checksums()
     assert {name: facts["shape"] for name, facts in table.items()} == GPT2Config().shapes()
     for name, facts in table.items():
-        entry = entries[OPENAI.layout(name)[0].encode()]
+        entry = entries[OPENAI.names(name)[0].encode()]
         assert unmask(entry.crc) == facts["crc32c"]
         assert entry.shape in (facts["shape"], (1, *facts["shape"]))
 

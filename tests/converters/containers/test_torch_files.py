@@ -149,9 +149,7 @@ def pickled(body):
     [
         (b"cos\nsystem\n.", "os.system"),
         (b"\x8c\x02os\x8c\x06system\x93.", "os.system"),
-        (b"ctorch._utils\n_rebuild_qtensor\n.", "quantized"),
-        (b"ctorch._utils\n_rebuild_sparse_tensor\n.", "sparse"),
-        (b"(ios\nsystem\n.", "INST"),
+        (b"(ios\nsystem\n.", "os.system"),
         (b"(cos\nsystem\no.", "os.system"),
         (b"\x82\x01.", "EXT1"),
         (b"})\x81.", "NEWOBJ"),
@@ -201,7 +199,7 @@ def test_a_pickle_that_asks_for_too_much_is_refused_before_it_fills_the_memory(b
         (lambda: {}, "an empty dict"),
         (lambda: {1: torch.zeros(2)}, "not a tensor|not a dict"),
         (lambda: torch.zeros(2), "a tensor, not a dict of tensors"),
-        (lambda: {"a": {"b": torch.zeros(2)}}, "'a' is a dict, not a tensor"),
+        (lambda: {"a": {"b": torch.zeros(2)}}, "none of its 1 tensors has a name"),
     ],
 )
 def test_a_top_level_that_is_no_dict_of_tensors_is_refused(tmp_path, zipped, value, match):
@@ -374,10 +372,10 @@ def test_bytes_behind_the_pickle_are_refused(archive):
 # ---------------------------------------------------------------------------------------------------- the legacy
 
 
-def test_a_model_pickled_whole_is_refused(tmp_path):
-    path = tmp_path / "m.bin"
-    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UnsafeError, match=r"torch\.nn\.modules\.linear\.Linear"):
+@both_ages
+def test_another_model_that_was_saved_whole_is_refused(tmp_path, zipped):
+    path = save(torch.nn.Linear(2, 2), tmp_path / "m.bin", zipped)
+    with pytest.raises(CheckpointError, match="none of its 2 tensors has a name of a GPT-2 parameter"):
         open_checkpoint(path)
 
 

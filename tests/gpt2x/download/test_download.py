@@ -21,10 +21,11 @@ from typing import Any
 import httpx2
 import pytest
 import safetensors.numpy
+from adapters import write_adapter
 from checkpoints import assert_same_bytes, random_checkpoint
 from commands import SEVERAL, Done, assert_refused, done
 from hub_server import HANGS, environment, serving
-from paths import ROOT
+from paths import FIXTURES, ROOT, files_of
 
 from converters import ChecksumError, ConversionError, UnsafeError, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, fetch
@@ -785,6 +786,17 @@ def test_shards_in_the_hubs_cache_are_opened(server, hub, hf_files, tmp_path):
     assert "model-3.safetensors" not in fetched(server)
 
 
+def test_a_preset_of_keras_hub_is_downloaded_with_its_tokenizer_and_all_its_files(server, hub):
+    preset, shards = FIXTURES / "keras_hub", FIXTURES / "keras_hub_shards"
+    server.repos["keras/whole"] = {"files": {name: (preset / name).read_bytes() for name in files_of(preset)}}
+    server.repos["keras/shards"] = {"files": {name: (shards / name).read_bytes() for name in files_of(shards)}}
+    done(hub("convert", "hf://keras/whole", "whole"))
+    done(hub("convert", "hf://keras/shards", "shards.bin"))
+    for path in ("whole", "shards.bin"):
+        assert_same_bytes(open_checkpoint(FIXTURES / "tf_plain"), open_checkpoint(path))
+    assert Path("whole/vocab.json").read_bytes() == (preset / "assets/tokenizer/vocabulary.json").read_bytes()
+
+
 def tiny_repo(kind, name):
     """Return a tiny model with random weights, with its configuration: file name -> bytes."""
     save_checkpoint(random_checkpoint(), f"tiny-{kind}", kind)
@@ -820,6 +832,20 @@ def test_an_export_on_the_hub_is_run_by_onnx_runtime(server, hub, gpt2x):
     bench = ["bench", "hf://me/onnx", "--prompt", "4", "--new", "2"]
     for result in hub.all([one, ["generate", "hf://me/onnx", *args], bench]):
         assert done(result).stdout.startswith((expected, "precision"))
+
+
+def test_an_adapter_on_the_hub_is_merged_with_its_tokenizer(server, hub, hf_files):
+    write_adapter(Path("lora"), open_checkpoint(SHAKESPEARE))
+    files = {path.name: path.read_bytes() for path in Path("lora").iterdir()}
+    tokenizer = {name: data for name, data in hf_files.items() if name in ("vocab.json", "merges.txt")}
+    server.repos["me/lora"] = {"files": {**files, **tokenizer, "optimizer.pt": b"", "README.md": b""}}
+    server.repos["me/none"] = {"files": {"README.md": b""}}
+    commands = [["convert", str(SHAKESPEARE), "out", "--adapter", f"hf://me/{name}"] for name in ("lora", "none")]
+    merged, missing = hub.all(commands)
+    done(merged)
+    assert_refused(missing, "hf://me/none: no PEFT adapter")
+    assert fetched(server) == sorted([*files, *tokenizer])
+    assert_same_bytes(open_checkpoint(SHAKESPEARE, adapter="lora"), open_checkpoint("out"))
 
 
 WRONG = (

@@ -19,7 +19,8 @@ from commands import assert_refused
 from converters import GPT2Config, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
-from gpt2x.generation.loop import Generation, generate_text
+from gpt2x.generation.generate import generate_text
+from gpt2x.generation.loop import Generation
 from gpt2x.generation.sampling import Sampling
 from gpt2x.runtimes.base import InputError
 from gpt2x.runtimes.batching import RunningBatch

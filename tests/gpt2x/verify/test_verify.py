@@ -277,7 +277,7 @@ def test_the_table_is_that_of_openais_own_index():
 
     real = dict(read_table(File(RELEASE / "model.ckpt.index")))
     for name, facts in weights.release_checksums().items():
-        assert unmask(Entry.parse(real[OPENAI.layout(name)[0].encode()], name).crc) == facts["crc32c"]
+        assert unmask(Entry.parse(real[OPENAI.names(name)[0].encode()], name).crc) == facts["crc32c"]
 
 
 def test_b_and_against_together_are_wrong_usage(gpt2x):

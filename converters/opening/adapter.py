@@ -1,0 +1,243 @@
+"""Two steps, if there is an adapter: open it, apart from its base; and merge it into the assembled checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..adapter_config import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    AdapterConfig,
+    adapter_folder,
+    described,
+    how_to_merge,
+    is_merged,
+    not_a_model,
+    read_adapter_config,
+)
+from ..adapters import Adapter, is_unmerged, read_adapter, split
+from ..checkpoint import Checkpoint, same_bytes
+from ..containers.container import Container
+from ..dtypes import DTYPES, NAMES, DType
+from ..errors import CheckpointError, ConfigError, FormatError
+from ..io.reading import check_name
+from ..lora import changed
+from ..spec import LM_HEAD
+from ..tensors import LazyTensor
+from ..tokenizer import find_tokenizer
+from .find import Source
+from .open import open_file
+
+WTE = "wte.weight"
+BASE = (WTE, "wpe.weight", "h.0.mlp.c_fc.weight")  # a state dict with these holds a whole model
+UNTIED = "lm_head is no longer tied to wte, as the adapter changes only one of them"
+# peft#2018
+UNLIKE_PEFT = "; the model with its adapter computes that, while peft's merge_and_unload would change both"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A container with the base alone, and the adapter to merge into it.
+
+    ``tokenizer`` is the adapter's directory, if it has a tokenizer.
+    """
+
+    base: Container
+    adapter: Adapter | None = None
+    tokenizer: Path | None = None
+
+
+def open_adapter(source: Source, container: Container, path: str | Path | None) -> Opened:
+    """Open the adapter that the user names, or the one in the same state dict as its base.
+
+    Raises:
+        CheckpointError: if the source is an adapter without its base, or the adapter is not one of a GPT-2.
+        ConfigError: if the adapter has no valid configuration, or is of a type that is not merged.
+        FormatError: if its files are not valid.
+    """
+    folder = _folder(path) if path is not None else None
+    if not is_unmerged(container.tensors):
+        if container.path.name in WEIGHT_FILES:
+            raise not_a_model(source.path, _configuration(source.home))
+        return _beside(container, folder) if folder else Opened(container)
+    base, parts = split(container.tensors)
+    if not all(name in base for name in BASE):
+        raise not_a_model(source.path, _configuration(source.home))
+    config = _configuration(folder or source.home, f"{source.path}: a model and its LoRA adapter, not merged")
+    adapter = read_adapter(source.path, (config.path,), parts, config)
+    return Opened(replace(container, tensors=base), adapter)
+
+
+def adapter_in(path: str | Path) -> Adapter:
+    """The LoRA adapter in a directory.
+
+    Raises:
+        CheckpointError: if it is not one of a GPT-2.
+        ConfigError: if it has no valid configuration, or is of a type that is not merged.
+        FormatError: if its files are not valid.
+    """
+    folder = _folder(path)
+    config = _configuration(folder)
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise FormatError(f"{folder}: no weights of an adapter (looked for {' and '.join(WEIGHT_FILES)})")
+    return read_adapter(folder, (file, config.path), open_file(file).tensors, config)
+
+
+def _beside(container: Container, folder: Path) -> Opened:
+    return Opened(container, adapter_in(folder), tokenizer_beside(folder))
+
+
+def tokenizer_beside(path: str | Path) -> Path | None:
+    """The directory of an adapter, if it has a tokenizer: the one of its training, which may have more tokens."""
+    folder = _folder(path)
+    return folder if find_tokenizer(folder) else None
+
+
+def _folder(path: str | Path) -> Path:
+    """The directory of the adapter that a path stands for."""
+    if "://" in str(path):
+        raise FormatError(f"{path}: a URL, not a path; use gpt2x.fetch to download it")
+    path = Path(path)
+    check_name(path)
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or directory")
+    folder = adapter_folder(path if path.is_dir() else path.parent)
+    if folder is None:
+        raise ConfigError(f"{path}: no {CONFIG_FILE}, so not an adapter of PEFT; pass the directory that has one")
+    return folder
+
+
+def _configuration(folder: Path, what: str = "") -> AdapterConfig:
+    """The configuration of an adapter that can be merged.
+
+    Args:
+        what: what lacks it, for the message.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        what = what or f"{folder}: an adapter, not a whole model"
+        raise ConfigError(
+            f"{what}. Its scale (lora_alpha) is in {CONFIG_FILE}, which is not beside it; "
+            "pass --adapter DIR with the directory that has one"
+        )
+    config = read_adapter_config(file)
+    if not is_merged(config.kind):
+        raise ConfigError(f"{folder}: {described(config.kind)}. {how_to_merge(config, folder)}")
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------------ merge
+
+
+def merge_adapter(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    merged_dtype: str | None = None,
+    *,
+    tie: bool | None = None,
+    is_truncated: bool = False,
+) -> Checkpoint:
+    """The checkpoint with an adapter merged into it, lazily.
+
+    Args:
+        checkpoint: the base.
+        adapter: the adapter.
+        merged_dtype: dtype of the tensors that it changes; by default the base's.
+        tie: whether an ``lm_head`` that differs from the token embedding is dropped (True); otherwise it is kept.
+        is_truncated: whether the user asked for the number of rows of the base's token embedding, so that it stays.
+
+    Raises:
+        CheckpointError: if the adapter does not fit the base.
+    """
+    _check_fits(checkpoint, adapter, is_truncated)
+    dtype = DTYPES[NAMES.get(merged_dtype, merged_dtype)] if merged_dtype else None
+    tensors = dict(checkpoint.tensors)
+    for name in _touched(adapter):
+        if name in tensors and name not in (WTE, LM_HEAD):
+            tensors[name] = changed(name, tensors[name], adapter, dtype)
+    notes = [f"merged {described(adapter.config.kind)}, {adapter.path}: {adapter.summary()}"]
+    embeddings = _embeddings(checkpoint, adapter, dtype, tie)
+    tensors |= embeddings
+    is_tied = LM_HEAD not in embeddings
+    if tie:
+        tensors.pop(LM_HEAD, None)
+    elif checkpoint.config.tie_word_embeddings and not is_tied:
+        is_low_rank = WTE in adapter.factors or LM_HEAD in adapter.factors
+        notes.append(UNTIED + UNLIKE_PEFT if is_low_rank else UNTIED)
+    config = replace(checkpoint.config, n_vocab=tensors[WTE].shape[0], tie_word_embeddings=is_tied)
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=tensors,
+        files=(*checkpoint.files, *adapter.files),
+        left_out=(*checkpoint.left_out, *adapter.left_out),
+        notes=(*checkpoint.notes, *notes),
+        adapter=adapter.path,
+    )
+
+
+def _touched(adapter: Adapter) -> set[str]:
+    """The names of the parameters that an adapter changes."""
+    biases = {name.removesuffix("weight") + "bias" for name, change in adapter.factors.items() if change.bias}
+    return {*adapter.factors, *adapter.rows, *adapter.replaced, *biases}
+
+
+def _embeddings(
+    checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, tie: bool | None
+) -> dict[str, LazyTensor]:
+    """``wte``, and ``lm_head`` where it differs from ``wte`` after the change."""
+    is_tied = checkpoint.config.tie_word_embeddings
+    if is_tied and WTE in adapter.rows:
+        adapter = replace(adapter, rows={LM_HEAD: adapter.rows[WTE], **adapter.rows})  # peft replaces rows of both
+    touched = _touched(adapter)
+    base = checkpoint.tensors[WTE]
+    wte = changed(WTE, base, adapter, dtype) if WTE in touched else base
+    if tie or (is_tied and not touched & {WTE, LM_HEAD}):
+        return {WTE: wte}
+    head = checkpoint.tensors.get(LM_HEAD, base)
+    if LM_HEAD in touched:
+        head = changed(LM_HEAD, head, adapter, dtype)
+    if head.shape != wte.shape:
+        raise CheckpointError(
+            f"{adapter.path}: does not fit {checkpoint.source}: it brings a token embedding of {wte.shape[0]} rows, "
+            f"but lm_head has {head.shape[0]}; pass the base with the added tokens, or --tie to use the embedding as lm_head"
+        )
+    is_same = is_tied and same_bytes(wte, head)
+    return {WTE: wte} if is_same else {WTE: wte, LM_HEAD: head}
+
+
+def _check_fits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> None:
+    """Refuse an adapter of another base, in one line."""
+    faults = list(_misfits(checkpoint, adapter, is_truncated))
+    if not faults:
+        return
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    base = adapter.config.base
+    advice = f"; its base is {base[:200]!r}" if base else ""
+    raise CheckpointError(f"{adapter.path}: does not fit {checkpoint.source}: {faults[0]}{more}{advice}")
+
+
+def _misfits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> Iterator[str]:
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    shapes.setdefault(LM_HEAD, shapes[WTE])
+    for name in _touched(adapter):
+        if name not in shapes:
+            yield f"it changes {name}, which the base with {checkpoint.config.n_layer} layers does not have"
+    for name, tensor in adapter.replaced.items():
+        expected = shapes.get(name)
+        is_embedding = name in (WTE, LM_HEAD) and len(tensor.shape) == 2
+        if is_embedding and not is_truncated and tensor.shape[1] == shapes[WTE][1]:
+            shapes[name] = tensor.shape
+        elif expected and tensor.shape != expected:
+            yield f"its {name} is {list(tensor.shape)}, the base's is {list(expected)}"
+    for name, change in adapter.factors.items():
+        shape = change.shape[::-1] if name == LM_HEAD else change.shape
+        if name in shapes and shape != shapes[name]:
+            yield f"it changes a {list(shape)} {name}, the base's is {list(shapes[name])}"
+    for name, rows in adapter.rows.items():
+        is_inside = name in shapes and max(rows.indices, default=0) < shapes[name][0]
+        if name in shapes and (rows.values.shape[1:] != shapes[name][1:] or not is_inside):
+            yield f"it replaces rows of {name} up to {max(rows.indices, default=0)}, the base's is {list(shapes[name])}"

@@ -1,0 +1,65 @@
+"""Prompts and tokens for a decoder: checks, and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ..runtimes.base import EMPTY, Decoder, Ids, InputError, PromptError
+from .sampling import Sampling
+
+Finish = Literal["stop", "length", "context"]
+"""Why a text ended: an end token or a stop string, the limit of new tokens, or the end of the model's context."""
+
+
+def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse a prompt that is empty, too long, or not of this model.
+
+    Raises:
+        PromptError: with the reason.
+    """
+    for prompt in prompts:
+        if not len(prompt):
+            raise PromptError(EMPTY)
+        if len(prompt) > decoder.n_ctx:
+            raise PromptError(f"the prompt has {len(prompt)} tokens; the model's context is {decoder.n_ctx}")
+        for token in prompt:
+            if not 0 <= token < decoder.n_vocab:
+                raise PromptError(
+                    f"token id {token} is outside the model's vocabulary of {decoder.n_vocab}: does the tokenizer "
+                    "belong to another model?"
+                )
+
+
+def check_tokens(decoder: Decoder, sampling: Sampling, end_tokens: Sequence[int]) -> None:
+    """Refuse controls that name a token outside the vocabulary.
+
+    Raises:
+        InputError: with its id.
+    """
+    for sequence in [*sampling.sequences(), end_tokens]:
+        for token in sequence:
+            if token >= decoder.n_vocab:
+                raise InputError(f"a control names token id {token}; the model's vocabulary is {decoder.n_vocab}")
+
+
+def as_end_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One token, several, or none, as a tuple."""
+    if eos_token_id is None:
+        return ()
+    if isinstance(eos_token_id, int | np.integer):
+        return (int(eos_token_id),)
+    return tuple(eos_token_id)
+
+
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
+    """Token ids and mask, (B, T) each, of prompts that end together."""
+    width = max(map(len, prompts), default=0)
+    ids = np.zeros((len(prompts), width), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

@@ -1,0 +1,204 @@
+"""The controls of ``gpt2x generate``, and ``--prompts``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from commands import assert_refused, done
+
+from converters import open_checkpoint, save_checkpoint
+from gpt2x import SHAKESPEARE, ExportOptions, Tokenizer, export_onnx, from_pretrained, generate_text
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def library() -> tuple[Any, Any]:
+    return from_pretrained(SHAKESPEARE), Tokenizer.from_pretrained(SHAKESPEARE)
+
+
+def text_of(library, *args, **controls) -> Any:
+    model, tokenizer = library
+    generate: Any = generate_text
+    return generate(model, tokenizer, *args, **controls)
+
+
+@pytest.mark.parametrize(
+    ("options", "controls"),
+    [
+        (["--temperature", 0, "--repetition-penalty", 1.3], {"temperature": 0, "repetition_penalty": 1.3}),
+        (["--temperature", 0, "--no-repeat-ngram-size", 2], {"temperature": 0, "no_repeat_ngram_size": 2}),
+        (["--temperature", 0, "--stop", " my", "--stop", "?"], {"temperature": 0, "stop_strings": [" my", "?"]}),
+        (["--temperature", 0, "--logit-bias", "13=-50", "--bad-words-ids", "11,198"],
+         {"temperature": 0, "logit_bias": {13: -50}, "bad_words_ids": [[11, 198]]}),
+        (["--temperature", 0, "--stop-token-id", 198], {"temperature": 0, "stop_token_ids": [198]}),
+        (["--min-p", 0.1, "--typical-p", 0.9, "--seed", 4], {"min_p": 0.1, "typical_p": 0.9, "seed": 4}),
+        (["--presence-penalty", 0.5, "--frequency-penalty", 0.5, "--seed", 4],
+         {"presence_penalty": 0.5, "frequency_penalty": 0.5, "seed": 4}),
+        (["--num-beams", 3, "--length-penalty", 0.5, "--early-stopping"],
+         {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_option_is_the_control_of_the_library(gpt2x, library, options, controls):
+    found = done(gpt2x("generate", SHAKESPEARE, "ROMEO:", "--max-new-tokens", 30, *options)).stdout
+    assert found == text_of(library, "ROMEO:", 30, **controls) + "\n"
+
+
+def test_several_texts_are_numbered(gpt2x, library):
+    found = done(gpt2x("generate", SHAKESPEARE, "ROMEO:", "--max-new-tokens", 9, "-n", 2, "--seed", 5)).stdout
+    one, two = text_of(library, "ROMEO:", 9, seed=5, num_return_sequences=2)
+    assert found == f"--- 1 of 2\n{one}\n--- 2 of 2\n{two}\n"
+    assert one != two
+
+
+def test_the_prompt_can_come_from_standard_input(gpt2x):
+    from gpt2x.cli import main
+
+    options = [str(SHAKESPEARE), "--temperature", "0", "--max-new-tokens", "5"]
+    piped = CliRunner().invoke(main, ["generate", *options, "-"], input="ROMEO:")
+    assert done(piped).stdout == done(gpt2x("generate", *options, "ROMEO:")).stdout
+
+
+def test_threads_are_set(gpt2x):
+    export_onnx(open_checkpoint(SHAKESPEARE), "m")
+    options = ["--temperature", 0, "--max-new-tokens", 5]
+    found = done(gpt2x("generate", "m", "ROMEO:", *options, "--threads", 1)).stdout
+    assert found == done(gpt2x("generate", "m", "ROMEO:", *options)).stdout
+
+
+def test_generation_config_beside_the_model_is_used_and_said(gpt2x, library):
+    save_checkpoint(open_checkpoint(SHAKESPEARE), "hf")
+    settings = json.loads(Path("hf/generation_config.json").read_text())
+    settings |= {"do_sample": False, "repetition_penalty": 1.4, "max_new_tokens": 12, "penalty_alpha": 0.6}
+    Path("hf/generation_config.json").write_text(json.dumps(settings))
+    result = done(gpt2x("generate", "hf", "ROMEO:"))
+    assert result.stdout == text_of(library, "ROMEO:", 12, 0, repetition_penalty=1.4) + "\n"
+    assert "from generation_config.json: repetition_penalty 1.4, max_new_tokens 12, temperature 0.0" in result.stderr
+    assert "penalty_alpha, which gpt2x does not support" in result.stderr
+    result = done(gpt2x("generate", "hf", "ROMEO:", "--repetition-penalty", 1, "--max-new-tokens", 7))
+    assert result.stdout == text_of(library, "ROMEO:", 7, 0) + "\n"
+    assert "from generation_config.json: temperature 0.0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["ROMEO:", "--num-beams", 3, "--temperature", 2], "beam search does not sample"),
+        (["ROMEO:", "--stop", ""], "a stop string is empty"),
+        (["ROMEO:", "--logit-bias", "a=1"], "is not a list of token ids"),
+        (["ROMEO:", "--prompts", "in.jsonl", "--output", "out.jsonl"], "either PROMPT or --prompts"),
+        ([], "either PROMPT or --prompts"),
+        (["--prompts", "in.jsonl"], "go together"),
+        (["ROMEO:", "--resume"], "--resume continues an --output"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_wrong_usage(gpt2x, options, words):
+    Path("in.jsonl").write_text("")
+    result = gpt2x("generate", SHAKESPEARE, *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_a_token_outside_the_vocabulary_is_refused(gpt2x):
+    assert_refused(gpt2x("generate", SHAKESPEARE, "ROMEO:", "--stop-token-id", 50256), "token id 50256", "2048")
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+LINES = [
+    '{"prompt": "ROMEO:", "id": 7}',
+    "nonsense",
+    '{"prompt": "JULIET: caf\\u00e9"}',
+    '{"prompt": ""}',
+    '{"text": "no prompt"}',
+    '["a list"]',
+    json.dumps({"prompt": "love " * 400}),
+    '{"prompt": "My lord,"}',
+    '{"prompt": "What light through yonder window"}',
+]
+OPTIONS = ["--max-new-tokens", 12, "--seed", 3]
+
+
+@pytest.fixture(scope="module", params=["growing", "inplace"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "m"
+    export_onnx(open_checkpoint(SHAKESPEARE), folder, ExportOptions(cache=request.param))
+    return folder
+
+
+@pytest.fixture
+def prompts():
+    Path("in.jsonl").write_text("\n".join(LINES) + "\n")
+
+
+def results(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def run(gpt2x, model, output, *options):
+    return gpt2x("generate", model, "--prompts", "in.jsonl", "--output", output, *OPTIONS, *options)
+
+
+def test_each_prompt_has_its_line_in_order_and_bad_lines_are_said(gpt2x, model, prompts):
+    result = done(run(gpt2x, model, "out.jsonl", "--batch-size", 2))
+    found = results("out.jsonl")
+    assert [line["line"] for line in found] == [1, 3, 8, 9]
+    assert found[0]["id"] == 7
+    assert all(line["finish"] == "length" for line in found)
+    for line, words in {2: "not JSON", 4: "empty", 5: "no text", 6: "not an object", 7: "256"}.items():
+        assert any(said.startswith(f"in.jsonl:{line}: ") and words in said for said in result.stderr.splitlines())
+    assert "Skipped 5 of 9 lines" in result.stderr
+
+
+def test_a_text_does_not_depend_on_the_batch(gpt2x, model, prompts):
+    for size in (1, 3, 16):
+        done(run(gpt2x, model, f"{size}.jsonl", "--batch-size", size))
+    assert results("1.jsonl") == results("3.jsonl") == results("16.jsonl")
+
+
+def test_several_texts_of_a_prompt_have_an_index(gpt2x, model, prompts):
+    done(run(gpt2x, model, "out.jsonl", "-n", 2))
+    assert [(line["line"], line["index"]) for line in results("out.jsonl")] == [
+        (line, index) for line in (1, 3, 8, 9) for index in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["-n", 2]], ids=["one", "two"])
+def test_an_interrupted_output_is_continued(gpt2x, model, prompts, options):
+    done(run(gpt2x, model, "out.jsonl", *options))
+    whole = Path("out.jsonl").read_bytes()
+    for end in (0, 40, len(whole) // 2, len(whole) - 1, len(whole)):
+        Path("part.jsonl").write_bytes(whole[:end])
+        done(run(gpt2x, model, "part.jsonl", *options, "--resume"))
+        assert Path("part.jsonl").read_bytes() == whole
+
+
+def test_an_output_is_never_overwritten(gpt2x, model, prompts):
+    Path("out.jsonl").write_text("mine\n")
+    assert_refused(run(gpt2x, model, "out.jsonl"), "out.jsonl exists", "--resume")
+    assert_refused(run(gpt2x, model, "out.jsonl", "--resume"), "does not hold results")
+    done(run(gpt2x, model, "first.jsonl"))
+    Path("in.jsonl").write_text('{"prompt": "another"}\n' * 9)
+    before = Path("first.jsonl").read_bytes()
+    assert_refused(run(gpt2x, model, "first.jsonl", "--resume"), "continues another prompt")
+    assert Path("first.jsonl").read_bytes() == before
+
+
+def test_beams_work_on_a_file_of_prompts(gpt2x, model, prompts, library):
+    done(
+        gpt2x(
+            "generate", model, "--prompts", "in.jsonl", "--output", "out.jsonl", "--max-new-tokens", 9, "--num-beams", 3
+        )
+    )
+    expected = text_of(library, "ROMEO:", 9, num_beams=3)
+    first = results("out.jsonl")[0]
+    assert first["prompt"] + first["text"] == expected
+    assert first["score"] < 0
