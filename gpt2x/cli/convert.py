@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -52,6 +53,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--n-vocab", type=click.IntRange(min=1), help="Truncate a padded vocabulary to N rows.")
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
+@click.option("--no-tokenizer", is_flag=True, help="Convert the weights without their tokenizer.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -65,6 +67,7 @@ def convert(
     n_vocab: int | None,
     activation_function: str | None,
     tokenizer_dir: str | None,
+    no_tokenizer: bool,
     tie: bool,
     force: bool,
     as_json: bool,
@@ -85,6 +88,8 @@ def convert(
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
 
+    if no_tokenizer and tokenizer_dir:
+        raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
     wanted = None if dtype == "keep" else dtype
     _check_destination(src, dst, to, wanted, max_shard_size, force)
     path = local(src)
@@ -97,6 +102,8 @@ def convert(
         tokenizer=tokenizer_dir,
         tie=tie,
     )
+    if no_tokenizer:
+        checkpoint = replace(checkpoint, tokenizer=None)
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:
         saved = save_checkpoint(
