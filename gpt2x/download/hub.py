@@ -18,6 +18,8 @@ from converters import ConversionError, UnsafeError
 from converters.formats import OTHERS, WEIGHTS
 from converters.io.json import read_json
 from converters.io.publishing import writing
+from converters.tokenizer import NAMES as TOKENIZER_FILES
+from converters.tokenizer import OTHERS as OTHER_TOKENIZERS
 
 from .. import contract
 from .._version import __version__
@@ -35,11 +37,7 @@ OURS = "genai_config.json"  # beside every ONNX directory that gpt2x writes
 COMPANIONS = (
     (("config.json", "hparams.json"), ("config.json", "hparams.json")),
     (("generation_config.json",), ("generation_config.json",)),
-    (
-        ("tokenizer.json", "vocab.json", "encoder.json"),
-        ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    ),
+    (("tokenizer.json", "vocab.json", "encoder.json", *OTHER_TOKENIZERS), TOKENIZER_FILES),
 )  # fmt: skip
 
 

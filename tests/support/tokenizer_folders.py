@@ -85,3 +85,95 @@ def logits_of(folder: Path, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([ids])).logits.numpy()
     return logits
+
+
+# ------------------------------------------------------------------------------------------------------ added tokens
+
+TEXTS = (
+    "the covid  remdesivir",
+    "a<sep>b <sep> c",
+    "an  <mask>  an",
+    "covids covid, Covid anticovid covid",
+    f"one{END}two {END} three",
+    "<s>a [PAD] é<pad></s>",
+    "newyork New York new york",
+)
+ENDS = {"id": N - 1, **stated(END, special=True)}
+TOKENS = [stated("covid", normalized=True), stated("remdesivir", normalized=True), stated("<sep>", special=True)]
+WORDS = [{"id": N + i, **token} for i, token in enumerate(TOKENS)]
+TRAINED = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+# What people have: the files of their tokenizer.
+SITUATIONS: dict[str, dict[str, Any]] = {
+    # llama.cpp#15842: tokenizer.add_tokens(["covid"]), as GPT2Tokenizer saved it from 2019 to 2023.
+    "added_tokens.json": {
+        **pair(),
+        "added_tokens.json": {"covid": N, "remdesivir": N + 1, "<sep>": N + 2},
+        "special_tokens_map.json": {"bos_token": END, "eos_token": END, "unk_token": END, "sep_token": "<sep>"},
+        "tokenizer_config.json": {**CONFIG, "sep_token": "<sep>"},
+    },
+    # The same in a tokenizer.json.
+    "tokenizer.json": {
+        "tokenizer.json": tokenizer_json(ENDS, *WORDS),
+        "tokenizer_config.json": {**CONFIG, "tokenizer_class": "PreTrainedTokenizerFast"},
+    },
+    "tokenizer.json alone": {"tokenizer.json": tokenizer_json(ENDS, *WORDS)},
+    # llama.cpp#5838: tokens that only tokenizer_config.json states; transformers 4.34 and later, without a tokenizer.json.
+    "added_tokens_decoder": {
+        **pair(),
+        "tokenizer_config.json": {
+            **CONFIG,
+            "added_tokens_decoder": {
+                str(N - 1): stated(END, special=True, normalized=True),
+                **{str(N + i): token for i, token in enumerate(TOKENS)},
+            },
+        },
+    },
+    # transformers, pull request 5287: <mask> takes the space before it, as in RoBERTa; with all other flags beside it.
+    "all flags": {
+        "tokenizer.json": tokenizer_json(
+            ENDS,
+            {"id": N, **stated("<mask>", special=True, lstrip=True)},
+            {"id": N + 1, **stated("<sep>", rstrip=True)},
+            {"id": N + 2, **stated("covid", single_word=True, normalized=True)},
+            {"id": N + 3, **stated("New York", lstrip=True, rstrip=True)},
+        ),
+        "tokenizer_config.json": CONFIG,
+    },
+    # stefan-it/german-gpt2#3: special tokens that are in the trained vocabulary, here with roles.
+    "in the vocabulary": {
+        **pair(
+            {**{token: i for i, token in enumerate(TRAINED)}, **{t: i + 5 for t, i in vocabulary().items() if t != END}}
+        ),
+        "special_tokens_map.json": {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "mask_token": stated("<mask>", lstrip=True, normalized=True),
+        },
+    },
+    # transformers#9542: a padding token that has a name and no id, as the model was not resized.
+    "a padding token without an id": {
+        **pair(),
+        "special_tokens_map.json": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": "[PAD]"},
+        "tokenizer_config.json": CONFIG,
+    },
+    # transformers#9246: added_tokens.json states ids that are in the vocabulary.
+    "ids in the vocabulary": {
+        **pair({**vocabulary(), "<pad>": N, "<mask>": N + 1}),
+        "added_tokens.json": {"<pad>": N, "<mask>": N + 1},
+        "special_tokens_map.json": {"pad_token": "<pad>", "mask_token": "<mask>"},
+        "tokenizer_config.json": CONFIG,
+    },
+    # A merged fine-tune: the same token twice. The last flags count, as in tokenizers.
+    "a token twice": {
+        "tokenizer.json": tokenizer_json(ENDS, WORDS[0], {"id": N + 1, **stated("covid", special=True)}),
+        "tokenizer_config.json": CONFIG,
+    },
+    # A role makes a token special that tokenizer.json calls ordinary (pad_token = "covid").
+    "an ordinary token with a role": {
+        "tokenizer.json": tokenizer_json(ENDS, *WORDS),
+        "tokenizer_config.json": {**CONFIG, "pad_token": "covid"},
+    },
+}
