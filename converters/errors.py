@@ -8,7 +8,8 @@ ConversionError             the base class; its message is for the user
 ├── ConfigError             an invalid, unknown or contradicted configuration
 │   └── UnknownHeadsError   no configuration states the number of attention heads, which tensors do not show
 ├── DestinationError        the result cannot be written there
-└── TokenizerError          a tokenizer is missing, or is not a byte-level BPE as GPT-2's is
+└── TokenizerError          a tokenizer is missing or damaged
+    └── OtherTokenizerError a tokenizer that is not a byte-level BPE as GPT-2's is
 
 Every message names the file, the fault and the remedy.
 """
@@ -64,4 +65,12 @@ class DestinationError(ConversionError):
 
 
 class TokenizerError(ConversionError):
-    """A tokenizer is missing, or is not a byte-level BPE as GPT-2's is."""
+    """A tokenizer is missing or damaged."""
+
+
+class OtherTokenizerError(TokenizerError):
+    """A tokenizer that is not a byte-level BPE as GPT-2's is. ``kind`` says what it is, as text for the user."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind

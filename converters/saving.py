@@ -9,13 +9,14 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .dtypes import NAMES, whole_items
-from .errors import DestinationError
+from .errors import DestinationError, OtherTokenizerError
 from .formats import BY_NAME, CONFIG_FILES, MODELS, OTHERS, WEIGHTS, WRITE_SUFFIXES, WRITERS, Format, Job
 from .formats.huggingface import hf_companions
+from .formats.notes import not_stored
 from .io.json import to_json
 from .io.publishing import write_small
 from .tensors import DTYPES, LazyTensor, all_finite
-from .tokenizer import EXTRA, PAIRS
+from .tokenizer import NAMES as TOKENIZER_NAMES
 
 Progress = Callable[[int], None]
 Warn = Callable[[str], None]
@@ -85,7 +86,17 @@ def save_checkpoint(
     size = size_of(max_shard_size) if max_shard_size is not None else None
     job = Job(watched(checkpoint, progress, warn), path, force, dtype, size, rivals)
     written = WRITERS[kind](job)
-    return Saved(path, kind, sum(file.stat().st_size for file in written.files), tuple(written.notes))
+    notes = (*written.notes, *_weights_only_notes(checkpoint, entry))
+    return Saved(path, kind, sum(file.stat().st_size for file in written.files), notes)
+
+
+def _weights_only_notes(checkpoint: Checkpoint, entry: Format) -> list[str]:
+    """The note on a tokenizer of another kind, for formats without a tokenizer. GPT-2's own is found elsewhere."""
+    found = checkpoint.tokenizer
+    has_tokenizer = entry.is_directory or entry.vocabulary is not None
+    if found is None or has_tokenizer or not isinstance(found.fault, OtherTokenizerError):
+        return []
+    return [not_stored(found, entry.name)]
 
 
 def check_destination(
@@ -190,8 +201,7 @@ def _watched(name: str, tensor: LazyTensor, progress: Progress | None, warn: War
 def rivals(path: Path) -> list[str]:
     """The files of a directory that ``open_checkpoint`` would take for weights, configuration or tokenizer."""
     weights = {*WEIGHTS, *OTHERS, *MODELS, "checkpoint"}
-    tokenizer = {"tokenizer.json", *sum(PAIRS, ()), *EXTRA}
-    names = {*weights, *CONFIG_FILES, *tokenizer}
+    names = {*weights, *CONFIG_FILES, *TOKENIZER_NAMES}
     return sorted(file.name for file in path.iterdir() if file.name in names or file.suffix == ".index")
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from converters import TokenizerError
+from converters.added_tokens import END_OF_TEXT
+from converters.errors import OtherTokenizerError
 from converters.opening import tokenizer_in
-from converters.tokenizer import END_OF_TEXT, TokenizerFiles, Vocabulary, build
+from converters.tokenizer import TokenizerFiles, Vocabulary, build
+
+OTHERS = (
+    "gpt2x cannot encode text with it: pass token ids, or the tokenizer of transformers to gpt2x.generate_text, "
+    "or --tokenizer DIR with a byte-level BPE"
+)
 
 
 class Tokenizer:
-    """Byte-level BPE with ``<|endoftext|>`` as one token. It returns the same ids as transformers' ``GPT2Tokenizer``.
+    """Byte-level BPE with added tokens, of which ``<|endoftext|>`` is one. It returns the same ids, and the same text, as
+    transformers' ``GPT2Tokenizer``.
 
     Args:
         vocab: token -> id, tokens written in GPT-2's byte alphabet.
@@ -36,13 +45,19 @@ class Tokenizer:
         ``vocab.bpe``.
 
         Raises:
-            TokenizerError: if there is none, or it is damaged.
+            TokenizerError: if there is none, it is damaged, or it is not a byte-level BPE.
         """
         return cls.from_files(tokenizer_in(Path(path)))
 
     @classmethod
     def from_files(cls, found: TokenizerFiles) -> Tokenizer:
-        """Load the tokenizer that ``find_tokenizer`` found."""
+        """Load the tokenizer that ``find_tokenizer`` found.
+
+        Raises:
+            TokenizerError: if it is damaged, or it is not a byte-level BPE.
+        """
+        if isinstance(found.fault, OtherTokenizerError):
+            raise TokenizerError(f"{found.fault}. {OTHERS}")
         tokenizer = cls.__new__(cls)
         tokenizer._use(found.vocabulary())
         return tokenizer
@@ -52,6 +67,10 @@ class Tokenizer:
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return list(self._backend.encode(valid, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Bytes that are not valid UTF-8 become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of ids. Bytes that are not valid UTF-8 become U+FFFD.
+
+        Args:
+            skip_special_tokens: leave out the special tokens, such as ``<|endoftext|>``.
+        """
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -5,6 +5,7 @@ Sources: ``constants.py`` of gguf-py for the keys; ``llama-model.cpp`` of llama.
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -12,18 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..added_tokens import AddedToken, usual_token
 from ..checkpoint import Checkpoint
 from ..config import UNSUPPORTED
 from ..containers.container import Container
 from ..containers.gguf_types import Q8_0, QUANTIZED
 from ..dialects import GGUF as DIALECT
 from ..errors import CheckpointError, ConfigError, TokenizerError
+from ..io.json import parse_json
 from ..io.publishing import new_file
 from ..spec import GPT2Config, with_inner
 from ..tensors import DTYPES, F32, DType, LazyTensor
-from ..tokenizer import END_OF_TEXT, Vocabulary
+from ..tokenizer import Vocabulary
 from .format import FLOATS, Codec, Embedded, Format, Job, Opener, Written, starts_with
-from .notes import NO_TOKENIZER, refuse_float64, tokenizer_notes
+from .notes import NO_TOKENIZER, not_stored, refuse_float64, tokenizer_notes, vocabulary_of
 
 ARCHITECTURE = "gpt2"
 HEADS, HEADS_KV = "gpt2.attention.head_count", "gpt2.attention.head_count_kv"
@@ -41,11 +44,14 @@ KEYS = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+KEPT_FLAGS = ("normalized", "lstrip", "rstrip", "single_word")
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's general.file_type
 
 TOKENS, MERGES, KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+FLAGS = "gpt2x.added_tokens"  # JSON: token -> those of its flags that its kind does not tell
 WITHOUT_TOKENIZER = {"tokenizer.ggml.model": "none"}
+IDS_ONLY = "Without a tokenizer, llama.cpp accepts token ids only"
 
 
 # --------------------------------------------------------------------------------------------------- configuration
@@ -136,12 +142,26 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
     if any(len(pair) != 2 for pair in pairs):
         raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
     ids, added = {}, []
+    flags = _flags(metadata, where)
     for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind != UNUSED:
             ids[token] = i
-        if kind in (CONTROL, USER_DEFINED) and token != END_OF_TEXT:
-            added.append(token)
+        if kind in (CONTROL, USER_DEFINED):
+            added.append(usual_token(token, special=kind == CONTROL).with_flags(flags.get(token, {})))
     return Vocabulary(ids, [(a, b) for a, b in pairs], tuple(added))
+
+
+def _flags(metadata: Mapping[str, Any], where: str) -> dict[str, dict[str, bool]]:
+    """Token -> flags that gpt2x wrote, as llama.cpp has no key for them."""
+    text = metadata.get(FLAGS, "{}")
+    if not isinstance(text, str):
+        raise TokenizerError(f"{where}: {FLAGS} is not text")
+    tokens = parse_json(text.encode(), f"{where}: {FLAGS}")
+    for flags in tokens.values():
+        is_valid = isinstance(flags, dict) and flags.keys() <= set(KEPT_FLAGS)
+        if not is_valid or not all(isinstance(flag, bool) for flag in flags.values()):
+            raise TokenizerError(f"{where}: invalid {FLAGS}")
+    return tokens
 
 
 def _splits_text_as_gpt2(metadata: Mapping[str, Any]) -> bool:
@@ -159,16 +179,26 @@ def _not_gpt2s(where: str) -> TokenizerError:
 def tokenizer_metadata(vocabulary: Vocabulary, n_vocab: int) -> dict[str, Any]:
     """The metadata of a tokenizer. Rows of the embedding without a token get an unused one.
 
+    Added tokens without a row of the embedding, which the model cannot use, are left out.
+
     Raises:
-        TokenizerError: if a token id is not in the model's vocabulary.
+        TokenizerError: if the id of another token is not in the model's vocabulary.
     """
-    names = {i: token for token, i in vocabulary.ids.items()}
+    without_row = {token.content for token in _without_row(vocabulary, n_vocab)}
+    names = {i: token for token, i in vocabulary.ids.items() if token not in without_row}
     largest = max(names, default=0)
     if largest >= n_vocab:
-        raise TokenizerError(f"the tokenizer has a token id of {largest}, but the model's n_vocab is {n_vocab}")
-    special = {END_OF_TEXT, *vocabulary.added}
-    kinds = {i: CONTROL if token in special else NORMAL for i, token in names.items()}
+        raise TokenizerError(
+            f"the tokenizer has a token id of {largest}, but the model's n_vocab is {n_vocab}; "
+            "pass --tokenizer DIR with the model's own, or --no-tokenizer"
+        )
+    kinds = dict.fromkeys(names, NORMAL)
+    for token in vocabulary.added:
+        if token.content not in without_row:
+            kinds[vocabulary.ids[token.content]] = CONTROL if token.special else USER_DEFINED
+    flags = {token.content: _unusual(token) for token in vocabulary.added if _unusual(token)}
     return {
+        **({FLAGS: json.dumps(flags)} if flags else {}),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         TOKENS: [names.get(i, f"[PAD{i}]") for i in range(n_vocab)],
@@ -176,6 +206,16 @@ def tokenizer_metadata(vocabulary: Vocabulary, n_vocab: int) -> dict[str, Any]:
         MERGES: [f"{a} {b}" for a, b in vocabulary.merges],
         "tokenizer.ggml.add_bos_token": False,
     }
+
+
+def _without_row(vocabulary: Vocabulary, n_vocab: int) -> list[AddedToken]:
+    return [token for token in vocabulary.added if vocabulary.ids[token.content] >= n_vocab]
+
+
+def _unusual(token: AddedToken) -> dict[str, bool]:
+    """The flags that the token's kind does not tell."""
+    usual = usual_token(token.content, token.special).flags()
+    return {key: value for key, value in token.flags().items() if value != usual[key]}
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -233,7 +273,7 @@ def _write(job: Job) -> Written:
     if not job.dtype:
         refuse_float64(checkpoint, "gguf")
     plan = _plan(checkpoint, job.dtype)
-    vocabulary = checkpoint.tokenizer.vocabulary() if checkpoint.tokenizer else None
+    vocabulary = vocabulary_of(checkpoint.tokenizer)
     metadata = _metadata(plan, checkpoint.config, vocabulary)
     with new_file(job.path, job.force) as out:
         write_gguf(out, plan.tensors, metadata, plan.quantized)
@@ -241,10 +281,7 @@ def _write(job: Job) -> Written:
 
 
 def _notes(checkpoint: Checkpoint, plan: _Plan, dtype: str | None) -> list[str]:
-    if checkpoint.tokenizer:
-        notes = tokenizer_notes(checkpoint, keeps_prefix_space=False)
-    else:
-        notes = [f"{NO_TOKENIZER}. Without a tokenizer, llama.cpp accepts token ids only"]
+    notes = _tokenizer_notes(checkpoint)
     if dtype is None and any(tensor.stored for tensor in plan.tensors.values()):
         notes.append("the quantized tensors are written as F32; llama.cpp's llama-quantize can quantize the file again")
     if dtype == "Q8_0":
@@ -253,6 +290,24 @@ def _notes(checkpoint: Checkpoint, plan: _Plan, dtype: str | None) -> list[str]:
         if kept:
             note += f"; {kept} whose row length is not a multiple of 32 are written as F32"
         notes.append(note)
+    return notes
+
+
+def _tokenizer_notes(checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.tokenizer is None:
+        return [f"{NO_TOKENIZER}. {IDS_ONLY}"]
+    if checkpoint.tokenizer.fault:
+        return [f"{not_stored(checkpoint.tokenizer, 'a GGUF file of GPT-2')}. {IDS_ONLY}"]
+    notes = tokenizer_notes(checkpoint, keeps_prefix_space=False)
+    vocabulary = checkpoint.tokenizer.vocabulary()
+    without_row = _without_row(vocabulary, checkpoint.config.n_vocab)
+    if without_row:
+        names = ", ".join(token.content for token in without_row)
+        notes.append(f"added tokens without a row of the embedding are left out: {names}")
+    stripping = [token.content for token in vocabulary.added if token.lstrip or token.rstrip or token.single_word]
+    if stripping:
+        names = ", ".join(stripping)
+        notes.append(f"llama.cpp does not know lstrip, rstrip and single_word of added tokens: {names}")
     return notes
 
 

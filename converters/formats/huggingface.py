@@ -14,7 +14,7 @@ from ..io.publishing import new_directory, new_file, write_small
 from ..tensors import LazyTensor
 from ..tokenizer import hf_files
 from .format import FLOATS, Codec, Format, Job, Written
-from .notes import NO_TOKENIZER, tokenizer_notes
+from .notes import NO_TOKENIZER, token_roles, tokenizer_notes, vocabulary_of
 
 TORCH_NAMES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
 MAX_JSON = 1 << 20
@@ -32,7 +32,8 @@ def hf_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
         "generation_config.json": to_json(_generation_config(checkpoint)),
     }
     if checkpoint.tokenizer:
-        files |= hf_files(checkpoint.tokenizer, config.n_ctx)
+        vocabulary_of(checkpoint.tokenizer)  # refuses a damaged one
+        files |= hf_files(checkpoint.tokenizer, config.n_ctx, token_roles(config))
     return files
 
 
@@ -67,6 +68,8 @@ def _size_notes(tensors: Mapping[str, LazyTensor], limit: int | None) -> list[st
 def _notes(checkpoint: Checkpoint) -> list[str]:
     if not checkpoint.tokenizer:
         return [NO_TOKENIZER]
+    if checkpoint.tokenizer.fault:
+        return [f"the tokenizer is copied as it is: {checkpoint.tokenizer.kind}"]
     return tokenizer_notes(checkpoint, keeps_prefix_space=True)
 
 

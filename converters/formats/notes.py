@@ -1,19 +1,44 @@
-"""What writers tell the user, and what several of them refuse."""
+"""What several writers need of a checkpoint, tell the user, and refuse."""
 
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OtherTokenizerError, TokenizerError
+from ..spec import GPT2Config
 from ..tensors import F64
+from ..tokenizer import TokenizerFiles, Vocabulary
 
-NO_TOKENIZER = "no tokenizer beside the source, so none is written; pass --tokenizer DIR to add one"
+NO_TOKENIZER = "no tokenizer is written: the source has none, or it was left out; pass --tokenizer DIR to add one"
+
+
+def vocabulary_of(found: TokenizerFiles | None) -> Vocabulary | None:
+    """The vocabulary that a format of byte-level BPE stores; None without a tokenizer, or with one of another kind.
+
+    Raises:
+        ConversionError: if the tokenizer is damaged.
+    """
+    if found is None or isinstance(found.fault, OtherTokenizerError):
+        return None
+    if found.fault:
+        raise TokenizerError(f"{found.fault}\nTo convert the weights without the tokenizer, pass --no-tokenizer")
+    return found.vocabulary()
+
+
+def token_roles(config: GPT2Config) -> dict[str, int | None]:
+    """``bos_token`` and the like -> the id that the configuration states."""
+    return {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
+
+
+def not_stored(found: TokenizerFiles, what: str) -> str:
+    """The note on a tokenizer that a format cannot store."""
+    return f"the tokenizer is not written: {what} cannot store its kind, {found.kind}"
 
 
 def tokenizer_notes(checkpoint: Checkpoint, *, keeps_prefix_space: bool) -> list[str]:
     """What is unusual about the checkpoint's tokenizer.
 
     Args:
-        checkpoint: one with a tokenizer.
+        checkpoint: one with a tokenizer that is a byte-level BPE.
         keeps_prefix_space: whether the destination can store ``add_prefix_space``.
     """
     assert checkpoint.tokenizer

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..added_tokens import CONFIG, END_OF_TEXT
 from ..checkpoint import Checkpoint
 from ..dialects import OPENAI as DIALECT
 from ..errors import ConfigError
 from ..io.json import to_json
 from ..io.publishing import new_directory, write_small
 from ..spec import GPT2Config, with_inner
-from ..tokenizer import END_OF_TEXT, openai_files
+from ..tokenizer import openai_files
 from .format import FLOATS, Codec, Format, Job, Written
-from .notes import NO_TOKENIZER, tokenizer_notes
+from .notes import NO_TOKENIZER, not_stored, token_roles, tokenizer_notes, vocabulary_of
 
 HPARAMS_KEYS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 PREFIX = "model.ckpt"
@@ -49,8 +50,8 @@ def _write(job: Job) -> Written:
     checkpoint = job.checkpoint
     tensors = DIALECT.write(checkpoint.tensors, checkpoint.config)
     companions = {"hparams.json": to_json(to_hparams(checkpoint.config)), "checkpoint": STATE.encode()}
-    if checkpoint.tokenizer:
-        companions |= openai_files(checkpoint.tokenizer)
+    if checkpoint.tokenizer and vocabulary_of(checkpoint.tokenizer):
+        companions |= openai_files(checkpoint.tokenizer, checkpoint.config.n_ctx, token_roles(checkpoint.config))
     notes = _notes(checkpoint)
     with new_directory(job.path, job.force, job.rivals) as stage:
         write_small(stage, companions)
@@ -63,11 +64,13 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     """What OpenAI's layout cannot store of a tokenizer."""
     if not checkpoint.tokenizer:
         return [NO_TOKENIZER]
+    if checkpoint.tokenizer.fault:
+        return [not_stored(checkpoint.tokenizer, "OpenAI's layout")]
     notes = tokenizer_notes(checkpoint, keeps_prefix_space=False)
     vocabulary = checkpoint.tokenizer.vocabulary()
-    if vocabulary.added:
-        names = ", ".join(vocabulary.added)
-        notes.append(f"OpenAI's layout cannot mark added tokens, which will be read as plain text: {names}")
+    if vocabulary.added_by_user:
+        names = ", ".join(token.content for token in vocabulary.added_by_user)
+        notes.append(f"OpenAI's code reads added tokens as plain text; gpt2x reads them from {CONFIG}: {names}")
     end = checkpoint.config.eos_token_id
     if vocabulary.ids.get(END_OF_TEXT) != end:
         notes.append(f"OpenAI's layout cannot store token ids: eos_token_id ({end}) is lost")

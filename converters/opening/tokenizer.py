@@ -13,12 +13,21 @@ from ..errors import TokenizerError
 from ..formats import BY_NAME
 from ..formats.gguf import GGUF
 from ..io.reading import File
+from ..spec import GPT2Config
 from ..tokenizer import TokenizerFiles, find_tokenizer
 from .find import Source
 from .open import HEAD, open_file
 from .read_configuration import Stated
 
 PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
+PADDING = (
+    "the vocabulary is padded to {rows} rows, which take part in the softmax; "
+    "pass --n-vocab {tokens} to truncate it to the {tokens} tokens of its tokenizer"
+)
+PADDING_OF_UNKNOWN = (
+    f"the vocabulary has {PADDED} rows, which GPT-2's is often padded to; the padding rows take part in the softmax. "
+    "To truncate it, pass --n-vocab with the number of tokens of its tokenizer, added tokens included"
+)
 
 
 def add_tokenizer(
@@ -50,17 +59,22 @@ def add_tokenizer(
         end = checkpoint.config.n_vocab - 1
     ids: dict[str, Any] = {key: end for key in ("bos_token_id", "eos_token_id") if key not in stated.fields}
     config = replace(checkpoint.config, **ids)
-    return replace(checkpoint, config=config, tokenizer=found, notes=(*checkpoint.notes, *notes, *remarks))
+    notes = [*checkpoint.notes, *notes, *remarks, *_padding_remarks(config, found)]
+    return replace(checkpoint, config=config, tokenizer=found, notes=tuple(notes))
 
 
 def _remarks(checkpoint: Checkpoint, source: Source, container: Container) -> list[str]:
     read = {source.weights.name, *(file.name for file in container.files)}
-    remarks = [f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read]
-    if checkpoint.config.n_vocab == PADDED:
-        remarks.append(
-            f"the vocabulary is padded to {PADDED} rows, which take part in the softmax; pass --n-vocab 50257 to truncate it to GPT-2's tokens"
-        )
-    return remarks
+    return [f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read]
+
+
+def _padding_remarks(config: GPT2Config, found: TokenizerFiles | None) -> list[str]:
+    """How to truncate a padded vocabulary, without losing a row that a token or the configuration uses."""
+    if found is None or found.fault:
+        return [PADDING_OF_UNKNOWN] if config.n_vocab == PADDED else []
+    stated = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    tokens = max([found.vocabulary().rows, *(id + 1 for id in stated if id is not None)])
+    return [PADDING.format(rows=config.n_vocab, tokens=tokens)] if tokens < config.n_vocab else []
 
 
 def _inside_or_beside(container: Container, directory: Path) -> tuple[TokenizerFiles | None, list[str]]:
@@ -91,7 +105,8 @@ def tokenizer_in(path: Path) -> TokenizerFiles:
     if found is None:
         where = "here" if path.is_dir() else "in it or beside it"
         raise TokenizerError(
-            f"{path}: no tokenizer {where} (tokenizer.json, vocab.json with merges.txt, or encoder.json with vocab.bpe).\n"
+            f"{path}: no tokenizer {where} (tokenizer.json, vocab.json with merges.txt, encoder.json with vocab.bpe, "
+            "a SentencePiece model or vocab.txt).\n"
             "Pass --tokenizer DIR with a directory that has one"
         )
     return found

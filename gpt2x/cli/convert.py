@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -54,6 +55,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
 @adapter_option("SRC")
 @click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
+@click.option("--no-tokenizer", is_flag=True, help="Convert the weights without their tokenizer.")
 @click.option(
     "--tie/--untie",
     default=None,
@@ -74,6 +76,7 @@ def convert(
     tokenizer_dir: str | None,
     adapter: str | None,
     entry: str | None,
+    no_tokenizer: bool,
     tie: bool | None,
     prefix: str | None,
     force: bool,
@@ -96,6 +99,8 @@ def convert(
     from converters import open_checkpoint, save_checkpoint
     from converters.config import to_hf
 
+    if no_tokenizer and tokenizer_dir:
+        raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
     wanted = None if dtype == "keep" else dtype
     _check_destination(src, dst, to, wanted, max_shard_size, force)
     path = local(src)
@@ -112,6 +117,8 @@ def convert(
         merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
         entry=entry,
     )
+    if no_tokenizer:
+        checkpoint = replace(checkpoint, tokenizer=None)
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:
         saved = save_checkpoint(

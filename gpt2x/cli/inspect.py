@@ -164,6 +164,7 @@ def describe(path: str, adapter: str | None = None, entry: str | None = None) ->
         "dtypes": dict(Counter(kind for kind, _ in checkpoint.stored.values())),
         "checksums": checkpoint.checksummed,
         "tokenizer": checkpoint.tokenizer.place if checkpoint.tokenizer else None,
+        "tokenizer_kind": checkpoint.tokenizer.kind if checkpoint.tokenizer else None,
         "left_out": list(checkpoint.left_out),
         "notes": list(notes),
         "tensor_list": [
@@ -277,7 +278,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
             if facts["checksums"]
             else "none in this format",
         ),
-        ("tokenizer", facts["tokenizer"] or "none beside it"),
+        ("tokenizer", f"{facts['tokenizer_kind']}; {facts['tokenizer']}" if facts["tokenizer"] else "none beside it"),
         *(("head", _head_text(head)) for head in facts["heads"]),
         *(("left out", name) for name in facts["left_out"]),
         *(("note", note) for note in facts["notes"]),

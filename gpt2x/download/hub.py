@@ -19,6 +19,8 @@ from converters.adapter_config import CONFIG_FILE, WEIGHT_FILES
 from converters.formats import INDEXES, OTHERS, WEIGHTS
 from converters.io.json import read_json
 from converters.io.publishing import writing
+from converters.tokenizer import NAMES as TOKENIZER_FILES
+from converters.tokenizer import OTHERS as OTHER_TOKENIZERS
 
 from .. import contract
 from .._version import __version__
@@ -33,14 +35,13 @@ ADDRESS = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>(?:refs/(?:pr|co
 OURS = "genai_config.json"  # beside every ONNX directory that gpt2x writes
 
 # Files that belong to weights, in groups: the names that show that a folder has a group, and all names of the group.
+KERAS_TOKENIZER = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")
 COMPANIONS = (
     (("config.json", "hparams.json"), ("config.json", "hparams.json")),
     (("generation_config.json",), ("generation_config.json",)),
     (
-        ("tokenizer.json", "vocab.json", "encoder.json", "assets/tokenizer/vocabulary.json"),
-        ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "assets/tokenizer/vocabulary.json",
-         "assets/tokenizer/merges.txt"),
+        ("tokenizer.json", "vocab.json", "encoder.json", *OTHER_TOKENIZERS, *KERAS_TOKENIZER),
+        (*TOKENIZER_FILES, *KERAS_TOKENIZER),
     ),
 )  # fmt: skip
 

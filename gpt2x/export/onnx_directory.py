@@ -28,7 +28,7 @@ from ..verify.sample_text import sample_ids
 from .client_files import Checksums, metadata, source_name
 from .model_card import model_card
 from .onnx_graph import Scales, to_onnx
-from .onnx_plan import SAFETENSORS, Plan, Request, locations, make_plan
+from .onnx_plan import SAFETENSORS, TOKENIZER, Plan, Request, locations, make_plan
 from .options import DEFAULT_OPTIONS, Exported, ExportOptions
 from .single_file import write_single_file
 
@@ -161,12 +161,17 @@ def _card(stage: Path, request: Request, plan: Plan) -> bytes:
         precisions=precisions,
         cache=options.cache,
         last=options.last,
-        tokenizer=checkpoint.tokenizer is not None,
+        tokenizer=checkpoint.tokenizer is not None and (TOKENIZER in plan.small or _is_there(request, plan)),
         source=source_name(checkpoint),
         runtimes=runtimes,
         locations=locations(request, plan.others),
         safetensors=options.safetensors or (plan.kept and (request.path / SAFETENSORS).is_file()),
     ).encode()
+
+
+def _is_there(request: Request, plan: Plan) -> bool:
+    """Whether a directory that is kept has a ``tokenizer.json`` already."""
+    return plan.kept and (request.path / TOKENIZER).is_file()
 
 
 def _runtime_of(file: Path) -> str:

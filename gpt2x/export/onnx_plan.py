@@ -16,6 +16,7 @@ from converters.io.json import read_json
 from converters.io.publishing import check_free, check_tree
 from converters.saving import hf_companions, rivals, to_json
 from converters.tensors import F32
+from converters.tokenizer import same_tokenizer
 
 from .. import contract
 from ..contract import models_in
@@ -29,6 +30,7 @@ README = "README.md"
 CONFIG = "config.json"
 GENAI = "genai_config.json"
 SAFETENSORS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 INDEX = "model.safetensors.index.json"
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
 and every other client must bring its own.
@@ -235,7 +237,7 @@ def _check_home(request: Request) -> None:
                 f"{weights}: is the source itself, and the export would change it; export to another directory"
             )
     here, wanted = find_tokenizer(path), checkpoint.tokenizer
-    if here and wanted and here.vocabulary() != wanted.vocabulary():
+    if here and wanted and not same_tokenizer(here, wanted):
         raise DestinationError(f"{path}: has a tokenizer of its own, which is another; export to another directory")
 
 

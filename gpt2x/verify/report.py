@@ -19,7 +19,7 @@ from typing import Any
 from converters import Checkpoint, ConversionError, GPT2Config, find_tokenizer, open_checkpoint
 from converters.formats import WEIGHTS
 from converters.tensors import F32
-from converters.tokenizer import TokenizerFiles
+from converters.tokenizer import TokenizerFiles, same_tokenizer
 
 from .. import contract
 from ..precisions import PRECISIONS, Bounds, Precision
@@ -324,12 +324,14 @@ def compare_configs(a: GPT2Config, b: GPT2Config) -> Check:
 
 
 def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> Check:
-    """Compare the vocabularies and merges beside two checkpoints."""
+    """Compare the vocabularies, merges and added tokens of two checkpoints; files, if gpt2x cannot read them."""
     if not a.tokenizer and not b.tokenizer:
         return Check("tokenizer", None, "not compared: neither has one")
     if not a.tokenizer or not b.tokenizer:
         return Check("tokenizer", None, "not compared: only one has one")
-    same = a.tokenizer.vocabulary() == b.tokenizer.vocabulary()
+    same = same_tokenizer(a.tokenizer, b.tokenizer)
+    if a.tokenizer.fault:
+        return Check("tokenizer", same, f"{a.tokenizer.kind}: {'the same files' if same else 'the files differ'}")
     return Check("tokenizer", same, "the same vocabulary and merges" if same else "the vocabularies or merges differ")
 
 

@@ -27,7 +27,7 @@ def sample_ids(
         ConversionError: if ``text`` is given but cannot be used.
     """
     n = config.n_ctx
-    if tokenizer:
+    if tokenizer and (text is not None or not tokenizer.fault):
         ids = Tokenizer.from_files(tokenizer).encode(default_text() if text is None else text)
         if ids and max(ids) < config.n_vocab:
             name = "the built-in scene" if text is None else "the given text"

@@ -305,6 +305,7 @@ def _config(folder: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> None:
+    from converters.added_tokens import usual_token
     from converters.tokenizer import Vocabulary, build
 
     ids = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "<|endoftext|>": 5, "é": 6}
@@ -313,7 +314,7 @@ def _tokenizer(folder: Path) -> None:
         "merges.txt": "#version: 0.2\na b\nab c\n",
         "added_tokens.json": '{"<pad>": 7}',
     }
-    vocabulary = Vocabulary({**ids, "<pad>": 7}, [("a", "b"), ("ab", "c")], ("<pad>",))
+    vocabulary = Vocabulary({**ids, "<pad>": 7}, [("a", "b"), ("ab", "c")], (usual_token("<pad>", special=True),))
     for name, files in (("pair", pair), ("whole", {"tokenizer.json": build(vocabulary).to_str()})):
         place = _fixture(folder, "mlx", "", tuple(files))
         for file, text in files.items():

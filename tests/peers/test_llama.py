@@ -24,6 +24,29 @@ def llama(path):
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def test_llama_cpp_reads_added_tokens_as_transformers_does(tmp_path):
+    """llama.cpp#15842, PR 8228: an ordinary added token is one token in any text, and is not dropped with the special ones.
+
+    llama.cpp matches special tokens only if it is asked to, and shows them only then.
+    """
+    from tokenizer_folders import SITUATIONS, TEXTS, N, save_model, write
+    from transformers import AutoTokenizer
+
+    from converters import open_checkpoint, save_checkpoint
+
+    for name in ("added_tokens.json", "tokenizer.json", "added_tokens_decoder", "an ordinary token with a role"):
+        folder = write(tmp_path / name, SITUATIONS[name])
+        save_model(folder, N + 3)
+        save_checkpoint(open_checkpoint(folder), folder / "m.gguf")
+        source = AutoTokenizer.from_pretrained(folder)
+        command = [str(PYTHON), str(PROGRAMS / "llama_tokenizer_client.py"), str(folder / "m.gguf"), *TEXTS]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for text, (ids, shown, without_special) in zip(TEXTS, found, strict=True):
+            assert ids == source.encode(text), (name, text)
+            assert shown == source.decode(ids), (name, text)
+            assert without_special == source.decode(ids, skip_special_tokens=True), (name, text)
+
+
 @pytest.fixture(scope="module")
 def expected():
     """The prompt's ids, and the greedy ids after it, of the from-scratch model."""
