@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
@@ -24,6 +25,7 @@ def open_checkpoint(
     activation_function: str | None = None,
     tokenizer: str | Path | None = None,
     tie: bool = False,
+    ignore_config_keys: Collection[str] = (),
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -34,6 +36,7 @@ def open_checkpoint(
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
         tie: drop an untied ``lm_head``.
+        ignore_config_keys: keys to leave out of the configuration, such as unknown ones that do not change the arithmetic.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
@@ -41,7 +44,7 @@ def open_checkpoint(
     source = find(path)
     with reading(source.path):
         container = open_container(source)
-        stated = read_configuration(source, container, activation_function)
+        stated = read_configuration(source, container, activation_function, ignore_config_keys)
         parameters = recognise(unwrap(container), n_vocab)
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .source import check_before, is_remote, local
+from .source import IGNORE_CONFIG_KEY, check_before, is_remote, local
 from .text import printable, progress_bar
 
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
@@ -53,6 +53,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
+@IGNORE_CONFIG_KEY
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
@@ -66,6 +67,7 @@ def convert(
     activation_function: str | None,
     tokenizer_dir: str | None,
     tie: bool,
+    ignore_config_keys: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +98,7 @@ def convert(
         activation_function=activation_function,
         tokenizer=tokenizer_dir,
         tie=tie,
+        ignore_config_keys=ignore_config_keys,
     )
     warnings: list[str] = []
     with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:

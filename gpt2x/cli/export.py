@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from .source import check_before, local
+from .source import IGNORE_CONFIG_KEY, check_before, local
 from .text import need, printable, progress_bar
 from .verify import read_text, table
 
@@ -49,6 +49,7 @@ class Request:
     no_tokenizer: bool = False
     no_verify: bool = False
     n_head: int | None = None
+    ignore_config_keys: tuple[str, ...] = ()
     tie: bool = False
     force: bool = False
     as_json: bool = False
@@ -137,6 +138,7 @@ def _hint(part: str) -> str:
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
 @click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
+@IGNORE_CONFIG_KEY
 @click.option("--tie", is_flag=True, help="Drop an untied lm_head.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -224,7 +226,9 @@ def _plan(request: Request) -> Checkpoint:
         from ..export.push import check_push
 
         check_push(request.push)
-    checkpoint = open_checkpoint(local(request.src), n_head=request.n_head, tie=request.tie)
+    checkpoint = open_checkpoint(
+        local(request.src), n_head=request.n_head, tie=request.tie, ignore_config_keys=request.ignore_config_keys
+    )
     checkpoint = _with_tokenizer(checkpoint, request)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):

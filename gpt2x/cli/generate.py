@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import click
 
-from .source import PRECISION, runnable
+from .source import IGNORE_CONFIG_KEY, PRECISION, runnable
 
 
 @click.command(short_help="Continue a prompt.")
@@ -40,9 +41,11 @@ from .source import PRECISION, runnable
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
 @click.option("--precision", type=PRECISION, help="ONNX model of MODEL to run (default: fp32, or the only one).")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside MODEL.")
+@IGNORE_CONFIG_KEY
 def generate(
     model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None,
     tokenizer_dir: str | None, runtime: str | None, precision: str | None, n_head: int | None,
+    ignore_config_keys: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
@@ -64,17 +67,18 @@ def generate(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     model = runnable(model, runtime, precision)
+    open_it = functools.partial(
+        open_decoder, model, runtime, n_head=n_head, precision=precision, ignore_config_keys=ignore_config_keys
+    )
     try:
         tokenizer = Tokenizer.from_pretrained(
             tokenizer_dir or _home(model)
         )  # before the model, which takes longer to open
     except TokenizerError:
         if os.path.isdir(model):
-            open_decoder(
-                model, runtime, n_head=n_head, precision=precision
-            )  # a missing model is the more important error
+            open_it()  # a missing model is the more important error
         raise
-    decoder = open_decoder(model, runtime, n_head=n_head, precision=precision)
+    decoder = open_it()
     generation = Generation(decoder, [tokenizer.encode(prompt)], max_new_tokens, sampling, tokenizer.eos_token_id)
     for (piece,) in stream_text(generation, tokenizer, [prompt]):
         click.echo(piece, nl=False)

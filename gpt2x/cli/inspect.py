@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..precisions import DEFAULT
-from .source import PRECISION, runnable
+from .source import IGNORE_CONFIG_KEY, PRECISION, runnable
 from .text import printable
 
 
@@ -22,8 +23,11 @@ from .text import printable
     type=PRECISION,
     help="Precision of the ONNX model to show (default: fp32, or else the first).",
 )
+@IGNORE_CONFIG_KEY
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool) -> None:
+def inspect(
+    path: str, precision: str | None, show_tensors: bool, ignore_config_keys: tuple[str, ...], as_json: bool
+) -> None:
     """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
@@ -33,22 +37,22 @@ def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool)
 
     Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
-    facts = {**everything(runnable(path, None, precision), precision), "path": path}
+    facts = {**everything(runnable(path, None, precision), precision, ignore_config_keys), "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str, precision: str | None = None) -> dict[str, Any]:
+def everything(path: str, precision: str | None = None, ignore_config_keys: Collection[str] = ()) -> dict[str, Any]:
     """The facts of weights, of an ONNX model, or of a directory with both."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
-        return describe(path)
+        return describe(path, ignore_config_keys)
     from converters import ConversionError
 
     try:
-        facts = describe(path) if not path.endswith(".onnx") else {"path": path}
+        facts = describe(path, ignore_config_keys) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
@@ -84,17 +88,18 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     }
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str, ignore_config_keys: Collection[str] = ()) -> dict[str, Any]:
     """The facts of weights, without reading them."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
 
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, ignore_config_keys=ignore_config_keys)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
-        checkpoint = open_checkpoint(path, n_head=1)  # 1 divides any n_embd: shows everything else
+        # 1 divides any n_embd: shows everything else
+        checkpoint = open_checkpoint(path, n_head=1, ignore_config_keys=ignore_config_keys)
         config = {**to_hf(checkpoint.config), "n_head": None}
     notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def run_kind(path: str | Path, runtime: str | None) -> str:
 
 
 def open_decoder(
-    path: str | Path, runtime: str | None = None, *, n_head: int | None = None, precision: str | None = None
+    path: str | Path,
+    runtime: str | None = None,
+    *,
+    n_head: int | None = None,
+    precision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> Decoder:
     """Open anything that runs.
 
@@ -67,6 +73,7 @@ def open_decoder(
         runtime: as for ``run_kind``.
         n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
+        ignore_config_keys: keys to leave out of the configuration of weights.
 
     Raises:
         ConversionError: if it cannot be opened.
@@ -80,7 +87,7 @@ def open_decoder(
     if precision is not None:
         raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
     if kind == "weights":
-        return gpt2x_model(open_checkpoint(path, n_head=n_head))
+        return gpt2x_model(open_checkpoint(path, n_head=n_head, ignore_config_keys=ignore_config_keys))
     from .torch import ModuleDecoder
 
     if kind == "torchscript":
