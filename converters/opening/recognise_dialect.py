@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..checkpoint import not_gpt2
 from ..containers.container import Container
-from ..dialects import Candidate, Dialect, ReadModel, candidates
+from ..dialects import NANOGPT, Candidate, Dialect, ReadModel, candidates
 from ..errors import CheckpointError, ConversionError, FormatError
+from ..formats.nanogpt import dialect_of
 from ..heads import Head
 from ..spec import LM_HEAD
 from ..tensors import LazyTensor
@@ -24,6 +25,21 @@ REPLACED = {
     ".weight_mask": ("torch.nn.utils.prune, with a mask", "call prune.remove before you save"),
     ".weight_g": ("torch.nn.utils.weight_norm, as length and direction", "call remove_weight_norm before you save"),
     ".weight_u": ("torch.nn.utils.spectral_norm, without its norm", "call remove_spectral_norm before you save"),
+}
+
+# A part of a tensor's name -> the program that uses it, and what to do.
+OTHERS = {
+    "query_key_value.weight": (
+        "a checkpoint of Megatron-LM or GPT-NeoX, whose queries, keys and values are interleaved; "
+        "convert it to Hugging Face's layout with that project's script"
+    ),
+    "blocks.0.attn.W_Q": (
+        "a HookedTransformer of TransformerLens, whose weights are usually folded and centered; "
+        "convert the model that it was made from"
+    ),
+    "sa.heads.0.key.weight": (
+        "the model of the lecture 'Let's build GPT', whose heads and lm_head bias GPT-2 does not have"
+    ),
 }
 
 
@@ -75,8 +91,10 @@ def recognise(container: Container, n_vocab: int | None = None, prefix: str | No
     model = _read(container, candidate, others)
     if not model.parameters:
         raise _nothing_known(container)
+    if dialect is NANOGPT:
+        dialect = dialect_of(container, candidate.prefix)
     if model.faults:
-        raise _replaced(container, candidate.prefix) or not_gpt2(container.path, dialect.name, model.faults)
+        raise _not_read(container, candidate.prefix) or not_gpt2(container.path, dialect.name, model.faults)
     _check_shared(container, candidate)
     tensors = model.parameters
     if n_vocab:
@@ -113,7 +131,7 @@ def _choose(container: Container, prefix: str | None) -> tuple[Candidate, list[C
         example = next(each.prefix for each in chosen if each.prefix).rstrip("./")
         raise CheckpointError(
             f"{container.path}: {len(chosen)} GPT-2s in it, under the prefixes {_listed(chosen)}.\n"
-            f"Choose one with the option --prefix of gpt2x convert, such as --prefix {example}"
+            f"Pass --prefix to choose one, such as --prefix {example}"
         )
     return chosen[0], [each for each in whole if each is not chosen[0]]
 
@@ -168,13 +186,16 @@ def _check_shared(container: Container, candidate: Candidate) -> None:
 
 def _nothing_known(container: Container) -> ConversionError:
     first = next(iter(container.tensors))[:100]
-    return _replaced(container, "") or CheckpointError(
+    return _not_read(container, "") or CheckpointError(
         f"{container.path}: not a GPT-2: none of its {len(container.tensors)} tensors has a name of a GPT-2 parameter (the first is {first!r})"
     )
 
 
-def _replaced(container: Container, prefix: str) -> CheckpointError | None:
-    """The error of a file that stores something in place of parameters under a prefix; None if it does not."""
+def _not_read(container: Container, prefix: str) -> CheckpointError | None:
+    """The error of another program's file, or of one with something in place of parameters under a prefix; None if it is neither."""
+    for part, advice in OTHERS.items():
+        if any(part in name for name in container.tensors):
+            return CheckpointError(f"{container.path}: {advice}")
     names = [name for name in container.tensors if name.startswith(prefix)]
     for part, (what, advice) in REPLACED.items():
         name = next((name for name in names if part in name), None)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import adapter_option, check_before, is_remote, local, local_adapter
+from .source import check_before, is_remote, local, weight_options, with_local_adapter
 from .text import printable, progress_bar
+
+if TYPE_CHECKING:
+    from ..weight_options import WeightOptions
 
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
 
@@ -49,19 +52,11 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
     metavar="SIZE",
     help="Split the weights into files of at most SIZE, such as 5GB (directories only).",
 )
-@click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if no configuration states it.")
+@weight_options("SRC")
 @click.option("--n-vocab", type=click.IntRange(min=1), help="Truncate a padded vocabulary to N rows.")
 @click.option("--activation-function", help="Activation function (gelu_new, gelu, ...), if no configuration states it.")
 @click.option("--tokenizer", "tokenizer_dir", metavar="DIR", help="Directory of the tokenizer, if not beside SRC.")
-@adapter_option("SRC")
-@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert the weights without their tokenizer.")
-@click.option(
-    "--tie/--untie",
-    default=None,
-    help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
-)
-@click.option("--prefix", metavar="PREFIX", help="Prefix of the tensors' names to read, if SRC has several GPT-2s.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
@@ -70,17 +65,13 @@ def convert(
     to: str | None,
     dtype: str,
     max_shard_size: str | None,
-    n_head: int | None,
     n_vocab: int | None,
     activation_function: str | None,
     tokenizer_dir: str | None,
-    adapter: str | None,
-    entry: str | None,
     no_tokenizer: bool,
-    tie: bool | None,
-    prefix: str | None,
     force: bool,
     as_json: bool,
+    weights: WeightOptions,
 ) -> None:
     """Convert the GPT-2 in SRC to DST, without TensorFlow or PyTorch.
 
@@ -107,15 +98,11 @@ def convert(
     start = time.perf_counter()
     checkpoint = open_checkpoint(
         path,
-        n_head=n_head,
         n_vocab=n_vocab,
         activation_function=activation_function,
         tokenizer=tokenizer_dir,
-        tie=tie,
-        prefix=prefix,
-        adapter=local_adapter(adapter),
         merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
-        entry=entry,
+        **with_local_adapter(weights),
     )
     if no_tokenizer:
         checkpoint = replace(checkpoint, tokenizer=None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from .source import adapter_option, check_before, local, local_adapter
+from .source import check_before, local, weight_options, with_local_adapter
 from .text import need, printable, progress_bar
 from .verify import read_text, table
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..export.onnx_directory import ExportOptions
     from ..verify.report import Report
+    from ..weight_options import WeightOptions
 
 QUANTIZED = ", ".join(name for name, precision in PRECISIONS.items() if precision.bits)
 BLOCKWISE = ", ".join(name for name, precision in PRECISIONS.items() if precision.block_sizes)
@@ -33,6 +34,7 @@ class Request:
     """What was typed. The defaults are those of options that were not given."""
 
     src: str
+    weights: WeightOptions
     onnx: str | None = None
     torchscript: str | None = None
     pt2: str | None = None
@@ -48,10 +50,6 @@ class Request:
     tokenizer: str | None = None
     no_tokenizer: bool = False
     no_verify: bool = False
-    n_head: int | None = None
-    adapter: str | None = None
-    entry: str | None = None
-    tie: bool | None = None
     force: bool = False
     as_json: bool = False
 
@@ -138,14 +136,7 @@ def _hint(part: str) -> str:
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer directory or GGUF file (default: beside the weights).")
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
-@click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
-@adapter_option("SRC")
-@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
-@click.option(
-    "--tie/--untie",
-    default=None,
-    help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
-)
+@weight_options("SRC")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -233,8 +224,8 @@ def _plan(request: Request) -> Checkpoint:
         from ..export.push import check_push
 
         check_push(request.push)
-    source, adapter = local(request.src), local_adapter(request.adapter)
-    checkpoint = open_checkpoint(source, n_head=request.n_head, tie=request.tie, adapter=adapter, entry=request.entry)
+    source, weights = local(request.src), with_local_adapter(request.weights)
+    checkpoint = open_checkpoint(source, **weights)
     checkpoint = _with_tokenizer(checkpoint, request)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):

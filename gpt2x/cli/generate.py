@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .controls import controls, given_controls, show_origin
-from .source import PRECISION, adapter_option, local_adapter, runnable
+from .source import PRECISION, runnable, weight_options, with_local_adapter
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
     from ..runtimes.base import Decoder
     from ..tokenizer import Tokenizer
+    from ..weight_options import WeightOptions
 
 
 @click.command(short_help="Continue a prompt, or a file of prompts.")
@@ -43,13 +44,12 @@ if TYPE_CHECKING:
 )
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
 @click.option("--precision", type=PRECISION, help="ONNX model of MODEL to run (default: fp32, or the only one).")
-@adapter_option("MODEL")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
-@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside MODEL.")
+@weight_options("MODEL")
 def generate(
     model: str, prompt: str | None, prompts_file: str | None, output: str | None, resume: bool, batch_size: int,
-    tokenizer_dir: str | None, runtime: str | None, precision: str | None, adapter: str | None, threads: int | None,
-    n_head: int | None, **options: Any,
+    tokenizer_dir: str | None, runtime: str | None, precision: str | None, threads: int | None, weights: WeightOptions,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
@@ -66,13 +66,12 @@ def generate(
     _check_use(prompt, prompts_file, output, resume)
     given = given_controls(options)
     from ..runtimes.opening import open_decoder
+    from ..weight_options import why_weights
 
-    model = runnable(model, "torch" if adapter and runtime is None else runtime, precision)
-    adapter = local_adapter(adapter)
-    open_model = partial(
-        open_decoder, model, runtime, n_head=n_head, precision=precision, adapter=adapter, threads=threads
-    )
-    tokenizer = _tokenizer(model, tokenizer_dir or _home(model, adapter), open_model)
+    model = runnable(model, "torch" if why_weights(weights) and runtime is None else runtime, precision)
+    weights = with_local_adapter(weights)
+    open_model = partial(open_decoder, model, runtime, precision=precision, threads=threads, **weights)
+    tokenizer = _tokenizer(model, tokenizer_dir or _home(model, weights.get("adapter")), open_model)
     config = _config(model, given)
     decoder = open_model()
     if prompts_file and output:
@@ -142,7 +141,7 @@ def _print(decoder: Decoder, tokenizer: Tokenizer, config: GenerationConfig, pro
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
 
 
-def _home(model: str, adapter: str | None) -> str:
+def _home(model: str, adapter: str | Path | None) -> str:
     """The directory of a model's tokenizer: the adapter's, if it has one; for ``onnx/model.onnx``, the one above ``onnx``."""
     from converters.opening.adapter import tokenizer_beside
 

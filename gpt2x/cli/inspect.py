@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
 from ..precisions import DEFAULT
-from .source import PRECISION, adapter_option, local_adapter, runnable
+from .source import PRECISION, runnable, weight_options, with_local_adapter
 from .text import printable
 
 if TYPE_CHECKING:
     from converters.heads import Head
+
+    from ..weight_options import WeightOptions
 
 
 @click.command(short_help="Show format, sizes, configuration and checksums of a model.")
@@ -25,12 +27,9 @@ if TYPE_CHECKING:
     type=PRECISION,
     help="Precision of the ONNX model to show (default: fp32, or else the first).",
 )
-@adapter_option("PATH")
-@click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
+@weight_options("PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(
-    path: str, precision: str | None, show_tensors: bool, adapter: str | None, entry: str | None, as_json: bool
-) -> None:
+def inspect(path: str, precision: str | None, show_tensors: bool, as_json: bool, weights: WeightOptions) -> None:
     """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
@@ -41,26 +40,28 @@ def inspect(
 
     Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
-    if adapter:
-        facts = describe(runnable(path, "torch"), local_adapter(adapter), entry)
+    from ..weight_options import why_weights
+
+    if why_weights(weights):
+        facts = describe(runnable(path, "torch"), **with_local_adapter(weights))
     else:
-        facts = everything(runnable(path, None, precision), precision, entry)
+        facts = everything(runnable(path, None, precision), precision, **weights)
     facts = {**facts, "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str, precision: str | None = None, entry: str | None = None) -> dict[str, Any]:
+def everything(path: str, precision: str | None = None, **weights: Unpack[WeightOptions]) -> dict[str, Any]:
     """The facts of weights, of an ONNX model, or of a directory with both."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
-        return describe_adapter(path) if is_adapter(path) else describe(path, entry=entry)
+        return describe_adapter(path) if is_adapter(path) else describe(path, **weights)
     from converters import ConversionError
 
     try:
-        facts = describe(path, entry=entry) if not path.endswith(".onnx") else {"path": path}
+        facts = describe(path, **weights) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
@@ -134,18 +135,19 @@ def describe_adapter(path: str) -> dict[str, Any]:
     }
 
 
-def describe(path: str, adapter: str | None = None, entry: str | None = None) -> dict[str, Any]:
-    """The facts of weights, with an adapter merged into them, without reading them."""
+def describe(path: str, **weights: Unpack[WeightOptions]) -> dict[str, Any]:
+    """The facts of weights that are opened by these options, without reading them."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
 
     try:
-        checkpoint = open_checkpoint(path, adapter=adapter, entry=entry)
+        checkpoint = open_checkpoint(path, **weights)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
         # 1 divides any n_embd: shows everything else.
-        checkpoint = open_checkpoint(path, n_head=1, adapter=adapter, entry=entry)
+        weights["n_head"] = 1
+        checkpoint = open_checkpoint(path, **weights)
         config = {**to_hf(checkpoint.config), "n_head": None}
     notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors

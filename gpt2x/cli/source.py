@@ -1,27 +1,59 @@
-"""SRC as a path: a URL is downloaded first."""
+"""The model that a command reads: its path, of which a URL is downloaded first, and the options on its weights."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..precisions import PRECISIONS
 from .text import printable, progress_bar
 
-Command = TypeVar("Command", bound="Callable[..., object]")
-
 if TYPE_CHECKING:
     from ..download.common import Want
-
+    from ..weight_options import WeightOptions
 
 PRECISION = click.Choice(list(PRECISIONS))
+WEIGHT_OPTIONS = ("n_head", "adapter", "entry", "prefix", "tie", "ignore_config_keys")
 
 
-def adapter_option(model: str) -> Callable[[Command], Command]:
-    """The option ``--adapter`` of a command whose argument is called ``model``."""
-    return click.option("--adapter", metavar="DIR", help=f"PEFT adapter (LoRA) to merge into the weights of {model}.")
+def weight_options(model: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that say how the weights of the argument ``model`` are opened.
+
+    The command receives their values together, as its argument ``weights`` (a ``WeightOptions``).
+    """
+    options = (
+        click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration states them."),
+        click.option("--adapter", metavar="DIR", help=f"PEFT adapter (LoRA) to merge into the weights of {model}."),
+        click.option("--entry", metavar="KEYS", help=f"Keys of the weights, if {model} is a .pt with several models."),
+        click.option("--prefix", metavar="PREFIX", help=f"Prefix of the names to read, if {model} has several GPT-2s."),
+        click.option(
+            "--tie/--untie",
+            default=None,
+            help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
+        ),
+        click.option(
+            "--ignore-config-key",
+            "ignore_config_keys",
+            metavar="KEY",
+            multiple=True,
+            help="Leave KEY out of the configuration (repeatable).",
+        ),
+    )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def collecting(*arguments: Any, **values: Any) -> None:
+            weights = {name: values.pop(name) for name in WEIGHT_OPTIONS}
+            command(*arguments, weights=weights, **values)
+
+        for option in reversed(options):
+            collecting = option(collecting)
+        return collecting
+
+    return decorate
 
 
 def is_remote(source: str) -> bool:
@@ -64,13 +96,14 @@ def _check_meant(source: str) -> None:
         )
 
 
-def local_adapter(source: str | None) -> str | None:
-    """The path of an adapter; a URL is downloaded first.
+def with_local_adapter(weights: WeightOptions) -> WeightOptions:
+    """The same options with the path of the adapter; a URL is downloaded first.
 
     Raises:
         ConversionError: if the download fails.
     """
-    return local(source, "adapter") if source else None
+    adapter = weights.get("adapter")
+    return {**weights, "adapter": local(str(adapter), "adapter")} if adapter else weights
 
 
 def runnable(source: str, runtime: str | None, precision: str | None = None) -> str:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import PRECISION, adapter_option, is_remote, local, local_adapter, runnable
+from .source import PRECISION, is_remote, local, runnable, weight_options, with_local_adapter
 from .text import need, printable
 
 if TYPE_CHECKING:
     from ..verify.checks import Check
     from ..verify.report import Report
+    from ..weight_options import WeightOptions
 
 
 @click.command(short_help="Prove that two models are the same.")
@@ -34,13 +35,12 @@ if TYPE_CHECKING:
     help="ONNX model of B, or else of A (default: fp32, or the only one).",
 )
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")
-@adapter_option("A")
-@click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside the files.")
+@weight_options("A")
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
-    html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool, adapter: str | None,
-    n_head: int | None,
+    html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool,
+    weights: WeightOptions,
 ) -> None:  # fmt: skip
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same greedy tokens.
 
@@ -79,19 +79,17 @@ def verify(
     text = read_text(text_file) if text_file else None
     named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
     a, b = local(a), runnable(b, runtime, precision) if b else None
-    merged = local_adapter(adapter)
-    if adapter and "a" in named:
-        named["a"] += f" + {adapter}"
+    if weights.get("adapter") and "a" in named:
+        named["a"] += f" + {weights['adapter']}"
+    weights = with_local_adapter(weights)
     if against:
-        report = parity.verify_release(open_checkpoint(a, n_head=n_head, adapter=merged))
+        report = parity.verify_release(open_checkpoint(a, **weights))
     elif b:
-        report = parity.verify(
-            a, b, text=text, runtime=runtime, n_head=n_head, precision=precision, rounded=rounded, adapter=merged
-        )
+        report = parity.verify(a, b, text=text, runtime=runtime, precision=precision, rounded=rounded, **weights)
     else:
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
             raise click.UsageError(f"{a} is {NAMES[kind]}: pass B, the model to compare it with")
-        report = parity.verify_alone(open_checkpoint(a, n_head=n_head, adapter=merged), text)
+        report = parity.verify_alone(open_checkpoint(a, **weights), text)
     report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
     show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)

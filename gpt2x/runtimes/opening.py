@@ -7,13 +7,14 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from converters import Checkpoint, FormatError, open_checkpoint
 from converters.containers.torch_zip import PROGRAMS, program_in
 from converters.io.reading import check_name
 
 from ..contract import has_onnx
+from ..weight_options import WeightOptions, why_weights
 from .base import Decoder
 
 log = logging.getLogger(__name__)
@@ -66,26 +67,27 @@ def open_decoder(
     path: str | Path,
     runtime: str | None = None,
     *,
-    n_head: int | None = None,
     precision: str | None = None,
-    adapter: str | Path | None = None,
     threads: int | None = None,
+    **options: Unpack[WeightOptions],
 ) -> Decoder:
     """Open anything that runs.
 
     Args:
         runtime: as for ``run_kind``.
-        n_head: attention heads, if nothing beside the weights says it.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
-        adapter: the directory of a PEFT adapter to merge into weights. Of a directory that also has ONNX, weights run.
         threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
+        options: how weights are opened. If one is set that selects or changes weights, such as ``adapter``, the weights
+            of a directory run that also has ONNX.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
-    if adapter is not None:
-        return _with_adapter(path, runtime, adapter, n_head, precision)
-    kind = run_kind(path, runtime)
+    reason = why_weights(options)
+    kind = run_kind(path, runtime or ("torch" if reason else None))
+    if reason and (kind != "weights" or precision is not None):
+        what = NAMES["onnx"] if precision is not None else NAMES[kind]
+        raise FormatError(f"{path}: {reason}, and this would be run as {what}")
     log.info("%s: run as %s", path, NAMES[kind])
     if kind == "onnx":
         from .onnxruntime import OnnxDecoder
@@ -98,27 +100,12 @@ def open_decoder(
 
         torch.set_num_threads(threads)
     if kind == "weights":
-        return gpt2x_model(open_checkpoint(path, n_head=n_head))
+        return gpt2x_model(open_checkpoint(path, **options))
     from .torch import ModuleDecoder
 
     if kind == "torchscript":
         return ModuleDecoder.from_torchscript(path)
     return ModuleDecoder.from_pt2(path)
-
-
-def _with_adapter(
-    path: str | Path, runtime: str | None, adapter: str | Path, n_head: int | None, precision: str | None
-) -> Decoder:
-    """gpt2x's own model of weights with an adapter merged into them.
-
-    Raises:
-        FormatError: if ONNX is asked for, or the path holds a program.
-    """
-    kind = run_kind(path, runtime or "torch")
-    if kind != "weights" or precision is not None:
-        what = NAMES["onnx"] if precision is not None else NAMES[kind]
-        raise FormatError(f"{path}: an adapter is merged into weights, and this would be run as {what}")
-    return gpt2x_model(open_checkpoint(path, n_head=n_head, adapter=adapter))
 
 
 def gpt2x_model(checkpoint: Checkpoint) -> Decoder:

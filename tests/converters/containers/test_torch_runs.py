@@ -28,7 +28,7 @@ from commands import assert_refused, done
 from paths import FIXTURES
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from converters import CheckpointError, FormatError, UnsafeError, open_checkpoint
+from converters import CheckpointError, ConfigError, FormatError, UnsafeError, open_checkpoint
 from converters.containers.torch_pickle import load_pickle
 from converters.containers.torch_values import Opaque
 from gpt2x.load import model_of
@@ -315,9 +315,15 @@ def test_the_sizes_in_a_configuration_object_are_read(tmp_path, zipped, kind, ke
 
 
 def test_what_else_a_configuration_object_states_is_noted(tmp_path, model):
-    config = argparse.Namespace(**{**vars(GPTConfig()), "n_head": 2}, rotary=True, lr=1e-3, flag=False)
+    config = argparse.Namespace(**{**vars(GPTConfig()), "n_head": 2}, warmup=200, lr=1e-3, rotary=False)
     checkpoint = open_checkpoint(save({"model": linear(model), "config": config}, tmp_path / "m.pt"))
-    assert "of config, only the sizes are read, and not rotary, lr" in checkpoint.notes
+    assert "of config, only the sizes are read, and not warmup, lr" in checkpoint.notes
+
+
+def test_a_configuration_object_that_changes_the_arithmetic_is_refused(tmp_path, model):
+    config = argparse.Namespace(**{**vars(GPTConfig()), "n_head": 2}, rotary=True, lr=1e-3)
+    with pytest.raises(ConfigError, match="rotary is 'True'\n.*--ignore-config-key rotary$"):
+        open_checkpoint(save({"model": linear(model), "config": config}, tmp_path / "m.pt"))
 
 
 def test_a_configuration_of_transformers_beside_the_weights_is_read(tmp_path, model):
