@@ -5,7 +5,8 @@ Sources: ``configuration_gpt2.py`` and ``configuration_utils.py`` of transformer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError
@@ -34,11 +35,18 @@ HF_KEYS = {
     "pad_token_id": "pad_token_id",
 }
 ALIASES = {
-    "n_ctx": "n_ctx",
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_ctx",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
+}
+OLD_CONTEXT = "n_ctx"  # written until transformers 4.9, which sizes the position embedding by n_positions alone
+# Other names in transformers' ACT2FN for a function that gpt2x has.
+SAME_FUNCTION = {
+    "gelu_accurate": "gelu_new",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new",
+    "swish": "silu",
 }
 # Keys that do not touch the logits of a language model: generation, training, bookkeeping.
 INERT = frozenset(
@@ -55,10 +63,42 @@ INERT = frozenset(
     transformers_version transformers.js_config typical_p use_bfloat16 use_cache xla_device
     """.split()  # noqa: SIM905  a table reads better as words
 )
-# Keys that change the arithmetic and are not supported: refused unless they are off.
+# Keys that change the arithmetic and are not supported: refused unless they are off. Sources: transformers' GPT2Config and
+# PretrainedConfig; forks of GPT-2 that keep its model_type, and the keys of related models that such forks take over.
 FOREIGN = frozenset(
-    ["add_cross_attention", "attn_mult", "auto_map", "cross_attention_hidden_size", "embd_mult", "pruned_heads", "quantization_config", "rope_scaling", "sliding_window"]
-)  # fmt: skip
+    """
+    add_cross_attention alibi attention_type attn_mult attn_type cross_attention_hidden_size embd_mult
+    final_logit_softcapping head_dim layer_types lm_head_bias logits_scaling mup multi_query n_kv_head num_key_value_heads
+    parallel_attn parallel_residual post_layer_norm post_norm pruned_heads qk_layernorm qk_norm quantization_config
+    relative_attention residual_multiplier rms_norm scale_embedding scale_embeddings sliding_window softcap use_alibi
+    use_cross_attention use_parallel_residual use_rms_norm use_swiglu
+    """.split()  # noqa: SIM905  a table reads better as words
+)
+FOREIGN_PARTS = ("expert", "lora", "moe_", "rope", "rotary")  # in the names of more such keys
+# Keys that other models use for what GPT-2 states under another key: refused where the two differ.
+NAMESAKES = {
+    "hidden_act": "activation_function",
+    "activation": "activation_function",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
+# Values that say what GPT-2 does; any other value of such a key is refused.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "logit_scale": (1, None),
+    "norm_type": ("layernorm", "layer_norm", "LayerNorm", None),
+    "position_embedding_type": ("absolute", "learned", "learned_absolute", None),
+    "use_bias": (True, None),
+}
+# The classes of transformers whose language model is GPT-2's; TensorFlow's and Flax's have TF and Flax before the name.
+STOCK = frozenset(
+    """
+    GPT2Model GPT2LMHeadModel GPT2DoubleHeadsModel GPT2ForSequenceClassification GPT2ForTokenClassification
+    GPT2ForQuestionAnswering
+    """.split()  # noqa: SIM905
+)
+CODE = (
+    "AutoConfig",
+    "AutoModel",
+)  # beginnings of the classes in auto_map that replace the model; others are tokenizers
 
 UNSUPPORTED = "unsupported configuration"
 
@@ -66,28 +106,110 @@ UNSUPPORTED = "unsupported configuration"
 def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The GPT2Config fields that a ``config.json`` states.
 
+    A key that GPT2Config of transformers does not have is passed over where transformers' own class loads the model, which
+    ignores it; ``ignored_keys`` lists them.
+
     Raises:
-        ConfigError: if it is not a GPT-2's, or has an unknown key, which may change the arithmetic.
+        ConfigError: if it is not a GPT-2's, or has a key that changes or may change the arithmetic.
     """
-    faults = []
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ConfigError(f"{where}: model_type is {raw['model_type']!r}, not 'gpt2'")
     fields: dict[str, Any] = {}
+    faults = []
     for key, value in raw.items():
-        name = HF_KEYS.get(key) or ALIASES.get(key)
-        if name and not (value is None and name == "n_inner"):
-            if fields.setdefault(name, value) != value:
-                faults.append(f"{key} is {value!r}, but another key states {fields[name]!r}")
-        elif key in FOREIGN and value:
-            faults.append(f"{key} is {str(value)[:60]!r}: it changes the arithmetic, and gpt2x does not support it")
-        elif not name and key not in FOREIGN and key not in INERT:
-            faults.append(f"{key} is unknown to gpt2x; if it does not change the arithmetic, remove it from the file")
+        name = _field_of(key, raw)
+        if not name or (value is None and name == "n_inner"):
+            continue
+        if fields.setdefault(name, value) != value:
+            faults.append(f"{key} is {value!r}, but another key states {fields[name]!r}")
+    refused = [key for key in raw if _changes_arithmetic(key, raw)]
+    for key in refused:
+        faults.append(f"{key} is {str(raw[key])[:60]!r}: it changes the arithmetic, and gpt2x does not support it")
+    if not _is_stock(raw):
+        unknown = _unknown(raw)
+        refused += unknown
+        faults += [f"{key} is unknown to gpt2x" for key in unknown]
     if faults:
-        raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults)
+        raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults, how_to_ignore(refused))
     for name in ("bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), list):
             fields[name] = fields[name][0] if fields[name] else None
+    activation = fields.get("activation_function")
+    if isinstance(activation, str):
+        fields["activation_function"] = SAME_FUNCTION.get(activation, activation)
     return with_inner(fields)
+
+
+def notes_on_hf(raw: Mapping[str, Any], where: str) -> list[str]:
+    """What the user should know of a ``config.json`` that ``from_hf`` reads."""
+    notes = []
+    context = raw.get(OLD_CONTEXT)
+    positions = raw.get("n_positions", raw.get("max_position_embeddings"))
+    if None not in (context, positions) and context != positions:
+        notes.append(
+            f"{where}: n_ctx is {context!r}, but n_positions is {positions!r}; n_positions decides, as in transformers"
+        )
+    unknown = _unknown(raw)
+    if unknown:
+        names = ", ".join(key[:60] for key in unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        notes.append(f"{where}: ignored keys that GPT-2 does not have, as transformers ignores them: {names}{more}")
+    return notes
+
+
+def how_to_ignore(keys: Sequence[str]) -> str:
+    """The advice on keys that are refused."""
+    if not keys:
+        return ""
+    options = " ".join(f"--ignore-config-key {shlex.quote(key)}" for key in keys[:5])
+    return f"If the model computes what GPT-2 computes all the same, pass {options}"
+
+
+def _field_of(key: str, raw: Mapping[str, Any]) -> str | None:
+    """The field of GPT2Config that a key states; None if it states none."""
+    if key == OLD_CONTEXT:
+        is_stated = raw.get("n_positions") is not None or raw.get("max_position_embeddings") is not None
+        return None if is_stated else "n_ctx"
+    return HF_KEYS.get(key) or ALIASES.get(key)
+
+
+def _changes_arithmetic(key: str, raw: Mapping[str, Any]) -> bool:
+    value = raw[key]
+    if key == "auto_map" and isinstance(value, Mapping):
+        return any(str(name).startswith(CODE) for name in value)
+    if key in NAMESAKES:
+        name = NAMESAKES[key]
+        return bool(value != raw.get(name, getattr(GPT2Config, name)))
+    if key in HARMLESS:
+        return value not in HARMLESS[key]
+    if not value:
+        return False
+    if key in ("head_dim", "n_kv_head", "num_key_value_heads"):
+        return not _is_plain_attention(key, raw)
+    return key in FOREIGN or key == "auto_map" or any(part in key.lower() for part in FOREIGN_PARTS)
+
+
+def _is_plain_attention(key: str, raw: Mapping[str, Any]) -> bool:
+    """Whether a key on heads states what holds for every GPT-2: as many key-value heads as heads, of n_embd / n_head each."""
+    n_head = raw.get("n_head", raw.get("num_attention_heads"))
+    n_embd = raw.get("n_embd", raw.get("hidden_size"))
+    if not (isinstance(n_head, int) and isinstance(n_embd, int)):
+        return False
+    return bool(raw[key] * n_head == n_embd if key == "head_dim" else raw[key] == n_head)
+
+
+def _is_stock(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers' own GPT-2 loads the model: its class is named, and no code beside the weights replaces it."""
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return False
+    return all(str(name).removeprefix("TF").removeprefix("Flax") in STOCK for name in architectures)
+
+
+def _unknown(raw: Mapping[str, Any]) -> list[str]:
+    """The keys of which gpt2x knows neither that they matter, nor that they do not."""
+    known = {*HF_KEYS, *ALIASES, *INERT, *FOREIGN, *NAMESAKES, *HARMLESS, OLD_CONTEXT, "auto_map"}
+    return [key for key in raw if key not in known and not any(part in key.lower() for part in FOREIGN_PARTS)]
 
 
 def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError
@@ -192,6 +192,7 @@ class Dialect:
         extras: known tensors that are not parameters.
         slots: suffixes of an optimizer's slots, after the name of a parameter.
         assumes: the configuration of its code, if no file states another.
+        unless: what to do where that does not hold, as a clause.
         computes: switch -> the values that its code supports; any value, if a switch is not listed.
         any_width: whether its code supports a feed-forward width other than 4 x n_embd.
         head_untied: whether an ``lm_head`` that differs from the token embedding is enough to be untied.
@@ -209,6 +210,7 @@ class Dialect:
     extras: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
     assumes: Mapping[str, Any] = field(default_factory=dict)
+    unless: str = ""
     computes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     any_width: bool = True
     head_untied: bool = False
@@ -423,12 +425,23 @@ OPENAI = Dialect(
     any_width=False,
 )
 
+# Old names, which from_pretrained renamed: g, b and w in pytorch-pretrained-bert; gamma and beta in transformers until 4.
+OLD_ENDS = {".weight": (".g", ".w", ".gamma"), ".bias": (".b", ".beta")}
+OLD_NAMES = {
+    row.removesuffix(end) + old: row
+    for row in SPEC
+    for end, olds in OLD_ENDS.items()
+    if row.endswith(end)
+    for old in olds
+}
+
 # transformers' GPT2LMHeadModel; the canonical names are its own. The official file has them without a prefix.
 HF = Dialect(
     "hf",
     {row: Same(row) for row in SPEC},
     # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
     lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
+    also=OLD_NAMES,
     prefixes=("", "transformer."),
     extras=MASKS,
 )
@@ -438,7 +451,8 @@ LINEAR = {
     row: Transposed(row) if row.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else Same(row)
     for row in SPEC
 }
-# nanoGPT has nn.GELU, the exact one; it had the tanh form until the middle of 2023, and its files do not say which.
+# Three programs use these names over torch.nn.Linear; what tells their files apart is in formats/nanogpt.py.
+# nanoGPT's model.py has nn.GELU, the exact one, since pull request 274 (June 2023); before, the tanh form. Its files do not say which.
 NANOGPT = Dialect(
     "nanogpt",
     LINEAR,
@@ -446,11 +460,23 @@ NANOGPT = Dialect(
     prefixes=("transformer.", ""),
     extras=MASKS,
     assumes={"activation_function": "gelu"},
+    unless="if the model was trained with the tanh form, as in nanoGPT before June 2023, pass --activation-function gelu_new to convert",
     computes={**PUBLISHED, "activation_function": ("gelu", "gelu_new")},
     any_width=False,
     copies_wte=True,
     biasless=BIASES,
 )
+# karpathy/build-nanogpt: nn.GELU(approximate="tanh") in its train_gpt2.py.
+BUILD_NANOGPT = replace(
+    NANOGPT,
+    name="build-nanogpt",
+    assumes={"activation_function": "gelu_new"},
+    unless="",
+    computes=PUBLISHED,
+    biasless=(),
+)
+# karpathy/minGPT: NewGELU in mingpt/model.py. Its lm_head is never tied.
+MINGPT = replace(BUILD_NANOGPT, name="mingpt", copies_wte=False, head_untied=True)
 MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=MASKS)
 
 # rasbt/LLMs-from-scratch: GPTModel of ch04.py, with GELU in the tanh form. qkv_bias is false in the book's own training.
@@ -488,10 +514,72 @@ LLMS_FROM_SCRATCH = Dialect(
     },
     lm_head=(Same("out_head.weight"),),
     extras=("trf_blocks.{i}.att.mask",),
-    computes=PUBLISHED,
-    any_width=False,
     head_untied=True,
     biasless=("h.{i}.attn.c_attn.bias",),
+)
+
+# karpathy/minGPT until June 2022, and what grew from it: exact GELU, lm_head never tied.
+MINGPT_2020 = Dialect(
+    "mingpt-2020",
+    {
+        "wte.weight": Same("tok_emb.weight"),
+        "wpe.weight": Lead1("pos_emb"),
+        "h.{i}.ln_1.weight": Same("blocks.{i}.ln1.weight"),
+        "h.{i}.ln_1.bias": Same("blocks.{i}.ln1.bias"),
+        "h.{i}.attn.c_attn.weight": Joined(
+            (
+                Transposed("blocks.{i}.attn.query.weight"),
+                Transposed("blocks.{i}.attn.key.weight"),
+                Transposed("blocks.{i}.attn.value.weight"),
+            )
+        ),
+        "h.{i}.attn.c_attn.bias": Joined(
+            (
+                Same("blocks.{i}.attn.query.bias"),
+                Same("blocks.{i}.attn.key.bias"),
+                Same("blocks.{i}.attn.value.bias"),
+            )
+        ),
+        "h.{i}.attn.c_proj.weight": Transposed("blocks.{i}.attn.proj.weight"),
+        "h.{i}.attn.c_proj.bias": Same("blocks.{i}.attn.proj.bias"),
+        "h.{i}.ln_2.weight": Same("blocks.{i}.ln2.weight"),
+        "h.{i}.ln_2.bias": Same("blocks.{i}.ln2.bias"),
+        "h.{i}.mlp.c_fc.weight": Transposed("blocks.{i}.mlp.0.weight"),
+        "h.{i}.mlp.c_fc.bias": Same("blocks.{i}.mlp.0.bias"),
+        "h.{i}.mlp.c_proj.weight": Transposed("blocks.{i}.mlp.2.weight"),
+        "h.{i}.mlp.c_proj.bias": Same("blocks.{i}.mlp.2.bias"),
+        "ln_f.weight": Same("ln_f.weight"),
+        "ln_f.bias": Same("ln_f.bias"),
+    },
+    lm_head=(Same("head.weight"),),
+    extras=("blocks.{i}.attn.mask",),
+    assumes={"activation_function": "gelu"},
+    head_untied=True,
+)
+
+# Dao-AILab/flash-attention: GPTLMHeadModel of flash_attn/models/gpt.py, as remap_state_dict_hf_gpt2 names it.
+FLASH_ATTN = Dialect(
+    "flash-attn",
+    {
+        "wte.weight": Same("embeddings.word_embeddings.weight"),
+        "wpe.weight": Same("embeddings.position_embeddings.weight"),
+        "h.{i}.ln_1.weight": Same("layers.{i}.norm1.weight"),
+        "h.{i}.ln_1.bias": Same("layers.{i}.norm1.bias"),
+        "h.{i}.attn.c_attn.weight": Transposed("layers.{i}.mixer.Wqkv.weight"),
+        "h.{i}.attn.c_attn.bias": Same("layers.{i}.mixer.Wqkv.bias"),
+        "h.{i}.attn.c_proj.weight": Transposed("layers.{i}.mixer.out_proj.weight"),
+        "h.{i}.attn.c_proj.bias": Same("layers.{i}.mixer.out_proj.bias"),
+        "h.{i}.ln_2.weight": Same("layers.{i}.norm2.weight"),
+        "h.{i}.ln_2.bias": Same("layers.{i}.norm2.bias"),
+        "h.{i}.mlp.c_fc.weight": Transposed("layers.{i}.mlp.fc1.weight"),
+        "h.{i}.mlp.c_fc.bias": Same("layers.{i}.mlp.fc1.bias"),
+        "h.{i}.mlp.c_proj.weight": Transposed("layers.{i}.mlp.fc2.weight"),
+        "h.{i}.mlp.c_proj.bias": Same("layers.{i}.mlp.fc2.bias"),
+        "ln_f.weight": Same("ln_f.weight"),
+        "ln_f.bias": Same("ln_f.bias"),
+    },
+    lm_head=(Same(LM_HEAD),),
+    prefixes=("transformer.", ""),
 )
 
 # karpathy/llm.c: ParameterTensors in train_gpt2.c, whose arrays hold all layers; here each layer has its own name.
@@ -635,7 +723,8 @@ FLAX = Dialect(
     prefixes=("transformer/", ""),
 )
 
-DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, LLMC, GGUF, KERAS, KERAS_HUB, FLAX)
+DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, MINGPT_2020, FLASH_ATTN, LLMC, GGUF, KERAS, KERAS_HUB, FLAX)
+SAME_NAMES = (BUILD_NANOGPT, MINGPT)  # dialects with the names of another one, found by what else a file holds
 
 
 def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -45,13 +46,15 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
     return fill(model, checkpoint).eval()
 
 
-def from_pretrained(path: str | Path, *, n_head: int | None = None, tie: bool = False) -> GPT2:
+def from_pretrained(
+    path: str | Path, *, n_head: int | None = None, tie: bool = False, ignore_config_keys: Collection[str] = ()
+) -> GPT2:
     """Return a model in eval mode with the configuration and the weights of a file of any supported format.
 
     Raises:
         ConversionError: if the file cannot be read as a GPT-2.
     """
-    return model_of(open_checkpoint(path, n_head=n_head, tie=tie))
+    return model_of(open_checkpoint(path, n_head=n_head, tie=tie, ignore_config_keys=ignore_config_keys))
 
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> GPT2:

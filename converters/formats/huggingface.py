@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..config import from_hf, to_hf
+from ..config import from_hf, notes_on_hf, to_hf
 from ..dialects import HF as DIALECT
 from ..io.json import read_json, to_json
 from ..io.publishing import new_directory, new_file, write_small
@@ -19,7 +19,7 @@ from .notes import NO_TOKENIZER, token_roles, tokenizer_notes, vocabulary_of
 TORCH_NAMES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
 MAX_JSON = 1 << 20
 
-CODEC = Codec(from_hf, to_hf)
+CODEC = Codec(from_hf, to_hf, notes=notes_on_hf)
 
 
 def hf_companions(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -89,7 +89,7 @@ def is_kerass(raw: Mapping[str, Any]) -> bool:
     return "class_name" in raw and "config" in raw
 
 
-CODEC = Codec(from_keras_hub, to_keras_hub, is_kerass)
+CODEC = Codec(from_keras_hub, to_keras_hub, applies=is_kerass)
 
 
 def _embedded(container: Container) -> Embedded | None:

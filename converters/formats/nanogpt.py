@@ -1,4 +1,8 @@
-"""nanoGPT's ``ckpt.pt``: a file of PyTorch's that has the tensors under ``model``, and ``model_args`` beside them."""
+"""nanoGPT's ``ckpt.pt``: a file of PyTorch's that has the tensors under ``model``, and ``model_args`` beside them.
+
+build-nanogpt and minGPT use the same names of tensors, and other files. Sources: ``train.py`` and ``model.py`` of
+karpathy/nanoGPT, ``train_gpt2.py`` of karpathy/build-nanogpt, ``mingpt/model.py`` of karpathy/minGPT.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import to_hf
+from ..config import how_to_ignore, to_hf
 from ..containers.container import Container
-from ..dialects import NANOGPT as DIALECT
+from ..dialects import BUILD_NANOGPT, MINGPT, Dialect
+from ..dialects import NANOGPT as NANOGPT_DIALECT
 from ..errors import ConfigError, FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import GPT2Config, with_inner
+from ..spec import LM_HEAD, GPT2Config, with_inner
 from .format import FLOATS, LATER, Codec, Embedded, Format, Job, Written
 from .huggingface import CODEC as HF_CODEC
 
 MODEL_ARGS = "model_args"
+CONFIG = "config"  # where build-nanogpt puts its GPTConfig, and nanoGPT the settings of its training
 CONFIG_KEY = "gpt2x_config"  # Hugging Face's config.json, as text: it states more than model_args can
 PLAIN = (str, int, float, type(None))  # the types that a value of model_args may have
 
-# nanoGPT's GPTConfig -> GPT2Config
+# GPTConfig of nanoGPT and of build-nanogpt -> GPT2Config
 KEYS = {
     "block_size": "n_ctx",
     "vocab_size": "n_vocab",
@@ -39,15 +45,17 @@ HF_CLASS = "GPT2Config"
 
 
 def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The GPT2Config fields that nanoGPT's ``model_args`` (its ``GPTConfig``) state.
+    """The GPT2Config fields that a ``GPTConfig`` of nanoGPT or build-nanogpt states.
 
     Raises:
-        ConfigError: if a key is set that nanoGPT does not have.
+        ConfigError: if a key is set that it does not have.
     """
     unknown = [key for key, value in raw.items() if key not in KEYS and key not in INERT and value]
     if unknown:
         faults = [f"{str(key)[:60]} is {str(raw[key])[:60]!r}" for key in unknown]
-        raise ConfigError.listing(f"{where}: model_args that nanoGPT does not have", faults)
+        raise ConfigError.listing(
+            f"{where}: keys that nanoGPT's GPTConfig does not have", faults, how_to_ignore(unknown)
+        )
     fields = {name: raw[key] for key, name in KEYS.items() if key in raw}
     dropout = raw.get("dropout")
     if isinstance(dropout, float | int):
@@ -126,6 +134,10 @@ def _left_by_a_run(key: str, value: Any) -> Beside | None:
     class_name = value.name.rpartition(".")[2] if isinstance(value, Opaque) else ""
     if class_name == HF_CLASS or fields.get("model_type") == "gpt2":
         return Beside(key, Embedded(fields, HF_CODEC))
+    if key == CONFIG and _is_gpt_config(fields):
+        return Beside(
+            key, Embedded(fields, CODEC, complete=False)
+        )  # nothing but a GPTConfig: unknown fields are refused
     if not fields.keys() >= REQUIRED:
         return None
     known = {name: item for name, item in fields.items() if name in KEYS or name in INERT}
@@ -133,11 +145,39 @@ def _left_by_a_run(key: str, value: Any) -> Beside | None:
     return Beside(key, Embedded(known, CODEC, complete=False), ignored)
 
 
+def _is_gpt_config(config: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a GPTConfig. The settings of nanoGPT's training lack ``vocab_size``, and have a learning rate."""
+    return config.keys() >= KEYS.keys() and "learning_rate" not in config
+
+
+def dialect_of(container: Container) -> Dialect:
+    """Which of the programs with nanoGPT's names wrote a file, by what it holds beside the parameters.
+
+    nanoGPT has ``model_args``; build-nanogpt has ``config``, which lacks nanoGPT's ``bias`` and ``dropout``; minGPT saves
+    a bare state dict, with masks and an ``lm_head`` of its own, where the other two tie it to the token embedding.
+    """
+    from ..containers.torch_values import plain_fields
+
+    if MODEL_ARGS in container.metadata:
+        return NANOGPT_DIALECT
+    config = plain_fields(container.metadata.get(CONFIG))
+    if config is not None and _is_gpt_config(config) and not any(key in config for key in INERT):
+        return BUILD_NANOGPT
+    tensors = container.tensors
+    is_bare = container.format == "bin" and not container.metadata
+    has_masks = any(name.endswith("h.0.attn.bias") for name in tensors)
+    embedding = tensors.get("transformer.wte.weight", tensors.get("wte.weight"))
+    has_own_head = LM_HEAD in tensors and tensors[LM_HEAD] is not embedding
+    if is_bare and has_masks and has_own_head:
+        return MINGPT
+    return NANOGPT_DIALECT
+
+
 def _write(job: Job) -> Written:
     from ..containers.torch_zip import write_torch_zip
 
     config = job.checkpoint.config
-    tensors = DIALECT.write(job.checkpoint.tensors, config)
+    tensors = NANOGPT_DIALECT.write(job.checkpoint.tensors, config)
     beside = {MODEL_ARGS: to_model_args(config), CONFIG_KEY: json.dumps(to_hf(config))}
     with new_file(job.path, job.force) as out:
         write_torch_zip(out, tensors, beside=beside)
@@ -154,7 +194,7 @@ NANOGPT = Format(
     name="nanogpt",
     what="nanoGPT's train.py",
     files="`ckpt.pt`",
-    dialects=("nanogpt",),
+    dialects=("nanogpt", "build-nanogpt", "mingpt"),
     reads=FLOATS,
     writes=FLOATS,
     ask="`--to nanogpt`",

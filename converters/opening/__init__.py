@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
@@ -28,6 +29,7 @@ def open_checkpoint(
     adapter: str | Path | None = None,
     merged_dtype: str | None = None,
     entry: str | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> Checkpoint:
     """Open a GPT-2 checkpoint of any known format, recognised by its content. Only names and shapes are read.
 
@@ -42,6 +44,7 @@ def open_checkpoint(
         merged_dtype: dtype of the tensors that the adapter changes, as in ``--dtype``; by default the base's.
         entry: the keys that lead to the tensors in a file of ``torch.save``, such as ``checkpoint.model``, if it holds
             several models.
+        ignore_config_keys: keys to leave out of the configuration, such as unknown ones that do not change the arithmetic.
 
     Raises:
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
@@ -50,7 +53,7 @@ def open_checkpoint(
     with reading(source.path):
         container = open_container(source, entry)
         opened = open_adapter(source, container, adapter)
-        stated = read_configuration(source, opened.base, activation_function)
+        stated = read_configuration(source, opened.base, activation_function, ignore_config_keys)
         parameters = recognise(unwrap(opened.base), n_vocab)
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)

@@ -83,5 +83,5 @@ def _settle_head(parameters: Parameters, resolved: Resolved, tie: bool) -> _Head
         reason = "GPT-2 ties them, and no configuration states otherwise"
     raise CheckpointError(
         f"{parameters.container.path}: untied lm_head: {LM_HEAD} differs from wte.weight, but {reason}.\n"
-        "Pass --tie to drop it, or set tie_word_embeddings to false in config.json to keep it"
+        "To keep it, set tie_word_embeddings to false in a config.json beside it; to drop it, pass --tie"
     )

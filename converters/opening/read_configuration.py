@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from ..containers.container import Container
 from ..errors import CheckpointError, FormatError
 from ..formats import BY_NAME, CONFIG_FILES
-from ..formats.format import Embedded
+from ..formats.format import Codec, Embedded
 from ..formats.huggingface import CODEC as HF_CODEC
 from ..io.json import read_json
 from .find import Source
@@ -21,13 +21,38 @@ INERT = ("token_id", "pdrop")  # ends of fields that do not change the logits: t
 
 @dataclass(frozen=True)
 class Stated:
-    """The fields of GPT2Config that files and the user state, and where."""
+    """The fields of GPT2Config that files and the user state, where, and what the user should know of them."""
 
     fields: Mapping[str, Any]
     where: str
+    notes: tuple[str, ...] = ()
 
 
-def read_configuration(source: Source, container: Container, activation_function: str | None = None) -> Stated:
+class _Reader:
+    """Reads configurations without the keys that the user says to ignore, and remembers which of these it met."""
+
+    def __init__(self, ignored: Collection[str]) -> None:
+        self.ignored = ignored
+        self.met: dict[str, str] = {}  # key -> place
+
+    def read(self, raw: Mapping[str, Any], codec: Codec, where: str) -> Stated:
+        """One configuration."""
+        self.met |= {key: where for key in self.ignored if key in raw}
+        kept = {key: value for key, value in raw.items() if key not in self.ignored}
+        fields = codec.read(kept, where)
+        return Stated(fields, where, tuple(codec.notes(kept, where)))
+
+    def notes(self) -> tuple[str, ...]:
+        """The notes on the keys that were ignored."""
+        return tuple(f"{where}: {key} is ignored, as --ignore-config-key asks" for key, where in self.met.items())
+
+
+def read_configuration(
+    source: Source,
+    container: Container,
+    activation_function: str | None = None,
+    ignore_config_keys: Collection[str] = (),
+) -> Stated:
     """Read the configuration inside the weights and beside them.
 
     A lone file's own configuration is enough. For a directory, and for files that state sizes only (nanoGPT), those
@@ -37,22 +62,26 @@ def read_configuration(source: Source, container: Container, activation_function
         ConfigError: if one is invalid.
         CheckpointError: if two disagree.
     """
+    reader = _Reader(ignore_config_keys)
     inside = embedded_configuration(container)
-    fields: dict[str, Any] = {}
+    found = Stated({}, "")
     if inside:
-        fields = inside.codec.read(inside.raw, f"{container.path}: its metadata")
+        found = reader.read(inside.raw, inside.codec, f"{container.path}: its metadata")
+    fields: dict[str, Any] = dict(found.fields)
     where = "its metadata" if fields else ""
+    notes = found.notes
     is_enough = inside is not None and inside.complete and bool(fields) and not source.is_directory
     if not is_enough:
-        beside = _beside(source.home)
+        beside = _beside(source.home, reader)
         _check_agreement(source.home, fields, container.path.name, beside.fields, beside.where)
         fields = {**fields, **beside.fields}
         where = beside.where or where
+        notes += beside.notes
     if activation_function:
         given = {"activation_function": activation_function}
         _check_agreement(source.home, fields, where, given, "--activation-function")
         fields = {**fields, **given}
-    return Stated(fields, where)
+    return Stated(fields, where, (*notes, *reader.notes()))
 
 
 def embedded_configuration(container: Container) -> Embedded | None:
@@ -75,19 +104,21 @@ def embedded_configuration(container: Container) -> Embedded | None:
     return first
 
 
-def _beside(directory: Path) -> Stated:
+def _beside(directory: Path, reader: _Reader) -> Stated:
     fields: dict[str, Any] = {}
     names: list[str] = []
+    notes: list[str] = []
     for name in sorted(CONFIG_FILES):
         path = directory / name
         if path.is_file():
             raw = read_json(path, MAX_JSON)
             codec = next(codec for codec in CONFIG_FILES[name] if codec.applies is None or codec.applies(raw))
-            found = codec.read(raw, str(path))
-            _check_agreement(directory, fields, " and ".join(names), found, name)
-            fields = {**found, **fields}
+            found = reader.read(raw, codec, str(path))
+            _check_agreement(directory, fields, " and ".join(names), found.fields, name)
+            fields = {**found.fields, **fields}
             names.append(name)
-    return Stated(fields, " and ".join(names))
+            notes += found.notes
+    return Stated(fields, " and ".join(names), tuple(notes))
 
 
 def _check_agreement(directory: Path, a: Mapping[str, Any], name_a: str, b: Mapping[str, Any], name_b: str) -> None:

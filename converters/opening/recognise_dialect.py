@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..checkpoint import not_gpt2
 from ..containers.container import Container
-from ..dialects import Dialect
+from ..dialects import NANOGPT, Dialect
 from ..dialects import recognise as recognise_dialect
 from ..errors import CheckpointError
+from ..formats.nanogpt import dialect_of
 from ..spec import LM_HEAD
 from ..tensors import LazyTensor
 
@@ -51,6 +52,8 @@ def recognise(container: Container, n_vocab: int | None = None) -> Parameters:
     found = dialect.read(container.tensors, prefix)
     if not found.parameters:
         raise _nothing_known(container)
+    if dialect is NANOGPT:
+        dialect = dialect_of(container)
     if found.faults:
         raise not_gpt2(container.path, dialect.name, found.faults)
     tensors = found.parameters
@@ -59,7 +62,26 @@ def recognise(container: Container, n_vocab: int | None = None) -> Parameters:
     return Parameters(container, dialect, tensors, found.n_layer, n_vocab, tuple(found.left_out), found.zero_biases)
 
 
+# A part of a tensor's name -> the program that uses it, and what to do.
+OTHERS = {
+    "query_key_value.weight": (
+        "a checkpoint of Megatron-LM or GPT-NeoX, whose queries, keys and values are interleaved; "
+        "convert it to Hugging Face's layout with that project's script"
+    ),
+    "blocks.0.attn.W_Q": (
+        "a HookedTransformer of TransformerLens, whose weights are usually folded and centered; "
+        "convert the model that it was made from"
+    ),
+    "sa.heads.0.key.weight": (
+        "the model of the lecture 'Let's build GPT', whose heads and lm_head bias GPT-2 does not have"
+    ),
+}
+
+
 def _nothing_known(container: Container) -> CheckpointError:
+    for part, what in OTHERS.items():
+        if any(part in name for name in container.tensors):
+            return CheckpointError(f"{container.path}: {what}")
     first = next(iter(container.tensors))[:100]
     return CheckpointError(
         f"{container.path}: not a GPT-2: none of its {len(container.tensors)} tensors has a name of a GPT-2 parameter (the first is {first!r})"

@@ -39,12 +39,13 @@ def resolve(parameters: Parameters, stated: Stated, n_head: int | None = None) -
         fields["n_vocab"] = parameters.n_vocab
     _check_sizes(fields, sizes, n_head, path, stated.where)
     is_stated = bool(fields)
-    notes = []
+    notes = list(stated.notes)
     if "n_head" not in fields:
         fields["n_head"], note = _find_heads(sizes, n_head, path)
         notes.append(note)
     for key, value in assumed.items():
-        notes.append(f"{key} is {value}, as in {dialect.name}'s code")
+        unless = f"; {dialect.unless}" if dialect.unless else ""
+        notes.append(f"{key} is {value}, as in {dialect.name}'s code{unless}")
     try:
         config = GPT2Config(**{**fields, **assumed, **sizes})
     except ConfigError as error:

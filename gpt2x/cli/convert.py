@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .source import adapter_option, check_before, is_remote, local, local_adapter
+from .source import IGNORE_CONFIG_KEY, adapter_option, check_before, is_remote, local, local_adapter
 from .text import printable, progress_bar
 
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
@@ -57,6 +57,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert the weights without their tokenizer.")
 @click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
+@IGNORE_CONFIG_KEY
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
@@ -73,6 +74,7 @@ def convert(
     entry: str | None,
     no_tokenizer: bool,
     tie: bool,
+    ignore_config_keys: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -109,6 +111,7 @@ def convert(
         adapter=local_adapter(adapter),
         merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
         entry=entry,
+        ignore_config_keys=ignore_config_keys,
     )
     if no_tokenizer:
         checkpoint = replace(checkpoint, tokenizer=None)

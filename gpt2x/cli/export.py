@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from .source import adapter_option, check_before, local, local_adapter
+from .source import IGNORE_CONFIG_KEY, adapter_option, check_before, local, local_adapter
 from .text import need, printable, progress_bar
 from .verify import read_text, table
 
@@ -51,6 +51,7 @@ class Request:
     n_head: int | None = None
     adapter: str | None = None
     entry: str | None = None
+    ignore_config_keys: tuple[str, ...] = ()
     tie: bool = False
     force: bool = False
     as_json: bool = False
@@ -141,6 +142,7 @@ def _hint(part: str) -> str:
 @click.option("--n-head", type=click.IntRange(min=1), help="Number of attention heads, if SRC has no configuration.")
 @adapter_option("SRC")
 @click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
+@IGNORE_CONFIG_KEY
 @click.option("--tie", is_flag=True, help="Drop an untied lm_head.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -230,7 +232,14 @@ def _plan(request: Request) -> Checkpoint:
 
         check_push(request.push)
     source, adapter = local(request.src), local_adapter(request.adapter)
-    checkpoint = open_checkpoint(source, n_head=request.n_head, tie=request.tie, adapter=adapter, entry=request.entry)
+    checkpoint = open_checkpoint(
+        source,
+        n_head=request.n_head,
+        tie=request.tie,
+        adapter=adapter,
+        entry=request.entry,
+        ignore_config_keys=request.ignore_config_keys,
+    )
     checkpoint = _with_tokenizer(checkpoint, request)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .controls import controls, given_controls, show_origin
-from .source import PRECISION, adapter_option, local_adapter, runnable
+from .source import IGNORE_CONFIG_KEY, PRECISION, adapter_option, local_adapter, runnable
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
@@ -46,10 +46,11 @@ if TYPE_CHECKING:
 @adapter_option("MODEL")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside MODEL.")
+@IGNORE_CONFIG_KEY
 def generate(
     model: str, prompt: str | None, prompts_file: str | None, output: str | None, resume: bool, batch_size: int,
     tokenizer_dir: str | None, runtime: str | None, precision: str | None, adapter: str | None, threads: int | None,
-    n_head: int | None, **options: Any,
+    n_head: int | None, ignore_config_keys: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
@@ -70,7 +71,14 @@ def generate(
     model = runnable(model, "torch" if adapter and runtime is None else runtime, precision)
     adapter = local_adapter(adapter)
     open_model = partial(
-        open_decoder, model, runtime, n_head=n_head, precision=precision, adapter=adapter, threads=threads
+        open_decoder,
+        model,
+        runtime,
+        n_head=n_head,
+        precision=precision,
+        adapter=adapter,
+        threads=threads,
+        ignore_config_keys=ignore_config_keys,
     )
     tokenizer = _tokenizer(model, tokenizer_dir or _home(model, adapter), open_model)
     config = _config(model, given)

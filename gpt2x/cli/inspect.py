@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..precisions import DEFAULT
-from .source import PRECISION, adapter_option, local_adapter, runnable
+from .source import IGNORE_CONFIG_KEY, PRECISION, adapter_option, local_adapter, runnable
 from .text import printable
 
 
@@ -24,10 +24,12 @@ from .text import printable
 )
 @adapter_option("PATH")
 @click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
+@IGNORE_CONFIG_KEY
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    path: str, precision: str | None, show_tensors: bool, adapter: str | None, entry: str | None, as_json: bool
-) -> None:
+    path: str, precision: str | None, show_tensors: bool, adapter: str | None, entry: str | None,
+    ignore_config_keys: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
     """Show format, dialect, sizes, dtypes, configuration and checksums of PATH; of ONNX, the contract.
 
     \b
@@ -38,26 +40,27 @@ def inspect(
 
     Only names and shapes are read, not the weights. (An ONNX model is loaded with ONNX Runtime.)
     """
+    options = {"entry": entry, "ignore_config_keys": ignore_config_keys}
     if adapter:
-        facts = describe(runnable(path, "torch"), local_adapter(adapter), entry)
+        facts = describe(runnable(path, "torch"), adapter=local_adapter(adapter), **options)
     else:
-        facts = everything(runnable(path, None, precision), precision, entry)
+        facts = everything(runnable(path, None, precision), precision, **options)
     facts = {**facts, "path": path}
     if not show_tensors:
         facts.pop("tensor_list", None)
     click.echo(json.dumps(facts, indent=2) if as_json else printable("\n".join(lines(facts))))
 
 
-def everything(path: str, precision: str | None = None, entry: str | None = None) -> dict[str, Any]:
-    """The facts of weights, of an ONNX model, or of a directory with both."""
+def everything(path: str, precision: str | None = None, **options: Any) -> dict[str, Any]:
+    """The facts of weights, of an ONNX model, or of a directory with both. ``options`` are those of ``open_checkpoint``."""
     from ..contract import has_onnx
 
     if not has_onnx(path):
-        return describe_adapter(path) if is_adapter(path) else describe(path, entry=entry)
+        return describe_adapter(path) if is_adapter(path) else describe(path, **options)
     from converters import ConversionError
 
     try:
-        facts = describe(path, entry=entry) if not path.endswith(".onnx") else {"path": path}
+        facts = describe(path, **options) if not path.endswith(".onnx") else {"path": path}
     except ConversionError:
         facts = {"path": path}  # no weights that gpt2x reads, only ONNX
     return {**facts, "onnx": describe_onnx(path, precision)}
@@ -131,18 +134,18 @@ def describe_adapter(path: str) -> dict[str, Any]:
     }
 
 
-def describe(path: str, adapter: str | None = None, entry: str | None = None) -> dict[str, Any]:
-    """The facts of weights, with an adapter merged into them, without reading them."""
+def describe(path: str, **options: Any) -> dict[str, Any]:
+    """The facts of weights, without reading them. ``options`` are those of ``open_checkpoint``."""
     from converters import open_checkpoint
     from converters.config import to_hf
     from converters.errors import UnknownHeadsError
 
     try:
-        checkpoint = open_checkpoint(path, adapter=adapter, entry=entry)
+        checkpoint = open_checkpoint(path, **options)
         config = to_hf(checkpoint.config)
     except UnknownHeadsError:
         # 1 divides any n_embd: shows everything else.
-        checkpoint = open_checkpoint(path, n_head=1, adapter=adapter, entry=entry)
+        checkpoint = open_checkpoint(path, n_head=1, **options)
         config = {**to_hf(checkpoint.config), "n_head": None}
     notes = checkpoint.notes if config["n_head"] else ("n_head is not in the file: pass --n-head to convert it",)
     tensors = checkpoint.tensors

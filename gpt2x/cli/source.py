@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 
 PRECISION = click.Choice(list(PRECISIONS))
+IGNORE_CONFIG_KEY = click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    metavar="KEY",
+    multiple=True,
+    help="Leave KEY out of the configuration (repeatable).",
+)
 
 
 def adapter_option(model: str) -> Callable[[Command], Command]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import PRECISION, adapter_option, is_remote, local, local_adapter, runnable
+from .source import IGNORE_CONFIG_KEY, PRECISION, adapter_option, is_remote, local, local_adapter, runnable
 from .text import need, printable
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")
 @adapter_option("A")
 @click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration is beside the files.")
+@IGNORE_CONFIG_KEY
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
     html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool, adapter: str | None,
-    n_head: int | None,
+    n_head: int | None, ignore_config_keys: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same greedy tokens.
 
@@ -80,18 +82,27 @@ def verify(
     named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
     a, b = local(a), runnable(b, runtime, precision) if b else None
     merged = local_adapter(adapter)
+    open_a = partial(open_checkpoint, a, n_head=n_head, adapter=merged, ignore_config_keys=ignore_config_keys)
     if adapter and "a" in named:
         named["a"] += f" + {adapter}"
     if against:
-        report = parity.verify_release(open_checkpoint(a, n_head=n_head, adapter=merged))
+        report = parity.verify_release(open_a())
     elif b:
         report = parity.verify(
-            a, b, text=text, runtime=runtime, n_head=n_head, precision=precision, rounded=rounded, adapter=merged
+            a,
+            b,
+            text=text,
+            runtime=runtime,
+            n_head=n_head,
+            precision=precision,
+            rounded=rounded,
+            adapter=merged,
+            ignore_config_keys=ignore_config_keys,
         )
     else:
         if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
             raise click.UsageError(f"{a} is {NAMES[kind]}: pass B, the model to compare it with")
-        report = parity.verify_alone(open_checkpoint(a, n_head=n_head, adapter=merged), text)
+        report = parity.verify_alone(open_a(), text)
     report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
     show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)

@@ -6,6 +6,7 @@ import logging
 import sys
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def open_decoder(
     precision: str | None = None,
     adapter: str | Path | None = None,
     threads: int | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> Decoder:
     """Open anything that runs.
 
@@ -79,12 +81,15 @@ def open_decoder(
         precision: which ONNX model of a directory; by default fp32, or else the only one.
         adapter: the directory of a PEFT adapter to merge into weights. Of a directory that also has ONNX, weights run.
         threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
+        ignore_config_keys: keys to leave out of the configuration of weights.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
     if adapter is not None:
-        return _with_adapter(path, runtime, adapter, n_head, precision)
+        _check_weights(path, runtime, precision)
+        opened = open_checkpoint(path, n_head=n_head, adapter=adapter, ignore_config_keys=ignore_config_keys)
+        return gpt2x_model(opened)
     kind = run_kind(path, runtime)
     log.info("%s: run as %s", path, NAMES[kind])
     if kind == "onnx":
@@ -98,7 +103,7 @@ def open_decoder(
 
         torch.set_num_threads(threads)
     if kind == "weights":
-        return gpt2x_model(open_checkpoint(path, n_head=n_head))
+        return gpt2x_model(open_checkpoint(path, n_head=n_head, ignore_config_keys=ignore_config_keys))
     from .torch import ModuleDecoder
 
     if kind == "torchscript":
@@ -106,10 +111,8 @@ def open_decoder(
     return ModuleDecoder.from_pt2(path)
 
 
-def _with_adapter(
-    path: str | Path, runtime: str | None, adapter: str | Path, n_head: int | None, precision: str | None
-) -> Decoder:
-    """gpt2x's own model of weights with an adapter merged into them.
+def _check_weights(path: str | Path, runtime: str | None, precision: str | None) -> None:
+    """Refuse what an adapter cannot be merged into.
 
     Raises:
         FormatError: if ONNX is asked for, or the path holds a program.
@@ -118,7 +121,6 @@ def _with_adapter(
     if kind != "weights" or precision is not None:
         what = NAMES["onnx"] if precision is not None else NAMES[kind]
         raise FormatError(f"{path}: an adapter is merged into weights, and this would be run as {what}")
-    return gpt2x_model(open_checkpoint(path, n_head=n_head, adapter=adapter))
 
 
 def gpt2x_model(checkpoint: Checkpoint) -> Decoder:

@@ -6,12 +6,13 @@ as bytes, without torch. ``gpt2x.verify.scenarios`` runs the models.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def verify(
     precision: str | None = None,
     rounded: bool = False,
     adapter: str | Path | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> Report:
     """Compare any two of: weights, TorchScript, ``.pt2``, ONNX.
 
@@ -99,23 +101,26 @@ def verify(
         precision: which ONNX model of ``b``, or of ``a`` if only ``a`` has any; by default fp32, or else the only one.
         rounded: compare the weights of ``b`` with those of ``a`` after rounding them to the dtypes of ``b``.
         adapter: the directory of a PEFT adapter to merge into the weights of ``a``.
+        ignore_config_keys: keys to leave out of the configurations of weights.
 
     Raises:
         ConversionError: if one of them cannot be opened, or ``rounded`` or ``adapter`` is asked of anything but weights.
     """
-    first = _merged(a, n_head, adapter, rounded) if adapter is not None else _weights_of(a, n_head)
+    open_weights = functools.partial(open_checkpoint, n_head=n_head, ignore_config_keys=ignore_config_keys)
+    open_any = functools.partial(open_decoder, n_head=n_head, ignore_config_keys=ignore_config_keys)
+    first = _weights_of(a, open_weights) if adapter is None else _merged(a, adapter, rounded, open_weights)
     second_kind = _kind_of_second(b, runtime)
     if rounded and (first is None or second_kind != "weights"):
         raise ConversionError(f"{b if first else a}: --rounded compares weights with weights only: leave it out")
     match kind_of(a), second_kind:
         case "onnx", "weights" if runtime is None and not rounded and adapter is None:
             # A directory with both may be the first. Its ONNX is what can be wrong.
-            return verify_export(open_checkpoint(b, n_head=n_head), a, text, precision)
+            return verify_export(open_weights(b), a, text, precision)
         case _ if first is None:
-            second = open_decoder(b, runtime, n_head=n_head, precision=precision)
-            return _verify_programs(a, b, open_decoder(a, n_head=n_head), second, text, n_head)
+            second = open_any(b, runtime, precision=precision)
+            return _verify_programs(a, b, open_any(a), second, text, open_weights)
         case _, "weights":
-            return verify_checkpoints(first, open_checkpoint(b, n_head=n_head), text, rounded)
+            return verify_checkpoints(first, open_weights(b), text, rounded)
         case "onnx", _ if Path(a).resolve() != Path(b).resolve():
             report = verify_export(first, b, text, precision)
             remark = Check("ONNX of the first", None, "not run: its weights were compared; pass it as the second")
@@ -124,21 +129,23 @@ def verify(
             return verify_export(first, b, text, precision)
 
 
-def _merged(path: str | Path, n_head: int | None, adapter: str | Path, rounded: bool) -> Checkpoint:
+def _merged(
+    path: str | Path, adapter: str | Path, rounded: bool, open_weights: Callable[..., Checkpoint]
+) -> Checkpoint:
     """The weights of a path with an adapter merged into them; not rounded, if they are rounded later."""
     if kind_of(path) != "weights" and not Path(path).is_dir():
         raise ConversionError(f"{path}: an adapter is merged into weights, and this is {NAMES[kind_of(path)]}")
-    return open_checkpoint(path, n_head=n_head, adapter=adapter, merged_dtype="fp64" if rounded else None)
+    return open_weights(path, adapter=adapter, merged_dtype="fp64" if rounded else None)
 
 
-def _weights_of(path: str | Path, n_head: int | None) -> Checkpoint | None:
+def _weights_of(path: str | Path, open_weights: Callable[[str | Path], Checkpoint]) -> Checkpoint | None:
     """The weights of a path; None if it holds a program, or a directory of ONNX without weights."""
     if kind_of(path) == "weights":
-        return open_checkpoint(path, n_head=n_head)
+        return open_weights(path)
     if not Path(path).is_dir():
         return None
     try:
-        return open_checkpoint(path, n_head=n_head)
+        return open_weights(path)
     except ConversionError:
         return None
 
@@ -202,10 +209,15 @@ def _measured_bounds(
 
 
 def _verify_programs(
-    a: str | Path, b: str | Path, first: Decoder, second: Decoder, text: str | None, n_head: int | None
+    a: str | Path,
+    b: str | Path,
+    first: Decoder,
+    second: Decoder,
+    text: str | None,
+    open_weights: Callable[[str | Path], Checkpoint],
 ) -> Report:
     """Compare two models of which the first is not a checkpoint. If the second is, it is the reference."""
-    weights = compare_files(first.path or a, second.path or b, n_head)
+    weights = compare_files(first.path or a, second.path or b, open_weights)
     checks = [compare_configs(first.config, second.config), weights]
     if not first.config.differences(second.config, TOKEN_SIZES):
         reference, model = (second, first) if kind_of(b) == "weights" else (first, second)

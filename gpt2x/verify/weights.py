@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -21,12 +22,14 @@ from converters.tensors import F32, F64, LazyTensor
 from .checks import Check
 
 
-def compare_files(a: str | Path, b: str | Path, n_head: int | None = None) -> Check:
-    """Compare the weights of two files; not compared if they cannot be read from one of them."""
+def compare_files(
+    a: str | Path, b: str | Path, open_weights: Callable[[str | Path], Checkpoint] = open_checkpoint
+) -> Check:
+    """Compare the weights of two files; not compared if ``open_weights`` cannot read one of them."""
     found = []
     for path in (a, b):
         try:
-            found.append(open_checkpoint(path, n_head=n_head).cast(F32))
+            found.append(open_weights(path).cast(F32))
         except ConversionError as error:
             return _not_compared(error)
     return compare_weights(*found)

@@ -19,7 +19,7 @@ import converters.dialects as dialects
 from converters import FORMATS, WRITERS, CheckpointError, ConversionError, GPT2Config, open_checkpoint, save_checkpoint
 from converters.containers.container import Container
 from converters.containers.safetensors import write_safetensors
-from converters.dialects import DIALECTS, FLAX, KERAS, MLX, NANOGPT, Transposed
+from converters.dialects import DIALECTS, FLAX, KERAS, MLX, NANOGPT, SAME_NAMES, Transposed
 from converters.io.publishing import new_file
 from converters.spec import ARITHMETIC
 from converters.tensors import BF16, F16, F32, F64
@@ -534,7 +534,7 @@ def test_every_writer_is_in_the_list_and_on_the_command_line(gpt2x):
     assert set(WRITERS) == {f.name for f in FORMATS if f.writes} - {"shards"}
     assert {d for f in FORMATS for d in f.writes} == set(NAMES.values())
     assert {*DTYPES, "fp64"} == set(NAMES)
-    assert {name for f in FORMATS for name in f.dialects} == {d.name for d in DIALECTS}
+    assert {name for f in FORMATS for name in f.dialects} == {d.name for d in (*DIALECTS, *SAME_NAMES)}
 
 
 # ------------------------------------------------------------------------------------------- what newcomers ran into
