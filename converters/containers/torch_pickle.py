@@ -357,7 +357,12 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # the keys of Lightning, of PyTorch's tutorials, of nanoGPT
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+)  # of Lightning, PyTorch's tutorials, nanoGPT, DeepSpeed
 
 
 @dataclass(frozen=True)

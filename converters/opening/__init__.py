@@ -12,6 +12,7 @@ from .open import open_container
 from .read_configuration import read_configuration
 from .recognise_dialect import recognise
 from .resolve import resolve
+from .situations import explained
 from .tokenizer import add_tokenizer, tokenizer_in
 from .unwrap import unwrap
 
@@ -39,8 +40,9 @@ def open_checkpoint(
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
     """
     source = find(path)
-    with reading(source.path):
+    with reading(source.path), explained(source.subject):
         container = open_container(source)
+    with reading(source.path), explained(source.subject, container):
         stated = read_configuration(source, container, activation_function)
         parameters = recognise(unwrap(container), n_vocab)
         resolved = resolve(parameters, stated, n_head)

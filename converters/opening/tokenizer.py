@@ -15,8 +15,9 @@ from ..formats.gguf import GGUF
 from ..io.reading import File
 from ..tokenizer import TokenizerFiles, find_tokenizer
 from .find import Source
-from .open import HEAD, open_file
+from .open import open_file
 from .read_configuration import Stated
+from .situations import HEAD
 
 PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
 
@@ -55,7 +56,10 @@ def add_tokenizer(
 
 def _remarks(checkpoint: Checkpoint, source: Source, container: Container) -> list[str]:
     read = {source.weights.name, *(file.name for file in container.files)}
-    remarks = [f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read]
+    remarks = [*source.notes]
+    remarks += [
+        f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read
+    ]
     if checkpoint.config.n_vocab == PADDED:
         remarks.append(
             f"the vocabulary is padded to {PADDED} rows, which take part in the softmax; pass --n-vocab 50257 to truncate it to GPT-2's tokens"
