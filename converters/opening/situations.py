@@ -343,7 +343,7 @@ FOLDERS = (
         "a checkpoint of Orbax: `_METADATA`, `manifest.ocdbt`",
         _either(_holds("_METADATA"), _holds("manifest.ocdbt"), _holds("_CHECKPOINT_METADATA")),
         "a checkpoint of Orbax (JAX)",
-        "python -c 'import sys, os, orbax.checkpoint as o, flax.serialization as f; open(sys.argv[2], chr(120) + chr(98))"
+        'python -c \'import sys, os, orbax.checkpoint as o, flax.serialization as f; open(sys.argv[2], "xb")'
         ".write(f.msgpack_serialize(o.PyTreeCheckpointer().restore(os.path.abspath(sys.argv[1]))))' {path} {path}/flax_model.msgpack",
         "{path}",
     ),
@@ -571,10 +571,8 @@ FILES = (
     Situation(
         "a SavedModel of TensorFlow 2 or Keras: `saved_model.pb`, `variables/`",
         _either(_named("saved_model.pb"), lambda seen: seen.path.name == seen.path.parent.name == "variables"),
-        "a SavedModel, which stores tensors without GPT-2's names",
-        "python -c 'import sys, tensorflow as tf; m = tf.saved_model.load(sys.argv[1]); "
-        "tf.compat.v1.train.Saver({{v.name: v for v in m.variables}}).save(None, sys.argv[2])' {saved_model} {saved_model}/model.ckpt",
-        "{saved_model}/model.ckpt",
+        "a SavedModel, which stores tensors without GPT-2's names; pass the tf_model.h5 that save_pretrained of transformers 4 "
+        f"writes two folders above it, or {ORIGIN}",
     ),
     Situation(
         "a link that leads nowhere",
@@ -600,10 +598,7 @@ MODELS = (
     Situation(
         "weights quantized by bitsandbytes (8 or 4 bits)",
         _either(_has_tensor(".SCB"), _has_tensor(".quant_map"), _has_tensor(".absmax")),
-        "weights quantized by bitsandbytes, which are rounded; to write the rounded values in full",
-        "python -c 'import sys; from transformers import AutoModelForCausalLM as A; "
-        "A.from_pretrained(sys.argv[1]).dequantize().save_pretrained(sys.argv[2])' {folder} {folder}/full",
-        "{folder}/full",
+        f"weights quantized by bitsandbytes, which are rounded; {ORIGIN}",
     ),
     Situation(
         "weights quantized by AWQ",
@@ -720,14 +715,12 @@ def _fields(seen: Evidence) -> dict[str, str]:
     shard = SHARD.match(path.name)
     stem = shard["stem"] if shard else ""
     first = f"{stem}-00001-of-{shard['count']}.gguf" if shard else ""
-    saved_model = folder.parent if path.name == folder.name == "variables" else folder
     cached = sorted(fnmatch.filter(seen.names, "models--*"))
     paths = {
         "path": path,
         "name": path.name,
         "folder": folder,
         "parent": folder,
-        "saved_model": saved_model,
         "first_part": folder / first,
         "joined": folder / f"{stem}.gguf",
         "cached": cached[0] if cached else "",
