@@ -540,7 +540,7 @@ FILES = (
     ),
     Situation(
         "a part of a GGUF file that was split: `gpt2-00001-of-00003.gguf`",
-        _both(_named("*-of-[0-9][0-9][0-9][0-9][0-9].gguf"), _begins(b"GGUF")),
+        _named("*-of-[0-9][0-9][0-9][0-9][0-9].gguf"),
         "a part of a GGUF file that was split",
         "llama-gguf-split --merge {first_part} {joined}",
         "{joined}",
@@ -684,7 +684,9 @@ def explained(path: Path, container: Container | None = None) -> Iterator[None]:
     except (ChecksumError, DestinationError, TokenizerError, UnknownHeadsError):
         raise
     except ConversionError as error:
-        advice = _advice(FILES, _evidence_on_disk(path)) or _advice(MODELS, _evidence_of_model(path, container))
+        # The first bytes of a file that could be opened are those of its format, whatever else they look like.
+        seen = Evidence(path) if container else _evidence_on_disk(path)
+        advice = _advice(FILES, seen) or _advice(MODELS, _evidence_of_model(path, container))
         if advice is None:
             raise
         raise type(error)(f"{path}: {advice}") from None
