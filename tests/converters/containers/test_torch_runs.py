@@ -316,8 +316,8 @@ def test_the_sizes_in_a_configuration_object_are_read(tmp_path, zipped, kind, ke
 
 def test_what_else_a_configuration_object_states_is_noted(tmp_path, model):
     config = argparse.Namespace(**{**vars(GPTConfig()), "n_head": 2}, rotary=True, lr=1e-3, flag=False)
-    checkpoint = open_checkpoint(save({"model": linear(model), "config": config}, tmp_path / "m.pt"))
-    assert "of config, only the sizes are read, and not rotary, lr" in checkpoint.notes
+    checkpoint = open_checkpoint(save({"model": linear(model), "args": config}, tmp_path / "m.pt"))
+    assert "of args, only the sizes are read, and not rotary, lr" in checkpoint.notes
 
 
 def test_a_configuration_of_transformers_beside_the_weights_is_read(tmp_path, model):
