@@ -19,7 +19,7 @@ from typing import Any
 
 from ..containers.container import Container
 from ..containers.tf_bundle import V1
-from ..errors import ChecksumError, ConversionError, DestinationError, TokenizerError, UnknownHeadsError
+from ..errors import ChecksumError, ConversionError, DestinationError, TokenizerError, UnknownHeadsError, UnsafeError
 from ..formats import MODELS as EXPORTED_NAMES
 from ..formats import OTHERS, WEIGHTS
 from ..io import sstable
@@ -163,7 +163,7 @@ def _is_answer(seen: Evidence) -> bool:
 
 
 def _is_json(seen: Evidence) -> bool:
-    is_index = seen.path.name.endswith(".index.json")
+    is_index = seen.path.name.endswith((".index.json", ".weights.json"))
     return seen.path.suffix == ".json" and seen.head.lstrip().startswith(b"{") and not is_index
 
 
@@ -178,9 +178,11 @@ def _is_v2_index(seen: Evidence) -> bool:
 
 
 def _is_zip(seen: Evidence) -> bool:
-    """Whether it is a zip archive, but not one of PyTorch's."""
+    """Whether it is a zip archive, but not one that PyTorch, Keras or NumPy writes."""
     is_torch = any(name.endswith(("/data.pkl", "/models/model.json", "/constants.pkl")) for name in seen.members)
-    return bool(seen.members) and not is_torch
+    is_keras = "model.weights.h5" in seen.members
+    is_numpy = any(name.endswith(".npy") for name in seen.members)
+    return bool(seen.members) and not (is_torch or is_keras or is_numpy)
 
 
 def _is_ctranslate2(seen: Evidence) -> bool:
@@ -299,7 +301,7 @@ OTHER_NAMES = {
     "BERT or one of its kind": r"encoder\.layer\.0\.attention\.self\.query\.weight$",
     "GPT-Neo": r"h\.0\.attn\.attention\.q_proj\.weight$",
     "GPT-J": r"h\.0\.attn\.q_proj\.weight$",
-    "GPT-NeoX or Pythia": r"layers\.0\.attention\.query_key_value\.weight$",
+    "GPT-NeoX or Pythia": r"(^|gpt_neox\.)layers\.0\.attention\.query_key_value\.weight$",
     "BLOOM or Falcon": r"h\.0\.self_attention\.query_key_value\.weight$",
     "T5": r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$",
     "MPT": r"blocks\.0\.attn\.Wqkv\.weight$",
@@ -665,7 +667,7 @@ def explained(path: Path, container: Container | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ChecksumError, DestinationError, TokenizerError, UnknownHeadsError):
+    except (ChecksumError, DestinationError, TokenizerError, UnknownHeadsError, UnsafeError):
         raise
     except ConversionError as error:
         # The first bytes of a file that could be opened are those of its format, whatever else they look like.
