@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import CheckpointError, ConversionError, short
+from .heads import Head
 from .spec import GPT2Config
 from .tensors import DType, LazyTensor, crc32c
 from .tokenizer import TokenizerFiles
@@ -16,7 +17,8 @@ from .tokenizer import TokenizerFiles
 class Checkpoint:
     """A complete GPT-2: every parameter of ``config`` under its canonical name, in canonical order and layout.
 
-    ``left_out`` lists what else the source holds; ``notes`` what was assumed. Tensors are lazy.
+    ``left_out`` lists what else the source holds, and ``heads`` those heads that it also lists; ``notes`` what was assumed.
+    Tensors are lazy.
 
     Raises:
         CheckpointError: on construction, if a parameter is missing, unknown, has another shape, or is not float.
@@ -30,6 +32,9 @@ class Checkpoint:
     dialect: str = "hf"
     entry: str = ""  # the place of the tensors in a file of torch.save that holds more than them
     left_out: tuple[str, ...] = ()
+    heads: tuple[Head, ...] = ()  # other than lm_head
+    prefix: str = ""  # that a wrapper put before the dialect's names
+    wrappers: tuple[str, ...] = ()  # parts of names that wrappers added anywhere in them
     notes: tuple[str, ...] = ()
     tokenizer: TokenizerFiles | None = None
     stated: bool = True  # whether the source states its configuration; else it comes from the shapes

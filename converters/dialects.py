@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError
+from .heads import Head, find_head, first_part, parents, paths_under
 from .spec import LM_HEAD, SPEC, SWITCHES, GPT2Config, rows
 from .tensors import LazyTensor
 
@@ -155,7 +157,8 @@ class Place:
         return self.row.replace("{i}", str(self.layer))
 
 
-MAX_PREFIXES = 4  # that are tried; a model has one
+MAX_PREFIXES = 8  # that are tried for a dialect, the most frequent ones
+MAX_COMPARED = 2000  # tensors that are compared with a dialect; GPT-2's 1558M has 580
 
 
 @dataclass
@@ -169,6 +172,11 @@ class ReadModel:
         n_layer: number of layers.
         zero_biases: rows of SPEC for which zeros stand.
         pieces: canonical name -> part -> tensor, of parameters that are stored as several tensors.
+        is_complete: whether no parameter is missing.
+        heads: heads other than ``lm_head``.
+        rest: names of tensors outside the GPT-2: it is a part of a larger model.
+        lm_head_stem: how the names of the output layer begin.
+        wte_is_lm_head: whether the file has a tied matrix under the name of ``lm_head`` only.
     """
 
     parameters: dict[str, LazyTensor] = field(default_factory=dict)
@@ -177,6 +185,11 @@ class ReadModel:
     n_layer: int = 1
     zero_biases: tuple[str, ...] = ()
     pieces: dict[str, dict[int, LazyTensor]] = field(default_factory=dict)
+    is_complete: bool = False
+    heads: tuple[Head, ...] = ()
+    rest: list[str] = field(default_factory=list)
+    lm_head_stem: str = "lm_head"
+    wte_is_lm_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,8 +200,8 @@ class Dialect:
         table: row of SPEC -> name and layout.
         lm_head: names of an untied ``lm_head``; the first one is written. Empty if the dialect has none.
         also: other names that some versions use -> the name in the table.
-        prefixes: possible prefixes of every name except ``lm_head``; the first one is written.
-        under_any: whether any other prefix is possible, if every name has the same one.
+        lm_head_also: other names of ``lm_head`` in the same layout. They count if the shape is the token embedding's.
+        prefixes: its own prefixes of every name except ``lm_head``; the first one is written. Any other one is read, too.
         extras: known tensors that are not parameters.
         slots: suffixes of an optimizer's slots, after the name of a parameter.
         assumes: the configuration of its code, if no file states another.
@@ -204,9 +217,9 @@ class Dialect:
     table: Mapping[str, Layout]
     _: KW_ONLY
     lm_head: tuple[Same, ...] = ()
+    lm_head_also: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
-    under_any: bool = False
     extras: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
     assumes: Mapping[str, Any] = field(default_factory=dict)
@@ -219,7 +232,7 @@ class Dialect:
 
     def locate(self, name: str, prefix: str = "") -> Place | None:
         """The parameter that a name belongs to; None if it is none."""
-        if self.head_layout(name):
+        if self.head_layout(name, prefix):
             return Place(LM_HEAD, -1)
         if not name.startswith(prefix):
             return None
@@ -238,18 +251,46 @@ class Dialect:
                 rows[part.name] = (row, i)
         return rows | {other: rows[name] for other, name in self.also.items()}
 
-    def head_layout(self, name: str) -> Same | None:
-        """The layout of ``lm_head``, if the name is one of its names."""
+    def head_layout(self, name: str, prefix: str = "") -> Same | None:
+        """The layout of ``lm_head``, if the name is one of its names, in the GPT-2 or in a module around it."""
+        if not self.lm_head:
+            return None
         heads = {layout.name: layout for layout in self.lm_head}
-        return next((heads[place] for place, _ in places_of(name) if place in heads), None) if heads else None
+        for path in paths_under(name, prefix):
+            for place, _ in places_of(path):
+                if place in heads:
+                    return heads[place]
+        return None
+
+    def lm_head_name(self, names: Collection[str], prefix: str) -> str | None:
+        """The name of ``lm_head``: in the GPT-2, or in the nearest module around it that has one."""
+        for parent in parents(prefix):
+            for layout in self.lm_head:
+                if parent + layout.name in names:
+                    return parent + layout.name
+        return None
 
     def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The prefixes to try: the known ones, or those of the last norm's name."""
-        if not self.under_any:
-            return self.prefixes
-        end = parts_of(self.table["ln_f.weight"])[0].name
-        found = dict.fromkeys(name.removesuffix(end) for name in names if name.endswith(end))
-        return tuple(found)[:MAX_PREFIXES] or self.prefixes
+        """The prefixes to try: those that stand before the names outside the blocks, or else the dialect's own."""
+        ends = tuple(place for place in self._rows if "{i}" not in place)
+        found: Counter[str] = Counter()
+        for name in names:
+            if name.endswith(ends):
+                found.update(_prefixes_before(name, ends))
+        return tuple(prefix for prefix, _ in found.most_common(MAX_PREFIXES)) or self.prefixes
+
+    def own_end(self, prefix: str) -> str | None:
+        """The longest of the dialect's own prefixes that a prefix ends with, as whole parts of a name; None if there is none."""
+        ends = [own for own in self.prefixes if prefix == own or prefix.endswith((f".{own}", f"/{own}"))]
+        return max(ends, key=len, default=None)
+
+    def is_whole(self, names: Collection[str], prefix: str) -> bool:
+        """Whether names have every row of the table, in the first layer of those that are in layers."""
+        have = {found for place, found in self._rows.items() if prefix + place.replace("{i}", "0") in names}
+        if self.lm_head_name(names, prefix):
+            have.add(("wte.weight", 0))  # one name of a tied pair is enough
+        required = {(row, part) for row, part in self._rows.values() if row not in self.biasless}
+        return required <= have
 
     def is_extra(self, name: str, prefix: str) -> bool:
         """Whether a name is that of a known tensor that is not a parameter."""
@@ -274,22 +315,25 @@ class Dialect:
     def read(self, tensors: Mapping[str, LazyTensor], prefix: str) -> ReadModel:
         """A whole model under canonical names and in canonical layout: the inverse of ``write``."""
         model = ReadModel()
+        others: dict[str, LazyTensor] = {}
         for name, tensor in tensors.items():
             place = self.locate(name, prefix)
             if place is not None:
-                self._add_parameter(model, name, tensor, place)
+                layout = self.head_layout(name, prefix) or self.table[place.row]
+                self._add_parameter(model, name, tensor, place, layout)
             elif self.is_extra(name, prefix):
                 model.left_out.append(name)
             else:
-                model.faults.append(f"unknown   {name[:200]}")
+                others[name] = tensor
+        self._find_other_lm_head(model, others, prefix)
         self._join(model)
         self._check_layers(model)
         self._fill(model, prefix)
+        self._sort_others(model, others, prefix)
         return model
 
-    def _add_parameter(self, model: ReadModel, name: str, tensor: LazyTensor, place: Place) -> None:
+    def _add_parameter(self, model: ReadModel, name: str, tensor: LazyTensor, place: Place, layout: Layout) -> None:
         canonical = place.canonical
-        layout = self.head_layout(name) or self.table[place.row]
         if not tensor.dtype.is_float:
             model.faults.append(f"integers  {name} is {tensor.dtype}; a parameter must be float")
             return
@@ -320,6 +364,43 @@ class Dialect:
                 model.parameters[canonical] = tensors[0]
                 model.faults.append(f"shape     {error}".replace("{i}", canonical.split(".")[1]))
 
+    def _find_other_lm_head(self, model: ReadModel, others: dict[str, LazyTensor], prefix: str) -> None:
+        """Take ``lm_head`` under one of its other names. A classifier may have the same name, but not the same shape."""
+        wte = model.parameters.get("wte.weight")
+        for name, tensor in list(others.items()):
+            path = next((path for path in paths_under(name, prefix) if path in self.lm_head_also), None)
+            if path is None or wte is None or LM_HEAD in model.parameters or tensor.shape != wte.shape:
+                continue
+            self._add_parameter(model, name, tensor, Place(LM_HEAD, -1), Same(path))
+            model.lm_head_stem = first_part(path)
+            del others[name]
+
+    def _sort_others(self, model: ReadModel, others: Mapping[str, LazyTensor], prefix: str) -> None:
+        """Tell heads, and the rest of a larger model, from tensors that may change the logits, which are faults."""
+        heads: dict[str, dict[str, LazyTensor]] = {}
+        for name, tensor in others.items():
+            head = find_head(name, prefix)
+            if head:
+                kind, path = head
+                heads.setdefault(kind, {})[path] = tensor
+                model.left_out.append(name)
+            elif model.is_complete and self._is_outside(name, prefix, model.lm_head_stem):
+                model.rest.append(name)
+            else:
+                model.faults.append(f"unknown   {name[:200]}")
+        model.heads = tuple(Head(kind, tensors) for kind, tensors in heads.items())
+
+    def _is_outside(self, name: str, prefix: str, lm_head_stem: str) -> bool:
+        """Whether a tensor is neither a part of the GPT-2, nor of its output layer, nor a parameter under a second prefix."""
+        if name.startswith(prefix):
+            return False
+        for path in paths_under(name, prefix):
+            if first_part(path) in ("lm_head", lm_head_stem) or any(
+                place in self._rows for place, _ in places_of(path)
+            ):
+                return False
+        return True
+
     def _check_layers(self, model: ReadModel) -> None:
         """Count the layers; a gap between them is a fault."""
         layers = sorted({int(name.split(".")[1]) for name in model.parameters if name.startswith("h.")})
@@ -331,7 +412,11 @@ class Dialect:
                 return
 
     def _fill(self, model: ReadModel, prefix: str) -> None:
-        """Put zeros for biases, if the dialect may lack them all; what else is missing is a fault."""
+        """Fill in what a dialect or a tied matrix may lack; what else is missing is a fault."""
+        # safetensors.torch.save_model keeps one name of a tied pair, the first in alphabetical order.
+        if "wte.weight" not in model.parameters and LM_HEAD in model.parameters and not self.head_untied:
+            model.parameters["wte.weight"] = model.parameters.pop(LM_HEAD)
+            model.wte_is_lm_head = True
         expected = list(rows(model.n_layer))
         biases = [canonical for row, _, canonical in expected if row in self.biasless]
         zeros = _zero_biases(model.parameters, biases)
@@ -346,6 +431,7 @@ class Dialect:
             names = self.names(canonical)
             missing += [f"missing   {prefix}{name}" for part, name in enumerate(names) if part not in pieces]
         model.faults = missing + model.faults
+        model.is_complete = not missing
 
     def write(self, tensors: Mapping[str, LazyTensor], config: GPT2Config) -> dict[str, LazyTensor]:
         """A whole model in this dialect's names and layouts.
@@ -382,6 +468,14 @@ class Dialect:
         return written
 
 
+def _prefixes_before(name: str, ends: Iterable[str]) -> Iterator[str]:
+    """What stands before each of these ends of a name, if it is empty or ends with a separator."""
+    for end in ends:
+        prefix = name.removesuffix(end)
+        if prefix != name and prefix[-1:] in ("", ".", "/"):
+            yield prefix
+
+
 def places_of(name: str) -> Iterator[tuple[str, int]]:
     """The templates that may match a name, each with its layer: the name itself (-1), and with each number as ``{i}``."""
     yield name, -1
@@ -396,7 +490,21 @@ def _row_of(canonical: str) -> tuple[str, int]:
 C_ATTN = "h.{i}.attn.c_attn.weight"
 BIASES = tuple(row for row in SPEC if row.endswith(".bias"))
 PUBLISHED = {switch: (getattr(GPT2Config, switch),) for switch in SWITCHES}
+# Names of lm_head in other programs: pytorch-pretrained-bert and DialoGPT; a float32 cast around lm_head; others.
+LM_HEAD_ALSO = (
+    "lm_head.decoder.weight",
+    "lm_head.0.weight",
+    "head.weight",
+    "output.weight",
+    "output_layer.weight",
+    "out_head.weight",
+    "embed_out.weight",
+    "to_logits.weight",
+    "cls.weight",
+)
 MASKS = ("h.{i}.attn.bias", "h.{i}.attn.masked_bias")  # buffers of causal attention
+AVERAGED = "n_averaged"  # the count of torch.optim.swa_utils.AveragedModel
+BUFFERS = (*MASKS, AVERAGED)
 
 # OpenAI's gpt-2/src/model.py; verified against the index of the 117M release.
 OPENAI = Dialect(
@@ -442,8 +550,9 @@ HF = Dialect(
     # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
     lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
     also=OLD_NAMES,
+    lm_head_also=LM_HEAD_ALSO,
     prefixes=("", "transformer."),
-    extras=MASKS,
+    extras=BUFFERS,
 )
 
 # The same names over torch.nn.Linear: nanoGPT's model.py, and mlx-lm's gpt2.py.
@@ -457,8 +566,9 @@ NANOGPT = Dialect(
     "nanogpt",
     LINEAR,
     lm_head=(Same(LM_HEAD),),
+    lm_head_also=LM_HEAD_ALSO,
     prefixes=("transformer.", ""),
-    extras=MASKS,
+    extras=BUFFERS,
     assumes={"activation_function": "gelu"},
     unless="if the model was trained with the tanh form, as in nanoGPT before June 2023, pass --activation-function gelu_new to convert",
     computes={**PUBLISHED, "activation_function": ("gelu", "gelu_new")},
@@ -477,7 +587,7 @@ BUILD_NANOGPT = replace(
 )
 # karpathy/minGPT: NewGELU in mingpt/model.py. Its lm_head is never tied.
 MINGPT = replace(BUILD_NANOGPT, name="mingpt", copies_wte=False, head_untied=True)
-MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=MASKS)
+MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=BUFFERS)
 
 # rasbt/LLMs-from-scratch: GPTModel of ch04.py, with GELU in the tanh form. qkv_bias is false in the book's own training.
 LLMS_FROM_SCRATCH = Dialect(
@@ -513,7 +623,8 @@ LLMS_FROM_SCRATCH = Dialect(
         "ln_f.bias": Same("final_norm.shift"),
     },
     lm_head=(Same("out_head.weight"),),
-    extras=("trf_blocks.{i}.att.mask",),
+    lm_head_also=LM_HEAD_ALSO,
+    extras=("trf_blocks.{i}.att.mask", AVERAGED),
     head_untied=True,
     biasless=("h.{i}.attn.c_attn.bias",),
 )
@@ -656,7 +767,6 @@ KERAS = Dialect(
     },
     also={"wte/embeddings:0": "wte/weight:0", "wpe/weight:0": "wpe/embeddings:0"},
     prefixes=("transformer/tfgp_t2lm_head_model/transformer/",),
-    under_any=True,
 )
 
 # keras-hub's GPT2Backbone, as Keras 3 saves weights: the path of a layer's attributes, then a number for each variable.
@@ -694,7 +804,6 @@ KERAS_HUB = Dialect(
         "ln_f.bias": Same("layer_normalization/vars/1"),
     },
     prefixes=("layers/",),
-    under_any=True,
     computes=PUBLISHED,
 )
 
@@ -727,22 +836,40 @@ DIALECTS = (OPENAI, HF, NANOGPT, MLX, LLMS_FROM_SCRATCH, MINGPT_2020, FLASH_ATTN
 SAME_NAMES = (BUILD_NANOGPT, MINGPT)  # dialects with the names of another one, found by what else a file holds
 
 
-def recognise(tensors: Mapping[str, LazyTensor]) -> tuple[Dialect, str]:
-    """The dialect and prefix that match most names, and among these the most matrices' orientations.
+@dataclass(frozen=True)
+class Candidate:
+    """A dialect and the prefix under which tensors may have its names."""
 
-    c_attn shows the orientation: [in, out] is three times as wide as it is high. Only the first 2000 tensors are compared
-    (GPT-2's 1558M has 580).
+    dialect: Dialect
+    prefix: str
+
+
+def candidates(tensors: Mapping[str, LazyTensor]) -> list[Candidate]:
+    """The best dialect of each prefix, the best candidate first."""
+    pairs = [Candidate(dialect, prefix) for dialect in DIALECTS for prefix in dialect.prefixes_in(tensors)]
+    scores = {(pair.dialect.name, pair.prefix): _score(pair, tensors) for pair in pairs}
+    pairs.sort(key=lambda pair: scores[pair.dialect.name, pair.prefix], reverse=True)  # stable
+    best: dict[str, Candidate] = {}
+    for pair in pairs:
+        best.setdefault(pair.prefix, pair)
+    return list(best.values())
+
+
+def _score(candidate: Candidate, tensors: Mapping[str, LazyTensor]) -> tuple[int, int, int]:
+    """How many names match; of these, how many c_attn have the orientation; and whether the prefix is the dialect's own.
+
+    c_attn shows the orientation: [in, out] is three times as wide as it is high.
     """
-    tensors = dict(itertools.islice(tensors.items(), 2000))
-
-    def score(candidate: tuple[Dialect, str]) -> tuple[int, int]:
-        dialect, prefix = candidate
-        places = {name: dialect.locate(name, prefix) for name in tensors}
-        c_attn = [tensors[name] for name, place in places.items() if place and place.row == C_ATTN]
-        upright = sum(_is_wide(dialect.table[C_ATTN], tensor) for tensor in c_attn)
-        return sum(place is not None for place in places.values()), upright
-
-    return max(((d, prefix) for d in DIALECTS for prefix in d.prefixes_in(tensors)), key=score)
+    dialect, prefix = candidate.dialect, candidate.prefix
+    names = itertools.islice((name for name in tensors if name.startswith(prefix)), MAX_COMPARED)
+    places = {name: dialect.locate(name, prefix) for name in names}
+    lm_head = dialect.lm_head_name(tensors, prefix)
+    if lm_head:
+        places[lm_head] = Place(LM_HEAD, -1)
+    c_attn = [tensors[name] for name, place in places.items() if place and place.row == C_ATTN]
+    upright = sum(_is_wide(dialect.table[C_ATTN], tensor) for tensor in c_attn)
+    own = dialect.own_end(prefix)
+    return sum(place is not None for place in places.values()), upright, -1 if own is None else len(own)
 
 
 def _is_wide(layout: Layout, c_attn: LazyTensor) -> bool:

@@ -18,7 +18,7 @@ from .model import GPT2
 TORCH_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
+def load_model(model: GPT2, path: str | Path, *, tie: bool | None = None) -> GPT2:
     """Fill ``model`` with the weights of a file of any supported format, and put it into eval mode.
 
     The file is memory-mapped privately: pages are read when they are used, and training the model never writes the file.
@@ -26,7 +26,7 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
     Args:
         model: receives the weights; its dtype and device stay.
         path: anything that ``gpt2x convert`` reads. A file without a configuration is assumed to have the model's own.
-        tie: drop an untied ``lm_head``.
+        tie: drop (True) or keep (False) an ``lm_head`` that differs from the token embedding; see ``open_checkpoint``.
 
     Returns:
         The same object.
@@ -47,7 +47,7 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool = False) -> GPT2:
 
 
 def from_pretrained(
-    path: str | Path, *, n_head: int | None = None, tie: bool = False, ignore_config_keys: Collection[str] = ()
+    path: str | Path, *, n_head: int | None = None, tie: bool | None = None, ignore_config_keys: Collection[str] = ()
 ) -> GPT2:
     """Return a model in eval mode with the configuration and the weights of a file of any supported format.
 

@@ -38,6 +38,7 @@ class Container:
         notes: what the user should know of the file.
         parts: the files of weights, if there are several.
         shards: the containers that this one is made of, if it is an index of them.
+        wrappers: the parts of wrappers that were taken out of the names of tensors.
         entry: the place of the tensors in the file, if they are one of the values that it holds.
         entries: the sets of named tensors, if the file holds several; then ``tensors`` is empty.
     """
@@ -50,6 +51,7 @@ class Container:
     notes: tuple[str, ...] = ()
     parts: tuple[Path, ...] = ()
     shards: tuple[Container, ...] = ()
+    wrappers: tuple[str, ...] = ()
     entry: str = ""
     entries: tuple[Entry, ...] = ()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config import to_hf
 from ..containers.container import Container, Entry
 from ..dialects import HF
-from ..errors import FormatError, short
+from ..errors import short
 from ..io.json import parse_json
 from ..io.publishing import new_file
 from .format import FLOATS, Embedded, Format, Job, Opener, Written, starts_with
@@ -36,7 +36,7 @@ def _open_legacy(path: Path) -> Container:
 def _checked(container: Container) -> Container:
     """The container, or each of its entries once it is opened, with what is known of the configuration in it."""
     if not container.entries:
-        return _without_configuration(_without_shared(container))
+        return _without_configuration(container)
     entries = []
     for entry in container.entries:
         opened = functools.partial(_open_entry, entry)
@@ -58,22 +58,6 @@ def _without_configuration(container: Container) -> Container:
     if found.ignored:
         notes = (*notes, f"of {found.key}, only the sizes are read, and not {', '.join(short(list(found.ignored), 8))}")
     return replace(container, left_out=left_out, notes=notes)
-
-
-def _without_shared(container: Container) -> Container:
-    """Refuse one tensor under two names. Only ``lm_head`` may be another name of the token embedding.
-
-    Raises:
-        FormatError: if there is one.
-    """
-    names: dict[int, str] = {}
-    for name, tensor in container.tensors.items():
-        if "lm_head" in name.split(".") or not tensor.size:
-            continue
-        first = names.setdefault(id(tensor), name)
-        if first != name:
-            raise FormatError(f"{container.path}: {first} and {name} overlap in one storage")
-    return container
 
 
 def _embedded(container: Container) -> Embedded | None:

@@ -26,7 +26,8 @@ def open_checkpoint(
     n_vocab: int | None = None,
     activation_function: str | None = None,
     tokenizer: str | Path | None = None,
-    tie: bool = False,
+    tie: bool | None = None,
+    prefix: str | None = None,
     adapter: str | Path | None = None,
     merged_dtype: str | None = None,
     entry: str | None = None,
@@ -40,7 +41,9 @@ def open_checkpoint(
         n_vocab: truncate a padded vocabulary to this many rows of the token embedding.
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
-        tie: drop an untied ``lm_head``.
+        tie: drop (True) or keep (False) an ``lm_head`` that differs from the token embedding, if no configuration states
+            ``tie_word_embeddings: false``. By default, it is refused.
+        prefix: prefix of the names of the GPT-2 to read, if the file has several.
         adapter: the directory of a PEFT adapter (LoRA), which is merged while tensors are read.
         merged_dtype: dtype of the tensors that the adapter changes, as in ``--dtype``; by default the base's.
         entry: the keys that lead to the tensors in a file of ``torch.save``, such as ``checkpoint.model``, if it holds
@@ -56,7 +59,7 @@ def open_checkpoint(
     with reading(source.path), explained(source.subject, container):
         opened = open_adapter(source, container, adapter)
         stated = read_configuration(source, opened.base, activation_function, ignore_config_keys)
-        parameters = recognise(unwrap(opened.base), n_vocab)
+        parameters = recognise(unwrap(opened.base), n_vocab, prefix)
         resolved = resolve(parameters, stated, n_head)
         checkpoint = assemble(parameters, resolved, tie)
         if opened.adapter:

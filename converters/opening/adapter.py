@@ -138,7 +138,7 @@ def merge_adapter(
     adapter: Adapter,
     merged_dtype: str | None = None,
     *,
-    tie: bool = False,
+    tie: bool | None = None,
     is_truncated: bool = False,
 ) -> Checkpoint:
     """The checkpoint with an adapter merged into it, lazily.
@@ -147,7 +147,7 @@ def merge_adapter(
         checkpoint: the base.
         adapter: the adapter.
         merged_dtype: dtype of the tensors that it changes; by default the base's.
-        tie: drop an ``lm_head`` that differs from the token embedding.
+        tie: whether an ``lm_head`` that differs from the token embedding is dropped (True); otherwise it is kept.
         is_truncated: whether the user asked for the number of rows of the base's token embedding, so that it stays.
 
     Raises:
@@ -186,7 +186,9 @@ def _touched(adapter: Adapter) -> set[str]:
     return {*adapter.factors, *adapter.rows, *adapter.replaced, *biases}
 
 
-def _embeddings(checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, tie: bool) -> dict[str, LazyTensor]:
+def _embeddings(
+    checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, tie: bool | None
+) -> dict[str, LazyTensor]:
     """``wte``, and ``lm_head`` where it differs from ``wte`` after the change."""
     is_tied = checkpoint.config.tie_word_embeddings
     if is_tied and WTE in adapter.rows:

@@ -56,8 +56,13 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @adapter_option("SRC")
 @click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert the weights without their tokenizer.")
-@click.option("--tie", is_flag=True, help="Drop an lm_head that differs from the token embedding.")
+@click.option(
+    "--tie/--untie",
+    default=None,
+    help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
+)
 @IGNORE_CONFIG_KEY
+@click.option("--prefix", metavar="PREFIX", help="Prefix of the tensors' names to read, if SRC has several GPT-2s.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
@@ -73,7 +78,8 @@ def convert(
     adapter: str | None,
     entry: str | None,
     no_tokenizer: bool,
-    tie: bool,
+    tie: bool | None,
+    prefix: str | None,
     ignore_config_keys: tuple[str, ...],
     force: bool,
     as_json: bool,
@@ -108,6 +114,7 @@ def convert(
         activation_function=activation_function,
         tokenizer=tokenizer_dir,
         tie=tie,
+        prefix=prefix,
         adapter=local_adapter(adapter),
         merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
         entry=entry,

@@ -52,7 +52,7 @@ class Request:
     adapter: str | None = None
     entry: str | None = None
     ignore_config_keys: tuple[str, ...] = ()
-    tie: bool = False
+    tie: bool | None = None
     force: bool = False
     as_json: bool = False
 
@@ -143,7 +143,11 @@ def _hint(part: str) -> str:
 @adapter_option("SRC")
 @click.option("--entry", metavar="KEYS", help="Keys of the weights in a .pt that holds several models, such as model.")
 @IGNORE_CONFIG_KEY
-@click.option("--tie", is_flag=True, help="Drop an untied lm_head.")
+@click.option(
+    "--tie/--untie",
+    default=None,
+    help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..precisions import DEFAULT
 from .source import IGNORE_CONFIG_KEY, PRECISION, adapter_option, local_adapter, runnable
 from .text import printable
+
+if TYPE_CHECKING:
+    from converters.heads import Head
 
 
 @click.command(short_help="Show format, sizes, configuration and checksums of a model.")
@@ -154,6 +157,8 @@ def describe(path: str, **options: Any) -> dict[str, Any]:
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
         "entry": checkpoint.entry or None,
+        "wrapper": {"prefix": checkpoint.prefix, "parts": list(checkpoint.wrappers)},
+        "heads": [_head(head) for head in checkpoint.heads],
         "size": checkpoint.config.size_name if config["n_head"] else None,
         "config": config,
         "tensors": len(tensors),
@@ -169,6 +174,12 @@ def describe(path: str, **options: Any) -> dict[str, Any]:
             {"name": name, "dtype": checkpoint.stored[name][0], "shape": list(t.shape)} for name, t in tensors.items()
         ],
     }
+
+
+def _head(head: Head) -> dict[str, Any]:
+    """The kind of a head, and its tensors."""
+    tensors = [{"name": name, "dtype": t.dtype.name, "shape": list(t.shape)} for name, t in head.tensors.items()]
+    return {"kind": head.kind, "tensors": tensors}
 
 
 def _checksums(text: str) -> dict[str, str]:
@@ -228,6 +239,20 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _wrapper_rows(wrapper: dict[str, Any]) -> list[tuple[str, str]]:
+    """What wrappers put into the names of tensors; no row if there is nothing."""
+    found = []
+    if wrapper["prefix"]:
+        found.append(f"prefix {wrapper['prefix']}")
+    found += wrapper["parts"]
+    return [("wrapper", ", ".join(found))] if found else []
+
+
+def _head_text(head: dict[str, Any]) -> str:
+    tensors = ", ".join(f"{tensor['name']} {tensor['shape']}" for tensor in head["tensors"])
+    return f"{head['kind']}: {tensors}"
+
+
 def _entry(entry: str | None) -> str:
     """Where the weights are in their file, unless they are all that it holds."""
     return f", entry {entry}" if entry and entry != "." else ""
@@ -242,6 +267,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     }
     return [
         ("format", f"{facts['format']}, dialect {facts['dialect']}{_entry(facts['entry'])}"),
+        *_wrapper_rows(facts["wrapper"]),
         (
             "model",
             f"GPT-2{size}, {facts['parameters']:,} parameters in {facts['tensors']} tensors, {facts['bytes']:,} bytes",
@@ -256,6 +282,7 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
             else "none in this format",
         ),
         ("tokenizer", f"{facts['tokenizer_kind']}; {facts['tokenizer']}" if facts["tokenizer"] else "none beside it"),
+        *(("head", _head_text(head)) for head in facts["heads"]),
         *(("left out", name) for name in facts["left_out"]),
         *(("note", note) for note in facts["notes"]),
         *((t["dtype"], f"{t['name']} {t['shape']}") for t in facts.get("tensor_list", [])),

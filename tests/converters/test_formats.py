@@ -137,7 +137,7 @@ def test_a_transpose_that_is_forgotten_is_seen_in_the_shapes_or_in_the_logits(tm
     tiny = random_checkpoint()
     files = Container("m", tmp_path, dialect.write(tiny.tensors, tiny.config))
     wrong = replace(dialect, table={**dialect.table, row: dialects.Same(dialect.table[row].name)})
-    monkeypatch.setattr(dialects, "DIALECTS", tuple(wrong if d is dialect else d for d in DIALECTS))
+    monkeypatch.setattr(dialects, "DIALECTS", (wrong,))  # another dialect might read the same names
     stated = {"n_head": 2, "activation_function": "gelu_new"}
     if row != "h.{i}.attn.c_proj.weight":
         with pytest.raises(CheckpointError):

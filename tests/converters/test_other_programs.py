@@ -110,7 +110,7 @@ def test_an_untied_head_in_nanogpts_names_without_masks_is_not_taken_for_mingpts
     )
     with pytest.raises(CheckpointError, match="untied lm_head") as error:
         open_checkpoint(tmp_path / "model.pt", n_head=2)
-    keep, drop = (str(error.value).index(word) for word in ("To keep it", "pass --tie"))
+    keep, drop = (str(error.value).index(word) for word in ("--untie", "--tie"))
     assert keep < drop
 
 

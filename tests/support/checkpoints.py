@@ -62,7 +62,7 @@ def assemble(
     *,
     n_head: int | None = None,
     n_vocab: int | None = None,
-    tie: bool = False,
+    tie: bool | None = None,
 ) -> Checkpoint:
     """A checkpoint of an open container and a configuration: the steps of ``open_checkpoint`` between the two."""
     parameters = recognise(unwrap(container), n_vocab)
