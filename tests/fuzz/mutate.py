@@ -21,9 +21,9 @@ from typing import Any
 from seeds import Seed
 
 from converters.containers.tf_bundle import Entry
+from converters.io.checksums import crc32c
 from converters.io.protobuf import read_varint, varint
 from converters.io.sstable import FOOTER, TRAILER, mask, write_index
-from converters.tensors import crc32c
 
 POWERS = [2**n for n in (7, 8, 15, 16, 24, 31, 32, 40, 62, 63, 64)]
 NUMBERS = [0, 1, 2, 3, 5, 16, 100, *(n + d for n in POWERS for d in (-1, 0, 1))]

@@ -27,10 +27,10 @@ from converters.containers.tf_bundle import open_bundle
 from converters.containers.torch_pickle import load_pickle
 from converters.dtypes import F32
 from converters.formats.gguf import read_vocabulary
+from converters.io.checksums import crc32c
 from converters.io.json import parse_json
 from converters.io.protobuf import varint
 from converters.io.sstable import MAGIC, mask
-from converters.tensors import crc32c
 
 
 @pytest.fixture(autouse=True)
