@@ -135,8 +135,13 @@ class Dialect:
 
     def head_layout(self, name: str) -> Same | None:
         """The layout of ``lm_head``, if the name is one of its names."""
-        heads = {layout.name: layout for layout in self.lm_head}
-        return next((heads[place] for place, _ in places_of(name) if place in heads), None) if heads else None
+        if not self._heads:
+            return None
+        return next((self._heads[place] for place, _ in places_of(name) if place in self._heads), None)
+
+    @functools.cached_property
+    def _heads(self) -> dict[str, Same]:
+        return {layout.name: layout for layout in self.lm_head}
 
     def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """The prefixes to try: the known ones, or those of the last norm's name."""

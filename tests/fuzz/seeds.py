@@ -6,6 +6,8 @@ import io
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -204,6 +206,15 @@ def _hdf5(folder: Path) -> None:
     _meta(place, "tf_model.h5", sound=False)
 
 
+def _hdf5_listing(folder: Path) -> None:
+    """What ``hdf5_listing.py`` prints for a file. The reader must not trust it, because a file may take over that process."""
+    from converters.containers import hdf5_listing
+
+    place = _fixture(folder, "keras/tf_model.h5", "tf_model.h5", ("listing.json",))
+    command = [sys.executable, str(hdf5_listing.__file__), str(place / "tf_model.h5")]
+    (place / "listing.json").write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
 def _msgpack(folder: Path) -> None:
     import msgpack
 
@@ -257,5 +268,5 @@ def _tokenizer(folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "tf": _tf, "safetensors": _safetensors, "zip": _zip, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
-    "gguf": _gguf, "hdf5": _hdf5, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
+    "gguf": _gguf, "hdf5": _hdf5, "hdf5_listing": _hdf5_listing, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
 }  # fmt: skip

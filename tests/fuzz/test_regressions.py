@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -126,6 +127,24 @@ def test_a_number_of_thousands_of_digits_in_a_pickle_is_refused():
 
 
 # ----------------------------------------------------------------------------------------------------- text and numbers
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        b"", b"\xff", b"\0\0\0{", b"5", b"[]", b"{}", b'{"datasets": 5}', b'{"datasets": [5]}', b'{"datasets": [["x", "<f4", [2]]]}',
+        b'{"datasets": [[5, "<f4", [2], 0]]}', b'{"datasets": [["x", 4, [2], 0]]}', b'{"datasets": [["x", "<f4", null, 0]]}',
+        b'{"datasets": [["x", "<f4", ["2"], 0]]}', b'{"datasets": [["x", "<f4", [2.0], 0]]}', b'{"datasets": [["x", "<f4", [2], true]]}',
+        b'{"datasets": [["x", "<f4", [-2], -4]]}', b'{"datasets": [["x", "<f4", [1' + b"0" * 4000 + b'], 0]]}', b"[" * 100_000,
+    ],
+    ids=lambda printed: printed[:40].decode("latin-1"),
+)  # fmt: skip
+def test_a_listing_of_hdf5_data_sets_that_is_malformed_is_refused(tmp_path, monkeypatch, printed):
+    done = subprocess.CompletedProcess([], 0, printed, b"")
+    monkeypatch.setattr("converters.containers.hdf5.subprocess.run", lambda *args, **options: done)
+    (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(FormatError, match="cannot list its data sets"):
+        open_checkpoint(tmp_path / "m.h5")
 
 
 @pytest.mark.parametrize("key", ["n_embd", "n_head", "n_positions", "n_inner", "eos_token_id"])
