@@ -212,7 +212,7 @@ def _long(run: Callable[[str, float], Result], seeds: Path, names: list[str], se
     results = {name: Result() for name in names}
     end = time.monotonic() + seconds
     slice_ = min(LONGEST, WORKERS * seconds / len(names))
-    turns = itertools.cycle(names)
+    turns = itertools.cycle(random.sample(names, len(names)))  # so that it is not always the same that come last
 
     def work() -> None:
         while (left := end - time.monotonic()) > 1:
