@@ -62,6 +62,7 @@ class Transposed(Same):
 
 
 MAX_PREFIXES = 4  # that are tried; a model has one
+MAX_REMEMBERED = 100  # characters of a name whose templates are remembered
 
 
 @dataclass
@@ -247,8 +248,18 @@ class Dialect:
         return written
 
 
-def places_of(name: str) -> Iterator[tuple[str, int]]:
+def places_of(name: str) -> Iterable[tuple[str, int]]:
     """The templates that may match a name, each with its layer: the name itself (-1), and with each number as ``{i}``."""
+    # Each dialect asks for the same names. Longer ones are no parameter's, and may have very many templates.
+    return _remembered_places(name) if len(name) <= MAX_REMEMBERED else _places(name)
+
+
+@functools.lru_cache(maxsize=2048)
+def _remembered_places(name: str) -> tuple[tuple[str, int], ...]:
+    return tuple(_places(name))
+
+
+def _places(name: str) -> Iterator[tuple[str, int]]:
     yield name, -1
     for number in NUMBER.finditer(name):
         yield f"{name[: number.start()]}{{i}}{name[number.end() :]}", int(number[0])

@@ -85,6 +85,17 @@ def _saved(folder: Path, name: str, file: str, to: str, **options: Any) -> Path:
     return folder / name
 
 
+def _shallow(folder: Path, name: str) -> Path:
+    """Write a Hugging Face directory with one layer of ``tf_plain``, for cases that do not change the weights."""
+    from converters import save_checkpoint
+
+    plain = _plain()
+    config = replace(plain.config, n_layer=1)
+    tensors = {name: plain.tensors[name] for name in config.shapes()}
+    save_checkpoint(replace(plain, config=config, tensors=tensors), folder / name, "hf")
+    return folder / name
+
+
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
@@ -242,9 +253,10 @@ def _config(folder: Path) -> None:
     from converters.formats.tensorflow import to_hparams
 
     for name, words in (("config.json", to_hf), ("hparams.json", to_hparams)):
-        place = _fixture(folder, "mlx/model.safetensors", "", (name,))
-        (place / name).write_text(json.dumps(words(_plain().config)))
-        place.rename(folder / name)
+        place = _shallow(folder, name)
+        (place / "config.json").unlink()
+        (place / name).write_text(json.dumps(words(replace(_plain().config, n_layer=1))))
+        _meta(place, "", (name,))
     place = _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt", ("config.json",))
     (place / "config.json").write_text('{"activation_function": "gelu_new", "eos_token_id": [1, 2]}')
 
@@ -260,10 +272,10 @@ def _tokenizer(folder: Path) -> None:
     }
     vocabulary = Vocabulary({**ids, "<pad>": 7}, [("a", "b"), ("ab", "c")], ("<pad>",))
     for name, files in (("pair", pair), ("whole", {"tokenizer.json": build(vocabulary).to_str()})):
-        place = _fixture(folder, "mlx", "", tuple(files))
+        place = _shallow(folder, name)
         for file, text in files.items():
             (place / file).write_text(text, encoding="utf-8")
-        place.rename(folder / name)
+        _meta(place, "", tuple(files))
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {

@@ -155,6 +155,15 @@ def test_a_number_of_thousands_of_digits_is_refused(tmp_path, key):
         open_checkpoint(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("text", ["5", "-1.5", "null", "true", '"text"', "[]", "[5]", "NaN"])
+def test_json_that_is_not_an_object_is_refused(tmp_path, text):
+    with pytest.raises(FormatError, match="expected a JSON object"):
+        parse_json(text.encode(), "x")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FormatError, match="expected a JSON object"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("depth", [70, 500, *range(900, 1000, 7), 100_000])
 def test_values_nested_deeply_are_refused(depth):
     with pytest.raises(FormatError, match=r"nested|recursion"):
