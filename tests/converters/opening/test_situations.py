@@ -344,6 +344,7 @@ def run(command, cwd):
     subprocess.run(command, shell=True, check=True, cwd=cwd, capture_output=True, timeout=300)
 
 
+@pytest.mark.slow  # torch starts anew for each
 @pytest.mark.parametrize("make", [fsdp, distributed_with_config, unpacked, zipped, float8])
 def test_the_command_of_a_refusal_makes_what_it_says(tmp_path, make):
     """In a folder whose name a shell would split."""
