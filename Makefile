@@ -6,7 +6,7 @@ PIP := -m pip --disable-pip-version-check install --quiet --constraint constrain
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-clients test-llama test-all fuzz bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-clients test-llama test-all fuzz corpora bench clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -47,9 +47,13 @@ test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that
 test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-clients test-llama ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge
 
-fuzz: $(VENV)/.ready ## damaged files for every reader, others each time: make fuzz MINUTES=60
-	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
-	$(BIN)/python tests/fuzz/shrink.py --examples 300
+fuzz: $(VENV)/.fuzz ## damaged files for every reader, others each time: make fuzz MINUTES=60 FORMAT=gguf
+	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) $(addprefix --format ,$(FORMAT))
+	$(BIN)/python tests/fuzz/shrink.py --examples 300 $(FORMAT)
+
+corpora: $(VENV)/.ready ## files of others that must be refused: downloads them from GitHub, 3 MB, and tests with them
+	$(BIN)/python tests/fuzz/corpora.py $(VENV)/corpora
+	GPT2X_CORPORA=$(abspath $(VENV)/corpora) $(BIN)/python -m pytest -rs tests/fuzz/test_corpora.py
 
 bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## speed and memory beside peers; takes 20 GB of disk and an hour
 	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)
@@ -72,6 +76,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/$(MADE)
 $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/$(MADE)
 	$(BIN)/python $(PIP) --no-compile --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+# Atheris guides the fuzzer by coverage. There are wheels for Linux on x86-64; elsewhere the fuzzer runs without it.
+$(VENV)/.fuzz: $(VENV)/.ready
+	-$(BIN)/python $(PIP) --only-binary :all: atheris
+	touch $@
 
 $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(MADE)
 	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from .errors import CheckpointError, ConversionError, short
 from .heads import Head
+from .io.checksums import crc32c
 from .spec import GPT2Config
-from .tensors import DType, LazyTensor, crc32c
+from .tensors import DType, LazyTensor
 from .tokenizer import TokenizerFiles
 
 

@@ -159,6 +159,7 @@ class Place:
 
 MAX_PREFIXES = 8  # that are tried for a dialect, the most frequent ones
 MAX_COMPARED = 2000  # tensors that are compared with a dialect; GPT-2's 1558M has 580
+MAX_REMEMBERED = 100  # characters of a name whose templates are remembered
 
 
 @dataclass
@@ -476,8 +477,18 @@ def _prefixes_before(name: str, ends: Iterable[str]) -> Iterator[str]:
             yield prefix
 
 
-def places_of(name: str) -> Iterator[tuple[str, int]]:
+def places_of(name: str) -> Iterable[tuple[str, int]]:
     """The templates that may match a name, each with its layer: the name itself (-1), and with each number as ``{i}``."""
+    # Each dialect asks for the same names. Longer ones are no parameter's, and may have very many templates.
+    return _remembered_places(name) if len(name) <= MAX_REMEMBERED else _places(name)
+
+
+@functools.lru_cache(maxsize=2048)
+def _remembered_places(name: str) -> tuple[tuple[str, int], ...]:
+    return tuple(_places(name))
+
+
+def _places(name: str) -> Iterator[tuple[str, int]]:
     yield name, -1
     for number in NUMBER.finditer(name):
         yield f"{name[: number.start()]}{{i}}{name[number.end() :]}", int(number[0])
@@ -549,8 +560,8 @@ HF = Dialect(
     {row: Same(row) for row in SPEC},
     # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
     lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
-    lm_head_also=LM_HEAD_ALSO,
     also=OLD_NAMES,
+    lm_head_also=LM_HEAD_ALSO,
     prefixes=("", "transformer."),
     extras=BUFFERS,
 )

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
-
 from .dtypes import BF16, DTYPES, EXPONENTS, F16, F32, F64, DType, whole_items
 from .errors import ChecksumError
 from .io.reading import CHUNK, File
@@ -218,11 +216,6 @@ class Checksum:
             )
 
 
-def crc32c(value: int, data: bytes) -> int:
-    """CRC-32C (Castagnoli), extended."""
-    return int(google_crc32c.extend(value, data))
-
-
 def all_finite(chunk: bytes, dtype: DType) -> bool:
     """Whether a chunk of whole values holds neither NaN nor infinity. The first bytes nearly always show it."""
     first = chunk[dtype.itemsize - 1 :: dtype.itemsize]
@@ -243,6 +236,5 @@ __all__ = [
     "DType",
     "LazyTensor",
     "all_finite",
-    "crc32c",
     "whole_items",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters import FORMATS
 from converters.dialects import DIALECTS, Dialect, HeadsFirst, HeadsLast, Layout, Lead1, Same, Transposed, parts_of
+from converters.opening.situations import SITUATIONS, Situation
 from converters.spec import LM_HEAD, SPEC
 
 PAGE = Path(__file__).with_name("formats.md")
@@ -52,6 +53,25 @@ def cell(layout: Layout) -> str:
     return " + ".join(f"`{part.name}`{MARKS[type(part)]}" for part in parts_of(layout))
 
 
+def situations() -> str:
+    """Return the table of what is not read, and what to do then."""
+    return table(("what you have", "what gpt2x says"), [(row.what, said(row)) for row in SITUATIONS])
+
+
+def said(row: Situation) -> str:
+    """Return the sentence of a row, with names in place of paths."""
+    sentence = in_capitals(row.sentence)
+    if not row.command:
+        return sentence
+    return f"{sentence}. Run `{in_capitals(row.command)}` and pass `{in_capitals(row.result)}`"
+
+
+def in_capitals(text: str) -> str:
+    """Return a text with each field in capital letters."""
+    fields = re.findall(r"(?<!{){(\w+)}", text)
+    return text.format_map({name: name.upper() for name in fields})
+
+
 def output(dialect: Dialect) -> str:
     """Return the names of an untied ``lm_head``."""
     return ", ".join(map(cell, dialect.lm_head)) or "not supported"
@@ -65,7 +85,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def page(text: str) -> str:
     """Return the page with its tables generated again."""
-    for name, make in (("formats", formats), ("names", names)):
+    for name, make in (("formats", formats), ("names", names), ("situations", situations)):
         text = re.sub(f"<!-- {name} -->\n.*?<!-- end -->", lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}<!-- end -->", text, flags=re.S)  # fmt: skip
     return text
 

@@ -21,6 +21,7 @@ from .container import Container
 
 SECONDS = 60
 MAX_RANK = 8
+MAX_ERROR = 2000  # characters
 
 
 def open_hdf5(path: Path) -> Container:
@@ -52,15 +53,33 @@ def _datasets(path: Path) -> list[Any]:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=environment, check=False
         )
-        result: dict[str, Any] = {"error": "the HDF5 library cannot read it"}
-        if done.returncode == 0:
-            result = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError):
-        result = {"error": f"the HDF5 library exceeds its time limit of {SECONDS} seconds"}
-    if "error" in result:
-        raise FormatError(f"{path}: {result['error']}")
-    datasets: list[Any] = result["datasets"]
+    except subprocess.TimeoutExpired:
+        raise FormatError(f"{path}: the HDF5 library exceeds its time limit of {SECONDS} seconds") from None
+    if done.returncode != 0:
+        raise FormatError(f"{path}: the HDF5 library cannot read it")
+    return _listed(done.stdout, path)
+
+
+def _listed(printed: bytes, path: Path) -> list[Any]:
+    """Return name, type, shape and offset of each data set.
+
+    What the process printed is not trusted: a file that exploits a fault of the HDF5 library could print anything.
+    """
+    try:
+        result = json.loads(printed.decode())
+        if "error" in result:
+            raise FormatError(f"{path}: {str(result['error'])[:MAX_ERROR]}")
+        datasets: list[Any] = result["datasets"]
+        for name, kind, shape, offset in datasets:
+            if not (type(name) is type(kind) is str and type(shape) is list and _are_sizes([*shape, offset])):
+                raise ValueError("not a list of data sets")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise FormatError(f"{path}: the HDF5 library cannot list its data sets") from None
     return datasets
+
+
+def _are_sizes(values: list[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> LazyTensor:

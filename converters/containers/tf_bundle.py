@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError
+from ..io.checksums import crc32c
 from ..io.protobuf import Fields, _field_bytes, _field_number
 from ..io.publishing import new_file
 from ..io.reading import File
 from ..io.sstable import _text, mask, read_table, unmask, write_index
-from ..tensors import DTYPES, Checksum, DType, LazyTensor, crc32c
+from ..tensors import DTYPES, Checksum, DType, LazyTensor
 from .container import Container
 
 MAX_SLICES = 256

@@ -25,14 +25,14 @@ class Codec:
     Args:
         read: the format's keys and values, and the place they come from -> fields of GPT2Config. Raises ConfigError.
         write: GPT2Config -> the format's keys and values.
-        notes: what the user should know of keys and values that are valid, each with the place.
         applies: whether keys and values are spelled so, where several formats name their file alike; None is any.
+        notes: what the user should know of keys and values that are valid, each with the place.
     """
 
     read: Callable[[Mapping[str, Any], str], dict[str, Any]]
     write: Callable[[GPT2Config], dict[str, Any]]
-    notes: Callable[[Mapping[str, Any], str], list[str]] = lambda raw, where: []
     applies: Callable[[Mapping[str, Any]], bool] | None = None
+    notes: Callable[[Mapping[str, Any], str], list[str]] = lambda raw, where: []
 
 
 @dataclass(frozen=True)

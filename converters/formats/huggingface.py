@@ -19,7 +19,7 @@ from .notes import NO_TOKENIZER, token_roles, tokenizer_notes, vocabulary_of
 TORCH_NAMES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
 MAX_JSON = 1 << 20
 
-CODEC = Codec(from_hf, to_hf, notes_on_hf)
+CODEC = Codec(from_hf, to_hf, notes=notes_on_hf)
 
 
 def hf_companions(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -134,6 +134,8 @@ def _left_by_a_run(key: str, value: Any) -> Beside | None:
     class_name = value.name.rpartition(".")[2] if isinstance(value, Opaque) else ""
     if class_name == HF_CLASS or fields.get("model_type") == "gpt2":
         return Beside(key, Embedded(fields, HF_CODEC))
+    if key == CONFIG and _is_gpt_config(fields):
+        return Beside(key, Embedded(fields, CODEC, complete=False))  # unknown fields are refused
     if not fields.keys() >= REQUIRED:
         return None
     # What changes the arithmetic stays, to be refused; the other settings of a run do not concern the model.

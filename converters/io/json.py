@@ -29,7 +29,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_whole_number)
-        _check_depth(value)
+        if isinstance(value, dict | list):
+            _check_depth(value)
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
@@ -59,7 +60,7 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: dict[str, Any] | list[Any]) -> None:
     """Refuse values so deep that Python can read them, but neither compare nor print them."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from ..errors import FormatError
-from ..tensors import crc32c
+from .checksums import crc32c
 from .protobuf import _field_bytes, _field_number, read_varint, varint
 from .publishing import Output
 from .reading import File

@@ -14,6 +14,7 @@ from .open import open_container
 from .read_configuration import read_configuration
 from .recognise_dialect import recognise
 from .resolve import resolve
+from .situations import explained
 from .tokenizer import add_tokenizer, tokenizer_in
 from .unwrap import unwrap
 
@@ -53,8 +54,9 @@ def open_checkpoint(
         ConversionError: if it is not a valid GPT-2 checkpoint. The message says what is wrong, and where.
     """
     source = find(path)
-    with reading(source.path):
+    with reading(source.path), explained(source.subject):
         container = open_container(source, entry)
+    with reading(source.path), explained(source.subject, container):
         opened = open_adapter(source, container, adapter)
         stated = read_configuration(source, opened.base, activation_function, ignore_config_keys)
         parameters = recognise(unwrap(opened.base), n_vocab, prefix)

@@ -59,7 +59,8 @@ def open_adapter(source: Source, container: Container, path: str | Path | None) 
     """
     folder = _folder(path) if path is not None else None
     if not is_unmerged(container.tensors):
-        if container.path.name in WEIGHT_FILES:
+        is_model = any(name.endswith(WTE) for name in container.tensors)
+        if container.path.name in WEIGHT_FILES and not is_model:
             raise not_a_model(source.path, _configuration(source.home))
         return _beside(container, folder) if folder else Opened(container)
     base, parts = split(container.tensors)

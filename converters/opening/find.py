@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapter_config import lone_adapter
+from ..containers.shard_index import shard_sets
 from ..containers.tf_bundle import V1
 from ..errors import FormatError
-from ..formats import MODELS, OTHERS, SUFFIXES, WEIGHTS
+from ..formats import FORMATS, MODELS, OTHERS, SUFFIXES, WEIGHTS
 from ..io.json import read_json
 from ..io.reading import File, check_name, reading
+from .situations import HEAD, NO_WEIGHTS, advice_on_folder
 
 TF_SUFFIX = r"\.(index|data-\d{5}-of-\d{5})$"
 MAX_STATE = 1 << 16  # bytes of the file "checkpoint" that are searched
 MAX_NAME = 200
+MAX_DEPTH = 4  # of folders in folders: a Trainer's output, its checkpoint, DeepSpeed's folder in it
+UNUSUAL_SUFFIXES = (".ckpt", ".tar", ".th", "")  # of files that are weights only if their first bytes say so
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,14 @@ class Source:
     """What a path stands for.
 
     Args:
-        path: what the user gave.
-        weights: the file of weights; of a TensorFlow checkpoint, its prefix.
+        path: what the user gave; the folder that was chosen, if there are several in it.
+        weights: the file of weights; of a TensorFlow checkpoint, its prefix; of shards without an index, the first.
         is_bundle: whether ``weights`` is the prefix of a TensorFlow checkpoint.
         home: the directory whose configuration and tokenizer belong to the weights.
         is_directory: whether the user gave a directory.
         candidates: every file of the directory that holds weights, by name.
+        shards: every shard, in order, if there is no index of them.
+        notes: what was chosen, and from what.
     """
 
     path: Path
@@ -37,6 +44,13 @@ class Source:
     home: Path
     is_directory: bool = False
     candidates: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def subject(self) -> Path:
+        """What a refusal is about: the file of weights, or the folder of its shards."""
+        return self.path if self.shards else self.weights
 
 
 def find(path: str | Path) -> Source:
@@ -59,41 +73,203 @@ def find(path: str | Path) -> Source:
         return Source(path, prefix or path, prefix is not None, _home(path))
 
 
-def _in_directory(path: Path) -> Source:
-    candidates = tuple(sorted(file.name for file in path.iterdir() if _holds_weights(file)))
-    weights, is_bundle = _weights_in(path)
-    return Source(path, weights, is_bundle, path, is_directory=True, candidates=candidates)
+def _in_directory(path: Path, depth: int = 0) -> Source:
+    """The weights in a directory, or else in the folder of it that training programs and the Hub's cache put them into."""
+    found = _weights_in(path)
+    if found:
+        candidates = tuple(sorted(file.name for file in path.iterdir() if _holds_weights(file)))
+        return replace(found, is_directory=True, candidates=candidates)
+    chosen = _chosen_folder(path) if depth < MAX_DEPTH else None
+    if chosen is None:
+        raise _nothing_in(path)
+    source = _in_directory(chosen.folder, depth + 1)
+    notes = (chosen.note, *source.notes)
+    if chosen.is_home:
+        return replace(source, notes=notes)
+    return replace(source, path=path, home=path, candidates=(), notes=notes)
 
 
-def _weights_in(path: Path) -> tuple[Path, bool]:
-    """The weights of a directory, and whether they are a TensorFlow checkpoint."""
+def _weights_in(path: Path) -> Source | None:
+    """The weights in a directory itself; None if there are none."""
     for name in WEIGHTS:
         if (path / name).is_file():
-            return path / name, False
+            return Source(path, path / name, False, path)
     prefix = _prefix_in(path)
     if prefix:
-        return prefix, True
+        return Source(path, prefix, True, path)
     for name in (*OTHERS, *MODELS):
         if (path / name).is_file():
-            return path / name, False
-    return _only_file(path), False
+            return Source(path, path / name, False, path)
+    return _shards_in(path) or _only_file(path)
 
 
-def _only_file(path: Path) -> Path:
-    """The one file in a directory that has the suffix of a known format."""
+def _shards_in(path: Path) -> Source | None:
+    """The shards in a directory that has no index of them.
+
+    Raises:
+        FormatError: if one is missing.
+    """
+    sets = shard_sets(path)
+    if not sets:
+        return None
+    first = next((found for found in sets if not found.missing), sets[0])
+    if first.missing:
+        names = ", ".join(first.missing[:5])
+        count = len(first.missing)
+        raise FormatError(
+            f"{path}: {count} of {first.count} shards missing ({names}{', ...' if count > 5 else ''}); copy or download them into this folder"
+        )
+    note = f"{path} has no index of its shards; {first.files[0].name} and the {first.count - 1} after it were read"
+    return Source(path, first.files[0], False, path, shards=first.files, notes=(note,))
+
+
+def _only_file(path: Path) -> Source | None:
+    """The one file in a directory that has the suffix of a known format; None if there is none."""
     error = lone_adapter(path)
     if error:
         raise error
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    candidates = [file for file in sorted(path.iterdir()) if not NO_WEIGHTS.match(file.name) and file.is_file()]
+    files = [file for file in candidates if file.suffix in SUFFIXES]
+    if not files:
+        files = [file for file in candidates if file.suffix in UNUSUAL_SUFFIXES and _is_recognised(file)]
     if len(files) == 1:
-        return files[0]
-    if files:
-        names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{path}: several weight files ({names}); pass one of them")
+        return Source(path, files[0], False, path)
+    if not files:
+        return None
+    advice = advice_on_folder(path)
+    names = ", ".join(file.name for file in files[:5])
+    raise FormatError(f"{path}: {advice or f'several weight files ({names}); pass one of them'}")
+
+
+def _is_recognised(path: Path) -> bool:
+    """Whether the first bytes of a file tell its format without doubt."""
+    file = File(path)
+    head = file.read(0, min(file.size, HEAD))
+    openers = (opener for entry in FORMATS for opener in entry.openers if not opener.uncertain)
+    return any(opener.matches(head, file.size) for opener in openers)
+
+
+def _nothing_in(path: Path) -> FormatError:
+    advice = advice_on_folder(path)
+    if advice:
+        return FormatError(f"{path}: {advice}")
     looked = ", ".join((*WEIGHTS, "*.index", *OTHERS, *MODELS[:2]))
-    raise FormatError(
+    return FormatError(
         f"{path}: no weights in this directory (looked for {looked}, and a single file with one of the suffixes {' '.join(SUFFIXES)})"
     )
+
+
+# ---------------------------------------------------------------------------------------------- folders in a folder
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The folder to read in place of another.
+
+    Args:
+        folder: the folder.
+        note: what was chosen, and from what.
+        is_home: whether the configuration and the tokenizer are in it, too; else they are in the folder above.
+    """
+
+    folder: Path
+    note: str
+    is_home: bool = True
+
+
+def _chosen_folder(path: Path) -> _Choice | None:
+    """The folder with the weights, where a known program puts them into a folder of their own; else None."""
+    for choose in LAYOUTS:
+        choice = choose(path)
+        if choice:
+            return choice
+    return None
+
+
+def _hub_snapshot(path: Path) -> _Choice | None:
+    """The Hub's cache: ``refs/main`` names the folder in ``snapshots`` that is current.
+
+    Raises:
+        FormatError: if there are several snapshots, and ``refs/main`` names none of them.
+    """
+    if not (path / "snapshots").is_dir():
+        return None
+    snapshots = sorted(folder for folder in (path / "snapshots").iterdir() if folder.is_dir())
+    named = _first_line(path / "refs" / "main")
+    for folder in snapshots:
+        if folder.name == named:
+            return _Choice(folder, f"{path}: read snapshots/{named}, which refs/main names")
+    if len(snapshots) == 1:
+        return _Choice(snapshots[0], f"{path}: read snapshots/{snapshots[0].name}, the only one")
+    if not snapshots:
+        return None
+    names = ", ".join(folder.name for folder in snapshots[:5])
+    raise FormatError(
+        f"{path}: several snapshots ({names}), and refs/main names none of them; pass one, such as {snapshots[0]}"
+    )
+
+
+def _newest_checkpoint(path: Path) -> _Choice | None:
+    """The output of transformers' Trainer: ``checkpoint-500``, ``checkpoint-1000``; the highest number is the newest."""
+    folders = list(_numbered(path, r"checkpoint-(\d+)$"))
+    if not folders:
+        return None
+    newest = folders[-1]
+    note = f"{path}: read {newest.name}"
+    if len(folders) > 1:
+        others = ", ".join(folder.name for folder in folders[-2:-5:-1])
+        note += f", the newest of {len(folders)}; pass another to read it ({others})"
+    return _Choice(newest, note)
+
+
+def _deepspeed_folder(path: Path) -> _Choice | None:
+    """A DeepSpeed run: the file ``latest`` names a folder, such as ``global_step100``; else the highest number counts."""
+    folders = list(_numbered(path, r"global_step(\d+)$"))
+    named = path / (_first_line(path / "latest") or "latest")
+    if named.is_dir():
+        folders.append(named)
+    if not folders:
+        return None
+    newest = folders[-1]
+    note = f"{path}: read the model in {newest.name}; zero_to_fp32.py of DeepSpeed writes the optimizer's own float32 copy of it"
+    return _Choice(newest, note, is_home=False)
+
+
+def _saved_model(path: Path) -> _Choice | None:
+    """A SavedModel of TensorFlow keeps its variables in a checkpoint of their own."""
+    variables = path / "variables"
+    if (variables / "variables.index").is_file():
+        return _Choice(variables, f"{path}: read variables/variables", is_home=False)
+    return None
+
+
+LAYOUTS: tuple[Callable[[Path], _Choice | None], ...] = (
+    _hub_snapshot,
+    _newest_checkpoint,
+    _deepspeed_folder,
+    _saved_model,
+)
+
+
+def _numbered(path: Path, pattern: str) -> Iterator[Path]:
+    """The folders whose names match, by their number."""
+    matches = [match for folder in path.iterdir() if folder.is_dir() and (match := re.match(pattern, folder.name))]
+    for match in sorted(matches, key=lambda match: int(match[1][:20])):
+        yield path / match.string
+
+
+def _first_line(path: Path) -> str | None:
+    """The name that a small file states; None if there is none, or it is not the name of a file."""
+    if not path.is_file():
+        return None
+    file = File(path)
+    name = file.read(0, min(file.size, MAX_NAME)).decode("utf-8", "replace").strip()
+    return name if _is_valid_name(name) else None
+
+
+def _is_valid_name(name: str) -> bool:
+    is_inside = name not in ("", ".", "..") and "/" not in name and "\\" not in name
+    return is_inside and name.isprintable() and len(name) <= MAX_NAME
 
 
 # ------------------------------------------------------------------------------------ prefixes of TensorFlow checkpoints
@@ -143,8 +319,7 @@ def _named_prefix(state: Path) -> Path | None:
     if not match:
         return None
     name = re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1]
-    is_valid = name not in ("", ".", "..") and name.isprintable() and len(name) <= MAX_NAME
-    return state.with_name(name) if is_valid else None
+    return state.with_name(name) if _is_valid_name(name) else None
 
 
 # ------------------------------------------------------------------------------------------------- beside the weights

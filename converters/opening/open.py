@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import glob
+from functools import partial
 from pathlib import Path
 
 from ..containers.container import Container
-from ..containers.shard_index import open_shards
-from ..containers.tf_bundle import V1, open_bundle
+from ..containers.shard_index import open_index, open_shards
+from ..containers.tf_bundle import open_bundle
 from ..errors import FormatError
 from ..formats import FORMATS, INDEXES
 from ..formats.format import Opener
-from ..io import sstable
 from ..io.reading import File
 from .find import Source
 from .select_entry import select_entry
-
-HEAD = 512  # bytes that tell the format
-LLMC_STATES = tuple(number.to_bytes(4, "little") for number in (20240327, 20240527))  # of its tests, of its optimizer
-WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
+from .situations import HEAD, advice_on_download, advice_on_file
 
 
 def open_container(source: Source, entry: str | None = None) -> Container:
@@ -34,11 +31,13 @@ def open_container(source: Source, entry: str | None = None) -> Container:
     """
     if source.is_bundle:
         return select_entry(_open_bundle(source.weights), entry)
-    for suffix, open_index in INDEXES.items():
+    for suffix, open_set in INDEXES.items():
         if source.weights.name.endswith(suffix):
-            return select_entry(open_index(source.weights), entry)
+            return select_entry(open_set(source.weights), entry)
     if source.weights.name.endswith(".index.json"):
-        return open_shards(source.weights, lambda path: open_file(path, entry))
+        return open_index(source.weights, partial(open_file, entry=entry))
+    if source.shards:
+        return open_shards(source.shards, partial(open_file, entry=entry))
     return open_file(source.weights, entry)
 
 
@@ -53,9 +52,9 @@ def _open_any(path: Path) -> Container:
     opener = _opener(head, file.size)
     if opener and not opener.uncertain:
         return opener.open(path)
-    fault = _lookalike_fault(file, head)
-    if fault:
-        raise FormatError(f"{path}: {fault}")
+    advice = advice_on_file(file, head)
+    if advice:
+        raise FormatError(f"{path}: {advice}")
     by_suffix = _opener_of_suffix(path)
     if by_suffix:
         return by_suffix.open(path)
@@ -90,49 +89,6 @@ def _open_bundle(prefix: Path) -> Container:
 
 def _refuse_failed_download(path: Path) -> None:
     file = File(path)
-    fault = _download_fault(file.read(0, min(file.size, HEAD)))
-    if fault:
-        raise FormatError(f"{path}: {fault}")
-
-
-# ------------------------------------------------------------------------- files that people take for weights
-
-
-def _download_fault(head: bytes) -> str | None:
-    """What is wrong with a file that a failed download left, by its first bytes; None if it is none."""
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights; run 'git lfs pull' in the repository that it comes from"
-    if head.lstrip()[:64].lower().startswith(WEB_PAGES):
-        return "a web page, not weights; the download fetched the page that shows the file. Download the file itself"
-    return None
-
-
-def _lookalike_fault(file: File, head: bytes) -> str | None:
-    """What a file is if not weights; None if that is not known."""
-    if not head:
-        return "an empty file"
-    fault = _download_fault(head)
-    if fault:
-        return fault
-    if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"BZh")):
-        return "a tar or a compressed archive; unpack it first"
-    if head.lstrip().startswith(b"{") and file.path.suffix == ".json":
-        return "JSON, not weights; pass the directory that it is in"
-    if head[4:8] == b"TFL3":
-        return (
-            "a TensorFlow Lite model, which is a program and not weights; convert the checkpoint that it was made from"
-        )
-    if head[:4] in LLMC_STATES:
-        return "the state of an llm.c run, not its weights; pass the file of weights, whose magic number is 20240326"
-    if _is_table(file):
-        return V1
-    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
-        return "a pickle, but not one of torch.save: refused"
-    return None
-
-
-def _is_table(file: File) -> bool:
-    """Whether the file ends as a table of LevelDB's does, which a TensorFlow V1 checkpoint is."""
-    if file.size < sstable.FOOTER:
-        return False
-    return file.read(file.size - 8, 8) == sstable.MAGIC.to_bytes(8, "little")
+    advice = advice_on_download(file, file.read(0, min(file.size, HEAD)))
+    if advice:
+        raise FormatError(f"{path}: {advice}")

@@ -16,8 +16,9 @@ from ..io.reading import File
 from ..spec import GPT2Config
 from ..tokenizer import TokenizerFiles, find_tokenizer
 from .find import Source
-from .open import HEAD, open_file
+from .open import open_file
 from .read_configuration import Stated
+from .situations import HEAD
 
 PADDED = 50304  # GPT-2's vocabulary of 50257, rounded up to a multiple of 64
 PADDING = (
@@ -65,7 +66,8 @@ def add_tokenizer(
 
 def _remarks(checkpoint: Checkpoint, source: Source, container: Container) -> list[str]:
     read = {source.weights.name, *(file.name for file in container.files)}
-    return [f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read]
+    others = [f"{source.path} also holds {name}, which was not read" for name in source.candidates if name not in read]
+    return [*source.notes, *others]
 
 
 def _padding_remarks(config: GPT2Config, found: TokenizerFiles | None) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
+import re
 import resource
 import signal
 import sys
@@ -15,6 +18,7 @@ from typing import Any
 CPU_SECONDS = 10
 WALL_SECONDS = 60  # the HDF5 listing can take that long
 MEMORY = 256 << 20
+FREED = 1 << 20  # memory that a case may leave behind before it is returned to the system
 
 # Events of Python's audit table that are allowed, because they only concern objects of the process.
 HARMLESS = ("object.", "builtins.id", "sys._getframe", "sys._current_frames", "sys.unraisablehook", "gc.", "cpython.", "array.", "time.sleep", "_thread.start")  # fmt: skip
@@ -41,8 +45,7 @@ class Guard:
         threading.excepthook = lambda fault: self.seen.append(f"an error in a thread: {fault.exc_value!r}")
         signal.signal(signal.SIGPROF, self._late)
         signal.signal(signal.SIGALRM, self._late)
-        limit = status("VmData") + MEMORY  # counts allocated memory, used or not: beyond it is a MemoryError
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        self.memory = Memory()
 
     @contextlib.contextmanager
     def watching(self, folder: Path) -> Iterator[None]:
@@ -53,8 +56,7 @@ class Guard:
         """
         os.chdir(folder)
         self.seen = []
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
-        before = status("VmHWM")
+        self.memory.start()
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
         self.folder = folder
@@ -64,7 +66,7 @@ class Guard:
             self.folder = None
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self.grown = status("VmHWM") - before
+            self.grown = self.memory.stop()
         if self.grown > MEMORY:
             self.seen.append(f"{self.grown >> 20} MB of memory")
         if self.seen:
@@ -95,10 +97,51 @@ class Guard:
         return command[0] == sys.executable and any(Path(part).name in self.programs for part in command[1:5])
 
 
+class Memory:
+    """Limits the memory that one case may allocate, and measures what it uses.
+
+    The limit is on allocated memory, used or not: beyond it is a MemoryError. What is measured is used memory: pages in RAM.
+    """
+
+    def __init__(self) -> None:
+        self._status = os.open("/proc/self/status", os.O_RDONLY)
+        self._clear = os.open("/proc/self/clear_refs", os.O_WRONLY)
+        self._hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        self._return_freed()
+
+    def start(self) -> None:
+        """Set the limit, and note the memory in use."""
+        now = self._read()
+        resource.setrlimit(resource.RLIMIT_DATA, (now["VmData"] + MEMORY, self._hard))
+        if now["VmHWM"] > now["VmRSS"]:
+            os.pwrite(self._clear, b"5", 0)  # resets the peak to what is in use
+            now = self._read()
+        self._before = now["VmHWM"]
+
+    def stop(self) -> int:
+        """Return how far memory has grown since the start, at its peak, in bytes."""
+        grown = self._read()["VmHWM"] - self._before
+        if grown > FREED:
+            # Otherwise the C library keeps it, and a later case that uses it again would seem to use none.
+            self._return_freed()
+        return grown
+
+    def _read(self) -> dict[str, int]:
+        return fields(os.pread(self._status, 4096, 0))
+
+    def _return_freed(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def fields(status: bytes) -> dict[str, int]:
+    """Return the memory fields of /proc/self/status, in bytes."""
+    return {name.decode(): int(value) << 10 for name, value in re.findall(rb"(VmHWM|VmRSS|VmData):\s+(\d+)", status)}
+
+
 def status(what: str) -> int:
     """Return a field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:"))) << 10
+    return fields(Path("/proc/self/status").read_bytes())[what]
 
 
 def attempt(guard: Guard, folder: Path, action: Callable[[], str]) -> tuple[str, str]:

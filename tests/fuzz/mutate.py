@@ -15,15 +15,16 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seeds import Seed
 
+from converters import ConversionError
 from converters.containers.tf_bundle import Entry
+from converters.io.checksums import crc32c
 from converters.io.protobuf import read_varint, varint
 from converters.io.sstable import FOOTER, TRAILER, mask, write_index
-from converters.tensors import crc32c
 
 POWERS = [2**n for n in (7, 8, 15, 16, 24, 31, 32, 40, 62, 63, 64)]
 NUMBERS = [0, 1, 2, 3, 5, 16, 100, *(n + d for n in POWERS for d in (-1, 0, 1))]
@@ -39,21 +40,36 @@ PIECES = [
 ]  # fmt: skip
 
 
-def mutated(rng: random.Random, seeds: list[Seed]) -> tuple[Seed, dict[str, bytes], bool]:
-    """Return a seed, its files after mutation, and whether checksums were repaired."""
+@dataclass(frozen=True)
+class Case:
+    """A seed, its files after mutation, and whether checksums were repaired."""
+
+    seed: Seed
+    files: dict[str, bytes]
+    repaired: bool
+
+
+def mutated(rng: random.Random, seeds: list[Seed]) -> Case:
+    """Return a case made of one of the seeds."""
     seed = rng.choice(seeds)
+    others = [other.files[name] for other in seeds for name in other.changed]
+    return mutated_again(rng, Case(seed, seed.files, False), others)
+
+
+def mutated_again(rng: random.Random, case: Case, others: list[bytes]) -> Case:
+    """Return the case with more mutations. ``others`` are files from which parts are taken."""
+    seed = case.seed
     name = rng.choice(seed.changed)
-    data = seed.files[name]
+    data = case.files[name]
     if structured := _structured(rng, name, data):
-        return seed, {**seed.files, name: structured}, True
-    others = [other.files[n] for other in seeds for n in other.changed]
-    changed = {**seed.files, name: blind(rng, data, others)}
+        return Case(seed, {**case.files, name: structured}, True)
+    changed = {**case.files, name: blind(rng, data, others)}
     if rng.random() < 0.15 and len(seed.changed) > 1:
         second = rng.choice(seed.changed)
         changed[second] = blind(rng, changed[second], others)
     if rng.random() < 0.5:
-        return seed, _repaired(seed, changed), True
-    return seed, changed, False
+        return Case(seed, _repaired(seed, changed), True)
+    return Case(seed, changed, case.repaired)
 
 
 # ---------------------------------------------------------------------------- mutations without knowledge of the format
@@ -148,9 +164,25 @@ CHANGES: list[Callable[[random.Random, bytes, bytes], bytes]] = [
 
 
 def _structured(rng: random.Random, name: str, data: bytes) -> bytes | None:
-    """Mutate a part of a file and keep the container valid. Return None in half of the cases, or for other formats."""
+    """Mutate a part of a file and keep the container valid.
+
+    Return None in half of the cases, for other formats, and if an earlier mutation has made the file invalid.
+    """
     if rng.random() < 0.5:
         return None
+    try:
+        return _with_valid_container(rng, name, data)
+    except INVALID:
+        return None
+
+
+INVALID = (
+    ConversionError, ValueError, LookupError, AttributeError, TypeError, struct.error, zipfile.BadZipFile, EOFError,
+    NotImplementedError, RuntimeError, StopIteration, OverflowError, zlib.error, OSError,
+)  # fmt: skip
+
+
+def _with_valid_container(rng: random.Random, name: str, data: bytes) -> bytes | None:
     if name.endswith(".json"):
         return changed_json(rng, data)
     if name.endswith(".safetensors"):

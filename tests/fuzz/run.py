@@ -1,15 +1,15 @@
-"""Fuzz every reader for a given time, or repeat one case.
+"""Fuzz every reader for a given time, guided by coverage where Atheris is installed.
 
     python tests/fuzz/run.py --minutes 10
-    python tests/fuzz/run.py --case tf:123
 
-A case number is reproducible: the same number makes the same file, as long as seeds and mutations do not change. The files of a
-failing case are kept.
+A case that fails is kept in a folder, and made smaller. To repeat it: python tests/fuzz/minimize.py FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import random
 import shutil
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,26 +27,44 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[2]))
 
+from minimize import signature
 from seeds import MAKERS, make_seeds
 
 WORKER = Path(__file__).with_name("worker.py")
+GUIDED = Path(__file__).with_name("guided.py")
+MINIMIZE = Path(__file__).with_name("minimize.py")
 SILENCE = 100  # seconds without output after which a worker is killed
-ROUND = dict.fromkeys(MAKERS, 200) | {"hdf5": 20}  # cases of one format per round of a long run
+ROUND = 2000  # cases of one worker in a long run that is not guided
+LONGEST = 600  # seconds that a guided worker runs
 WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A case that failed: its format, the folder that keeps it, and what happened."""
+
+    name: str
+    folder: Path
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.words}\nkept in {self.folder}"
 
 
 @dataclass
 class Result:
-    """The result of many cases: a count of each outcome, and descriptions of the faults."""
+    """The result of many cases: a count of each outcome, and the faults."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     grown: int = 0  # maximum memory of a case, in bytes
+    cpu: float = 0  # seconds of the processor
 
     def add(self, other: Result) -> None:
         self.outcomes += other.outcomes
         self.faults += other.faults
         self.grown = max(self.grown, other.grown)
+        self.cpu += other.cpu
 
 
 def fuzz(seeds: Path, kept: Path, name: str, first: int, count: int, workers: int = WORKERS) -> Result:
@@ -71,9 +89,33 @@ def _work(seeds: Path, kept: Path, name: str, first: int, count: int, step: int)
             break
         if not begun:
             raise RuntimeError(f"the worker for {name} does not start: {fault}")
-        result.faults.append(f"{name}:{begun['begun']}: {fault}")
-        shutil.copytree(begun["folder"], kept / f"{name}-{begun['begun']}", dirs_exist_ok=True)
+        folder = kept / f"{name}-{begun['begun']}"
+        result.faults.append(Fault(name, folder, fault))
+        shutil.copytree(begun["folder"], folder, dirs_exist_ok=True)
         first = begun["begun"] + step
+    return result
+
+
+def fuzz_guided(seeds: Path, kept: Path, name: str, corpus: Path, seconds: float) -> Result:
+    """Run cases of one format for some time, in one process that is guided by coverage."""
+    result, end = Result(), time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 1:
+        command = [
+            sys.executable,
+            str(GUIDED),
+            *map(str, (seeds, kept, name, corpus, int(left), random.getrandbits(30))),
+        ]
+        begun, fault = _listen(command, name, result)
+        if not begun:
+            raise RuntimeError(f"the worker for {name} does not start: {fault}")
+        case = Path(begun["folder"], "case")
+        if fault and case.exists():
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=kept))
+            shutil.copytree(case, folder, dirs_exist_ok=True)
+            result.faults.append(Fault(name, folder, fault))
+        elif fault:
+            raise RuntimeError(f"the worker for {name} failed between two cases: {fault}")
+        shutil.rmtree(begun["folder"])
     return result
 
 
@@ -84,7 +126,7 @@ def _listen(command: list[str], name: str, result: Result) -> tuple[dict[str, An
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         for line in _lines(worker):
             said = json.loads(line)
-            if "begun" in said:
+            if "folder" in said:
                 begun = said
             else:
                 _count(said, name, result)
@@ -111,12 +153,12 @@ def _lines(worker: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def _count(said: dict[str, Any], name: str, result: Result) -> None:
-    result.grown = max(result.grown, said["grown"])
-    if said["outcome"] == "done":
-        result.outcomes[said["words"]] += 1
+    if "fault" in said:
+        result.faults.append(Fault(name, Path(said["kept"]), said["fault"]))
     else:
-        result.outcomes["fault"] += 1
-        result.faults.append(f"{name}:{said['case']}: {said['words']}")
+        result.outcomes += Counter(said["outcomes"])
+        result.grown = max(result.grown, said["grown"])
+        result.cpu += said["cpu"]
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -125,50 +167,84 @@ def _count(said: dict[str, Any], name: str, result: Result) -> None:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=10, help="duration (default: 10)")
-    options.add_argument("--seed", type=int, help="start at case SEED * 1,000,000 (default: random)")
     options.add_argument("--format", choices=MAKERS, action="append", help="fuzz only this format (repeatable)")
-    options.add_argument("--case", metavar="FORMAT:NUMBER", help="repeat one case and print its result")
+    options.add_argument("--random", action="store_true", help="mutate the seeds only, without a guide")
     options.add_argument(
         "--kept",
         type=Path,
         default=Path(tempfile.gettempdir(), "gpt2x-fuzz"),
-        help="folder for the files of failing cases",
+        help="folder for the files of failing cases, and for the corpus, which later runs continue",
     )
     given = options.parse_args()
+    guided = not given.random and importlib.util.find_spec("atheris") is not None
+    print("guided by coverage" if guided else "not guided by coverage, which needs Atheris", flush=True)
+    names = given.format or list(MAKERS)
     with tempfile.TemporaryDirectory(prefix="fuzz-seeds-") as folder:
         make_seeds(Path(folder))
-        if given.case:
-            name, number = given.case.split(":")
-            return _report({name: fuzz(Path(folder), given.kept, name, int(number), 1)}, given.kept)
-        seed = random.randrange(1, 10**6) if given.seed is None else given.seed
-        print(f"seed {seed}: cases from {seed}000000", flush=True)
-        return _report(_long(Path(folder), given.kept, given.format or list(MAKERS), seed, given.minutes), given.kept)
+        run = _guided(Path(folder), given.kept) if guided else _random(Path(folder), given.kept)
+        results = _long(run, Path(folder), names, 60 * given.minutes)
+        return _report(results, given.kept)
 
 
-def _long(seeds: Path, kept: Path, names: list[str], seed: int, minutes: float) -> dict[str, Result]:
-    """Fuzz the formats in turn, until the time is over."""
+def _guided(seeds: Path, kept: Path) -> Callable[[str, float], Result]:
+    def run(name: str, seconds: float) -> Result:
+        corpus = kept / "corpus" / name
+        corpus.mkdir(parents=True, exist_ok=True)
+        return fuzz_guided(seeds, kept, name, corpus, seconds)
+
+    return run
+
+
+def _random(seeds: Path, kept: Path) -> Callable[[str, float], Result]:
+    numbers = itertools.count(random.randrange(10**9), ROUND)
+
+    def run(name: str, seconds: float) -> Result:
+        result, end = Result(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            result.add(fuzz(seeds, kept, name, next(numbers), ROUND if name != "hdf5" else ROUND // 50, workers=1))
+        return result
+
+    return run
+
+
+def _long(run: Callable[[str, float], Result], seeds: Path, names: list[str], seconds: float) -> dict[str, Result]:
+    """Fuzz the formats in turn, until the time is over: two at a time, or two workers for one format."""
     results = {name: Result() for name in names}
-    number, end = dict.fromkeys(names, seed * 10**6), time.monotonic() + 60 * minutes
-    while True:
-        for name in names:
-            if time.monotonic() > end:
-                return results
-            found = fuzz(seeds, kept, name, number[name], ROUND[name])
-            number[name] += ROUND[name]
+    end = time.monotonic() + seconds
+    slice_ = min(LONGEST, WORKERS * seconds / len(names))
+    turns = itertools.cycle(random.sample(names, len(names)))  # so that it is not always the same that come last
+
+    def work() -> None:
+        while (left := end - time.monotonic()) > 1:
+            name = next(turns)
+            found = run(name, min(slice_, left))
             results[name].add(found)
-            for fault in found.faults:
-                print(
-                    fault,
-                    f"  to repeat: python tests/fuzz/run.py --case {fault.split(': ')[0]}\n",
-                    sep="\n",
-                    flush=True,
-                )
+            for fault in first_of_each(found.faults):
+                print(fault, minimized(fault.folder, seeds / name), sep="\n", flush=True)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for job in [pool.submit(work) for _ in range(WORKERS)]:
+            job.result()
+    return results
+
+
+def first_of_each(faults: list[Fault]) -> list[Fault]:
+    """Return one case of each fault."""
+    return list({signature(fault.words): fault for fault in reversed(faults)}.values())
+
+
+def minimized(folder: Path, seeds: Path) -> str:
+    """Make a case smaller. Return what became of it."""
+    command = [sys.executable, str(MINIMIZE), "--seeds", str(seeds), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _report(results: dict[str, Result], kept: Path) -> int:
     for name, result in results.items():
         said = ", ".join(f"{count} {words}" for words, count in result.outcomes.most_common())
-        print(f"{name:12} {sum(result.outcomes.values()):7} cases, {result.grown >> 20} MB maximum: {said}")
+        cases = result.outcomes.total()
+        rate = f"{1000 * result.cpu / max(1, cases):.1f} ms of CPU each, {result.grown / 2**20:.1f} MB maximum"
+        print(f"{name:12} {cases:7} cases, {rate}: {said}")
     faults = [fault for result in results.values() for fault in result.faults]
     if faults:
         print(f"{len(faults)} faults; the files are in {kept}. The first:", faults[0], sep="\n")

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -82,6 +83,17 @@ def _saved(folder: Path, name: str, file: str, to: str, **options: Any) -> Path:
     (folder / name).mkdir()
     save_checkpoint(_plain(), folder / name / file, to, **options)
     _meta(folder / name, file)
+    return folder / name
+
+
+def _shallow(folder: Path, name: str) -> Path:
+    """Write a Hugging Face directory with one layer of ``tf_plain``, for cases that do not change the weights."""
+    from converters import save_checkpoint
+
+    plain = _plain()
+    config = replace(plain.config, n_layer=1)
+    tensors = {name: plain.tensors[name] for name in config.shapes()}
+    save_checkpoint(replace(plain, config=config, tensors=tensors), folder / name, "hf")
     return folder / name
 
 
@@ -270,6 +282,15 @@ def _hdf5(folder: Path) -> None:
     _meta(place, "tf_model.h5", sound=False)
 
 
+def _hdf5_listing(folder: Path) -> None:
+    """What ``hdf5_listing.py`` prints for a file. The reader must not trust it, because a file may take over that process."""
+    from converters.containers import hdf5_listing
+
+    place = _fixture(folder, "keras/tf_model.h5", "tf_model.h5", ("listing.json",))
+    command = [sys.executable, str(hdf5_listing.__file__), str(place / "tf_model.h5")]
+    (place / "listing.json").write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
 def _msgpack(folder: Path) -> None:
     import msgpack
 
@@ -297,9 +318,10 @@ def _config(folder: Path) -> None:
     from converters.formats.tensorflow import to_hparams
 
     for name, words in (("config.json", to_hf), ("hparams.json", to_hparams)):
-        place = _fixture(folder, "mlx/model.safetensors", "", (name,))
-        (place / name).write_text(json.dumps(words(_plain().config)))
-        place.rename(folder / name)
+        place = _shallow(folder, name)
+        (place / "config.json").unlink()
+        (place / name).write_text(json.dumps(words(replace(_plain().config, n_layer=1))))
+        _meta(place, "", (name,))
     place = _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt", ("config.json",))
     (place / "config.json").write_text('{"activation_function": "gelu_new", "eos_token_id": [1, 2]}')
 
@@ -316,10 +338,10 @@ def _tokenizer(folder: Path) -> None:
     }
     vocabulary = Vocabulary({**ids, "<pad>": 7}, [("a", "b"), ("ab", "c")], (usual_token("<pad>", special=True),))
     for name, files in (("pair", pair), ("whole", {"tokenizer.json": build(vocabulary).to_str()})):
-        place = _fixture(folder, "mlx", "", tuple(files))
+        place = _shallow(folder, name)
         for file, text in files.items():
             (place / file).write_text(text, encoding="utf-8")
-        place.rename(folder / name)
+        _meta(place, "", tuple(files))
 
 
 def _adapter(folder: Path) -> None:
@@ -330,6 +352,6 @@ def _adapter(folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "tf": _tf, "safetensors": _safetensors, "zip": _zip, "npz": _npz, "legacy": _legacy, "shards": _shards, "llmc": _llmc,
-    "gguf": _gguf, "hdf5": _hdf5, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
+    "gguf": _gguf, "hdf5": _hdf5, "hdf5_listing": _hdf5_listing, "msgpack": _msgpack, "onnx": _onnx, "config": _config, "tokenizer": _tokenizer,
     "adapter": _adapter,
 }  # fmt: skip

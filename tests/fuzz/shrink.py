@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import shutil
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parents[2]))
 
-from guard import Guard, attempt
+from guard import Guard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutate import mutated
 from seeds import MAKERS, load_seeds, make_seeds
-from worker import CHECKSUMMED, case, warm_up
+from worker import in_memory, prepare, run, settle
 
 
 def shrink(name: str, examples: int, seeds_folder: Path, guard: Guard) -> None:
@@ -30,17 +29,16 @@ def shrink(name: str, examples: int, seeds_folder: Path, guard: Guard) -> None:
     Raises:
         AssertionError: for the minimal failing case, with the blob that reproduces it.
     """
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=in_memory()) as top:
         seeds = load_seeds(seeds_folder / name)
-        sound = warm_up(seeds, Path(top))
-        known = sound if name in CHECKSUMMED else None
+        checker = prepare(name, seeds, Path(top))
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
         @given(st.randoms(use_true_random=False))
         def every_case_is_read_or_refused(rng: random.Random) -> None:
-            folder = Path(tempfile.mkdtemp(dir=top))
+            folder = Path(top, "case")
             with contextlib.chdir(top):  # the guard changes the working directory
-                outcome, words = attempt(guard, folder, case(rng, seeds, folder, known))
+                outcome, words = run(guard, folder, mutated(rng, seeds), checker)
             shutil.rmtree(folder)
             assert outcome != "fault", f"{name}: {words}"
 
@@ -52,8 +50,7 @@ def main() -> None:
     parser.add_argument("formats", nargs="*", default=list(MAKERS), help="default: all")
     parser.add_argument("--examples", type=int, default=300, help="cases of each format (default: 300)")
     arguments = parser.parse_args()
-    warnings.simplefilter("error")
-    os.fsync = lambda fd: None
+    settle()
     with tempfile.TemporaryDirectory(prefix="seeds-") as folder:
         make_seeds(Path(folder))
         guard = Guard(("hdf5_listing.py",))

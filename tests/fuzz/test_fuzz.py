@@ -13,14 +13,15 @@ import pytest
 import worker
 from checkpoints import random_checkpoint
 from mutate import mutated
-from run import fuzz
+from paths import ROOT
+from run import fuzz, fuzz_guided
 from seeds import HARMFUL, MAKERS, load_seeds, make_seeds, zipped
 
 from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
 
 # Cases of each format: about two minutes in total on two cores. The fast tests run a part of them.
 CASES = {
-    "tf": 1000, "safetensors": 1200, "zip": 1500, "npz": 800, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "msgpack": 1200,
+    "tf": 1000, "safetensors": 1200, "zip": 1500, "npz": 800, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "hdf5_listing": 3000, "msgpack": 1200,
     "onnx": 1000, "config": 900, "tokenizer": 500, "adapter": 600,
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ def test_every_reader_is_fuzzed():
 def test_a_corrupted_file_is_read_correctly_or_refused(seeds, tmp_path, name, share):
     cases = max(30, CASES[name] // share)
     result = fuzz(seeds, tmp_path, name, 0, cases, workers=1 if share > 1 else 2)
-    assert not result.faults, "\n\n".join(result.faults)
+    assert not result.faults, "\n\n".join(map(str, result.faults))
     assert result.outcomes.total() == cases
     read = sum(count for words, count in result.outcomes.items() if "refused" not in words)
     assert 0 < read < cases, f"all cases have the same outcome, so this tests nothing: {result.outcomes}"
@@ -123,38 +124,145 @@ def test_a_worker_that_dies_is_a_fault_and_the_next_case_runs(tmp_path, monkeypa
     (tmp_path / "worker.py").write_text(
         "import json, os, sys, time\n"
         "for n in range(int(sys.argv[4]), int(sys.argv[4]) + int(sys.argv[5])):\n"
-        f"    print(json.dumps({{'begun': n, 'folder': {str(tmp_path)!r}}}), flush=True)\n"
+        f"    print(json.dumps({{'begun': n, 'folder': {str(tmp_path / 'case')!r}}}), flush=True)\n"
         f"    if n == 1: open('last', 'w').close(); {body}\n"
-        "    print(json.dumps({'case': n, 'outcome': 'done', 'words': 'read', 'grown': 0}), flush=True)\n"
+        "    print(json.dumps({'outcomes': {'read': 1}, 'grown': 0, 'cpu': 0}), flush=True)\n"
     )
+    (tmp_path / "case").mkdir()
     monkeypatch.setattr("run.WORKER", tmp_path / "worker.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("run.time", Clock())
-    result = fuzz(tmp_path, tmp_path.with_name(f"{tmp_path.name}-kept"), "tf", 0, 3, workers=1)
+    result = fuzz(tmp_path, tmp_path / "kept", "tf", 0, 3, workers=1)
     assert result.outcomes["read"] == 2
-    assert [f.startswith("tf:1: the worker") and fault in f for f in result.faults] == [True]
+    assert [(f.name, f.folder) for f in result.faults] == [("tf", tmp_path / "kept/tf-1")]
+    assert result.faults[0].words.startswith("the worker") and fault in result.faults[0].words
 
 
 def test_a_result_that_is_a_different_model_is_a_fault(tmp_path, monkeypatch):
     save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
-    assert worker.check(tmp_path, "m.safetensors") == "read"
+    assert worker.Checker().check(tmp_path, "m.safetensors") == "read"
     (tmp_path / "result.safetensors").unlink()
     readers: Any = iter([lambda path, n_head: random_checkpoint(), lambda path: random_checkpoint(seed=1)])
     monkeypatch.setattr(worker, "open_checkpoint", lambda *args, **options: next(readers)(*args, **options))
     with pytest.raises(worker.Wrong, match="another model: other bytes"):
-        worker.check(tmp_path, "m.safetensors")
+        worker.Checker().check(tmp_path, "m.safetensors")
+
+
+def test_a_model_is_converted_once(tmp_path):
+    save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
+    save_checkpoint(random_checkpoint(seed=1), tmp_path / "n.safetensors")
+    checker = worker.Checker()
+    written = []
+    for name in ("m.safetensors", "m.safetensors", "n.safetensors"):
+        assert checker.check(tmp_path, name) == "read"
+        written.append((tmp_path / "result.safetensors").exists())
+        (tmp_path / "result.safetensors").unlink(missing_ok=True)
+    assert written == [True, False, True]
 
 
 def test_a_reader_that_ignores_a_checksum_is_a_fault(tmp_path):
     save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
     other = worker.bytes_of(random_checkpoint(seed=1))
     with pytest.raises(worker.Wrong, match="bytes under a checksum have changed"):
-        worker.check(tmp_path, "m.safetensors", [other])
+        worker.Checker([other]).check(tmp_path, "m.safetensors", repaired=False)
 
 
 def test_a_case_number_is_reproducible(seeds):
-    tried = [mutated(random.Random("tf:7"), load_seeds(seeds / "tf"))[1] for _ in range(2)]
+    tried = [mutated(random.Random("tf:7"), load_seeds(seeds / "tf")).files for _ in range(2)]
     assert tried[0] == tried[1]
+
+
+# What a case allocates, and the megabytes that must show, within 2: the kernel counts pages in batches.
+ALLOCATES = {
+    "nothing": ("pass", 0),
+    "100 MB": ("b'x' * (100 << 20)", 100),
+    "100 MB, freed before, twice": ("b'x' * (100 << 20)", 100),
+    "30 MB in small parts": ("[b'x' * 3000 + bytes([i % 256]) for i in range(10 << 10)]", 30),
+    "30 MB in small parts, freed before, twice": ("[b'x' * 3000 + bytes([i % 256]) for i in range(10 << 10)]", 30),
+}
+
+
+@pytest.mark.parametrize("allocates", ALLOCATES)
+def test_the_memory_of_a_case_shows(tmp_path, allocates):
+    body, megabytes = ALLOCATES[allocates]
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import guard\n"
+        "from pathlib import Path\n"
+        "all_cases = guard.Guard()\n"
+        "def action():\n"
+        f"    {body}\n"
+        "    return 'read'\n"
+        f"for _ in range({3 if 'twice' in allocates else 1}):\n"
+        "    print(guard.attempt(all_cases, Path.cwd(), action)[0], all_cases.grown)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for line in run.stdout.splitlines():
+        outcome, grown = line.split()
+        assert outcome == "done"
+        assert (megabytes - 2) << 20 <= int(grown) < (megabytes + 10) << 20
+
+
+def test_the_memory_of_a_reader_shows_in_the_result(seeds, tmp_path, monkeypatch):
+    """A worker whose reader allocates 100 MB in each case."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(ROOT)!r}]; import worker\n"
+        "real = worker.open_checkpoint\n"
+        "def hungry(*args, **options):\n"
+        "    b'x' * (100 << 20)\n"
+        "    return real(*args, **options)\n"
+        "worker.open_checkpoint = hungry; worker.main(*sys.argv[1:])"
+    )
+    (tmp_path / "hungry.py").write_text(code)
+    monkeypatch.setattr("run.WORKER", tmp_path / "hungry.py")
+    result = fuzz(seeds, tmp_path, "llmc", 0, 3, workers=1)
+    assert not result.faults
+    assert 98 << 20 <= result.grown < 120 << 20
+
+
+# A reader that fails for one byte, and the minimizing of a case in which that byte and many others are changed.
+ONE_BYTE = """
+import random, sys
+from pathlib import Path
+sys.path[:0] = [{here!r}, {root!r}]
+import minimize, seeds, worker
+real = worker.open_checkpoint
+def failing(path, **options):
+    data = Path(path).read_bytes()
+    if data[200:201] == b"7":
+        raise ValueError("the byte is 7")
+    return real(path, **options)
+worker.open_checkpoint = failing
+seed = seeds.load_seeds(Path({seeds!r}))[0]
+data = bytearray(seed.files["gpt2.bin"])
+for at in range(100, 400):
+    data[at] = data[at] ^ 85
+data[200] = ord("7")
+case = worker.Case(seed, {{"gpt2.bin": bytes(data) + b"more"}}, False)
+worker.keep(case, Path("llmc-1"))
+Path("top").mkdir()
+worker.settle()
+print(minimize.minimize(Path("llmc-1").absolute(), "llmc", Path({seeds!r}), Path("top").absolute()))
+"""
+
+
+def test_a_case_that_fails_is_made_smaller(seeds, tmp_path):
+    program = ONE_BYTE.format(here=str(Path(__file__).parent), root=str(ROOT), seeds=str(seeds / "llmc"))
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "ValueError: the byte is 7" in run.stdout, run.stderr
+    assert run.stdout.endswith("gpt2.bin: 201 bytes\n1\n")
+    smallest = (tmp_path / "llmc-1/smallest/files/gpt2.bin").read_bytes()
+    sound = (seeds / "llmc/llmc-gpt2.bin/gpt2.bin").read_bytes()
+    assert smallest == sound[:200] + b"7"
+
+
+@pytest.mark.slow
+def test_coverage_adds_cases_to_the_corpus(seeds, tmp_path):
+    pytest.importorskip("atheris")
+    (tmp_path / "corpus").mkdir()
+    result = fuzz_guided(seeds, tmp_path, "llmc", tmp_path / "corpus", seconds=20)
+    assert not result.faults, "\n\n".join(map(str, result.faults))
+    assert result.outcomes.total() > 2
+    assert len(list((tmp_path / "corpus").iterdir())) > len(load_seeds(seeds / "llmc"))
 
 
 # ----------------------------------------------------------------------------------------------------------- Hypothesis

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from converters.containers.tf_bundle import open_bundle
 from converters.containers.torch_pickle import load_pickle
 from converters.dtypes import F32
 from converters.formats.gguf import read_vocabulary
+from converters.io.checksums import crc32c
 from converters.io.json import parse_json
 from converters.io.protobuf import varint
 from converters.io.sstable import MAGIC, mask
-from converters.tensors import crc32c
 
 
 @pytest.fixture(autouse=True)
@@ -128,12 +129,39 @@ def test_a_number_of_thousands_of_digits_in_a_pickle_is_refused():
 # ----------------------------------------------------------------------------------------------------- text and numbers
 
 
+@pytest.mark.parametrize(
+    "printed",
+    [
+        b"", b"\xff", b"\0\0\0{", b"5", b"[]", b"{}", b'{"datasets": 5}', b'{"datasets": [5]}', b'{"datasets": [["x", "<f4", [2]]]}',
+        b'{"datasets": [[5, "<f4", [2], 0]]}', b'{"datasets": [["x", 4, [2], 0]]}', b'{"datasets": [["x", "<f4", null, 0]]}',
+        b'{"datasets": [["x", "<f4", ["2"], 0]]}', b'{"datasets": [["x", "<f4", [2.0], 0]]}', b'{"datasets": [["x", "<f4", [2], true]]}',
+        b'{"datasets": [["x", "<f4", [-2], -4]]}', b'{"datasets": [["x", "<f4", [1' + b"0" * 4000 + b'], 0]]}', b"[" * 100_000,
+    ],
+    ids=lambda printed: printed[:40].decode("latin-1"),
+)  # fmt: skip
+def test_a_listing_of_hdf5_data_sets_that_is_malformed_is_refused(tmp_path, monkeypatch, printed):
+    done = subprocess.CompletedProcess([], 0, printed, b"")
+    monkeypatch.setattr("converters.containers.hdf5.subprocess.run", lambda *args, **options: done)
+    (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(FormatError, match="cannot list its data sets"):
+        open_checkpoint(tmp_path / "m.h5")
+
+
 @pytest.mark.parametrize("key", ["n_embd", "n_head", "n_positions", "n_inner", "eos_token_id"])
 def test_a_number_of_thousands_of_digits_is_refused(tmp_path, key):
     save_checkpoint(random_checkpoint(), tmp_path / "hf")
     (tmp_path / "hf/config.json").write_text(json.dumps({**to_hf(TINY), key: 9 * 10**4299}))
     with pytest.raises(FormatError, match="a number of 4300 digits"):
         open_checkpoint(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("text", ["5", "-1.5", "null", "true", '"text"', "[]", "[5]", "NaN"])
+def test_json_that_is_not_an_object_is_refused(tmp_path, text):
+    with pytest.raises(FormatError, match="expected a JSON object"):
+        parse_json(text.encode(), "x")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FormatError, match="expected a JSON object"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("depth", [70, 500, *range(900, 1000, 7), 100_000])

@@ -11,11 +11,11 @@ from paths import FIXTURES
 
 from converters import FormatError, open_checkpoint
 from converters.containers.tf_bundle import Entry
+from converters.io.checksums import crc32c
 from converters.io.protobuf import varint
 from converters.io.publishing import new_file
 from converters.io.reading import File
 from converters.io.sstable import MAGIC, mask, read_table, write_index
-from converters.tensors import crc32c
 
 
 class Bundle:

@@ -12,12 +12,12 @@ from paths import FIXTURES, RELEASE, needs_shared
 from converters import ChecksumError, FormatError, open_checkpoint, save_checkpoint
 from converters.containers.tf_bundle import Entry, open_bundle, slice_key
 from converters.dialects import OPENAI
+from converters.io.checksums import crc32c
 from converters.io.protobuf import varint
 from converters.io.publishing import new_file
 from converters.io.reading import File
 from converters.io.sstable import FOOTER, HEADER, MAGIC, mask, read_table, unmask, write_index
 from converters.spec import GPT2Config
-from converters.tensors import crc32c
 
 VALUES = np.load(FIXTURES / "tiny.npz")
 

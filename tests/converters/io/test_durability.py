@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import assert_same_bytes, random_checkpoint
 from commands import assert_refused, done
+from fork_server import fork_server
 from kinds import KINDS, any_file
 
 from converters import (
@@ -77,14 +78,10 @@ def remove(path):
 
 # ---------------------------------------------------------------------------------------------------------- kill -9
 
-# Imports once, and then forks a process for every line: a number and the command's words, with tabs between. The process is
-# killed where it would ask the system for so manieth change of a file or a folder; with 0 it ends by itself. Answers with
-# the exit code and the number of changes.
-SERVER = """
-import itertools, mmap, os, signal, struct, sys
-from converters import arrays, saving
-from converters.containers import gguf, llmc, safetensors, torch_zip
-from gpt2x.cli import main
+# The process is killed where it would ask the system for so manieth change of a file or a folder; with 0 it ends by itself.
+# Answers with the number of changes, too.
+KILLED = """
+import itertools, mmap, signal, struct
 
 CHANGES = ("fsync", "link", "mkdir", "pwrite", "rename", "replace", "rmdir", "unlink", "write")
 count = mmap.mmap(-1, 8)  # shared with the process
@@ -98,19 +95,15 @@ def counted(real, last, numbers):
         return real(*args, **options)
     return change
 
-print("ready", flush=True)
-for line in sys.stdin:
-    last, *words = line.rstrip("\\n").split("\\t")
+def prepare(last, *words):
     count[:8] = bytes(8)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        numbers = itertools.count(1)
-        for name in CHANGES:
-            setattr(os, name, counted(getattr(os, name), int(last), numbers))
-        main(words)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code, *struct.unpack("q", count[:8]), flush=True)
+    numbers = itertools.count(1)
+    for name in CHANGES:
+        setattr(os, name, counted(getattr(os, name), int(last), numbers))
+    return words
+
+def answer():
+    return struct.unpack("q", count[:8])
 """
 
 
@@ -126,20 +119,8 @@ def large(tmp_path_factory):
 @pytest.fixture(scope="module")
 def convert():
     """``convert(last, *words)``: a ``gpt2x convert`` that is killed instead of its so manieth change on the disk."""
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
-        assert server.stdout.readline() == "ready\n"
-
-        def run(last, *words):
-            server.stdin.write("\t".join(map(str, (last, "convert", *words))) + "\n")
-            server.stdin.flush()
-            code, changes = server.stdout.readline().split()
-            return int(code), int(changes)
-
-        yield run
-        server.stdin.close()
+    with fork_server(KILLED) as server:
+        yield lambda last, *words: server(last, "convert", *words)
 
 
 KILLS = 7  # of each format, on an empty place and again over an old result: 112 in all

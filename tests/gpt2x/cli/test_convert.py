@@ -20,6 +20,7 @@ import safetensors.numpy
 import torch
 from checkpoints import TINY, assert_same_bytes, random_checkpoint
 from commands import assert_refused, done
+from fork_server import fork_server
 from paths import FIXTURES
 
 import converters.io.publishing
@@ -355,51 +356,35 @@ def test_a_read_only_destination_is_refused(gpt2x, monkeypatch):
 
 os_open = os.open
 
-# Imports once, and then forks a process for every line: the number of a signal, a count, a file for stderr and the command's
-# words, with tabs between. The process sends itself the signal as it writes for so many times. Answers with the exit code.
+# The words of a command come after the number of a signal, a count, and a file for stderr. The process sends itself the signal as
+# it writes for so many times.
 SIGNALLED = """
-import os, signal, sys
 import converters.io.publishing as files
-from converters import arrays, saving
-from converters.containers import safetensors, tf_bundle, torch_zip
-from gpt2x.cli import main
 
-print("ready", flush=True)
-for line in sys.stdin:
-    number, count, errors, *words = line.rstrip("\\n").split("\\t")
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        left, real = [int(count)], os.pwrite
-        def write(fd, data, offset):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), int(number))
-            return real(fd, data, offset)
-        files.os.pwrite = write
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        main(words)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def prepare(number, count, errors, *words):
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    left, real = [int(count)], os.pwrite
+    def write(fd, data, offset):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), int(number))
+        return real(fd, data, offset)
+    files.os.pwrite = write
+    return words
 """
 
 
 @pytest.fixture(scope="module")
 def signalled():
     """``signalled(number, count, *words)``: a ``gpt2x`` that is sent a signal at its so manieth writing."""
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, "-c", SIGNALLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
-        assert server.stdout.readline() == "ready\n"
+    with fork_server(SIGNALLED) as server:
 
         def run(number, count, *words):
             errors = Path("stderr").absolute()
-            server.stdin.write("\t".join(map(str, (int(number), count, errors, *words))) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline()), errors.read_text()
+            (code,) = server(int(number), count, errors, *words)
+            return code, errors.read_text()
 
         yield run
-        server.stdin.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
