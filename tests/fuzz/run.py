@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ MINIMIZE = Path(__file__).with_name("minimize.py")
 SILENCE = 100  # seconds without output after which a worker is killed
 ROUND = 2000  # cases of one worker in a long run that is not guided
 LONGEST = 600  # seconds that a guided worker runs
+SHORTEST = 5
 WORKERS = 2
 
 
@@ -211,13 +213,15 @@ def _long(run: Callable[[str, float], Result], seeds: Path, names: list[str], se
     """Fuzz the formats in turn, until the time is over: two at a time, or two workers for one format."""
     results = {name: Result() for name in names}
     end = time.monotonic() + seconds
-    slice_ = min(LONGEST, WORKERS * seconds / len(names))
-    turns = itertools.cycle(random.sample(names, len(names)))  # so that it is not always the same that come last
+    rounds = math.ceil(WORKERS * seconds / LONGEST / len(names))
+    turns = random.sample(names, len(names)) * max(rounds, WORKERS if len(names) == 1 else 1)
 
     def work() -> None:
-        while (left := end - time.monotonic()) > 1:
-            name = next(turns)
-            found = run(name, min(slice_, left))
+        while turns:
+            # Every turn that is left gets the same time, however long those before took.
+            left = WORKERS * (end - time.monotonic()) / len(turns)
+            name = turns.pop()
+            found = run(name, max(SHORTEST, min(left, end - time.monotonic())))
             results[name].add(found)
             for fault in first_of_each(found.faults):
                 print(fault, minimized(fault.folder, seeds / name), sep="\n", flush=True)

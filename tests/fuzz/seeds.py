@@ -322,7 +322,8 @@ def _config(folder: Path) -> None:
         (place / "config.json").unlink()
         (place / name).write_text(json.dumps(words(replace(_plain().config, n_layer=1))))
         _meta(place, "", (name,))
-    place = _fixture(folder, "nanogpt/ckpt.pt", "ckpt.pt", ("config.json",))
+    place = _saved(folder, "nanogpt", "ckpt.pt", "nanogpt")
+    _meta(place, "ckpt.pt", ("config.json",))
     (place / "config.json").write_text('{"activation_function": "gelu_new", "eos_token_id": [1, 2]}')
 
 
