@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .controls import controls, given_controls, show_origin
+from .running import home, open_model, tokenizer_of
 from .source import PRECISION, runnable
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def generate(
     _check_use(prompt, prompts_file, output, resume)
     given = given_controls(options)
     model = runnable(model, runtime, precision)
-    tokenizer = _tokenizer(model, tokenizer_dir, runtime, precision, n_head)
+    tokenizer = tokenizer_of(model, tokenizer_dir, runtime, precision, n_head)
     config = _config(model, given)
-    decoder = _open(model, runtime, precision, n_head, threads)
+    decoder = open_model(model, runtime, precision, n_head, threads)
     if prompts_file and output:
         from .prompts_file import continue_file
 
@@ -84,41 +85,18 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
         raise click.UsageError("--resume continues an --output: pass --prompts and --output, too")
 
 
-def _tokenizer(
-    model: str, folder: str | None, runtime: str | None, precision: str | None, n_head: int | None
-) -> Tokenizer:
-    from converters import TokenizerError
-
-    from ..runtimes.opening import open_decoder
-    from ..tokenizer import Tokenizer
-
-    try:
-        return Tokenizer.from_pretrained(folder or _home(model))  # before the model, which takes longer to open
-    except TokenizerError:
-        if os.path.isdir(model):
-            # A missing model is the more important error.
-            open_decoder(model, runtime, n_head=n_head, precision=precision)
-        raise
-
-
 def _config(model: str, given: dict[str, Any]) -> GenerationConfig:
     """The controls of the options, and of ``generation_config.json`` where no option sets them."""
     from ..generation.config import GenerationConfig, controls_beside
 
-    home = Path(_home(model))
-    found = controls_beside(home if home.is_dir() else home.parent)
+    folder = Path(home(model))
+    found = controls_beside(folder if folder.is_dir() else folder.parent)
     try:
         config = GenerationConfig.of(**found.merged(given))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     show_origin(found, given)
     return config
-
-
-def _open(model: str, runtime: str | None, precision: str | None, n_head: int | None, threads: int | None) -> Decoder:
-    from ..runtimes.opening import open_decoder
-
-    return open_decoder(model, runtime, n_head=n_head, precision=precision, threads=threads)
 
 
 def _print(decoder: Decoder, tokenizer: Tokenizer, config: GenerationConfig, prompt: str) -> None:
@@ -140,12 +118,3 @@ def _print(decoder: Decoder, tokenizer: Tokenizer, config: GenerationConfig, pro
         finishes = [finish for finish in generation.finish if finish]
     if "context" in finishes:
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
-
-
-def _home(model: str) -> str:
-    """The directory of a model's tokenizer: for ``onnx/model.onnx``, the one above ``onnx``."""
-    folder = os.path.dirname(os.path.abspath(model))
-    inside = model.endswith(".onnx") and os.path.basename(folder) == "onnx"
-    if inside and os.path.isfile(model):
-        return os.path.dirname(folder)
-    return model
