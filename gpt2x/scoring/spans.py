@@ -12,7 +12,7 @@ from ..memory import give_back
 from ..runtimes.base import Decoder, Ids, InputError
 from .logits import TokenScores, joined, score_tokens
 
-LOGITS = 32 << 20  # bytes of logits that one run returns
+LOGITS = 64 << 20  # bytes of logits that one run returns: those of 256 tokens of GPT-2
 PIECE = 256  # tokens of a row in one run, as attention over T tokens computes T * T scores and masks half of them
 BATCH = 1024  # tokens in a batch of several rows, with padding
 
