@@ -6,7 +6,7 @@ PIP := -m pip --disable-pip-version-check install --quiet --constraint constrain
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-clients test-llama test-all fuzz corpora bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama test-all fuzz corpora bench clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -36,6 +36,9 @@ check: $(VENV)/.ready
 test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a live TensorFlow, in its own environment
 	$(VENV)-tensorflow/bin/python -m pytest tests/peers/test_tensorflow.py
 
+test-eval: $(VENV)-eval/.ready ## lm-evaluation-harness runs tasks on gpt2x, in its own environment
+	$(VENV)-eval/bin/python -m pytest -rs tests/peers/test_lm_eval.py
+
 test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
 	test -d $(VENV)-headers || sh tests/peers/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
 	-@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
@@ -44,7 +47,7 @@ test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/peers/test_llama.py
 
-test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-clients test-llama ## everything, and what takes gigabytes
+test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge
 
 fuzz: $(VENV)/.fuzz ## damaged files for every reader, others each time: make fuzz MINUTES=60 FORMAT=gguf
@@ -84,6 +87,12 @@ $(VENV)/.fuzz: $(VENV)/.ready
 
 $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(MADE)
 	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu
+	touch $@
+
+# torch first, so that nothing brings another one. The harness's own model needs transformers and accelerate.
+$(VENV)-eval/.ready: pyproject.toml constraints.txt $(VENV)-eval/$(MADE)
+	$(VENV)-eval/bin/python $(PIP) torch
+	$(VENV)-eval/bin/python $(PIP) --editable '.[export,eval]' pytest transformers accelerate
 	touch $@
 
 # optimum needs transformers < 5; torch first, so that nothing brings another one.
@@ -133,4 +142,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

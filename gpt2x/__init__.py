@@ -33,6 +33,7 @@ _HOMES = {
     "gpt2x.generation.loop": ("Generation",),
     "gpt2x.generation.sampling": ("Sampling",),
     "gpt2x.generation.text": ("TextStream",),
+    "gpt2x.scoring.score": ("Score", "score"),
     "gpt2x.runtimes.base": ("InputError", "PromptError"),
     "gpt2x.runtimes.onnxruntime": ("OnnxDecoder",),
     "gpt2x.runtimes.batching": ("RunningBatch",),
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .runtimes.base import InputError, PromptError
     from .runtimes.batching import RunningBatch
     from .runtimes.onnxruntime import OnnxDecoder
+    from .scoring.score import Score, score
     from .tokenizer import Tokenizer
 
 
@@ -103,6 +105,7 @@ __all__ = [
     "PromptError",
     "RunningBatch",
     "Sampling",
+    "Score",
     "TextStream",
     "Tokenizer",
     "__version__",
@@ -115,4 +118,5 @@ __all__ = [
     "load_model",
     "open_checkpoint",
     "save_checkpoint",
+    "score",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from converters import TokenizerError
@@ -15,6 +16,11 @@ OTHERS = (
     "gpt2x cannot encode text with it: pass token ids, or the tokenizer of transformers to gpt2x.generate_text, "
     "or --tokenizer DIR with a byte-level BPE"
 )
+
+PIECE = 1 << 16  # characters
+# Python's \s has every character of Unicode's White_Space, which is what GPT-2's pattern means, and a few more.
+BOUNDARY = re.compile(r"\S[ \n]")
+SPACE = re.compile(r"\S ")
 
 
 class Tokenizer:
@@ -36,6 +42,11 @@ class Tokenizer:
         self._backend = build(vocabulary)
         self.eos_token_id: int | None = vocabulary.ids.get(END_OF_TEXT)
         self.vocab_size = len(vocabulary.ids)
+        # A space that is added before a text must not be added before a piece of it.
+        self._boundary: re.Pattern[str] | None = SPACE if vocabulary.add_prefix_space else BOUNDARY
+        # A boundary may be within such a token, or between it and the spaces that belong to it.
+        if any(token.lstrip or token.rstrip or re.search(r"\s", token.content) for token in vocabulary.added):
+            self._boundary = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
@@ -64,8 +75,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. A lone surrogate, which is not valid text, becomes U+FFFD."""
-        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return list(self._backend.encode(valid, add_special_tokens=False).ids)
+        ids: list[int] = []
+        # ``tokenizers`` needs 200 bytes of memory for each character of what it encodes at once.
+        for piece in _pieces(text, self._boundary):
+            valid = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids += self._backend.encode(valid, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ids. Bytes that are not valid UTF-8 become U+FFFD.
@@ -74,3 +89,19 @@ class Tokenizer:
             skip_special_tokens: leave out the special tokens, such as ``<|endoftext|>``.
         """
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def _pieces(text: str, boundary: re.Pattern[str] | None) -> Iterator[str]:
+    """A text in pieces of ``PIECE`` characters or more, which are encoded as the whole text is.
+
+    A piece begins with a space or newline after a character that is none. There, GPT-2's pattern always begins a new word,
+    and what follows does not change the words before it: the pattern looks ahead only in whitespace.
+    """
+    start = 0
+    found = boundary.search(text, PIECE) if boundary else None
+    while boundary and found:
+        end = found.start() + 1
+        yield text[start:end]
+        start = end
+        found = boundary.search(text, start + PIECE)
+    yield text[start:]

@@ -10,7 +10,7 @@ from checkpoints import random_checkpoint
 from paths import FIXTURES, ROOT
 
 from converters import WRITERS, open_checkpoint, save_checkpoint
-from gpt2x import SHAKESPEARE
+from gpt2x import SHAKESPEARE, ExportOptions, export_onnx
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -56,6 +56,17 @@ def test_the_program_on_adapters_runs(tuned, capsys):
     assert "merged a LoRA adapter, lora: 4 matrices of rank 4" in capsys.readouterr().out
 
 
+def test_every_command_of_the_page_on_scoring_runs(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_onnx(open_checkpoint(SHAKESPEARE), "gpt2-onnx", ExportOptions(("fp32", "int8")))
+    (tmp_path / "book.txt").write_text("To be, or not to be.")
+    (tmp_path / "texts.jsonl").write_text('{"text": "To be, or not to be."}')
+    block = blocks(ROOT / "docs/scoring.md", "text")[0]
+    for command in block.splitlines():
+        result = gpt2x(*shlex.split(command.removeprefix("gpt2x "), comments=True))
+        assert result.exit_code == 0, (command, result.output)
+
+
 def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     made = re.findall(r"(?:^\$ |`)make ([\w-]+)", "".join(path.read_text() for path in DOCS), re.M)
@@ -64,10 +75,10 @@ def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
 
 @pytest.mark.parametrize(
     "program",
-    [*blocks(ROOT / "README.md", "python"), *blocks(ROOT / "docs/generation.md", "python")],
+    [code for page in ("README.md", "docs/generation.md", "docs/scoring.md") for code in blocks(ROOT / page, "python")],
     ids=lambda code: code.splitlines()[-1][:40],
 )
-def test_every_program_of_the_readme_and_of_generation_runs(program, tmp_path, monkeypatch, capsys):
+def test_every_program_of_the_readme_and_of_two_pages_runs(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "README.md", "exec"), {})
 
@@ -181,5 +192,5 @@ def test_a_tiny_model_is_enough_for_every_format(tmp_path):
 
 def test_the_list_of_commands_cuts_no_line(gpt2x):
     lines = gpt2x("--help").stdout.split("Commands:")[1].split("Exit codes")[0].strip().splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)

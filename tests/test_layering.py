@@ -24,7 +24,15 @@ def modules_after(code: str, cwd: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["converters", "gpt2x", "gpt2x.cli", "gpt2x.generation.loop", "gpt2x.tokenizer", "gpt2x.runtimes.onnxruntime"],
+    [
+        "converters",
+        "gpt2x",
+        "gpt2x.cli",
+        "gpt2x.generation.loop",
+        "gpt2x.scoring.score",
+        "gpt2x.tokenizer",
+        "gpt2x.runtimes.onnxruntime",
+    ],
 )
 def test_importing_it_loads_no_torch(module, tmp_path):
     assert "torch" not in modules_after(f"import {module}", tmp_path)

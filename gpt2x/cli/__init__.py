@@ -18,6 +18,7 @@ from .export import export
 from .formats import formats
 from .generate import generate
 from .inspect import inspect
+from .score import score
 from .text import printable
 from .verify import verify
 
@@ -85,5 +86,5 @@ def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # unwinds, so that no half-written file stays
 
 
-for command in (convert, export, inspect, verify, generate, bench, formats, demo):
+for command in (convert, export, inspect, verify, generate, score, bench, formats, demo):
     main.add_command(command)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .controls import controls, given_controls, show_origin
-from .source import PRECISION, runnable, weight_options, with_local_adapter
+from .running import Running
+from .source import PRECISION, weight_options
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
@@ -65,15 +64,10 @@ def generate(
     """
     _check_use(prompt, prompts_file, output, resume)
     given = given_controls(options)
-    from ..runtimes.opening import open_decoder
-    from ..weight_options import why_weights
-
-    model = runnable(model, "torch" if why_weights(weights) and runtime is None else runtime, precision)
-    weights = with_local_adapter(weights)
-    open_model = partial(open_decoder, model, runtime, precision=precision, threads=threads, **weights)
-    tokenizer = _tokenizer(model, tokenizer_dir or _home(model, weights.get("adapter")), open_model)
-    config = _config(model, given)
-    decoder = open_model()
+    running = Running.of(model, runtime, precision, threads, weights)
+    tokenizer = running.tokenizer(tokenizer_dir)  # before the model, which takes longer to open
+    config = _config(running, given)
+    decoder = running.open()
     if prompts_file and output:
         from .prompts_file import continue_file
 
@@ -93,25 +87,12 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
         raise click.UsageError("--resume continues an --output: pass --prompts and --output, too")
 
 
-def _tokenizer(model: str, folder: str, open_model: Callable[[], Decoder]) -> Tokenizer:
-    from converters import TokenizerError
-
-    from ..tokenizer import Tokenizer
-
-    try:
-        return Tokenizer.from_pretrained(folder)  # before the model, which takes longer to open
-    except TokenizerError:
-        if os.path.isdir(model):
-            open_model()  # a missing model is the more important error
-        raise
-
-
-def _config(model: str, given: dict[str, Any]) -> GenerationConfig:
+def _config(running: Running, given: dict[str, Any]) -> GenerationConfig:
     """The controls of the options, and of ``generation_config.json`` where no option sets them."""
     from ..generation.config import GenerationConfig, controls_beside
 
-    home = Path(_home(model, None))
-    found = controls_beside(home if home.is_dir() else home.parent)
+    folder = Path(running.home())
+    found = controls_beside(folder if folder.is_dir() else folder.parent)
     try:
         config = GenerationConfig.of(**found.merged(given))
     except ValueError as error:
@@ -139,17 +120,3 @@ def _print(decoder: Decoder, tokenizer: Tokenizer, config: GenerationConfig, pro
         finishes = [finish for finish in generation.finish if finish]
     if "context" in finishes:
         click.echo(f"Stopped: the context of {decoder.n_ctx} tokens is full.", err=True)
-
-
-def _home(model: str, adapter: str | Path | None) -> str:
-    """The directory of a model's tokenizer: the adapter's, if it has one; for ``onnx/model.onnx``, the one above ``onnx``."""
-    from converters.opening.adapter import tokenizer_beside
-
-    beside = tokenizer_beside(adapter) if adapter else None
-    if beside:
-        return str(beside)
-    folder = os.path.dirname(os.path.abspath(model))
-    inside = model.endswith(".onnx") and os.path.basename(folder) == "onnx"
-    if inside and os.path.isfile(model):
-        return os.path.dirname(folder)
-    return model

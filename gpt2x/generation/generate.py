@@ -17,6 +17,9 @@ from .prompts import Finish
 from .stop_strings import StopStrings, cut
 from .text import TextStream, TextTokenizer, text_tokenizer
 
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -38,7 +41,7 @@ class Continuation:
 def continuations(
     decoder: Decoder,
     tokenizer: TextTokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: GenerationConfig,
     generators: Sequence[np.random.Generator] | None = None,
 ) -> list[list[Continuation]]:
@@ -47,7 +50,7 @@ def continuations(
     Args:
         decoder: the model.
         tokenizer: its tokenizer.
-        prompts: texts.
+        prompts: texts, or their token ids.
         config: the controls.
         generators: the random stream of each continuation, instead of those of the seed.
 
@@ -82,7 +85,7 @@ def continuations(
 
 
 def new_generation(
-    decoder: Decoder, tokenizer: TextTokenizer, prompts: Sequence[str], config: GenerationConfig
+    decoder: Decoder, tokenizer: TextTokenizer, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> Generation:
     """A ``Generation`` of texts.
 
@@ -90,7 +93,7 @@ def new_generation(
         PromptError: if a prompt is empty, longer than the context, or does not fit the model.
         InputError: if a control names a token outside the vocabulary.
     """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [_ids(tokenizer, prompt) for prompt in prompts]
     return Generation(
         decoder,
         ids,
@@ -99,6 +102,10 @@ def new_generation(
         end_tokens_of(decoder, tokenizer, config),
         config.num_return_sequences,
     )
+
+
+def _ids(tokenizer: TextTokenizer, prompt: Prompt) -> Sequence[int]:
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
 def end_tokens_of(decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig) -> tuple[int, ...]:
@@ -110,14 +117,14 @@ def end_tokens_of(decoder: Decoder, tokenizer: TextTokenizer, config: Generation
 
 
 def _beam_continuations(
-    decoder: Decoder, tokenizer: TextTokenizer, prompts: Sequence[str], config: GenerationConfig
+    decoder: Decoder, tokenizer: TextTokenizer, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> list[list[Continuation]]:
     def hits_stop(tokens: Sequence[int]) -> bool:
         text = tokenizer.decode(list(tokens))
         return any(string in text for string in config.stop_strings)
 
     assert config.beams
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [_ids(tokenizer, prompt) for prompt in prompts]
     found = beam_search(
         decoder,
         ids,

@@ -26,12 +26,17 @@ Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P
 
 
 def chunk_size(model: OnnxModel, B: int) -> int:
-    """How many tokens of a prompt go into one run: fewer if each returns logits, or if the cache holds 8-bit numbers."""
-    most = CHUNK // 2 if contract.has_int8_cache(model.cache_kind) else CHUNK
+    """How many tokens of a prompt go into one run, where only the last logits are wanted: fewer if each returns logits."""
+    most = largest_chunk(model)
     if model.last_only:
         return most
     bytes_per_token = 4 * B * model.config.n_vocab
     return max(16, min(most, LOGITS // bytes_per_token))
+
+
+def largest_chunk(model: OnnxModel) -> int:
+    """How many tokens of a prompt go into one run at most: fewer if the cache holds 8-bit numbers."""
+    return CHUNK // 2 if contract.has_int8_cache(model.cache_kind) else CHUNK
 
 
 def pieces(n: int, size: int) -> Iterator[tuple[int, int]]:
@@ -182,6 +187,9 @@ class InPlaceRun:
     def _prefill_rows(self, rows: Sequence[_NewTokens], cache: RowCache, shape: tuple[int, int], last: bool) -> Logits:
         """Several tokens of each row. Logits (B, 1 or T, V), zeros for padding."""
         B, T = shape
+        if B == 1 and len(rows) == 1 and len(rows[0].ids) == T:
+            new = rows[0]
+            return self.prefill(new.ids, new.positions, cache, new.row, last=last)[None]
         logits = np.zeros((B, 1 if last else T, self.model.config.n_vocab), np.float32)
         for new in rows:
             found = self.prefill(new.ids, new.positions, cache, new.row, last=last)
@@ -203,15 +211,12 @@ class InPlaceRun:
         cache.reserve(row + 1, end)
         buffers = [buffer[row : row + 1] for buffer in cache.buffers]
         cache.lengths[row] = start  # until all tokens are in
-        logits: Logits = np.empty((0 if last else len(ids), self.model.config.n_vocab), np.float32)
-        for first, stop in pieces(len(ids), chunk_size(self.model, 1)):
-            found = self._prefill_chunk(ids[first:stop], positions[first:stop], start + stop, buffers)
-            if last:
-                logits = found[-1:]
-            else:
-                logits[first:stop] = found
+        found: list[Logits] = []
+        for first, stop in pieces(len(ids), chunk_size(self.model, 1) if last else largest_chunk(self.model)):
+            logits = self._prefill_chunk(ids[first:stop], positions[first:stop], start + stop, buffers)
+            found = [logits[-1:]] if last else [*found, logits]
         cache.lengths[row] = end
-        return logits
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _prefill_chunk(self, ids: Ids, positions: Ids, length: int, buffers: Sequence[NDArray[Any]]) -> Logits:
         """One run for one row, which then holds ``length`` tokens. Logits (1 or t, V)."""

@@ -78,7 +78,7 @@ class Reference:
 
 
 class ReferenceDecoder(Decoder):
-    """The reference as a runtime, for one row without padding. Each step computes the whole row again."""
+    """The reference as a runtime, for rows without padding. Each step computes the whole rows again."""
 
     runtime = "gpt2x's reference in float64"
 
@@ -87,7 +87,7 @@ class ReferenceDecoder(Decoder):
         self.config = checkpoint.config
 
     def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Any, Any]:
-        """As ``Decoder.run``, with logits in float64. The cache is the list of the tokens so far."""
-        ids = [*(cache or []), *input_ids[0].tolist()]
-        logits = np.asarray(self.reference(ids))
-        return logits[None, -input_ids.shape[1] :], ids
+        """As ``Decoder.run``, with logits in float64. The cache is the array of the tokens so far (B, P)."""
+        ids = input_ids if cache is None else np.concatenate((cache, input_ids), 1)
+        logits = np.stack([self.reference(row.tolist()) for row in ids])
+        return logits[:, -input_ids.shape[1] :], ids

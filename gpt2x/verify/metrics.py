@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..precisions import FP32 as FP32_PRECISION
 from ..precisions import Bounds
+from ..scoring.logits import top
 
 Array = NDArray[Any]
 
@@ -156,14 +157,6 @@ class _Part:
         same1 = best[:, 0] == other[:, 0]
         same5 = (np.sort(best[:, :5], 1) == np.sort(other[:, :5], 1)).all(1)
         return cls(difference.max(1), difference.mean(1), np.abs(x).max(1), kl, gap1, gap5, same1, same5)
-
-
-def top(logits: Array, k: int) -> Array:
-    """The k most likely tokens of each row, in order: (n, V) -> (n, k), or (n, V) if there are fewer."""
-    k = min(k, logits.shape[1])
-    some = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    order = np.argsort(-np.take_along_axis(logits, some, 1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, 1)
 
 
 def _gap(logits: Array, k: int) -> Array:

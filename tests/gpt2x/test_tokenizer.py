@@ -1,13 +1,17 @@
 """The tokenizer: equal to transformers', id for id, on whatever text there is."""
 
 import json
+import random
 import shutil
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from paths import RELEASE, needs_shared
 
 from converters import ConversionError, TokenizerError, find_tokenizer, open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer
+from gpt2x.tokenizer import _pieces
 
 TEXTS = {
     "prose": "O, that this too too solid flesh would melt,\nThaw and resolve itself into a dew!\n",
@@ -153,3 +157,43 @@ def test_a_tokenizer_of_another_kind_is_not_written_as_openais(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerError, match="not a byte-level BPE"):
         find_tokenizer(tmp_path).vocabulary()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_a_long_text_is_encoded_in_pieces_as_it_is_at_once(pair, monkeypatch, size):
+    ours, other = pair
+    text = " ".join([*TEXTS.values(), *TEXTS.values()]) + "\n\n \n x\n" + "\x1c \x1d\n\x85 \u2028\n a"
+    monkeypatch.setattr("gpt2x.tokenizer.PIECE", size)
+    pieces = list(_pieces(text, ours._boundary))
+    assert "".join(pieces) == text
+    assert len(pieces) > len(text) / (size + 40)
+    assert ours.encode(text) == other.encode(text)
+
+
+def changed(**changes):
+    """The shipped tokenizer with other settings."""
+    vocabulary = find_tokenizer(SHAKESPEARE).vocabulary()
+    tokenizer = Tokenizer.from_pretrained(SHAKESPEARE)
+    tokenizer._use(replace(vocabulary, **changes))
+    return tokenizer
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_no_division_into_pieces_changes_the_ids(add_prefix_space):
+    tokenizer = changed(add_prefix_space=add_prefix_space)
+    parts = [" ", "\n", "\t", "\r", "\u00a0", "\u2003", "\x1c", "'s", "a", "b1", ".", "é", "日", "<|endoftext|>"]
+    rng = random.Random(0)
+    for size in range(1, 8):
+        for _ in range(200):
+            text = "".join(rng.choices(parts, k=30))
+            with patch("gpt2x.tokenizer.PIECE", 1 << 16):
+                whole = tokenizer.encode(text)
+            with patch("gpt2x.tokenizer.PIECE", size):
+                assert tokenizer.encode(text) == whole, text
+
+
+def test_an_added_token_with_a_space_is_never_divided(monkeypatch):
+    monkeypatch.setattr("gpt2x.tokenizer.PIECE", 1)
+    ids = find_tokenizer(SHAKESPEARE).vocabulary().ids
+    tokenizer = changed(added=("two words",), ids={**ids, "two words": len(ids)})
+    assert tokenizer.encode("of two words") == [*tokenizer.encode("of "), len(ids)]

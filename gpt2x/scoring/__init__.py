@@ -1,0 +1,1 @@
+"""The log-likelihood of text, over any ``Decoder``. numpy only."""
