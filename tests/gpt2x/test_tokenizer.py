@@ -10,6 +10,7 @@ import pytest
 from paths import RELEASE, needs_shared
 
 from converters import ConversionError, TokenizerError, find_tokenizer, open_checkpoint, save_checkpoint
+from converters.added_tokens import usual_token
 from gpt2x import SHAKESPEARE, Tokenizer
 from gpt2x.tokenizer import _pieces
 
@@ -195,5 +196,14 @@ def test_no_division_into_pieces_changes_the_ids(add_prefix_space):
 def test_an_added_token_with_a_space_is_never_divided(monkeypatch):
     monkeypatch.setattr("gpt2x.tokenizer.PIECE", 1)
     ids = find_tokenizer(SHAKESPEARE).vocabulary().ids
-    tokenizer = changed(added=("two words",), ids={**ids, "two words": len(ids)})
+    added = (usual_token("two words", special=False),)
+    tokenizer = changed(added=added, ids={**ids, "two words": len(ids)})
     assert tokenizer.encode("of two words") == [*tokenizer.encode("of "), len(ids)]
+
+
+def test_an_added_token_keeps_the_spaces_after_it(monkeypatch):
+    monkeypatch.setattr("gpt2x.tokenizer.PIECE", 1)
+    ids = find_tokenizer(SHAKESPEARE).vocabulary().ids
+    added = (replace(usual_token("<sep>", special=False), rstrip=True),)
+    tokenizer = changed(added=added, ids={**ids, "<sep>": len(ids)})
+    assert tokenizer.encode("of<sep>  love") == [*tokenizer.encode("of"), len(ids), *tokenizer.encode("love")]
