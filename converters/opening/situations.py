@@ -623,7 +623,7 @@ MODELS = (
     ),
     Situation(
         "another model, by its `config.json`",
-        lambda seen: seen.config.get("model_type") in OTHER_MODELS,
+        lambda seen: str(seen.config.get("model_type")) in OTHER_MODELS,
         "a model of the type '{model_type}', and gpt2x reads GPT-2 only; export it with Optimum: "
         "'optimum-cli export onnx --model {folder} {folder}-onnx'",
     ),

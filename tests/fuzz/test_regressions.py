@@ -190,3 +190,11 @@ def test_a_gguf_vocabulary_that_is_not_a_list_is_refused(changes):
     assert read_vocabulary(vocabulary, "x").ids == {"a": 0, "b": 1, "ab": 2}
     with pytest.raises(TokenizerError):
         read_vocabulary({**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}, "x")
+
+
+@pytest.mark.parametrize("value", [["gpt2"], {"a": 1}, 3])
+def test_a_model_type_that_is_no_text_is_refused(tmp_path, value):
+    save_checkpoint(random_checkpoint(), tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text(json.dumps({**to_hf(TINY), "model_type": value}))
+    with pytest.raises(ConversionError, match="model_type"):
+        open_checkpoint(tmp_path / "hf")
