@@ -27,6 +27,18 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         FormatError: for anything else.
     """
+    value = parse_value(data, where)
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: expected a JSON object, not {type(value).__name__}")
+    return value
+
+
+def parse_value(data: bytes, where: str) -> Any:
+    """Any JSON value, its objects without duplicate keys.
+
+    Raises:
+        FormatError: for anything else.
+    """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_whole_number)
         if isinstance(value, dict | list):
@@ -37,8 +49,6 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where}: invalid JSON: a string that is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: invalid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected a JSON object, not {type(value).__name__}")
     return value
 
 

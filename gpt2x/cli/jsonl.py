@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 import click
 
-from converters import DestinationError
+from converters import DestinationError, FormatError
+from converters.io.json import parse_value
 
 from .text import printable
 
@@ -45,14 +46,14 @@ class Lines:
         self.done = done
         self.skipped = 0
         with path.open("rb") as file:
-            self.remaining = sum(1 for _ in file) - done
+            self.remaining = sum(1 for _ in lines_of(file)) - done
         self.objects: dict[int, dict[str, Any]] = {}  # by line, until its result is written
         self.order: deque[int] = deque()
 
     def texts(self) -> Iterator[tuple[int, str]]:
         """The number and the text of each line that has one. The others are reported and skipped."""
         with self.path.open("rb") as file:
-            for line, data in enumerate(file, 1):
+            for line, data in enumerate(lines_of(file), 1):
                 if line <= self.done:
                     continue
                 try:
@@ -79,6 +80,14 @@ class Lines:
             click.echo(f"Skipped {self.skipped} of {self.remaining} lines, see above.", err=True)
 
 
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file. Of one that is longer than ``MAX_LINE``, only the first bytes, one more than the limit."""
+    while data := file.readline(MAX_LINE + 1):
+        yield data
+        while len(data) > MAX_LINE and not data.endswith(b"\n"):
+            data = file.readline(MAX_LINE + 1)
+
+
 def parse_line(data: bytes, key: str) -> dict[str, Any]:
     """The object of a line.
 
@@ -86,11 +95,12 @@ def parse_line(data: bytes, key: str) -> dict[str, Any]:
         ValueError: if it is not one with a text under this key.
     """
     if len(data) > MAX_LINE:
-        raise ValueError(f"the line has {len(data)} bytes; the limit is {MAX_LINE}")
+        raise ValueError(f"the line has more than {MAX_LINE} bytes")
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
+        found = parse_value(data, "")
+    except FormatError as error:
+        reason = str(error).removeprefix(": ")
+        raise ValueError(f"not JSON ({reason})") from None
     if not isinstance(found, dict):
         raise ValueError(f'not an object such as {{"{key}": "..."}}')
     if not isinstance(found.get(key), str):
@@ -130,7 +140,7 @@ def lines_done(work: Work, file: BinaryIO, output: Path, source: Path, results: 
     """
     groups = [_Group(0, "")]
     offset = 0
-    for data in file:
+    for data in lines_of(file):
         if not data.endswith(b"\n"):
             break
         try:
@@ -164,7 +174,7 @@ class _Group:
 
 def _check_same(work: Work, output: Path, source: Path, group: _Group) -> None:
     with source.open("rb") as file:
-        data = next(islice(file, group.line - 1, None), b"")
+        data = next(islice(lines_of(file), group.line - 1, None), b"")
     try:
         same = parse_line(data, work.key)[work.key] == group.text
     except ValueError:

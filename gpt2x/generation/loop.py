@@ -111,7 +111,7 @@ class Generation:
     def _next(self, i: int, row: _Row, logits: Logits) -> int | None:
         if self.finish[i]:
             return None
-        token = row.choose(np.array(row.tokens), logits)
+        token = row.choose(row.tokens, logits)
         if token in self.end_tokens:
             self.finish[i] = "stop"
             return None

@@ -138,7 +138,7 @@ class _Text:
 
     def take(self, logits: Logits) -> None:
         """Choose the next token from the logits (V,) after the last one."""
-        token = self.choose(np.array(self.tokens), logits)
+        token = self.choose(self.tokens, logits)
         if token in self.end_tokens:
             self.finish = "stop"
             return

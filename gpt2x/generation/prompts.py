@@ -25,12 +25,22 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
             raise PromptError(EMPTY)
         if len(prompt) > decoder.n_ctx:
             raise PromptError(f"the prompt has {len(prompt)} tokens; the model's context is {decoder.n_ctx}")
-        for token in prompt:
-            if not 0 <= token < decoder.n_vocab:
-                raise PromptError(
-                    f"token id {token} is outside the model's vocabulary of {decoder.n_vocab}: does the tokenizer "
-                    "belong to another model?"
-                )
+        check_vocabulary(decoder, prompt)
+
+
+def check_vocabulary(decoder: Decoder, tokens: Sequence[int] | Ids) -> None:
+    """Refuse tokens of another vocabulary.
+
+    Raises:
+        PromptError: with the first of them.
+    """
+    ids = np.asarray(tokens)
+    wrong = ids[(ids < 0) | (ids >= decoder.n_vocab)]
+    if len(wrong):
+        raise PromptError(
+            f"token id {wrong[0]} is outside the model's vocabulary of {decoder.n_vocab}: does the tokenizer belong to "
+            "another model?"
+        )
 
 
 def check_tokens(decoder: Decoder, sampling: Sampling, end_tokens: Sequence[int]) -> None:
@@ -41,7 +51,7 @@ def check_tokens(decoder: Decoder, sampling: Sampling, end_tokens: Sequence[int]
     """
     for sequence in [*sampling.sequences(), end_tokens]:
         for token in sequence:
-            if token >= decoder.n_vocab:
+            if not 0 <= token < decoder.n_vocab:
                 raise InputError(f"a control names token id {token}; the model's vocabulary is {decoder.n_vocab}")
 
 

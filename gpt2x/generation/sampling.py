@@ -204,7 +204,7 @@ class Chooser:
         self.penalties = sampling.penalties(prompt_length, end_tokens)
         self.generator = generator
 
-    def __call__(self, tokens: Ids, logits: Logits) -> int:
+    def __call__(self, tokens: Sequence[int] | Ids, logits: Logits) -> int:
         """Choose the token after the tokens so far (T,), from logits (V,).
 
         Raises:
@@ -212,9 +212,11 @@ class Chooser:
             InputError: if the controls rule out every token.
         """
         check_finite(logits)
-        scores = apply(self.penalties, tokens, logits)
-        if self.penalties and not scores.max() > NEVER:
-            raise InputError(ALL_RULED_OUT)
+        scores = logits
+        if self.penalties:
+            scores = apply(self.penalties, np.asarray(tokens, np.int64), logits)
+            if not scores.max() > NEVER:
+                raise InputError(ALL_RULED_OUT)
         if self.sampling.greedy:
             return int(scores.argmax())
         p = self.sampling.probabilities(scores)

@@ -211,12 +211,17 @@ class InPlaceRun:
         cache.reserve(row + 1, end)
         buffers = [buffer[row : row + 1] for buffer in cache.buffers]
         cache.lengths[row] = start  # until all tokens are in
-        found: list[Logits] = []
-        for first, stop in pieces(len(ids), chunk_size(self.model, 1) if last else largest_chunk(self.model)):
+        size = chunk_size(self.model, 1) if last else largest_chunk(self.model)
+        several = not last and len(ids) > size
+        whole: Logits = np.empty((len(ids) if several else 0, self.model.config.n_vocab), np.float32)
+        for first, stop in pieces(len(ids), size):
             logits = self._prefill_chunk(ids[first:stop], positions[first:stop], start + stop, buffers)
-            found = [logits[-1:]] if last else [*found, logits]
+            if several:
+                whole[first:stop] = logits
         cache.lengths[row] = end
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        if several:
+            return whole
+        return logits[-1:] if last else logits
 
     def _prefill_chunk(self, ids: Ids, positions: Ids, length: int, buffers: Sequence[NDArray[Any]]) -> Logits:
         """One run for one row, which then holds ``length`` tokens. Logits (1 or t, V)."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..generation.prompts import check_vocabulary
 from ..generation.text import text_tokenizer
 from ..runtimes.base import Decoder, Ids, InputError
 from ..runtimes.opening import as_decoder
@@ -132,12 +133,7 @@ def encode_text(decoder: Decoder, tokenizer: Any, text: str) -> Encoded:
     tokens = np.array(text_tokenizer(tokenizer).encode(text), np.int64)
     if not len(tokens):
         raise InputError(EMPTY)
-    largest = int(tokens.max())
-    if largest >= decoder.n_vocab:
-        raise InputError(
-            f"token id {largest} is outside the model's vocabulary of {decoder.n_vocab}: does the tokenizer belong to "
-            "another model?"
-        )
+    check_vocabulary(decoder, tokens)
     return Encoded(tokens, len(text.encode("utf-8", "replace")))
 
 
