@@ -64,7 +64,7 @@ class Hypothesis:
 def beam_search(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     beams: Beams,
     *,
     sampling: Sampling | None = None,
@@ -76,7 +76,7 @@ def beam_search(
     Args:
         decoder: the model.
         prompts: token ids, at least one for each row.
-        max_new_tokens: the limit of new tokens.
+        max_new_tokens: the limit of new tokens; a sequence has one for each prompt.
         beams: the settings.
         sampling: penalties and biases of the log-probabilities; ``temperature`` and what else only sampling applies are
             not used.
@@ -90,10 +90,12 @@ def beam_search(
     sampling = sampling or Sampling(temperature=0)
     check_prompts(decoder, prompts)
     check_tokens(decoder, sampling, end_tokens)
-    ends = tuple(end_tokens)
-    searches = [
-        _Search(prompt, _Limits(max_new_tokens, decoder.n_ctx, ends, hits_stop), beams, sampling) for prompt in prompts
-    ]
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
+    searches = []
+    for prompt, limit in zip(prompts, max_new_tokens, strict=True):
+        limits = _Limits(limit, decoder.n_ctx, tuple(end_tokens), hits_stop)
+        searches.append(_Search(prompt, limits, beams, sampling))
     try:
         _run(decoder, [search for search in searches if not search.done])
     finally:
@@ -196,8 +198,10 @@ class _Search:
         scores = np.empty_like(logits)
         for i, beam in enumerate(self.beams):
             check_finite(logits[beam.row])
-            tokens = np.array(self.prompt + beam.tokens)
-            scores[i] = apply(self.penalties, tokens, log_softmax(logits[beam.row])) + beam.score
+            own = log_softmax(logits[beam.row])
+            if self.penalties:
+                own = apply(self.penalties, np.array(self.prompt + beam.tokens), own)
+            scores[i] = own + beam.score
         return scores
 
     def _candidates(self, scores: Logits) -> list[_Beam]:

@@ -64,17 +64,15 @@ def continuations(
     """
     if config.beams:
         return _beam_continuations(decoder, tokenizer, prompts, config)
-    generation = new_generation(decoder, tokenizer, prompts, config)
-    generation.generators = generators
-    streams = [TextPieces(tokenizer, config.stop_strings) for _ in range(generation.rows)]
+    generation = new_generation(decoder, tokenizer, prompts, config, generators)
+    streams = _streams(generation, tokenizer, config.stop_strings)
     tokens: list[list[int]] = [[] for _ in streams]
     texts = [""] * len(streams)
-    for step in generation:
+    for step, pieces in _steps(generation, streams):
         for row, token in enumerate(step):
             if token is not None:
                 tokens[row].append(token)
-                texts[row] += streams[row].push(token)
-                _stop_where_found(generation, row, streams[row])
+            texts[row] += pieces[row]
     found = []
     for row, stream in enumerate(streams):
         finish = generation.finish[row]
@@ -85,7 +83,11 @@ def continuations(
 
 
 def new_generation(
-    decoder: Decoder, tokenizer: TextTokenizer, prompts: Sequence[Prompt], config: GenerationConfig
+    decoder: Decoder,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    generators: Sequence[np.random.Generator] | None = None,
 ) -> Generation:
     """A ``Generation`` of texts.
 
@@ -97,10 +99,11 @@ def new_generation(
     return Generation(
         decoder,
         ids,
-        config.new_tokens(max(map(len, ids), default=0)),
+        [config.new_tokens(len(prompt)) for prompt in ids],
         config.sampling,
         end_tokens_of(decoder, tokenizer, config),
         config.num_return_sequences,
+        generators,
     )
 
 
@@ -110,10 +113,13 @@ def _ids(tokenizer: TextTokenizer, prompt: Prompt) -> Sequence[int]:
 
 def end_tokens_of(decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig) -> tuple[int, ...]:
     """The tokens that end a text: the configuration's, or the tokenizer's, or the model's."""
+    return config.end_tokens(end_token_of(decoder, tokenizer))
+
+
+def end_token_of(decoder: Decoder, tokenizer: TextTokenizer) -> int | None:
+    """``<|endoftext|>``: the tokenizer's, or else the configuration's."""
     end = tokenizer.eos_token_id
-    if end is None:
-        end = decoder.config.eos_token_id
-    return config.end_tokens(end)
+    return decoder.config.eos_token_id if end is None else end
 
 
 def _beam_continuations(
@@ -128,7 +134,7 @@ def _beam_continuations(
     found = beam_search(
         decoder,
         ids,
-        config.new_tokens(max(map(len, ids), default=0)),
+        [config.new_tokens(len(prompt)) for prompt in ids],
         config.beams,
         sampling=config.sampling,
         end_tokens=end_tokens_of(decoder, tokenizer, config),
@@ -165,9 +171,19 @@ class TextPieces:
         return shown if token is not None else shown + self.stops.flush()
 
 
-def _stop_where_found(generation: Generation, row: int, stream: TextPieces) -> None:
-    if stream.stopped:
-        generation.stop(row)
+def _streams(generation: Generation, tokenizer: TextTokenizer, stop_strings: Sequence[str]) -> list[TextPieces]:
+    return [TextPieces(tokenizer, stop_strings) for _ in range(generation.rows)]
+
+
+def _steps(generation: Generation, streams: Sequence[TextPieces]) -> Iterator[tuple[list[int | None], list[str]]]:
+    """The token and the text of each row, step by step. A row ends where its text holds a stop string."""
+    for tokens in generation:
+        pieces = []
+        for row, token in enumerate(tokens):
+            pieces.append("" if token is None else streams[row].push(token))
+            if streams[row].stopped:
+                generation.stop(row)
+        yield tokens, pieces
 
 
 def stream_text(
@@ -178,12 +194,8 @@ def stream_text(
     With stop strings, a row ends before the first of them, and no piece holds the start of one.
     """
     yield [prompt for prompt in prompts for _ in range(generation.num_return_sequences)]
-    streams = [TextPieces(text_tokenizer(tokenizer), stop_strings) for _ in range(generation.rows)]
-    for tokens in generation:
-        pieces = []
-        for row, token in enumerate(tokens):
-            pieces.append("" if token is None else streams[row].push(token))
-            _stop_where_found(generation, row, streams[row])
+    streams = _streams(generation, text_tokenizer(tokenizer), stop_strings)
+    for _, pieces in _steps(generation, streams):
         yield pieces
     yield [stream.push(None) for stream in streams]
 
@@ -289,7 +301,8 @@ def generate_text(
     random = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     if controls.get("num_beams", 1) > 1:
         # The defaults of this function are no contradiction, what differs from them is.
-        random = {name: value for name, value in random.items() if value not in (None, 1.0)}
+        usual = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": None}
+        random = {name: value for name, value in random.items() if value != usual[name]}
     config = GenerationConfig.of(max_new_tokens=max_len, **random, **controls)
     if config.beams and stream:
         raise ValueError(

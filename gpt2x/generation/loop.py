@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Generation:
     Args:
         decoder: the model.
         prompts: token ids, at least one for each row.
-        max_new_tokens: the limit for each row.
+        max_new_tokens: the limit for each row; a sequence has one for each prompt.
         sampling: how the next token is chosen.
         eos_token_id: the token, or the tokens, that end a row; None for no such token.
         num_return_sequences: how many rows continue each prompt. The rows of a prompt follow one another.
@@ -40,7 +41,7 @@ class Generation:
 
     decoder: Decoder
     prompts: Sequence[Sequence[int]]
-    max_new_tokens: int
+    max_new_tokens: int | Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     eos_token_id: int | Sequence[int] | None = None
     num_return_sequences: int = 1
@@ -67,9 +68,9 @@ class Generation:
         ids, mask = left_pad(self.prompts)  # (B, T) each
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         padded = bool((mask == 0).any())
-        rows = [_Row(prompt, chooser) for prompt, chooser in self._choosers()]
+        rows = self._new_rows()
         cache: Any = None
-        for step in range(self.max_new_tokens + 1):
+        for step in itertools.count():
             self._end_at(rows, step)
             if all(self.finish):
                 log.info("ended after %d steps: %s", step, ", ".join(map(str, self.finish)))
@@ -86,11 +87,17 @@ class Generation:
             ids = np.array([[row.tokens[-1]] for row in rows])
             mask = np.concatenate((mask, np.ones_like(ids)), axis=1)
 
-    def _choosers(self) -> Iterator[tuple[Sequence[int], Chooser]]:
+    def _new_rows(self) -> list[_Row]:
         generators = iter(self.generators or self.sampling.generators(self.rows))
-        for prompt in self.prompts:
+        limits = self.max_new_tokens
+        if isinstance(limits, int):
+            limits = [limits] * len(self.prompts)
+        rows = []
+        for prompt, limit in zip(self.prompts, limits, strict=True):
             for _ in range(self.num_return_sequences):
-                yield prompt, Chooser(self.sampling, len(prompt), self.end_tokens, next(generators))
+                choose = Chooser(self.sampling, len(prompt), self.end_tokens, next(generators))
+                rows.append(_Row(list(prompt), limit, choose))
+        return rows
 
     def _repeated(self, logits: Logits, mask: Ids, cache: Any) -> tuple[Logits, Ids, Any]:
         """As many rows as texts are wanted of each prompt, which was read once."""
@@ -103,7 +110,7 @@ class Generation:
         for i, row in enumerate(rows):
             if self.finish[i] is not None:
                 continue
-            if step >= self.max_new_tokens:
+            if step >= row.limit:
                 self.finish[i] = "length"
             elif len(row.tokens) >= self.decoder.n_ctx:
                 self.finish[i] = "context"
@@ -118,9 +125,10 @@ class Generation:
         return token
 
 
+@dataclass
 class _Row:
-    """The tokens so far of a text, and what chooses the next one."""
+    """The tokens so far of a text, its limit of new ones, and what chooses the next one."""
 
-    def __init__(self, prompt: Sequence[int], choose: Chooser) -> None:
-        self.tokens = list(prompt)
-        self.choose = choose
+    tokens: list[int]
+    limit: int
+    choose: Chooser

@@ -58,14 +58,19 @@ def continue_many(
 
 
 def _together(decoder: Decoder, tokenizer: TextTokenizer, group: list[Job], config: GenerationConfig) -> Iterator[Done]:
-    errors = {job.number: _error(decoder, tokenizer, job) for job in group}
-    valid = [job for job in group if errors[job.number] is None]
-    seeds = [seed for job in valid for seed in _seeds(config, job.number)]
-    generators = [np.random.default_rng(seed) for seed in seeds]
-    found = continuations(decoder, tokenizer, [job.prompt for job in valid], config, generators)
-    results = {job.number: several for job, several in zip(valid, found, strict=True)}
+    prompts: dict[int, list[int]] = {}
+    errors: dict[int, str] = {}
     for job in group:
-        yield Done(job.number, results.get(job.number, []), errors[job.number])
+        try:
+            prompts[job.number] = _prompt(decoder, tokenizer, job)
+        except PromptError as error:
+            errors[job.number] = str(error)
+    seeds = [seed for number in prompts for seed in _seeds(config, number)]
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    found = continuations(decoder, tokenizer, list(prompts.values()), config, generators)
+    results = dict(zip(prompts, found, strict=True))
+    for job in group:
+        yield Done(job.number, results.get(job.number, []), errors.get(job.number))
 
 
 def _seeds(config: GenerationConfig, number: int) -> list[np.random.SeedSequence]:
@@ -74,12 +79,15 @@ def _seeds(config: GenerationConfig, number: int) -> list[np.random.SeedSequence
     return [seed] if n == 1 else seed.spawn(n)
 
 
-def _error(decoder: Decoder, tokenizer: TextTokenizer, job: Job) -> str | None:
-    try:
-        check_prompts(decoder, [tokenizer.encode(job.prompt)])
-    except PromptError as error:
-        return str(error)
-    return None
+def _prompt(decoder: Decoder, tokenizer: TextTokenizer, job: Job) -> list[int]:
+    """The tokens of a prompt.
+
+    Raises:
+        PromptError: if it cannot be continued.
+    """
+    tokens = tokenizer.encode(job.prompt)
+    check_prompts(decoder, [tokens])
+    return tokens
 
 
 def seed_of(config: GenerationConfig, number: int) -> np.random.SeedSequence:
@@ -100,11 +108,12 @@ def _joining(
             if not taken and not active:
                 return
             for job in taken:
-                error = _error(decoder, tokenizer, job)
-                if error:
-                    yield Done(job.number, [], error)
+                try:
+                    prompt = _prompt(decoder, tokenizer, job)
+                except PromptError as error:
+                    yield Done(job.number, [], str(error))
                     continue
-                text = _Text(job, decoder, tokenizer, config)
+                text = _Text(job.number, prompt, decoder, tokenizer, config)
                 if text.finish:
                     yield text.done()
                     continue
@@ -122,14 +131,16 @@ def _joining(
 class _Text:
     """A text that is continued in a running batch."""
 
-    def __init__(self, job: Job, decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig) -> None:
-        self.number = job.number
-        self.tokens = tokenizer.encode(job.prompt)
+    def __init__(
+        self, number: int, prompt: list[int], decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig
+    ) -> None:
+        self.number = number
+        self.tokens = prompt
         self.prompt_length = len(self.tokens)
         self.end_tokens = end_tokens_of(decoder, tokenizer, config)
         self.limit = config.new_tokens(self.prompt_length)
         self.n_ctx = decoder.n_ctx
-        generator = np.random.default_rng(seed_of(config, job.number))
+        generator = np.random.default_rng(seed_of(config, number))
         self.choose = Chooser(config.sampling, self.prompt_length, self.end_tokens, generator)
         self.pieces = TextPieces(tokenizer, config.stop_strings)
         self.text = ""

@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..generation.config import GenerationConfig
-from ..generation.generate import Prompt, continuations
+from ..generation.generate import Prompt, continuations, end_token_of
 from ..runtimes.opening import open_decoder
 from ..scoring.spans import Span, check_can_score, score_unordered
 from ..tokenizer import Tokenizer
@@ -74,9 +74,7 @@ class GPT2XLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token ``<|endoftext|>``."""
-        end = self.text_tokenizer.eos_token_id
-        if end is None:
-            end = self.decoder.config.eos_token_id
+        end = end_token_of(self.decoder, self.text_tokenizer)
         if end is None:
             raise ValueError(
                 "neither the tokenizer nor the configuration has an end token, which starts each text here"

@@ -202,3 +202,23 @@ def test_beams_work_on_a_file_of_prompts(gpt2x, model, prompts, library):
     first = results("out.jsonl")[0]
     assert first["prompt"] + first["text"] == expected
     assert first["score"] < 0
+
+
+def test_a_limit_with_the_prompt_is_that_of_each_prompt(gpt2x, model, prompts):
+    """A short prompt has room for more new tokens than a long one, in any batch."""
+    settings = json.loads((model / "generation_config.json").read_text())
+    config = model / "generation_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(settings | {"max_length": 12}))
+    try:
+        for size in (1, 16):
+            path = f"{size}.jsonl"
+            arguments = ["--prompts", "in.jsonl", "--output", path, "--batch-size", size, "--seed", 3]
+            done(gpt2x("generate", model, *arguments))
+    finally:
+        config.write_text(before)
+    assert results("1.jsonl") == results("16.jsonl")
+    tokenizer = Tokenizer.from_pretrained(SHAKESPEARE)
+    for line in results("1.jsonl"):
+        assert len(tokenizer.encode(line["prompt"])) < 12
+        assert len(tokenizer.encode(line["prompt"] + line["text"])) <= 12
