@@ -45,7 +45,8 @@ def assert_refused(result):
     assert result["outcome"] == "done", result
     assert result["words"].startswith("refused: "), result
     message = result["words"].removeprefix("refused: ")
-    assert 10 < len(message) < 1000 and message.isprintable(), result
+    shown = message.replace("\n", "")  # the names of tensors, and a command, have lines of their own
+    assert 10 < len(message) < 2000 and shown.isprintable(), result
     assert result["left"] == []
 
 
