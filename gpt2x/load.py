@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from converters.spec import SIZES
 from converters.tensors import BF16, DTYPES
 
 from .model import GPT2
+from .weight_options import WeightOptions
 
 TORCH_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def load_model(model: GPT2, path: str | Path, *, tie: bool | None = None) -> GPT2:
+def load_model(model: GPT2, path: str | Path, **options: Unpack[WeightOptions]) -> GPT2:
     """Fill ``model`` with the weights of a file of any supported format, and put it into eval mode.
 
     The file is memory-mapped privately: pages are read when they are used, and training the model never writes the file.
@@ -26,7 +27,7 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool | None = None) -> GPT
     Args:
         model: receives the weights; its dtype and device stay.
         path: anything that ``gpt2x convert`` reads. A file without a configuration is assumed to have the model's own.
-        tie: drop (True) or keep (False) an ``lm_head`` that differs from the token embedding; see ``open_checkpoint``.
+        options: how the weights are opened; see ``open_checkpoint``.
 
     Returns:
         The same object.
@@ -36,9 +37,10 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool | None = None) -> GPT
         ConversionError: if the file cannot be read as a GPT-2.
     """
     try:
-        checkpoint = open_checkpoint(path, tie=tie)
+        checkpoint = open_checkpoint(path, **options)
     except UnknownHeadsError:
-        checkpoint = open_checkpoint(path, n_head=model.config.n_head, tie=tie)
+        options["n_head"] = model.config.n_head
+        checkpoint = open_checkpoint(path, **options)
     names = None if checkpoint.stated else (*SIZES, "tie_word_embeddings")
     faults = checkpoint.config.differences(model.config, names)
     if faults:
@@ -46,15 +48,16 @@ def load_model(model: GPT2, path: str | Path, *, tie: bool | None = None) -> GPT
     return fill(model, checkpoint).eval()
 
 
-def from_pretrained(
-    path: str | Path, *, n_head: int | None = None, tie: bool | None = None, ignore_config_keys: Collection[str] = ()
-) -> GPT2:
+def from_pretrained(path: str | Path, **options: Unpack[WeightOptions]) -> GPT2:
     """Return a model in eval mode with the configuration and the weights of a file of any supported format.
+
+    Args:
+        options: how the weights are opened; see ``open_checkpoint``.
 
     Raises:
         ConversionError: if the file cannot be read as a GPT-2.
     """
-    return model_of(open_checkpoint(path, n_head=n_head, tie=tie, ignore_config_keys=ignore_config_keys))
+    return model_of(open_checkpoint(path, **options))
 
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> GPT2:

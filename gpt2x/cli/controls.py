@@ -90,7 +90,8 @@ def given_controls(options: dict[str, Any]) -> dict[str, Any]:
 
 def show_origin(found: FileControls, given: dict[str, Any]) -> None:
     """Say on standard error which controls ``generation_config.json`` sets, and which of its keys have no effect."""
-    used = {name: value for name, value in found.values.items() if found.merged(given).get(name) is value}
+    merged = found.merged(given)
+    used = {name: value for name, value in found.values.items() if merged.get(name) is value}
     shown = ", ".join(f"{name} {_plain(value)}" for name, value in used.items() if name != "eos_token_id")
     if shown:
         click.echo(printable(f"Note: from generation_config.json: {shown}"), err=True)

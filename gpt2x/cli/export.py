@@ -15,8 +15,8 @@ import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
 from .source import check_before, local, weight_options, with_local_adapter
-from .text import need, printable, progress_bar
-from .verify import read_text, table
+from .text import SAMPLE, need, printable, progress_bar, read_text
+from .verify import table
 
 if TYPE_CHECKING:
     from converters import Checkpoint
@@ -325,7 +325,7 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
 
     if checkpoint.tokenizer is None:
         raise ConversionError("--calibrate needs a tokenizer for the text; say where one is: --tokenizer DIR")
-    ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path))
+    ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path, SAMPLE))
     if not ids:
         raise ConversionError(f"{path}: is empty")
     if max(ids) >= checkpoint.config.n_vocab:

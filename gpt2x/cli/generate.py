@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 from .controls import controls, given_controls, show_origin
 from .running import Running
 from .source import PRECISION, weight_options
+from .text import read_text
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
@@ -73,7 +73,7 @@ def generate(
 
         continue_file(decoder, tokenizer, config, Path(prompts_file), Path(output), resume=resume, batch=batch_size)
         return
-    _print(decoder, tokenizer, config, sys.stdin.read() if prompt == "-" else prompt or "")
+    _print(decoder, tokenizer, config, read_text("-") if prompt == "-" else prompt or "")
 
 
 def _check_use(prompt: str | None, prompts_file: str | None, output: str | None, resume: bool) -> None:
@@ -89,12 +89,12 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
 
 def _config(running: Running, given: dict[str, Any]) -> GenerationConfig:
     """The controls of the options, and of ``generation_config.json`` where no option sets them."""
-    from ..generation.config import GenerationConfig, controls_beside
+    from ..generation.config import controls_beside
 
     folder = Path(running.home())
     found = controls_beside(folder if folder.is_dir() else folder.parent)
     try:
-        config = GenerationConfig.of(**found.merged(given))
+        config = found.config(given)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     show_origin(found, given)

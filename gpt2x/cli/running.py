@@ -73,12 +73,10 @@ class Running:
             raise
 
     def home(self) -> str:
-        """Where the files beside a model are: for ``onnx/model.onnx``, the directory above ``onnx``."""
-        folder = os.path.dirname(os.path.abspath(self.model))
-        inside = self.model.endswith(".onnx") and os.path.basename(folder) == "onnx"
-        if inside and os.path.isfile(self.model):
-            return os.path.dirname(folder)
-        return self.model
+        """Where the files beside the model are."""
+        from ..runtimes.opening import home_of
+
+        return home_of(self.model)
 
     def _tokenizer_home(self) -> str | Path:
         """The adapter's directory, if it has a tokenizer; else the model's."""

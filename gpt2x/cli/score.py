@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 from ..precisions import PRECISIONS
 from .running import Running
 from .source import weight_options
-from .text import printable
+from .text import printable, read_text
 
 if TYPE_CHECKING:
     from ..runtimes.base import Decoder
@@ -114,7 +113,7 @@ def score(
     """
     chosen = precisions or (None,)
     _check_use(file, as_json, tokens_file, output, resume, len(chosen))
-    text = None if _is_jsonl(file) else read_text(file)
+    text = None if _is_jsonl(file) else _text(file)
     if tokens_file:
         from converters.io.publishing import check_free
 
@@ -164,22 +163,14 @@ def _is_jsonl(file: str) -> bool:
     return file.endswith(".jsonl")
 
 
-def read_text(file: str) -> str:
-    """The text in a file; ``-`` is standard input.
-
-    Raises:
-        FormatError: if it is empty or not UTF-8.
-    """
+def _text(file: str) -> str:
+    """Raises: FormatError: if it is empty or not UTF-8."""
     from converters import FormatError
 
-    name = "standard input" if file == "-" else file
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    if not data:
-        raise FormatError(f"{name}: empty: there is nothing to score")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{name}: not UTF-8 at byte {error.start}") from None
+    text = read_text(file)
+    if not text:
+        raise FormatError(f"{'standard input' if file == '-' else file}: empty: there is nothing to score")
+    return text
 
 
 def _opened(options: Options, precisions: Sequence[str | None]) -> Iterator[Decoder]:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import PRECISIONS
+from ..weight_options import WeightOptions
 from .text import printable, progress_bar
 
 if TYPE_CHECKING:
     from ..download.common import Want
-    from ..weight_options import WeightOptions
 
 PRECISION = click.Choice(list(PRECISIONS))
-WEIGHT_OPTIONS = ("n_head", "adapter", "entry", "prefix", "tie", "ignore_config_keys")
 
 
 def weight_options(model: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -46,7 +45,7 @@ def weight_options(model: str) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def collecting(*arguments: Any, **values: Any) -> None:
-            weights = {name: values.pop(name) for name in WEIGHT_OPTIONS}
+            weights = {name: values.pop(name) for name in WeightOptions.__annotations__}
             command(*arguments, weights=weights, **values)
 
         for option in reversed(options):

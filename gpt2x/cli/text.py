@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import click
 
+SAMPLE = 1 << 20  # bytes of a text that are enough to compare or calibrate a model
+
 
 def need(*modules: str, extra: str) -> None:
     """Stop with the command to install a missing module."""
@@ -20,6 +22,24 @@ def need(*modules: str, extra: str) -> None:
 def printable(text: str) -> str:
     """Escape control characters, which may come from a file."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def read_text(path: str, limit: int | None = None) -> str:
+    """The text in a file, or its first ``limit`` bytes; ``-`` is standard input.
+
+    Raises:
+        FormatError: if it is not UTF-8.
+    """
+    from converters import FormatError
+
+    with click.open_file(path, "rb") as file:
+        data: bytes = file.read() if limit is None else file.read(limit)
+        complete = limit is None or not file.read(1)
+    try:
+        return data.decode("utf-8", "strict" if complete else "ignore")
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise FormatError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .source import PRECISION, is_remote, local, runnable, weight_options, with_local_adapter
-from .text import need, printable
+from .text import SAMPLE, need, printable, read_text
 
 if TYPE_CHECKING:
     from ..verify.checks import Check
@@ -76,7 +76,7 @@ def verify(
         raise click.UsageError("--json and --report must be different files")
     if html_file:
         need("matplotlib", extra="verify")  # before the models run
-    text = read_text(text_file) if text_file else None
+    text = read_text(text_file, SAMPLE) if text_file else None
     named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
     a, b = local(a), runnable(b, runtime, precision) if b else None
     if weights.get("adapter") and "a" in named:
@@ -93,19 +93,6 @@ def verify(
     report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
     show(report, json_file, html_file, force)
     ctx.exit(0 if report.passed else 1)
-
-
-def read_text(path: str) -> str:
-    """Read the first megabyte of a text."""
-    from converters import FormatError
-    from converters.io.reading import File
-
-    file = File(Path(path))
-    data = b"".join(file.chunks(0, min(file.size, 1 << 20)))
-    try:
-        return data.decode("utf-8", "strict" if file.size <= len(data) else "ignore")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def show(report: Report, json_file: str | None, html_file: str | None, force: bool) -> None:

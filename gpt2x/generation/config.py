@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ SAMPLING = tuple(item.name for item in fields(Sampling))
 BEAMS = tuple(item.name for item in fields(Beams))
 ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 """Controls of the random choice, which beam search does not make."""
+MAX_ROWS = 1024
+"""The most beams or texts of one prompt: each is a row of the cache, and the number may come from a file."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class GenerationConfig:
             raise ValueError(
                 f"min_new_tokens is {self.sampling.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}"
             )
-        if self.num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences is {self.num_return_sequences}; it must be 1 or more")
+        if not 1 <= self.num_return_sequences <= MAX_ROWS:
+            raise ValueError(f"num_return_sequences is {self.num_return_sequences}; it must be 1 to {MAX_ROWS}")
         if self.beams and self.num_return_sequences > self.beams.num_beams:
             raise ValueError(
                 f"num_return_sequences is {self.num_return_sequences}, more than num_beams, {self.beams.num_beams}"
@@ -112,8 +115,8 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
 def _beams(values: Mapping[str, Any]) -> Beams | None:
     given = {name: value for name, value in values.items() if name in BEAMS}
     number = given.get("num_beams", 1)
-    if number < 1:
-        raise ValueError(f"num_beams is {number}; it must be 1 or more")
+    if not 1 <= number <= MAX_ROWS:
+        raise ValueError(f"num_beams is {number}; it must be 1 to {MAX_ROWS}")
     if number > 1:
         return Beams(**given)
     alone = [name for name in given if name != "num_beams"]
@@ -148,23 +151,41 @@ class FileControls:
     Attributes:
         values: controls by name, as ``GenerationConfig.of`` takes them.
         unsupported: keys with an effect in transformers that gpt2x does not have.
+        path: the file; None if there is none.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     unsupported: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+    def config(self, given: Mapping[str, Any]) -> GenerationConfig:
+        """The configuration of these controls and the given ones, which take precedence.
+
+        Raises:
+            ValueError: if a given control is out of range, or two of them contradict each other.
+            ConfigError: if a control of the file is, or contradicts a given one.
+        """
+        try:
+            return GenerationConfig.of(**self.merged(given))
+        except ValueError as error:
+            GenerationConfig.of(**given)  # what is wrong without the file is not the file's fault
+            raise ConfigError(f"{self.path}: {error}; correct the file, or set the control with an option") from None
 
     def merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """These controls and the given ones, which take precedence: also over those that contradict them."""
         values = {**self.values, **given}
         own = set(self.values) - set(given)
-        if given.get("num_beams", 1) > 1:
+        beams = given.get("num_beams", 1)
+        if beams > 1:
             own -= set(ONLY_SAMPLING)
         elif any(name in given for name in ONLY_SAMPLING) or given.get("num_beams") == 1:
             own -= set(BEAMS)
-        if given.get("temperature") == 0:
+        if given.get("temperature") == 0 or 1 < beams < values.get("num_return_sequences", 1):
             own -= {"num_return_sequences"}
-        if "max_new_tokens" in given or "max_new_tokens" in values:
+        if "max_new_tokens" in values:
             own -= {"max_length"}
+        if values.get("min_new_tokens", 0) > given.get("max_new_tokens", math.inf):
+            own -= {"min_new_tokens"}
         return {name: value for name, value in values.items() if name in own or name in given}
 
 
@@ -175,7 +196,7 @@ def controls_beside(folder: Path) -> FileControls:
     false, decoding is greedy.
 
     Raises:
-        ConfigError: if a value has the wrong type.
+        ConfigError: if the file is not JSON, or a value has the wrong type.
     """
     path = folder / NAME
     if not path.is_file():
@@ -190,7 +211,7 @@ def controls_beside(folder: Path) -> FileControls:
             values[key] = _read(path, key, value)
         elif value not in NEUTRAL:
             unsupported.append(key)
-    return FileControls(_as_transformers(values, stated.get("do_sample")), unsupported)
+    return FileControls(_as_transformers(values, stated.get("do_sample")), unsupported, path)
 
 
 def _as_transformers(values: dict[str, Any], do_sample: Any) -> dict[str, Any]:
@@ -211,7 +232,7 @@ def _read(path: Path, key: str, value: Any) -> Any:
         if key in READERS:
             return READERS[key](value)
         return _number(value, NUMBERS[key])
-    except (TypeError, ValueError, KeyError, IndexError):
+    except (TypeError, ValueError, OverflowError):
         shown = repr(value)[:60]
         raise ConfigError(f"{path}: {key} is {shown}, which is not valid; correct it or remove the key") from None
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import lm_eval.models  # noqa: F401 - the harness registers its own models only where there are none yet
@@ -21,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..generation.config import GenerationConfig
 from ..generation.generate import Prompt, continuations, end_token_of
-from ..runtimes.opening import open_decoder
+from ..runtimes.opening import home_of, open_decoder
 from ..scoring.spans import Span, check_can_score, score_unordered
 from ..tokenizer import Tokenizer
 
@@ -66,7 +65,7 @@ class GPT2XLM(TemplateLM):
             raise ValueError(f"device is {device!r}; gpt2x runs on the CPU")
         self.decoder = open_decoder(pretrained, runtime, precision=precision, threads=threads)
         check_can_score(self.decoder)
-        self.text_tokenizer = Tokenizer.from_pretrained(tokenizer or _home(pretrained))
+        self.text_tokenizer = Tokenizer.from_pretrained(tokenizer or home_of(pretrained))
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size or 1)
         self.max_gen_toks = max_gen_toks
         self.max_length = min(max_length or self.decoder.n_ctx, self.decoder.n_ctx)
@@ -168,10 +167,3 @@ class GPT2XLM(TemplateLM):
         return GenerationConfig.of(
             max_new_tokens=limit, stop_strings=[string for string in strings if string], **controls
         )
-
-
-def _home(pretrained: str) -> str:
-    """Where the tokenizer of a model is: for ``onnx/model.onnx``, above the folder ``onnx``."""
-    path = Path(pretrained)
-    inside = path.suffix == ".onnx" and path.parent.name == "onnx"
-    return str(path.parent.parent) if inside else pretrained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import zipfile
 import zlib
@@ -32,6 +33,13 @@ def kind_of(path: str | Path) -> str:
     if path.is_file() and zipfile.is_zipfile(path):
         return _program_in(path) or "weights"
     return "weights"
+
+
+def home_of(path: str | Path) -> str:
+    """Return where the files beside a model are: for ``onnx/model.onnx``, the directory above ``onnx``."""
+    file = Path(os.path.abspath(path))
+    inside = file.suffix == ".onnx" and file.parent.name == "onnx" and file.is_file()
+    return str(file.parent.parent) if inside else str(path)
 
 
 def _program_in(path: Path) -> str | None:

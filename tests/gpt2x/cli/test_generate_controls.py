@@ -65,6 +65,23 @@ def test_the_prompt_can_come_from_standard_input(gpt2x):
     assert done(piped).stdout == done(gpt2x("generate", *options, "ROMEO:")).stdout
 
 
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_standard_input_that_is_not_utf_8_is_refused(command):
+    from gpt2x.cli import main
+
+    refused = CliRunner().invoke(main, [command, str(SHAKESPEARE), "-"], input=b"caf\xe9")
+    assert_refused(refused, "standard input: not UTF-8 at byte 3")
+
+
+def test_a_fault_of_generation_config_names_the_file(gpt2x):
+    save_checkpoint(open_checkpoint(SHAKESPEARE), "hf")
+    Path("hf/generation_config.json").write_text('{"do_sample": true, "top_p": 7.0}')
+    refused = gpt2x("generate", "hf", "ROMEO:")
+    assert_refused(refused, "hf/generation_config.json: top_p is 7.0", "set the control with an option")
+    assert refused.exit_code == 1
+    assert done(gpt2x("generate", "hf", "ROMEO:", "--top-p", 0.9, "--max-new-tokens", 1)).stdout
+
+
 def test_threads_are_set(gpt2x):
     export_onnx(open_checkpoint(SHAKESPEARE), "m")
     options = ["--temperature", 0, "--max-new-tokens", 5]

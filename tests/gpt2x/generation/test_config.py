@@ -1,6 +1,7 @@
 """``GenerationConfig``: every control by name, contradictions, and ``generation_config.json``."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from transformers import GenerationConfig as TheirConfig
@@ -78,7 +79,7 @@ def test_keys_with_an_effect_that_gpt2x_lacks_are_listed(tmp_path):
     "values",
     [
         {"temperature": "hot"}, {"top_k": 1.5}, {"eos_token_id": ["a"]}, {"bad_words_ids": 3}, {"sequence_bias": [[1]]},
-        {"stop_strings": [3]}, {"early_stopping": 4}, {"num_beams": True}, {"suppress_tokens": {"a": 1}},
+        {"stop_strings": [3]}, {"top_p": 10**400}, {"early_stopping": 4}, {"num_beams": True}, {"suppress_tokens": {"a": 1}},
     ],
     ids=str,
 )  # fmt: skip
@@ -99,6 +100,8 @@ def test_max_length_counts_the_prompt():
         ({"temperature": 0.7, "top_k": 50}, {"num_beams": 3}, {"num_beams": 3}),
         ({"num_beams": 3, "length_penalty": 2.0}, {"temperature": 0.5}, {"temperature": 0.5}),
         ({"max_length": 20}, {"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"num_beams": 4, "num_return_sequences": 4}, {"num_beams": 2}, {"num_beams": 2}),
+        ({"min_new_tokens": 20}, {"max_new_tokens": 5}, {"max_new_tokens": 5}),
     ],
     ids=str,
 )
@@ -106,3 +109,21 @@ def test_options_take_precedence_over_what_contradicts_them(tmp_path, file, give
     from gpt2x.generation.config import FileControls
 
     assert FileControls(file).merged(given) == merged
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "error", "words"),
+    [
+        ({"repetition_penalty": -1.0}, {"temperature": 0}, ConfigError, "generation_config.json: repetition_penalty is -1"),
+        ({"repetition_penalty": 1.2}, {"temperature": -1}, ValueError, "^temperature is -1"),
+        ({"num_beams": 10**9}, {}, ConfigError, "num_beams is 1000000000; it must be 1 to 1024"),
+        ({"do_sample": True, "num_return_sequences": 10**9}, {}, ConfigError, "num_return_sequences is 1000000000"),
+        ({"num_return_sequences": 3}, {"max_new_tokens": 5}, None, ""),
+        ({"num_beams": 3}, {"length_penalty": 2.0}, None, ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_invalid_value_is_a_fault_of_the_file_or_of_the_option(tmp_path, file, given, error, words):
+    found = write(tmp_path, **file)
+    with pytest.raises(error, match=words) if error else nullcontext():
+        found.config(given)
