@@ -27,6 +27,7 @@ from paths import ROOT
 from converters import GPT2Config, open_checkpoint
 from gpt2x import SHAKESPEARE, Tokenizer, contract, from_pretrained, generate_text
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.generation.beams import Beams, beam_search
 from gpt2x.generation.loop import Generation
 from gpt2x.generation.sampling import Sampling
 from gpt2x.precisions import PRECISIONS
@@ -177,6 +178,25 @@ def test_transformers_gives_the_torch_models_tokens(client, directory, expected,
     """It runs no ONNX: it reads the weights that fp32 has."""
     (rows,) = rows_of(run(client, [(directory, "fp32")], EACH + TOGETHER, tmp_path))
     assert rows == [[expected[text] for text in texts] for texts in EACH + TOGETHER]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"num_beams": 4},
+        {"num_beams": 3, "length_penalty": 0.5},
+        {"num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
+    ],
+    ids=str,
+)
+@clients("onnxruntime-genai", "optimum")
+def test_beam_search_of_others_gives_the_tokens_of_gpt2x(client, search, directory, tmp_path):
+    """genai's beams take no cache in place."""
+    (rows,) = rows_of(run(client, [(directory, "fp32")], EACH, tmp_path, search=search))
+    tokenizer, decoder = Tokenizer.from_pretrained(SHAKESPEARE), OnnxDecoder(directory)
+    found = beam_search(decoder, [tokenizer.encode(prompt) for prompt in PROMPTS], COUNT, Beams(**search))
+    assert rows == [[list(best[0].tokens)] for best in found]
 
 
 @clients("onnxruntime", "onnxruntime-genai", "transformers.js")

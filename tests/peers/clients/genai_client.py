@@ -16,7 +16,7 @@ def generate(model, in_place, texts):
     longest = max(len(tokenizer.encode(text)) for text in texts)
     params = og.GeneratorParams(model)
     whole = longest + task["count"]
-    params.set_search_options(max_length=whole, do_sample=False, batch_size=len(texts))
+    params.set_search_options(max_length=whole, do_sample=False, batch_size=len(texts), **task.get("search", {}))
     generator = og.Generator(model, params)
     generator.append_tokens(encoded)
     assert generator.get_output("present.0.key").shape[2] == (whole if in_place else longest), "the other kind of cache"

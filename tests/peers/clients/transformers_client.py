@@ -13,7 +13,7 @@ task, kind = json.loads(Path(task_file).read_text()), getattr(importlib.import_m
 
 def generate(model, tokenizer, texts):
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
-    result = model.generate(**inputs, max_new_tokens=task["count"], do_sample=False)
+    result = model.generate(**inputs, max_new_tokens=task["count"], do_sample=False, **task.get("search", {}))
     return result[:, inputs["input_ids"].shape[1] :].tolist()
 
 
