@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..generation.sampling import NOT_FINITE
 from ..runtimes.base import Ids, Logits
 
 ROWS = 4  # of logits at once: they stay in the processor's cache from one pass to the next
+MOST_THREADS = 4  # that compute in numpy: more wait for memory
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,15 @@ def score_tokens(logits: Logits, tokens: Ids, k: int = 0) -> TokenScores:
     Raises:
         CheckpointError: if the logits contain NaN or infinity.
     """
-    best = logits.max(1)
-    totals = np.empty(len(tokens), np.float64)
-    scratch = np.empty((min(ROWS, len(tokens)), logits.shape[1]), np.float32)
-    for start in range(0, len(tokens), ROWS):
-        rows = logits[start : start + ROWS]
-        part = scratch[: len(rows)]
-        with np.errstate(over="ignore"):  # a difference of -inf is a probability of 0
-            np.subtract(rows, best[start : start + ROWS, None], out=part)
-        np.exp(part, out=part)
-        totals[start : start + ROWS] = part.sum(1)
+    best = np.empty(len(tokens), np.float32)
+    normalizers = np.empty(len(tokens), np.float64)
+    threads = min(os.cpu_count() or 1, MOST_THREADS, -(-len(tokens) // ROWS))
+    share = -(-len(tokens) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        starts = range(0, len(tokens), share)
+        for _ in pool.map(lambda at: _normalize(logits[at : at + share], best[at:], normalizers[at:]), starts):
+            pass
     chosen = logits[np.arange(len(tokens)), tokens]
-    # log(sum(exp(x))) = max + log(sum(exp(x - max)))
-    normalizers = best.astype(np.float64) + np.log(totals)
     log_probabilities = chosen.astype(np.float64) - normalizers
     if not np.isfinite(log_probabilities).all():
         raise CheckpointError(NOT_FINITE)
@@ -74,6 +73,20 @@ def score_tokens(logits: Logits, tokens: Ids, k: int = 0) -> TokenScores:
         ids = top(logits, k)
         alternatives = Alternatives(ids, np.take_along_axis(logits, ids, 1) - normalizers[:, None])
     return TokenScores(log_probabilities, chosen >= best, alternatives)
+
+
+def _normalize(logits: Logits, best: Logits, normalizers: NDArray[np.float64]) -> None:
+    """Fill in the maximum and the log-sum-exp of each row: log(sum(exp(x))) = max + log(sum(exp(x - max)))."""
+    scratch = np.empty((min(ROWS, len(logits)), logits.shape[1]), np.float32)
+    for start in range(0, len(logits), ROWS):
+        rows = logits[start : start + ROWS]
+        part = scratch[: len(rows)]
+        highest = rows.max(1)
+        with np.errstate(over="ignore", invalid="ignore"):  # a difference of -inf is a probability of 0
+            np.subtract(rows, highest[:, None], out=part)
+        np.exp(part, out=part)
+        best[start : start + len(rows)] = highest
+        normalizers[start : start + len(rows)] = highest + np.log(part.sum(1, dtype=np.float32).astype(np.float64))
 
 
 def top(logits: NDArray[Any], k: int) -> NDArray[Any]:
