@@ -22,8 +22,7 @@ import numpy as np
 
 from converters import ConversionError
 
-from . import contract
-from .runtimes.onnx_model import find_model
+from .precisions import precisions_in
 from .runtimes.onnxruntime import OnnxDecoder
 
 ROUNDS = 5  # of prefill, and of reading memory
@@ -38,7 +37,7 @@ def bench(
     """Measure the models of a directory.
 
     Args:
-        precisions: the models; None for the default one.
+        precisions: the models, or pairs such as ``w8a8+int4``; None for the default one.
         prompt: number of prompt tokens, which are random.
         new: number of new tokens.
         batches: batch sizes.
@@ -57,7 +56,7 @@ def bench(
     runs: list[Run] = []
     for precision in precisions:
         for batch in batches:
-            task = {"path": str(find_model(path, precision)), "prompt": prompt, "new": new, "batch": batch}
+            task = {"path": str(path), "precision": precision, "prompt": prompt, "new": new, "batch": batch}
             runs.append(_in_a_process({**task, "threads": threads}))
             show(runs[-1])
     return {"machine": machine(threads), "runs": runs}
@@ -97,10 +96,10 @@ def _in_a_process(task: dict[str, Any]) -> Run:
     return run
 
 
-def measure(path: str, prompt: int, new: int, batch: int, threads: int) -> Run:
+def measure(path: str, precision: str | None, prompt: int, new: int, batch: int, threads: int) -> Run:
     """Measure one run in this process."""
     start = time.perf_counter()
-    decoder = OnnxDecoder(path, threads=threads)
+    decoder = OnnxDecoder(path, precision=precision, threads=threads)
     load = time.perf_counter() - start
     ids = np.random.default_rng(0).integers(decoder.n_vocab, size=(batch, prompt))
     positions = np.tile(np.arange(prompt), (batch, 1))
@@ -134,8 +133,8 @@ def measure(path: str, prompt: int, new: int, batch: int, threads: int) -> Run:
 
 
 def weights_of(decoder: OnnxDecoder) -> int:
-    """The size of a model's file of weights in bytes."""
-    data = decoder.path.parent / contract.data_file(decoder.precision)
+    """The size of the file of weights that decoding reads, in bytes."""
+    data = decoder.path.parent / precisions_in(decoder.precision)[-1].data_file
     return (data if data.is_file() else decoder.path).stat().st_size
 
 

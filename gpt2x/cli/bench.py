@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .source import local
+from .source import RunPrecision, local
 from .text import need, printable
 
 HEAD = (
@@ -22,7 +22,7 @@ HEAD = (
 @click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Number of prompt tokens.")
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Number of new tokens.")
 @click.option("--batch", default="1", show_default=True, metavar="LIST", help="Batch sizes, such as 1,4,16.")
-@click.option("--precision", metavar="LIST", help="Precisions to measure (default: all in MODEL).")
+@click.option("--precision", metavar="LIST", help="Precisions or pairs (w8a8+int4) to measure (default: all in MODEL).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads (default: one for each core).")
 @click.option("--json", "json_file", metavar="FILE", help="Write the results as JSON (- for stdout).")
 @click.option("--plot", "plot_file", metavar="FILE.png", help="Write a plot of the decoding speed.")
@@ -55,7 +55,7 @@ def bench(
         need("matplotlib", extra="verify")  # before the measurements
     model = local(model, "onnx")
     here: list[str | None] = [*contract.models_in(Path(model))] if Path(model).is_dir() else []
-    kinds = [part.strip() for part in precision.split(",")] if precision else here or [None]
+    kinds = [RunPrecision()(part.strip()) for part in precision.split(",")] if precision else here or [None]
     n_ctx = min(OnnxDecoder(model, precision=kind, optimize=False).n_ctx for kind in kinds)
     if prompt + new > n_ctx:
         raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")

@@ -10,7 +10,7 @@ import click
 
 from .controls import controls, given_controls, show_origin
 from .running import Running
-from .source import PRECISION, weight_options
+from .source import RunPrecision, weight_options
 from .text import read_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,11 @@ if TYPE_CHECKING:
     help="Directory (or GGUF file) with the tokenizer (default: beside the model).",
 )
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
-@click.option("--precision", type=PRECISION, help="ONNX model of MODEL to run (default: fp32, or the only one).")
+@click.option(
+    "--precision",
+    type=RunPrecision(),
+    help="ONNX model of MODEL to run (default: fp32, or the only one), or two: for prompts + decoding.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
 @weight_options("MODEL")
 def generate(

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..precisions import PRECISIONS
 from .running import Running
-from .source import weight_options
+from .source import RunPrecision, weight_options
 from .text import printable, read_text
 
 if TYPE_CHECKING:
@@ -28,10 +27,7 @@ class Precisions(click.ParamType[tuple[str, ...]]):
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = tuple(value.split(","))
-        for name in names:
-            if name not in PRECISIONS:
-                self.fail(f"{name!r} is not one of {', '.join(PRECISIONS)}", param, ctx)
+        names = tuple(RunPrecision().convert(name, param, ctx) for name in value.split(","))
         if len(set(names)) < len(names):
             self.fail(f"{value!r} names a precision twice", param, ctx)
         return names

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..precisions import PRECISIONS
+from ..precisions import PRECISIONS, precisions_in
 from ..weight_options import WeightOptions
 from .text import printable, progress_bar
 
@@ -16,6 +16,22 @@ if TYPE_CHECKING:
     from ..download.common import Want
 
 PRECISION = click.Choice(list(PRECISIONS))
+
+
+class RunPrecision(click.ParamType[str]):
+    """A precision to run, or a pair: one for prompts and one for decoding."""
+
+    name = "precision"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(PRECISIONS)}|w8a8+int4|...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            precisions_in(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 def weight_options(model: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import PRECISION, is_remote, local, runnable, weight_options, with_local_adapter
+from .source import RunPrecision, is_remote, local, runnable, weight_options, with_local_adapter
 from .text import SAMPLE, need, printable, read_text
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if B has both weights and ONNX.")
 @click.option(
     "--precision",
-    type=PRECISION,
+    type=RunPrecision(),
     help="ONNX model of B, or else of A (default: fp32, or the only one).",
 )
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")

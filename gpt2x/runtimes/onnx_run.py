@@ -118,10 +118,16 @@ class InPlaceRun:
     """A model that writes new keys and values into the cache's own buffers (``--cache inplace``).
 
     A step is one token of every row at once, or several tokens of one row after another. Padding is removed first.
+
+    Args:
+        model: decodes.
+        prompts: reads several tokens of a row, in another precision and with the same kind of cache; by default the same
+            model.
     """
 
-    def __init__(self, model: OnnxModel) -> None:
+    def __init__(self, model: OnnxModel, prompts: OnnxModel | None = None) -> None:
         self.model = model
+        self.prompts = prompts or model
         self._kind = self.new_cache(0).kind
 
     def new_cache(self, rows: int) -> RowCache:
@@ -211,7 +217,7 @@ class InPlaceRun:
         cache.reserve(row + 1, end)
         buffers = [buffer[row : row + 1] for buffer in cache.buffers]
         cache.lengths[row] = start  # until all tokens are in
-        size = chunk_size(self.model, 1) if last else largest_chunk(self.model)
+        size = chunk_size(self.prompts, 1) if last else largest_chunk(self.prompts)
         several = not last and len(ids) > size
         whole: Logits = np.empty((len(ids) if several else 0, self.model.config.n_vocab), np.float32)
         for first, stop in pieces(len(ids), size):
@@ -225,14 +231,14 @@ class InPlaceRun:
 
     def _prefill_chunk(self, ids: Ids, positions: Ids, length: int, buffers: Sequence[NDArray[Any]]) -> Logits:
         """One run for one row, which then holds ``length`` tokens. Logits (1 or t, V)."""
-        binding = self.model.session.io_binding()
+        binding = self.prompts.session.io_binding()
         mask = np.ones((1, length), np.int64)
         _bind(binding, "input_ids", ids[None])
         _bind(binding, "position_ids", positions[None])
         _bind(binding, "attention_mask", mask)
-        bind_cache(binding, self.model, buffers)
-        logits = _bind_logits(binding, self.model, 1, len(ids))
-        self.model.run(binding, SHRINK if len(ids) > 1 else None)
+        bind_cache(binding, self.prompts, buffers)
+        logits = _bind_logits(binding, self.prompts, 1, len(ids))
+        self.prompts.run(binding, SHRINK if len(ids) > 1 else None)
         found: Logits = logits[0]
         return found
 

@@ -12,10 +12,13 @@ from typing import Any
 
 import onnxruntime as ort
 
+from converters import CheckpointError
+
 from ..memory import give_back
+from ..precisions import PAIR, precisions_in
 from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
-from .onnx_model import Provider, SessionSettings, needs_exact_products, open_model
+from .onnx_model import OnnxModel, Provider, SessionSettings, needs_exact_products, open_model
 from .onnx_run import GrowingRun, InPlaceRun
 
 
@@ -29,7 +32,11 @@ class OnnxDecoder(Decoder):
 
     Args:
         path: a directory that ``gpt2x export --onnx`` wrote, or an ``.onnx`` file of the same contract.
-        precision: which model of a directory; by default fp32, or else the only one.
+        precision: which model of a directory; by default fp32, or else the only one. A pair such as ``w8a8+int4`` are the
+            two that ``prefill`` and ``decode`` name.
+        prefill: the precision of the model that reads prompts, with ``decode``. Both keep their caches in place, and share
+            it.
+        decode: the precision of the model that decodes, with ``prefill``.
         threads: threads for each operator; by default one for each core.
         optimize: enable ONNX Runtime's graph optimizations (``ORT_ENABLE_ALL``, its default).
         providers: ONNX Runtime's execution providers in order of preference; each a name, or a name and its options.
@@ -48,23 +55,32 @@ class OnnxDecoder(Decoder):
         path: str | Path,
         *,
         precision: str | None = None,
+        prefill: str | None = None,
+        decode: str | None = None,
         threads: int | None = None,
         optimize: bool = True,
         providers: Sequence[Provider] = ("CPUExecutionProvider",),
     ) -> None:
         settings = SessionSettings(threads, optimize, tuple(providers))
-        model = open_model(path, precision, settings)
+        for_prompts, for_tokens = phases(precision, prefill, decode)
+        model = open_model(path, for_tokens, settings)
+        prompts = None if for_prompts is None else open_model(path, for_prompts, settings)
+        if prompts:
+            check_pair(prompts, model)
+        self._source = Path(path)
         self._settings = settings
         self._model = model
-        self._run = InPlaceRun(model) if model.in_place else GrowingRun(model)
+        self._prompts = prompts
+        self._run = InPlaceRun(model, prompts) if model.in_place else GrowingRun(model)
         self.path = model.path
         self.metadata = model.metadata
         self.config = model.config
-        self.precision = model.precision
+        self.precision = f"{prompts.precision}{PAIR}{model.precision}" if prompts else model.precision
         self.cache_kind = model.cache_kind
-        self.last_only = model.last_only
+        self.last_only = model.last_only or bool(prompts and prompts.last_only)
         self.inputs, self.outputs = model.inputs, model.outputs
-        self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
+        files = f"{prompts.path.name} and {self.path.name}" if prompts else self.path.name
+        self.runtime = f"{files} in ONNX Runtime {ort.__version__}"
 
     @property
     def in_place(self) -> bool:
@@ -119,14 +135,20 @@ class OnnxDecoder(Decoder):
 
     def unoptimized(self) -> OnnxDecoder | None:
         """The same model with graph optimizations disabled; None if its exact products come only with them."""
-        if needs_exact_products(self.metadata):
+        models = [self._model, self._prompts] if self._prompts else [self._model]
+        if any(needs_exact_products(model.metadata) for model in models):
             return None
         settings = self._settings
-        return OnnxDecoder(self.path, threads=settings.threads, optimize=False, providers=settings.providers)
+        path, precision = (self._source, self.precision) if self._prompts else (self.path, None)
+        return OnnxDecoder(
+            path, precision=precision, threads=settings.threads, optimize=False, providers=settings.providers
+        )
 
     def close(self) -> None:
         """Free the model's memory. The decoder cannot be used after that; closing it twice does nothing."""
         self._model.session = None
+        if self._prompts:
+            self._prompts.session = None
         give_back()
 
     def __enter__(self) -> OnnxDecoder:
@@ -134,3 +156,40 @@ class OnnxDecoder(Decoder):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def phases(precision: str | None, prefill: str | None, decode: str | None) -> tuple[str | None, str | None]:
+    """Return the precisions of the model for prompts, None if it is the same model, and of the model that decodes.
+
+    Raises:
+        ValueError: if a pair is incomplete, or its precisions are the same or unknown.
+    """
+    if prefill is None and decode is None:
+        if precision is None or PAIR not in precision:
+            return None, precision
+        prefill, decode = (each.name for each in precisions_in(precision))
+    elif precision is not None or prefill is None or decode is None:
+        raise ValueError("pass either precision, or prefill and decode")
+    elif prefill == decode:
+        return None, decode
+    return prefill, decode
+
+
+def check_pair(prompts: OnnxModel, model: OnnxModel) -> None:
+    """Refuse two models that cannot share a cache.
+
+    Raises:
+        CheckpointError: if a cache grows, or they are not of one model with the same kind of cache.
+    """
+    both = f"{prompts.path} and {model.path}"
+    if not prompts.in_place or not model.in_place:
+        raise CheckpointError(
+            f"{both}: their caches grow, and two models share one in place: export with --cache inplace"
+        )
+    if prompts.config != model.config:
+        raise CheckpointError(f"{both}: their configurations differ")
+    if (prompts.cache_kind, prompts.cache_dtype) != (model.cache_kind, model.cache_dtype):
+        raise CheckpointError(
+            f"{both}: one keeps its cache in {prompts.cache_dtype}, the other in {model.cache_dtype}: "
+            "choose two precisions with the same"
+        )

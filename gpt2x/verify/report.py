@@ -23,7 +23,7 @@ from converters.tensors import F32
 from converters.tokenizer import TokenizerFiles, same_tokenizer
 
 from .. import contract
-from ..precisions import PRECISIONS, Bounds, Precision
+from ..precisions import Bounds, Precision, precisions_in
 from ..runtimes.base import Decoder
 from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder
 from ..runtimes.reference import ReferenceDecoder
@@ -194,7 +194,7 @@ def _run_export(a: Checkpoint, b: str | Path, model: Decoder, text: str | None, 
     tokenizer = a.tokenizer or _tokenizer_of(b)
     checks = _run(reference, model, tokenizer, text)
     inexact = bounds_of(model) != FP32
-    measurable = _installed("torch") and _installed("onnx")
+    measurable = _installed("torch") and _installed("onnx") and len(precisions_in(model.precision)) == 1
     if inexact and faithful and measurable and _failed(checks):
         bounds, remark = _measured_bounds(a, reference, model, tokenizer, text)
         return [remark, *_run(reference, model, tokenizer, text, bounds)]
@@ -325,7 +325,7 @@ def _installed(module: str) -> bool:
 
 def bounds_of(*models: Decoder) -> Bounds:
     """The bounds for models that are compared: the widest of their precisions, and of an 8-bit cache."""
-    found = [PRECISIONS[model.precision].bounds for model in models]
+    found = [precision.bounds for model in models for precision in precisions_in(model.precision)]
     if any(contract.has_int8_cache(model.cache_kind) for model in models):
         found.append(CACHE8)
     return loosest(found)
@@ -333,7 +333,7 @@ def bounds_of(*models: Decoder) -> Bounds:
 
 def times_exact(model: Decoder) -> int:
     """A bound, as a multiple of what exact arithmetic loses in this precision."""
-    return PRECISIONS[model.precision].exact_multiple
+    return max(precision.exact_multiple for precision in precisions_in(model.precision))
 
 
 # -------------------------------------------------------------------------------------------------- what files hold
@@ -359,9 +359,21 @@ def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> Check:
 
 def _compare_onnx(a: Checkpoint, b: Path, model: Decoder) -> list[Check]:
     """Compare the weights in an ONNX model, by their names, and any others in its directory."""
-    path = model.path
-    assert path is not None  # an ONNX model comes from a file
-    precision = PRECISIONS[model.precision]
+    assert model.path is not None  # an ONNX model comes from a file
+    precisions = precisions_in(model.precision)
+    if len(precisions) == 1:
+        return _compare_file(a, b, model.path, precisions[0])
+    from ..runtimes.onnx_model import find_model
+
+    checks = []
+    for precision in precisions:
+        for check in _compare_file(a, b, find_model(b, precision.name), precision):
+            checks.append(replace(check, name=f"{check.name}, {precision.name}"))
+    return checks
+
+
+def _compare_file(a: Checkpoint, b: Path, path: Path, precision: Precision) -> list[Check]:
+    """Compare the weights in one ONNX file, and any others in its directory."""
     if not precision.keeps_source:
         return [_compare_stored(a, path, precision), *_compare_beside(a, b, a.files)]
     try:

@@ -57,12 +57,11 @@ def test_what_cannot_be_measured_is_said_before_anything_is(gpt2x, exported, tmp
         assert gpt2x("bench", exported, "--batch", batch).exit_code == 2
 
 
-def test_a_process_that_fails_is_one_error(exported, tmp_path, monkeypatch):
+def test_a_process_that_fails_is_one_error(tmp_path):
     from converters import ConversionError
 
-    monkeypatch.setattr(bench, "find_model", lambda path, precision: tmp_path / "gone.onnx")
     with pytest.raises(ConversionError, match="gone.onnx"):
-        bench.bench(exported, ["int8"], 4, 2, [1], 1)
+        bench.bench(tmp_path / "gone.onnx", [None], 4, 2, [1], 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
