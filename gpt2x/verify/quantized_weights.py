@@ -97,7 +97,7 @@ def compare_stored(a: Checkpoint, path: Path, precision: Precision) -> Check:
     n = len(a.tensors)
     passed = f"worst block {worst:.1%} off" if precision.bits else "each rounded exactly"
     result = "; ".join(faults[:3]) or f"{n} of {n} tensors, {passed}"
-    return Check("weights", not faults, result, {"worst_block": worst, "failures": faults})
+    return Check("weights", not faults, result, {"worst_block": worst, "failures": faults, "inexact": True})
 
 
 def _fault_of_layout(found: Stored, expected: Array) -> str | None:
