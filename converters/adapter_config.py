@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError, ConfigError
 from .io.json import read_json
+from .values import is_list_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -206,8 +207,7 @@ def _enabled(path: Path, value: Any) -> tuple[bool, ...]:
     """``enable_lora`` of peft before 0.3, whose code computes exactly two of the three parts."""
     if not value:
         return ()
-    is_known = isinstance(value, list) and len(value) == 3 and all(isinstance(part, bool) for part in value)
-    if not is_known or sum(value) != 2:
+    if not is_list_of(value, bool) or len(value) != 3 or sum(value) != 2:
         raise ConfigError(f"{path}: enable_lora is {str(value)[:60]}; gpt2x supports two of query, key and value")
     return tuple(value)
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import FormatError
 from ..io.reading import File
 from ..tensors import DTYPES, LazyTensor
+from ..values import are_sizes
 from .container import Container
 
 SECONDS = 60
@@ -71,15 +72,11 @@ def _listed(printed: bytes, path: Path) -> list[Any]:
             raise FormatError(f"{path}: {str(result['error'])[:MAX_ERROR]}")
         datasets: list[Any] = result["datasets"]
         for name, kind, shape, offset in datasets:
-            if not (type(name) is type(kind) is str and type(shape) is list and _are_sizes([*shape, offset])):
+            if not (type(name) is type(kind) is str and type(shape) is list and are_sizes([*shape, offset], 2**63)):
                 raise ValueError("not a list of data sets")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise FormatError(f"{path}: the HDF5 library cannot list its data sets") from None
     return datasets
-
-
-def _are_sizes(values: list[Any]) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> LazyTensor:

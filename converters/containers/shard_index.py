@@ -15,6 +15,7 @@ from ..errors import FormatError
 from ..io.json import read_json
 from ..io.reading import beside
 from ..tensors import LazyTensor
+from ..values import all_are
 from .container import Container
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
@@ -89,7 +90,7 @@ def open_index(path: Path, open_file: Callable[[Path], Container]) -> Container:
 
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all_are(weight_map.values(), str):
         raise FormatError(f"{path}: no valid weight_map of names to files")
     return weight_map
 

@@ -25,6 +25,7 @@ from ..io.publishing import new_file
 from ..spec import GPT2Config, with_inner
 from ..tensors import DTYPES, F32, DType, LazyTensor
 from ..tokenizer import Vocabulary
+from ..values import all_are
 from .format import FLOATS, Codec, Embedded, Format, Job, Opener, Written, starts_with
 from .notes import NO_TOKENIZER, not_stored, refuse_float64, tokenizer_notes, vocabulary_of
 
@@ -136,7 +137,7 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
         raise _not_gpt2s(where)
     if len(kinds) != len(tokens) or not _splits_text_as_gpt2(metadata):
         raise _not_gpt2s(where)
-    if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
+    if not all_are(tokens, str) or len(set(tokens)) != len(tokens):
         raise TokenizerError(f"{where}: invalid tokens: duplicates, or not strings")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
@@ -159,7 +160,7 @@ def _flags(metadata: Mapping[str, Any], where: str) -> dict[str, dict[str, bool]
     tokens = parse_json(text.encode(), f"{where}: {FLAGS}")
     for flags in tokens.values():
         is_valid = isinstance(flags, dict) and flags.keys() <= set(KEPT_FLAGS)
-        if not is_valid or not all(isinstance(flag, bool) for flag in flags.values()):
+        if not is_valid or not all_are(flags.values(), bool):
             raise TokenizerError(f"{where}: invalid {FLAGS}")
     return tokens
 

@@ -20,6 +20,7 @@ from ..errors import ConfigError, FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
 from ..spec import GPT2Config, with_inner
+from ..values import all_are
 from .format import FLOATS, LATER, Codec, Embedded, Format, Job, Written
 from .huggingface import CODEC as HF_CODEC
 
@@ -108,7 +109,7 @@ def configuration_beside(container: Container) -> Beside | None:
         raw = parse_json(text.encode(), f"{container.path}: {CONFIG_KEY}")
         return Beside(CONFIG_KEY, Embedded(raw, HF_CODEC))
     arguments = container.metadata.get(MODEL_ARGS)
-    if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
+    if isinstance(arguments, dict) and all_are(arguments, str):
         _check_plain(arguments, container.path)
         return Beside(MODEL_ARGS, Embedded(arguments, CODEC, complete=False))
     for key in RUN_KEYS:
@@ -154,7 +155,7 @@ def _is_build_nanogpt(config: Any) -> bool:
     from ..containers.torch_values import plain_fields
 
     fields = plain_fields(config)
-    return fields is not None and _is_gpt_config(fields) and not any(key in fields for key in INERT)
+    return fields is not None and _is_gpt_config(fields) and fields.keys().isdisjoint(INERT)
 
 
 def dialect_of(container: Container, prefix: str) -> Dialect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import FormatError
+from ..values import is_list_of
 
 
 def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
@@ -67,9 +68,9 @@ class Fields:
 
     def all_bytes(self, field: int) -> list[bytes]:
         values = self.values.get(field, [])
-        if not all(isinstance(v, bytes) for v in values):
+        if not is_list_of(values, bytes):
             raise FormatError(f"{self.where}: field {field} is not a message")
-        return [v for v in values if isinstance(v, bytes)]
+        return values
 
     def bytes(self, field: int) -> bytes:
         return b"".join(self.all_bytes(field))  # parts of a message are merged by concatenation

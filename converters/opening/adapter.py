@@ -27,6 +27,7 @@ from ..lora import changed
 from ..spec import LM_HEAD
 from ..tensors import LazyTensor
 from ..tokenizer import find_tokenizer
+from ..values import any_ends_with
 from .find import Source
 from .open import open_file
 
@@ -59,7 +60,7 @@ def open_adapter(source: Source, container: Container, path: str | Path | None) 
     """
     folder = _folder(path) if path is not None else None
     if not is_unmerged(container.tensors):
-        is_model = any(name.endswith(WTE) for name in container.tensors)
+        is_model = any_ends_with(container.tensors, WTE)
         if container.path.name in WEIGHT_FILES and not is_model:
             raise not_a_model(source.path, _configuration(source.home))
         return _beside(container, folder) if folder else Opened(container)

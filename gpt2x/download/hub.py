@@ -21,6 +21,7 @@ from converters.io.json import read_json
 from converters.io.publishing import writing
 from converters.tokenizer import NAMES as TOKENIZER_FILES
 from converters.tokenizer import OTHERS as OTHER_TOKENIZERS
+from converters.values import is_list_of
 
 from .. import contract
 from .._version import __version__
@@ -255,9 +256,9 @@ def _shard_names(address: Address, index: str, weight_map: object) -> list[str]:
     values: list[object] = []
     for files in weight_map.values() if isinstance(weight_map, dict) else ():
         values += files if isinstance(files, list) else [files]
-    if not values or not all(isinstance(value, str) for value in values):
+    if not values or not is_list_of(values, str):
         raise ConversionError(f"{address.source}: {index} has no weight_map from tensors to files")
-    return sorted(set(map(str, values)))
+    return sorted(set(values))
 
 
 def _is_shard(name: str) -> bool:
