@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError
-from .spec import GPT2Config, with_inner
+from .spec import GPT2Config, spelled, with_inner
 from .values import all_are
 
 # Hugging Face's key -> ours. The right-hand aliases are transformers' own (attribute_map).
@@ -237,7 +237,7 @@ def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
 
 def to_hf(config: GPT2Config) -> dict[str, Any]:
     """The ``config.json`` of a configuration, as ``GPT2LMHeadModel`` reads it."""
-    values = {key: getattr(config, name) for key, name in HF_KEYS.items()}
+    values = spelled(config, HF_KEYS)
     values["n_inner"] = None if config.n_inner == 4 * config.n_embd else config.n_inner
     if config.pad_token_id is None:
         del values["pad_token_id"]

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import BY_NUMPY
 from ..errors import FormatError
 from ..io.reading import File
-from ..tensors import DTYPES, LazyTensor
+from ..tensors import LazyTensor
 from ..values import are_sizes
 from .container import Container
 
@@ -81,7 +82,7 @@ def _listed(printed: bytes, path: Path) -> list[Any]:
 
 def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> LazyTensor:
     where = f"{file.path}: {name[:100]!r}"
-    dtype = next((dtype for dtype in DTYPES.values() if dtype.numpy == kind and dtype.name != "BF16"), None)
+    dtype = BY_NUMPY.get(kind)
     if dtype is None:
         raise FormatError(f"{where}: data type {kind!r}, which gpt2x does not read")
     if len(shape) > MAX_RANK or math.prod(shape) >= 2**40 or not name.isprintable():

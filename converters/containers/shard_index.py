@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..io.json import read_json
-from ..io.reading import beside
+from ..io.reading import beside, names_of
 from ..tensors import LazyTensor
 from ..values import all_are
 from .container import Container
@@ -103,9 +103,8 @@ def _check_files(path: Path, names: Sequence[str]) -> None:
             raise FormatError(f"{path}: points to {name!r}, which is not a file of weights")
     missing = [file for file in files if not file.is_file()]
     if len(missing) > 1:
-        listed = ", ".join(file.name for file in missing[:5])
         raise FormatError(
-            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {listed}"
+            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {names_of(missing[:5])}"
         )
 
 

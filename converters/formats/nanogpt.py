@@ -19,7 +19,7 @@ from ..dialects import NANOGPT as NANOGPT_DIALECT
 from ..errors import ConfigError, FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import GPT2Config, with_inner
+from ..spec import GPT2Config, renamed, spelled, with_inner
 from ..values import all_are
 from .format import FLOATS, LATER, Codec, Embedded, Format, Job, Written
 from .huggingface import CODEC as HF_CODEC
@@ -57,7 +57,7 @@ def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError.listing(
             f"{where}: keys that nanoGPT's GPTConfig does not have", faults, how_to_ignore(unknown)
         )
-    fields = {name: raw[key] for key, name in KEYS.items() if key in raw}
+    fields = renamed(raw, KEYS)
     dropout = raw.get("dropout")
     if isinstance(dropout, float | int):
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
@@ -66,8 +66,7 @@ def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def to_model_args(config: GPT2Config) -> dict[str, Any]:
     """nanoGPT's ``model_args`` of a configuration."""
-    sizes = {key: getattr(config, name) for key, name in KEYS.items()}
-    return {**sizes, "bias": True, "dropout": 0.0}
+    return {**spelled(config, KEYS), "bias": True, "dropout": 0.0}
 
 
 CODEC = Codec(from_model_args, to_model_args)

@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint, same_bytes
 from ..containers.container import Container
 from ..dtypes import DTYPES, NAMES, DType
 from ..errors import CheckpointError, ConfigError, FormatError
-from ..io.reading import check_name
+from ..io.reading import check_name, files_in
 from ..lora import changed
 from ..spec import LM_HEAD
 from ..tensors import LazyTensor
@@ -82,7 +82,7 @@ def adapter_in(path: str | Path) -> Adapter:
     """
     folder = _folder(path)
     config = _configuration(folder)
-    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    file = next(iter(files_in(folder, WEIGHT_FILES).values()), None)
     if file is None:
         raise FormatError(f"{folder}: no weights of an adapter (looked for {' and '.join(WEIGHT_FILES)})")
     return read_adapter(folder, (file, config.path), open_file(file).tensors, config)
