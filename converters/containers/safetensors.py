@@ -109,9 +109,12 @@ def _layout(
     # transformers requires "format": "pt".
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({CONFIG_KEY: json.dumps(config)} if config else {})}
     position = 0
-    spans = {name: (position, position := position + tensor.nbytes) for name, tensor in ordered}
+    spans = {}
     for name, tensor in ordered:
-        header[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": list(spans[name])}
+        end = position + tensor.nbytes
+        header[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        spans[name] = (position, end)
+        position = end
     data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     data = data.ljust((len(data) + 7) // 8 * 8)
     head = struct.pack("<Q", len(data)) + data

@@ -52,7 +52,8 @@ class Fields:
 
     def numbers(self, field: int) -> list[int]:
         values = self.values.get(field, [])
-        if packed := [v for v in values if isinstance(v, bytes)]:  # repeated numbers may be packed
+        packed = [v for v in values if isinstance(v, bytes)]  # repeated numbers may be packed
+        if packed:
             return [n for data in packed for n in _unpack(data, self.where)]
         return [v for v in values if isinstance(v, int)]
 
