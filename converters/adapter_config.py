@@ -14,6 +14,8 @@ from typing import Any
 
 from .errors import CheckpointError, ConfigError
 from .io.json import read_json
+from .io.reading import files_in, names_of
+from .values import is_list_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -206,8 +208,7 @@ def _enabled(path: Path, value: Any) -> tuple[bool, ...]:
     """``enable_lora`` of peft before 0.3, whose code computes exactly two of the three parts."""
     if not value:
         return ()
-    is_known = isinstance(value, list) and len(value) == 3 and all(isinstance(part, bool) for part in value)
-    if not is_known or sum(value) != 2:
+    if not is_list_of(value, bool) or len(value) != 3 or sum(value) != 2:
         raise ConfigError(f"{path}: enable_lora is {str(value)[:60]}; gpt2x supports two of query, key and value")
     return tuple(value)
 
@@ -224,8 +225,7 @@ def adapter_folder(path: Path) -> Path | None:
         return path
     found = sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}") if file.is_file())
     if len(found) > 1:
-        names = ", ".join(folder.name for folder in found[:5])
-        raise ConfigError(f"{path}: several adapters ({names}); pass the directory of one of them")
+        raise ConfigError(f"{path}: several adapters ({names_of(found[:5])}); pass the directory of one of them")
     return found[0] if found else None
 
 
@@ -236,7 +236,7 @@ def lone_adapter(path: Path) -> CheckpointError | None:
         ConfigError: if its configuration is not valid.
     """
     folder = adapter_folder(path)
-    if folder is None or not any((folder / name).is_file() for name in WEIGHT_FILES):
+    if folder is None or not files_in(folder, WEIGHT_FILES):
         return None
     return not_a_model(path, read_adapter_config(folder / CONFIG_FILE))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import TokenizerError
 from .io.json import read_json
+from .values import are_sizes, is_list_of
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
@@ -141,7 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _list_of(entries: Any, where: Path | None) -> list[dict[str, Any]]:
     if entries is None:
         return []
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if not is_list_of(entries, dict):
         raise TokenizerError(f"{where}: invalid added_tokens")
     return entries
 
@@ -168,7 +169,7 @@ def _add_decoder(found: _Collection, decoder: Mapping[str, Any], where: Path) ->
 
 def _add_unflagged(found: _Collection, added: Mapping[str, Any], config: Mapping[str, Any], where: Path) -> None:
     """``added_tokens.json``: token -> id. A token is special if another file names it as such."""
-    if not all(type(id) is int and 0 <= id < MAX_ID for id in added.values()):
+    if not are_sizes(added.values(), MAX_ID):
         raise TokenizerError(f"{where}: not a valid table of tokens and ids")
     special = {token.content for token in (*_named(config), *_listed(config))}
     for content in sorted(added, key=lambda text: int(added[text])):

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError
-from .spec import GPT2Config, with_inner
+from .spec import GPT2Config, spelled, with_inner
+from .values import all_are
 
 # Hugging Face's key -> ours. The right-hand aliases are transformers' own (attribute_map).
 HF_KEYS = {
@@ -191,14 +192,18 @@ def is_foreign(key: str, raw: Mapping[str, Any]) -> bool:
         return False
     if key in ("head_dim", "n_kv_head", "num_key_value_heads"):
         return not _is_plain_attention(key, raw)
-    return key in FOREIGN or any(part in key.lower() for part in FOREIGN_PARTS)
+    return key in FOREIGN or _has_foreign_part(key)
+
+
+def _has_foreign_part(key: str) -> bool:
+    return any(part in key.lower() for part in FOREIGN_PARTS)
 
 
 def _is_plain_attention(key: str, raw: Mapping[str, Any]) -> bool:
     """Whether a key on heads states what holds for every GPT-2: as many key-value heads as heads, of n_embd / n_head each."""
     n_head = raw.get("n_head", raw.get("num_attention_heads"))
     n_embd = raw.get("n_embd", raw.get("hidden_size"))
-    if not all(isinstance(value, int) for value in (raw[key], n_head, n_embd)):
+    if not all_are((raw[key], n_head, n_embd), int):
         return False
     return bool(raw[key] * n_head == n_embd if key == "head_dim" else raw[key] == n_head)
 
@@ -214,7 +219,7 @@ def _is_stock(raw: Mapping[str, Any]) -> bool:
 def _unknown(raw: Mapping[str, Any]) -> list[str]:
     """The keys of which gpt2x knows neither that they matter, nor that they do not."""
     known = {*HF_KEYS, *ALIASES, *INERT, *FOREIGN, *NAMESAKES, *HARMLESS, OLD_CONTEXT, "auto_map"}
-    return [key for key in raw if key not in known and not any(part in key.lower() for part in FOREIGN_PARTS)]
+    return [key for key in raw if key not in known and not _has_foreign_part(key)]
 
 
 def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
@@ -232,7 +237,7 @@ def config_of(raw: Mapping[str, Any], where: str) -> GPT2Config:
 
 def to_hf(config: GPT2Config) -> dict[str, Any]:
     """The ``config.json`` of a configuration, as ``GPT2LMHeadModel`` reads it."""
-    values = {key: getattr(config, name) for key, name in HF_KEYS.items()}
+    values = spelled(config, HF_KEYS)
     values["n_inner"] = None if config.n_inner == 4 * config.n_embd else config.n_inner
     if config.pad_token_id is None:
         del values["pad_token_id"]

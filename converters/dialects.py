@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -278,7 +278,7 @@ class Dialect:
         for name in names:
             if name.endswith(ends):
                 found.update(_prefixes_before(name, ends))
-        return tuple(prefix for prefix, _ in found.most_common(MAX_PREFIXES)) or self.prefixes
+        return tuple(dict(found.most_common(MAX_PREFIXES))) or self.prefixes
 
     def own_end(self, prefix: str) -> str | None:
         """The longest of the dialect's own prefixes that a prefix ends with, as whole parts of a name; None if there is none."""
@@ -295,9 +295,9 @@ class Dialect:
 
     def is_extra(self, name: str, prefix: str) -> bool:
         """Whether a name is that of a known tensor that is not a parameter."""
-        bare = name.removeprefix(prefix)
-        stems = (name.removesuffix(slot) for slot in self.slots if name.endswith(slot))
-        return any(place in self.extras for place, _ in places_of(bare)) or any(self.locate(s, prefix) for s in stems)
+        if _has_place_in(self.extras, name.removeprefix(prefix)):
+            return True
+        return any(name.endswith(slot) and self.locate(name.removesuffix(slot), prefix) for slot in self.slots)
 
     def layout(self, canonical: str) -> Layout:
         """The layout that a canonical name has here."""
@@ -389,16 +389,14 @@ class Dialect:
                 model.rest.append(name)
             else:
                 model.faults.append(f"unknown   {name[:200]}")
-        model.heads = tuple(Head(kind, tensors) for kind, tensors in heads.items())
+        model.heads = tuple(itertools.starmap(Head, heads.items()))
 
     def _is_outside(self, name: str, prefix: str, lm_head_stem: str) -> bool:
         """Whether a tensor is neither a part of the GPT-2, nor of its output layer, nor a parameter under a second prefix."""
         if name.startswith(prefix):
             return False
         for path in paths_under(name, prefix):
-            if first_part(path) in ("lm_head", lm_head_stem) or any(
-                place in self._rows for place, _ in places_of(path)
-            ):
+            if first_part(path) in ("lm_head", lm_head_stem) or _has_place_in(self._rows, path):
                 return False
         return True
 
@@ -421,7 +419,7 @@ class Dialect:
         expected = list(rows(model.n_layer))
         biases = [canonical for row, _, canonical in expected if row in self.biasless]
         zeros = _zero_biases(model.parameters, biases)
-        if zeros and not any(canonical in model.pieces for canonical in biases):
+        if zeros and model.pieces.keys().isdisjoint(biases):
             model.parameters |= zeros
             model.zero_biases = self.biasless
         missing = []
@@ -440,9 +438,7 @@ class Dialect:
         Raises:
             CheckpointError: if the dialect cannot represent the model.
         """
-        faults = [f for name, values in self.computes.items() if (f := config.beyond(name, values))]
-        if not self.any_width and config.n_inner != 4 * config.n_embd:
-            faults.append(f"n_inner is {config.n_inner}, not 4 x n_embd")
+        faults = list(self._beyond(config))
         if faults:
             tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
             advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
@@ -468,6 +464,15 @@ class Dialect:
                 written[prefix + name] = part
         return written
 
+    def _beyond(self, config: GPT2Config) -> Iterator[str]:
+        """What the dialect's code does not compute, one line each."""
+        for name, values in self.computes.items():
+            fault = config.beyond(name, values)
+            if fault:
+                yield fault
+        if not self.any_width and config.n_inner != 4 * config.n_embd:
+            yield f"n_inner is {config.n_inner}, not 4 x n_embd"
+
 
 def _prefixes_before(name: str, ends: Iterable[str]) -> Iterator[str]:
     """What stands before each of these ends of a name, if it is empty or ends with a separator."""
@@ -481,6 +486,11 @@ def places_of(name: str) -> Iterable[tuple[str, int]]:
     """The templates that may match a name, each with its layer: the name itself (-1), and with each number as ``{i}``."""
     # Each dialect asks for the same names. Longer ones are no parameter's, and may have very many templates.
     return _remembered_places(name) if len(name) <= MAX_REMEMBERED else _places(name)
+
+
+def _has_place_in(known: Container[str], name: str) -> bool:
+    """Whether a name matches one of these templates."""
+    return any(place in known for place, _ in places_of(name))
 
 
 @functools.lru_cache(maxsize=2048)
@@ -545,14 +555,15 @@ OPENAI = Dialect(
 )
 
 # Old names, which from_pretrained renamed: g, b and w in pytorch-pretrained-bert; gamma and beta in transformers until 4.
-OLD_ENDS = {".weight": (".g", ".w", ".gamma"), ".bias": (".b", ".beta")}
-OLD_NAMES = {
-    row.removesuffix(end) + old: row
-    for row in SPEC
-    for end, olds in OLD_ENDS.items()
-    if row.endswith(end)
-    for old in olds
-}
+OLD_ENDS = {"weight": ("g", "w", "gamma"), "bias": ("b", "beta")}
+
+
+def _old_names() -> Iterator[tuple[str, str]]:
+    for row in SPEC:
+        stem, _, end = row.rpartition(".")
+        for old in OLD_ENDS[end]:
+            yield f"{stem}.{old}", row
+
 
 # transformers' GPT2LMHeadModel; the canonical names are its own. The official file has them without a prefix.
 HF = Dialect(
@@ -560,7 +571,7 @@ HF = Dialect(
     {row: Same(row) for row in SPEC},
     # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
     lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
-    also=OLD_NAMES,
+    also=dict(_old_names()),
     lm_head_also=LM_HEAD_ALSO,
     prefixes=("", "transformer."),
     extras=BUFFERS,
@@ -876,14 +887,18 @@ def _score(candidate: Candidate, tensors: Mapping[str, LazyTensor]) -> tuple[int
     """
     dialect, prefix = candidate.dialect, candidate.prefix
     names = itertools.islice((name for name in tensors if name.startswith(prefix)), MAX_COMPARED)
-    places = {name: dialect.locate(name, prefix) for name in names}
+    found: set[str] = set()
+    upright = 0
+    for name in names:
+        place = dialect.locate(name, prefix)
+        if place:
+            found.add(name)
+            upright += place.row == C_ATTN and _is_wide(dialect.table[C_ATTN], tensors[name])
     lm_head = dialect.lm_head_name(tensors, prefix)
     if lm_head:
-        places[lm_head] = Place(LM_HEAD, -1)
-    c_attn = [tensors[name] for name, place in places.items() if place and place.row == C_ATTN]
-    upright = sum(_is_wide(dialect.table[C_ATTN], tensor) for tensor in c_attn)
+        found.add(lm_head)
     own = dialect.own_end(prefix)
-    return sum(place is not None for place in places.values()), upright, -1 if own is None else len(own)
+    return len(found), upright, -1 if own is None else len(own)
 
 
 def _is_wide(layout: Layout, c_attn: LazyTensor) -> bool:

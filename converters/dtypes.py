@@ -31,6 +31,7 @@ DTYPES = {
         DType("U64", "<u8", 8), DType("U32", "<u4", 4), DType("U16", "<u2", 2), DType("U8", "|u1", 1), DType("BOOL", "|b1", 1),
     )
 }  # fmt: skip
+BY_NUMPY = {dtype.numpy: dtype for dtype in DTYPES.values() if dtype is not BF16}  # numpy has no bfloat16
 
 # The names in Python and on the command line -> safetensors' or GGUF's.
 NAMES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}

@@ -6,8 +6,9 @@ configuration of ``transformers`` (``GPT2Config``), whose names for the switches
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -120,7 +121,9 @@ class GPT2Config:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter of this model, in canonical order."""
         sizes = {"V": self.n_vocab, "T": self.n_ctx, "C": self.n_embd, "3C": 3 * self.n_embd, "F": self.n_inner}
-        shapes = {name: tuple(sizes[s] for s in SPEC[row]) for row, _, name in rows(self.n_layer)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for row, _, name in rows(self.n_layer):
+            shapes[name] = tuple(sizes[symbol] for symbol in SPEC[row])
         return shapes if self.tie_word_embeddings else {**shapes, LM_HEAD: (self.n_vocab, self.n_embd)}
 
     def beyond(self, name: str, values: tuple[Any, ...]) -> str | None:
@@ -132,8 +135,12 @@ class GPT2Config:
 
     def differences(self, other: GPT2Config, names: tuple[str, ...] | None = None) -> list[str]:
         """The fields that change shapes or arithmetic and differ, one line each."""
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names or ARITHMETIC)
-        return [f"{name} is {mine!r}, not {theirs!r}" for name, mine, theirs in pairs if not _same(mine, theirs)]
+        found = []
+        for name in names or ARITHMETIC:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not _same(mine, theirs):
+                found.append(f"{name} is {mine!r}, not {theirs!r}")
+        return found
 
 
 SIZES = ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner")
@@ -158,12 +165,27 @@ PUBLISHED: dict[tuple[int, int, int, int], tuple[str, int]] = {
 
 def rows(n_layer: int) -> Iterator[tuple[str, int, str]]:
     """SPEC unrolled, in canonical order: (row of SPEC, layer, canonical name); layer is -1 outside the blocks."""
-    per_layer = [row for row in SPEC if "{i}" in row]
-    head = [row for row in SPEC if "{i}" not in row and not row.startswith("ln_f")]
-    yield from ((row, -1, row) for row in head)
-    for i in range(n_layer):
-        yield from ((row, i, row.replace("{i}", str(i))) for row in per_layer)
-    yield from ((row, -1, row) for row in SPEC if row.startswith("ln_f"))
+    # SPEC has the embeddings, then the rows of one block, then ln_f.
+    for is_block, group in itertools.groupby(SPEC, key=_is_in_block):
+        names = list(group)
+        layers = range(n_layer) if is_block else (-1,)
+        for i in layers:
+            for row in names:
+                yield row, i, row.replace("{i}", str(i))
+
+
+def _is_in_block(row: str) -> bool:
+    return "{i}" in row
+
+
+def renamed(raw: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of ``GPT2Config`` that a file states. ``keys``: a file's key -> the field that it is."""
+    return {name: raw[key] for key, name in keys.items() if key in raw}
+
+
+def spelled(config: GPT2Config, keys: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a configuration under a file's keys: the inverse of ``renamed``."""
+    return {key: getattr(config, name) for key, name in keys.items()}
 
 
 def with_inner(fields: dict[str, Any]) -> dict[str, Any]:

@@ -8,16 +8,19 @@ GPT-2's is copied file by file.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .added_tokens import ADDED, CONFIG, DECODER, END_OF_TEXT, SPECIAL_MAP, AddedToken, read_added_tokens, usual_token
 from .errors import ConversionError, OtherTokenizerError, TokenizerError
 from .io.json import read_json
-from .io.reading import File
+from .io.reading import File, files_in
+from .values import are_sizes, is_list_of
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 EXTRA = (CONFIG, SPECIAL_MAP, ADDED, "chat_template.jinja")  # Hugging Face's, copied as they are
@@ -31,12 +34,13 @@ OTHERS = {
     "vocab.txt": "WordPiece",
 }
 HF_NAMES = ("tokenizer.json", *PAIRS[0], *EXTRA, *OTHERS)
-NAMES = ("tokenizer.json", *(name for pair in PAIRS for name in pair), *EXTRA, *OTHERS)
+NAMES = ("tokenizer.json", *PAIRS[0], *PAIRS[1], *EXTRA, *OTHERS)
 MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")  # of a tokenizer.json
 MAX_FILE = 64 << 20
 # The characters that stand for bytes in GPT-2's vocabulary: ``bytes_to_unicode`` in OpenAI's encoder.py.
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
-BYTES = {chr(code) for code in (*PRINTABLE, *range(256, 512 - len(PRINTABLE)))}
+BYTES = set(map(chr, (*PRINTABLE, *range(256, 512 - len(PRINTABLE)))))
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can state one without its other half, which no UTF-8 can
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class TokenizerFiles:
     @property
     def files(self) -> list[Path]:
         """The files that it was read from, without those that only state added tokens and settings."""
-        return [file for file in (self.tokenizer_json, self.vocab, self.merges, self.other) if file]
+        return list(filter(None, (self.tokenizer_json, self.vocab, self.merges, self.other)))
 
     @functools.cached_property
     def fault(self) -> ConversionError | None:
@@ -143,13 +147,21 @@ def find_tokenizer(directory: Path) -> TokenizerFiles | None:
     assets = directory / "assets" / "tokenizer"
     if (assets / "vocabulary.json").is_file() and (assets / "merges.txt").is_file():
         return TokenizerFiles(assets, assets / "vocabulary.json", assets / "merges.txt", None)
-    present = {name: directory / name for name in NAMES if (directory / name).is_file()}
-    vocab, merges = next(((present[v], present[m]) for v, m in PAIRS if v in present and m in present), (None, None))
+    present = files_in(directory, NAMES)
+    vocab, merges = _pair_in(present)
     tokenizer_json = present.get("tokenizer.json")
-    other = next((present[name] for name in OTHERS if name in present), None)
+    other = next(filter(None, map(present.get, OTHERS)), None)
     if not (tokenizer_json or vocab or other):
         return None
     return TokenizerFiles(directory, vocab, merges, tokenizer_json, other=other)
+
+
+def _pair_in(present: Mapping[str, Path]) -> tuple[Path, Path] | tuple[None, None]:
+    """The vocabulary and its merges, if both are there."""
+    for vocab, merges in PAIRS:
+        if vocab in present and merges in present:
+            return present[vocab], present[merges]
+    return None, None
 
 
 def same_tokenizer(a: TokenizerFiles, b: TokenizerFiles) -> bool:
@@ -158,7 +170,7 @@ def same_tokenizer(a: TokenizerFiles, b: TokenizerFiles) -> bool:
     ``normalized`` is not compared: GPT-2 has no normalizer, and programs differ in what they write there.
     """
     if a.fault or b.fault:
-        return [_bytes(file) for file in a.files] == [_bytes(file) for file in b.files]
+        return list(map(_bytes, a.files)) == list(map(_bytes, b.files))
     x, y = a.vocabulary(), b.vocabulary()
     if (x.ids, x.merges, x.add_prefix_space) != (y.ids, y.merges, y.add_prefix_space):
         return False
@@ -186,8 +198,8 @@ def _is_byte_level(merges: list[tuple[str, str]]) -> bool:
 
     GPT-1's and CTRL's, which have files of the same names, begin with characters that end a word: ``e</w>``, ``e@@``.
     """
-    known = {a + b for a, b in merges} | BYTES
-    return all(a in known and b in known for a, b in merges)
+    known = set(map("".join, merges)) | BYTES
+    return known.issuperset(itertools.chain.from_iterable(merges))
 
 
 def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
@@ -196,7 +208,8 @@ def _from_tokenizer_json(raw: dict[str, Any], where: Path) -> Vocabulary:
         kind = model.get("type") if isinstance(model, dict) else None
         raise _not_gpt2s(where, kind if kind in MODELS else "an unknown kind of tokenizer")
     ids, added = read_added_tokens(_ids(model.get("vocab"), where), where.parent, raw.get("added_tokens"), where)
-    return Vocabulary(_ids(ids, where), _pairs(model.get("merges"), where), added, bool(before.get("add_prefix_space")))
+    merges = read_pairs(model.get("merges"), where)
+    return Vocabulary(_ids(ids, where), merges, added, bool(before.get("add_prefix_space")))
 
 
 def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]) -> bool:
@@ -216,22 +229,27 @@ def _is_gpt2s(raw: dict[str, Any], model: dict[str, Any], before: dict[str, Any]
     return plain and before.get("type") == "ByteLevel" and before.get("use_regex", True) is True
 
 
-def _pairs(raw: Any, where: Path) -> list[tuple[str, str]]:
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in raw] if isinstance(raw, list) else [[]]
-    if not all(
-        isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) and _is_text(t) for t in p) for p in pairs
-    ):
-        raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
-    return [(a, b) for a, b in pairs]
+def read_pairs(raw: Any, where: Path | str) -> list[tuple[str, str]]:
+    """The pairs to merge, of a list of texts ``"a b"`` or of lists ``["a", "b"]``.
+
+    Raises:
+        TokenizerError: if that is not what ``raw`` is.
+    """
+    pairs = []
+    for merge in raw if isinstance(raw, list) else [None]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not _is_pair(pair):
+            raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
-def _is_text(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def _is_pair(value: Any) -> TypeGuard[list[str]]:
+    return is_list_of(value, str) and len(value) == 2 and not SURROGATE.search(value[0] + value[1])
 
 
 def _ids(raw: Any, where: Path) -> dict[str, int]:
-    sound = isinstance(raw, dict) and raw and all(type(i) is int and i >= 0 for i in raw.values())
-    if not sound:
+    if not isinstance(raw, dict) or not raw or not are_sizes(raw.values()):
         raise TokenizerError(f"{where}: not a valid table of tokens and ids")
     if len(set(raw.values())) != len(raw):
         raise TokenizerError(f"{where}: duplicate token id")
@@ -242,10 +260,15 @@ def _ids(raw: Any, where: Path) -> dict[str, int]:
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     lines = _text(path).replace("\r\n", "\n").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if wrong := next((p for p in pairs if len(p) != 2), None):
-        raise TokenizerError(f"{path}: {' '.join(wrong)[:60]!r} is not a merge of two tokens")
-    return [(a, b) for a, b in pairs]
+    pairs = []
+    for line in lines:
+        if not line or line.startswith("#version"):
+            continue
+        first, *rest = line.split(" ")
+        if len(rest) != 1:
+            raise TokenizerError(f"{path}: {line[:60]!r} is not a merge of two tokens")
+        pairs.append((first, rest[0]))
+    return pairs
 
 
 def _bytes(path: Path) -> bytes:
@@ -334,7 +357,7 @@ def _decoder(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _copies(found: TokenizerFiles, names: Iterable[str]) -> dict[str, bytes]:
     """Name -> contents of the files that exist."""
-    return {name: _bytes(found.directory / name) for name in names if (found.directory / name).is_file()}
+    return {name: _bytes(path) for name, path in files_in(found.directory, names).items()}
 
 
 def _pair(found: TokenizerFiles, vocabulary: Vocabulary, first: str, second: str) -> dict[str, bytes]:

@@ -116,12 +116,19 @@ def stays(cache: str) -> bool:
 
 def past_names(n_layer: int) -> list[str]:
     """The inputs of the cache: key and value of each layer in turn."""
-    return [f"past_key_values.{i}.{part}" for i in range(n_layer) for part in ("key", "value")]
+    return _cache_names("past_key_values", n_layer)
 
 
 def present_names(n_layer: int) -> list[str]:
     """The outputs of the cache, in the order of ``past_names``."""
-    return [f"present.{i}.{part}" for i in range(n_layer) for part in ("key", "value")]
+    return _cache_names("present", n_layer)
+
+
+def _cache_names(start: str, n_layer: int) -> list[str]:
+    names = []
+    for i in range(n_layer):
+        names += [f"{start}.{i}.key", f"{start}.{i}.value"]
+    return names
 
 
 def has_onnx(path: str | Path) -> bool:
@@ -132,8 +139,11 @@ def has_onnx(path: str | Path) -> bool:
 def models_in(directory: Path) -> dict[str, Path]:
     """Precision -> ONNX file, for each model that a directory holds: in ``onnx/``, or else in the directory itself."""
     for folder in (directory / "onnx", directory):
-        files = {name: folder / f"model{precision.suffix}.onnx" for name, precision in PRECISIONS.items()}
-        found = {name: file for name, file in files.items() if file.is_file()}
+        found = {}
+        for name, precision in PRECISIONS.items():
+            file = folder / f"model{precision.suffix}.onnx"
+            if file.is_file():
+                found[name] = file
         if found:
             return found
     return {}

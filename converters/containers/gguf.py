@@ -19,6 +19,7 @@ from ..errors import CheckpointError, FormatError
 from ..io.publishing import Output
 from ..io.reading import Cursor, File
 from ..tensors import F32, LazyTensor
+from ..values import is_list_of
 from .container import Container
 from .gguf_types import PLAIN, Q8_0, TYPES, UNREAD, TensorType
 
@@ -255,7 +256,7 @@ def _packed(text: str) -> bytes:
 
 def _typed(value: Any) -> bytes:
     if isinstance(value, list):
-        if all(isinstance(item, str) for item in value):
+        if is_list_of(value, str):
             return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_packed, value))
         return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
     if isinstance(value, str):

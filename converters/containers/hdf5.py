@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import BY_NUMPY
 from ..errors import FormatError
 from ..io.reading import File
-from ..tensors import DTYPES, LazyTensor
+from ..tensors import LazyTensor
+from ..values import are_sizes
 from .container import Container
 
 SECONDS = 60
@@ -71,20 +73,16 @@ def _listed(printed: bytes, path: Path) -> list[Any]:
             raise FormatError(f"{path}: {str(result['error'])[:MAX_ERROR]}")
         datasets: list[Any] = result["datasets"]
         for name, kind, shape, offset in datasets:
-            if not (type(name) is type(kind) is str and type(shape) is list and _are_sizes([*shape, offset])):
+            if not (type(name) is type(kind) is str and type(shape) is list and are_sizes([*shape, offset], 2**63)):
                 raise ValueError("not a list of data sets")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise FormatError(f"{path}: the HDF5 library cannot list its data sets") from None
     return datasets
 
 
-def _are_sizes(values: list[Any]) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
 def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> LazyTensor:
     where = f"{file.path}: {name[:100]!r}"
-    dtype = next((dtype for dtype in DTYPES.values() if dtype.numpy == kind and dtype.name != "BF16"), None)
+    dtype = BY_NUMPY.get(kind)
     if dtype is None:
         raise FormatError(f"{where}: data type {kind!r}, which gpt2x does not read")
     if len(shape) > MAX_RANK or math.prod(shape) >= 2**40 or not name.isprintable():

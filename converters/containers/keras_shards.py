@@ -6,6 +6,7 @@ beside the index hold some of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import FormatError
 from ..io.json import read_json
 from ..io.reading import beside
 from ..tensors import LazyTensor
+from ..values import is_list_of
 from .container import Container
 from .hdf5 import open_hdf5
 
@@ -29,7 +31,7 @@ def open_keras_shards(path: Path) -> Container:
         FormatError: if a file is missing, or index and files disagree on what lies where.
     """
     weight_map = _weight_map(read_json(path, MAX_INDEX), path)
-    names = sorted({name for files in weight_map.values() for name in files})
+    names = sorted(set(itertools.chain.from_iterable(weight_map.values())))
     if len(names) > MAX_FILES:
         raise FormatError(f"{path}: {len(names)} files of weights, which exceeds the limit of {MAX_FILES}")
     files = {name: beside(path.parent, name, str(path)) for name in names}
@@ -38,8 +40,7 @@ def open_keras_shards(path: Path) -> Container:
         shard = open_hdf5(file)
         _check(path, name, shard, weight_map, tensors)
         tensors.update(shard.tensors)
-    groups = {_group(name) for name in tensors}
-    missing = sorted(group for group in weight_map if group not in groups)
+    missing = sorted(set(weight_map) - set(map(_group, tensors)))
     if missing:
         raise FormatError(f"{path}: {missing[0][:100]} is in none of its files, although the index states so")
     return Container("hdf5", path, tensors, parts=tuple(files.values()))
@@ -53,7 +54,7 @@ def _weight_map(raw: Mapping[str, Any], path: Path) -> dict[str, list[str]]:
     result = {}
     for group, files in stated.items():
         listed = [files] if isinstance(files, str) else files
-        if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+        if not is_list_of(listed, str) or not listed:
             raise FormatError(f"{path}: no valid weight_map of groups to files: {group[:100]!r}")
         result[group.strip("/")] = listed
     return result

@@ -88,7 +88,8 @@ def _layout(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, shape in ARRAYS.items():
         sized = tuple(sizes[symbol] for symbol in shape)
         layers = range(config["num_layers"] if "{i}" in name else 1)
-        yield from ((name.replace("{i}", str(i)), sized) for i in layers)
+        for i in layers:
+            yield name.replace("{i}", str(i)), sized
 
 
 def write_llmc(out: Output, tensors: Mapping[str, LazyTensor], config: Mapping[str, int], dtype: DType) -> None:

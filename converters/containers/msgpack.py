@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CheckpointError, FormatError
 from ..io.reading import Cursor, File
 from ..tensors import DTYPES, LazyTensor
+from ..values import are_sizes
 from .container import Container
 
 NDARRAY, SCALAR = 1, 3  # extension types of Flax
@@ -151,7 +152,7 @@ class _Reader:
 
 
 def _sizes(shape: Any, where: str) -> tuple[int, ...]:
-    sound = isinstance(shape, list) and len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
+    sound = isinstance(shape, list) and len(shape) <= MAX_RANK and are_sizes(shape)
     if not sound or math.prod(shape) >= 2**40:
         raise FormatError(f"{where}: invalid shape, {str(shape)[:100]}")
     return tuple(shape)
@@ -174,7 +175,8 @@ def _flatten(tree: dict[str, Any], above: str, tensors: dict[str, LazyTensor], w
 
 def _joined(item: dict[str, Any], where: str) -> LazyTensor:
     """An array in chunks: a shape and chunks, each a map of the numbers from 0 to its items."""
-    shape, parts = (_listed(item.get(key), where) for key in ("shape", "chunks"))
+    shape = _listed(item.get("shape"), where)
+    parts = _listed(item.get("chunks"), where)
     sizes = _sizes(shape, where)
     if not parts or not all(isinstance(part, LazyTensor) and part.dtype == parts[0].dtype for part in parts):
         raise FormatError(f"{where}: chunks that are not arrays of one dtype")
@@ -184,6 +186,6 @@ def _joined(item: dict[str, Any], where: str) -> LazyTensor:
 
 
 def _listed(numbered: Any, where: str) -> list[Any]:
-    if not isinstance(numbered, dict) or list(numbered) != [str(i) for i in range(len(numbered))]:
+    if not isinstance(numbered, dict) or list(numbered) != list(map(str, range(len(numbered)))):
         raise FormatError(f"{where}: the chunks of an array are not numbered")
     return list(numbered.values())

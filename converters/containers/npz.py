@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..dtypes import BY_NUMPY
 from ..errors import FormatError, UnsafeError
 from ..io.reading import File
-from ..tensors import DTYPES, DType, LazyTensor
+from ..tensors import DType, LazyTensor
 from .container import Container
 from .zip_members import Member, check_stored, read_members
 
@@ -26,7 +27,6 @@ MAX_RANK = 8
 HEADER = re.compile(
     rb"\{'descr': '([^'\\]{2,20})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,19}(?:, ?|(?=\))))*)\), \} *\n"
 )
-DESCRIPTORS = {dtype.numpy: dtype for dtype in DTYPES.values() if dtype.name != "BF16"}
 
 
 def open_npz(path: Path) -> Container:
@@ -106,9 +106,9 @@ def _dtype(descriptor: bytes, where: str) -> DType:
     text = descriptor.decode("latin-1")
     if text[1:].startswith("O"):
         raise UnsafeError(f"{where}: an array of Python objects, which NumPy stores as a pickle: refused")
-    if text not in DESCRIPTORS:
+    if text not in BY_NUMPY:
         raise FormatError(f"{where}: values of the type {text!r}, which gpt2x does not read")
-    return DESCRIPTORS[text]
+    return BY_NUMPY[text]
 
 
 def _shape(sizes: bytes, where: str, order: bytes) -> tuple[int, ...]:

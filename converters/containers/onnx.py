@@ -94,8 +94,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         FormatError: if the model is invalid.
     """
-    entries = (part for number, part in _fields(Cursor(File(path))) if number == METADATA)
-    return dict(_entry(part, str(path), MAX_METADATA) for part in itertools.islice(entries, MAX_ENTRIES))
+    entries = itertools.islice(_parts(Cursor(File(path)), METADATA), MAX_ENTRIES)
+    return dict(_entry(part, str(path), MAX_METADATA) for part in entries)
 
 
 def external_files(path: Path) -> frozenset[str]:
@@ -104,17 +104,22 @@ def external_files(path: Path) -> frozenset[str]:
     Raises:
         FormatError: if the model is invalid.
     """
-    graphs = (part for number, part in _fields(Cursor(File(path))) if number == GRAPH and isinstance(part, Cursor))
-    tensors = (part for graph in graphs for number, part in _fields(graph) if number == INITIALIZER)
-    entries = (
-        part
-        for tensor in tensors
-        if isinstance(tensor, Cursor)
-        for number, part in _fields(tensor)
-        if number == EXTERNAL
-    )
-    pairs = (_entry(entry, str(path)) for entry in entries)
-    return frozenset(value for key, value in pairs if key == "location")
+    found = set()
+    for graph in _parts(Cursor(File(path)), GRAPH):
+        for tensor in _parts(graph, INITIALIZER):
+            for part in _parts(tensor, EXTERNAL):
+                key, value = _entry(part, str(path))
+                if key == "location":
+                    found.add(value)
+    return frozenset(found)
+
+
+def _parts(message: Any, field: int) -> Iterator[Any]:
+    """The values of one field of a message; none if it is no message."""
+    if isinstance(message, Cursor):
+        for number, part in _fields(message):
+            if number == field:
+                yield part
 
 
 def _fields(cursor: Cursor) -> Iterator[tuple[int, Any]]:

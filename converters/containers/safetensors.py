@@ -19,6 +19,7 @@ from ..io.json import parse_json
 from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, LazyTensor
+from ..values import all_are, are_sizes
 from .container import Container
 
 MAX_HEADER = 100_000_000  # the library's limit
@@ -36,7 +37,7 @@ def open_safetensors(path: Path) -> Container:
     file = File(path)
     header, start = _header(file)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all_are(metadata.values(), str):
         raise FormatError(f"{path}: __metadata__ is not a table of strings")
     tensors = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
     _check_cover(file, start, header)
@@ -83,9 +84,7 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in value
-    )
+    return isinstance(value, list) and are_sizes(value, 2**63)
 
 
 def _check_cover(file: File, start: int, header: Mapping[str, Any]) -> None:
@@ -110,9 +109,12 @@ def _layout(
     # transformers requires "format": "pt".
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({CONFIG_KEY: json.dumps(config)} if config else {})}
     position = 0
-    spans = {name: (position, position := position + tensor.nbytes) for name, tensor in ordered}
+    spans = {}
     for name, tensor in ordered:
-        header[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": list(spans[name])}
+        end = position + tensor.nbytes
+        header[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        spans[name] = (position, end)
+        position = end
     data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     data = data.ljust((len(data) + 7) // 8 * 8)
     head = struct.pack("<Q", len(data)) + data

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..io.json import read_json
-from ..io.reading import beside
+from ..io.reading import beside, names_of
 from ..tensors import LazyTensor
+from ..values import all_are
 from .container import Container
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
@@ -89,7 +90,7 @@ def open_index(path: Path, open_file: Callable[[Path], Container]) -> Container:
 
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all_are(weight_map.values(), str):
         raise FormatError(f"{path}: no valid weight_map of names to files")
     return weight_map
 
@@ -102,9 +103,8 @@ def _check_files(path: Path, names: Sequence[str]) -> None:
             raise FormatError(f"{path}: points to {name!r}, which is not a file of weights")
     missing = [file for file in files if not file.is_file()]
     if len(missing) > 1:
-        listed = ", ".join(file.name for file in missing[:5])
         raise FormatError(
-            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {listed}"
+            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {names_of(missing[:5])}"
         )
 
 

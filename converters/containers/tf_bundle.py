@@ -21,6 +21,7 @@ from ..io.publishing import new_file
 from ..io.reading import File
 from ..io.sstable import _text, mask, read_table, unmask, write_index
 from ..tensors import DTYPES, Checksum, DType, LazyTensor
+from ..values import are_sizes
 from .container import Container
 
 MAX_SLICES = 256
@@ -56,15 +57,22 @@ def open_bundle(prefix: Path) -> Container:
         if not entry.slices:
             shards.claim(entry, f"{where}: {_text(key)}")
     shards.check_overlaps()
-    tensors = {_name(key, where): _tensor(key, entry, parsed, shards, where) for key, entry in sorted(whole.items())}
+    tensors: dict[str, LazyTensor] = {}
+    left_out = []  # strings, which are not parameters
+    for key, entry in sorted(whole.items()):
+        name = _name(key, where)
+        if entry.dtype == STRING:
+            left_out.append(name)
+        else:
+            tensors[name] = _tensor(key, entry, parsed, shards, where)
     used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
     if strays := sorted(set(parsed) - set(whole) - used):
         raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
     return Container(
         "tf",
         prefix,
-        {n: t for n, t in tensors.items() if t},
-        left_out=tuple(n for n, t in tensors.items() if not t),
+        tensors,
+        left_out=tuple(left_out),
         parts=tuple(file.path for file in shards.files.values()),
     )
 
@@ -90,7 +98,7 @@ def _header(value: bytes | None, where: str) -> _Header:
     if fields.number(2) != 0:
         raise FormatError(f"{where}: big-endian tensors; only little-endian ones are read")
     version = Fields(fields.bytes(3), f"{where}: header version")
-    if version.number(2) > 1 or any(bad == 1 for bad in version.numbers(3)):
+    if version.number(2) > 1 or 1 in version.numbers(3):
         raise FormatError(f"{where}: written for readers of version {version.number(2)}; gpt2x reads version 1")
     num_shards = fields.signed(1)
     if not 0 < num_shards < 100_000:
@@ -135,12 +143,13 @@ class Entry:
     def serialize(self) -> bytes:
         """The message in bytes, as TensorFlow writes it: fields in order, zeros omitted."""
         dims = b"".join(_field_bytes(2, _field_number(1, n)) for n in self.shape)
-        numbers = ((3, self.shard), (4, self.offset), (5, self.size))
         crc = b"\x35" + struct.pack("<I", self.crc) if self.crc else b""
         return (
             _field_number(1, self.dtype)
             + _field_bytes(2, dims)
-            + b"".join(_field_number(n, v) for n, v in numbers)
+            + _field_number(3, self.shard)
+            + _field_number(4, self.offset)
+            + _field_number(5, self.size)
             + crc
         )
 
@@ -150,22 +159,30 @@ def _shape(data: bytes, where: str) -> tuple[int, ...]:
     if fields.number(3):
         raise FormatError(f"{where}: a shape of unknown rank")
     dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2)[:9])
-    if len(dims) > 8 or any(not 0 <= d < 2**40 for d in dims) or math.prod(dims) >= 2**40:
+    if len(dims) > 8 or not are_sizes(dims, 2**40) or math.prod(dims) >= 2**40:
         raise FormatError(f"{where}: invalid shape, {list(dims[:9])}")
     return dims
 
 
 def _slice(data: bytes, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], ...]:
     """A TensorSliceProto as (start, length) a dimension; length -1 is all of it."""
-    extents = [Fields(raw, f"{where}: slice") for raw in Fields(data, f"{where}: slice").all_bytes(1)[: len(shape) + 1]]
-    result = tuple((e.signed(1), e.signed(2) if e.has(2) else -1) for e in extents)
-    inside = (
-        start >= 0 and length >= 1 and start + length <= n if length != -1 else start == 0
-        for (start, length), n in zip(result, shape, strict=False)
-    )
-    if len(result) != len(shape) or not all(inside):
+    messages = Fields(data, f"{where}: slice").all_bytes(1)[: len(shape) + 1]
+    result = tuple(_extent(message, where) for message in messages)
+    if len(result) != len(shape) or not all(map(_is_inside, result, shape)):
         raise FormatError(f"{where}: a slice {list(result)} outside the shape {list(shape)}")
     return result
+
+
+def _extent(data: bytes, where: str) -> tuple[int, int]:
+    fields = Fields(data, f"{where}: slice")
+    return fields.signed(1), fields.signed(2) if fields.has(2) else -1
+
+
+def _is_inside(extent: tuple[int, int], size: int) -> bool:
+    start, length = extent
+    if length == -1:
+        return start == 0
+    return start >= 0 and length >= 1 and start + length <= size
 
 
 class _Shards:
@@ -199,10 +216,8 @@ class _Shards:
                     raise FormatError(f"{where}: overlaps another tensor's bytes")
 
 
-def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> LazyTensor | None:
-    """The tensor of one name; None for strings, which are not parameters."""
-    if entry.dtype == STRING:
-        return None
+def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> LazyTensor:
+    """The tensor of one name, or of one slice."""
     dtype = DTYPES[TYPES[entry.dtype]]
     if entry.slices:
         return _sliced(key, entry, entries, shards, dtype, f"{where}: {_text(key)}")
@@ -215,41 +230,53 @@ def _sliced(
     key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _Shards, dtype: DType, where: str
 ) -> LazyTensor:
     """A partitioned variable, concatenated from the entries of its slices."""
-    parts: list[tuple[tuple[slice, ...], LazyTensor]] = []
+    places: list[tuple[slice, ...]] = []
+    parts: list[LazyTensor] = []
     for extents in entry.slices:
         sub_key = slice_key(key, extents)
-        place = tuple(
-            slice(s, s + n) if n != -1 else slice(0, d) for (s, n), d in zip(extents, entry.shape, strict=True)
-        )
-        shape = tuple(p.stop - p.start for p in place)
+        place = tuple(map(_range, extents, entry.shape))
         sub = entries.get(sub_key)
-        if sub is None or sub.slices or sub.shape != shape or sub.dtype != entry.dtype:
+        if sub is None or sub.slices or sub.shape != _lengths(place) or sub.dtype != entry.dtype:
             raise FormatError(f"{where}: its slice {list(extents)} is missing or has another shape")
-        part = _tensor(sub_key, sub, entries, shards, where)
-        assert part
-        parts.append((place, part))
-    _check_tiling([place for place, _ in parts], entry.shape, where)
+        places.append(place)
+        parts.append(_tensor(sub_key, sub, entries, shards, where))
+    _check_tiling(places, entry.shape, where)
 
     def stream() -> Iterator[bytes]:
-        if all(p[1:] == tuple(slice(0, d) for d in entry.shape[1:]) for p, _ in parts):  # cut along the first axis
-            for _, part in sorted(parts, key=lambda item: [place.start for place in item[0]]):
+        placed = list(zip(places, parts, strict=True))
+        if all(_lengths(place[1:]) == entry.shape[1:] for place in places):  # cut along the first axis
+            for _, part in sorted(placed, key=lambda item: _starts(item[0])):
                 yield from part.chunks()
             return
         import numpy as np
 
         whole = np.empty(entry.shape, dtype.numpy)
-        for place, part in parts:
+        for place, part in placed:
             whole[place] = part.read()
         yield from LazyTensor.of(whole, dtype).chunks()
 
     return LazyTensor(dtype, entry.shape, stream, None, checksummed=True)
 
 
+def _range(extent: tuple[int, int], size: int) -> slice:
+    """The part of an axis that an extent covers."""
+    start, length = extent
+    return slice(0, size) if length == -1 else slice(start, start + length)
+
+
+def _starts(place: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(axis.start for axis in place)
+
+
+def _lengths(place: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(axis.stop - axis.start for axis in place)
+
+
 def _check_tiling(places: list[tuple[slice, ...]], shape: tuple[int, ...], where: str) -> None:
     for a, b in itertools.combinations(places, 2):
         if all(x.start < y.stop and y.start < x.stop for x, y in zip(a, b, strict=True)):
             raise FormatError(f"{where}: its slices overlap")
-    if sum(math.prod(s.stop - s.start for s in place) for place in places) != math.prod(shape):
+    if sum(map(math.prod, map(_lengths, places))) != math.prod(shape):
         raise FormatError(f"{where}: its slices leave a gap")
 
 
@@ -260,7 +287,7 @@ def slice_key(name: bytes, extents: Iterable[tuple[int, int]]) -> bytes:
     """The key of a slice of a partitioned variable: EncodeTensorNameSlice of TensorFlow."""
     extents = list(extents)
     parts = [_code_number(0), _code_string(name), _code_number(len(extents))]
-    return b"".join(parts + [_code_signed(n) for extent in extents for n in extent])
+    return b"".join([*parts, *map(_code_signed, itertools.chain.from_iterable(extents))])
 
 
 def _code_number(value: int) -> bytes:

@@ -51,4 +51,4 @@ def _int(value: int) -> bytes:
 
 
 def _ints(values: Any) -> bytes:
-    return b"(" + b"".join(_int(v) for v in values) + b"t"
+    return b"(" + b"".join(map(_int, values)) + b"t"

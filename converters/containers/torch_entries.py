@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FormatError
 from ..tensors import LazyTensor
+from ..values import all_are
 from .container import Container, Entry
 from .torch_values import SHOWN, Opaque, TensorRef, UnreadTensor, describe
 
@@ -147,7 +148,7 @@ def is_module(value: Any) -> bool:
     if not isinstance(value, Opaque):
         return False
     fields = value.fields()
-    return all(isinstance(fields.get(key), dict) for key in ("_parameters", "_buffers", "_modules"))
+    return all_are(map(fields.get, ("_parameters", "_buffers", "_modules")), dict)
 
 
 def _modules(module: Opaque, where: str) -> Iterator[tuple[str, Opaque]]:

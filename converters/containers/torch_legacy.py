@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import FormatError
 from ..io.reading import File
 from ..tensors import LazyTensor
+from ..values import is_list_of
 from .container import Container
 from .torch_entries import container_of, named_tensors
 from .torch_pickle import load_pickle
@@ -48,7 +49,7 @@ def open_torch_legacy(path: Path) -> Container:
 
 def _storages(file: File, position: int, keys: object, described: dict[str, Storage]) -> dict[str, LazyTensor]:
     """Every storage by key. They follow one another, and the last one must end at the end of the file."""
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+    if not is_list_of(keys, str) or len(set(keys)) != len(keys):
         raise FormatError(f"{file.path}: invalid list of storages")
     result: dict[str, LazyTensor] = {}
     for key in keys:

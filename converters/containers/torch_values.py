@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..tensors import DType
+from ..values import all_are
 
 SHOWN = 100  # characters of a name that a message shows
 
@@ -134,8 +135,7 @@ def _plain(value: Any) -> Any:
         return _numpy_scalar(value)
     if isinstance(value, list | dict) and not value:
         return value
-    is_short = isinstance(value, list) and len(value) <= MAX_LIST
-    if is_short and all(isinstance(item, PLAIN) for item in value):
+    if isinstance(value, list) and len(value) <= MAX_LIST and all_are(value, PLAIN):
         return value
     return describe(value)
 

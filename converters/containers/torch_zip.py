@@ -21,6 +21,7 @@ from ..errors import CheckpointError, FormatError
 from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import Checksum, LazyTensor
+from ..values import all_are, any_ends_with
 from .container import Container
 from .torch_dump import dump_pickle
 from .torch_entries import container_of, named_tensors
@@ -78,7 +79,7 @@ def _module_state(saved: Any, where: str) -> dict[str, Any]:
     """The named tensors of a module, with dots in their names."""
     is_plain = isinstance(saved, Opaque) and saved.name == MODULE and saved.arguments == ()
     state = saved.state if is_plain else None
-    if not isinstance(state, dict) or not all(isinstance(value, TensorRef) for value in state.values()):
+    if not isinstance(state, dict) or not all_are(state.values(), TensorRef):
         raise CheckpointError(f"{where}: a module that does not only hold tensors, which gpt2x does not read")
     result = {name.replace("|", "."): value for name, value in state.items()}
     if len(result) != len(state):
@@ -95,7 +96,7 @@ def program_in(names: Sequence[str], start: bytes = b"") -> str | None:
     """
     if start.startswith(OUTPUT_ARCHIVE):
         return None
-    return next((kind for kind, (end, _) in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
+    return next((kind for kind, (end, _) in PROGRAMS.items() if any_ends_with(names, end)), None)
 
 
 def _refuse_programs(file: File, members: Mapping[str, Member]) -> None:

@@ -22,9 +22,10 @@ from ..dialects import GGUF as DIALECT
 from ..errors import CheckpointError, ConfigError, TokenizerError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import GPT2Config, with_inner
+from ..spec import GPT2Config, renamed, spelled, with_inner
 from ..tensors import DTYPES, F32, DType, LazyTensor
-from ..tokenizer import Vocabulary
+from ..tokenizer import Vocabulary, read_pairs
+from ..values import all_are
 from .format import FLOATS, Codec, Embedded, Format, Job, Opener, Written, starts_with
 from .notes import NO_TOKENIZER, not_stored, refuse_float64, tokenizer_notes, vocabulary_of
 
@@ -70,7 +71,7 @@ def from_gguf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
             faults.append(f"{key} is {str(value)[:60]}: unknown to gpt2x, and it may change the arithmetic")
     if faults:
         raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults)
-    fields = {name: raw[key] for key, name in KEYS.items() if key in raw}
+    fields = renamed(raw, KEYS)
     epsilon = fields.get("layer_norm_epsilon")
     if isinstance(epsilon, float):
         fields["layer_norm_epsilon"] = _shortest(epsilon)
@@ -79,8 +80,7 @@ def from_gguf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def to_gguf(config: GPT2Config) -> dict[str, Any]:
     """The metadata of a configuration, without the token ids that it does not have."""
-    values = {key: getattr(config, name) for key, name in KEYS.items()}
-    return {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in spelled(config, KEYS).items() if value is not None}
 
 
 def _shortest(value: float) -> float:
@@ -136,11 +136,9 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
         raise _not_gpt2s(where)
     if len(kinds) != len(tokens) or not _splits_text_as_gpt2(metadata):
         raise _not_gpt2s(where)
-    if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
+    if not all_are(tokens, str) or len(set(tokens)) != len(tokens):
         raise TokenizerError(f"{where}: invalid tokens: duplicates, or not strings")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise TokenizerError(f"{where}: invalid merges: not pairs of tokens")
+    pairs = read_pairs(merges, where)
     ids, added = {}, []
     flags = _flags(metadata, where)
     for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
@@ -148,7 +146,7 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
             ids[token] = i
         if kind in (CONTROL, USER_DEFINED):
             added.append(usual_token(token, special=kind == CONTROL).with_flags(flags.get(token, {})))
-    return Vocabulary(ids, [(a, b) for a, b in pairs], tuple(added))
+    return Vocabulary(ids, pairs, tuple(added))
 
 
 def _flags(metadata: Mapping[str, Any], where: str) -> dict[str, dict[str, bool]]:
@@ -159,7 +157,7 @@ def _flags(metadata: Mapping[str, Any], where: str) -> dict[str, dict[str, bool]
     tokens = parse_json(text.encode(), f"{where}: {FLAGS}")
     for flags in tokens.values():
         is_valid = isinstance(flags, dict) and flags.keys() <= set(KEPT_FLAGS)
-        if not is_valid or not all(isinstance(flag, bool) for flag in flags.values()):
+        if not is_valid or not all_are(flags.values(), bool):
             raise TokenizerError(f"{where}: invalid {FLAGS}")
     return tokens
 
@@ -184,7 +182,7 @@ def tokenizer_metadata(vocabulary: Vocabulary, n_vocab: int) -> dict[str, Any]:
     Raises:
         TokenizerError: if the id of another token is not in the model's vocabulary.
     """
-    without_row = {token.content for token in _without_row(vocabulary, n_vocab)}
+    without_row = set(_without_row(vocabulary, n_vocab))
     names = {i: token for token, i in vocabulary.ids.items() if token not in without_row}
     largest = max(names, default=0)
     if largest >= n_vocab:
@@ -193,23 +191,27 @@ def tokenizer_metadata(vocabulary: Vocabulary, n_vocab: int) -> dict[str, Any]:
             "pass --tokenizer DIR with the model's own, or --no-tokenizer"
         )
     kinds = dict.fromkeys(names, NORMAL)
+    flags: dict[str, dict[str, bool]] = {}
     for token in vocabulary.added:
         if token.content not in without_row:
             kinds[vocabulary.ids[token.content]] = CONTROL if token.special else USER_DEFINED
-    flags = {token.content: _unusual(token) for token in vocabulary.added if _unusual(token)}
+        unusual = _unusual(token)
+        if unusual:
+            flags[token.content] = unusual
     return {
         **({FLAGS: json.dumps(flags)} if flags else {}),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         TOKENS: [names.get(i, f"[PAD{i}]") for i in range(n_vocab)],
         KINDS: [kinds.get(i, UNUSED) for i in range(n_vocab)],
-        MERGES: [f"{a} {b}" for a, b in vocabulary.merges],
+        MERGES: list(map(" ".join, vocabulary.merges)),
         "tokenizer.ggml.add_bos_token": False,
     }
 
 
-def _without_row(vocabulary: Vocabulary, n_vocab: int) -> list[AddedToken]:
-    return [token for token in vocabulary.added if vocabulary.ids[token.content] >= n_vocab]
+def _without_row(vocabulary: Vocabulary, n_vocab: int) -> list[str]:
+    """The added tokens whose ids the model does not have."""
+    return [token.content for token in vocabulary.added if vocabulary.ids[token.content] >= n_vocab]
 
 
 def _unusual(token: AddedToken) -> dict[str, bool]:
@@ -302,7 +304,7 @@ def _tokenizer_notes(checkpoint: Checkpoint) -> list[str]:
     vocabulary = checkpoint.tokenizer.vocabulary()
     without_row = _without_row(vocabulary, checkpoint.config.n_vocab)
     if without_row:
-        names = ", ".join(token.content for token in without_row)
+        names = ", ".join(without_row)
         notes.append(f"added tokens without a row of the embedding are left out: {names}")
     stripping = [token.content for token in vocabulary.added if token.lstrip or token.rstrip or token.single_word]
     if stripping:

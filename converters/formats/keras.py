@@ -16,7 +16,7 @@ from typing import Any
 from ..config import UNSUPPORTED
 from ..containers.container import Container
 from ..errors import ConfigError, FormatError
-from ..spec import GPT2Config, with_inner
+from ..spec import GPT2Config, renamed, spelled, with_inner
 from ..tensors import LazyTensor
 from .format import LATER, Codec, Embedded, Format, Opener, starts_with
 
@@ -58,7 +58,7 @@ def from_keras_hub(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if unknown:
         faults = [f"{key[:60]} is {str(backbone[key])[:60]!r}: {BACKBONE} has no such argument" for key in unknown]
         raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults)
-    fields = {name: backbone[key] for key, name in KEYS.items() if key in backbone}
+    fields = renamed(backbone, KEYS)
     dropout = backbone.get("dropout")
     if isinstance(dropout, float | int):
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
@@ -80,8 +80,7 @@ def _backbone(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def to_keras_hub(config: GPT2Config) -> dict[str, Any]:
     """The ``config.json`` of a ``GPT2Backbone``."""
-    sizes = {key: getattr(config, name) for key, name in KEYS.items()}
-    return {"class_name": BACKBONE, "config": {**sizes, "dropout": config.resid_pdrop}}
+    return {"class_name": BACKBONE, "config": {**spelled(config, KEYS), "dropout": config.resid_pdrop}}
 
 
 def is_kerass(raw: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from ..containers.container import Container
 from ..dialects import LLMC as DIALECT
 from ..io.publishing import new_file
-from ..spec import GPT2Config, with_inner
+from ..spec import GPT2Config, renamed, spelled, with_inner
 from ..tensors import BF16, F32
 from .format import Codec, Embedded, Format, Job, Opener, Written, starts_with
 from .notes import refuse_float64
@@ -28,12 +28,12 @@ KEYS = {
 
 def from_header(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The GPT2Config fields that the header states."""
-    return with_inner({name: raw[key] for key, name in KEYS.items()})
+    return with_inner(renamed(raw, KEYS))
 
 
 def to_header(config: GPT2Config) -> dict[str, int]:
     """The header of a configuration, without the size of the padded vocabulary."""
-    return {key: getattr(config, name) for key, name in KEYS.items()}
+    return spelled(config, KEYS)
 
 
 CODEC = Codec(from_header, to_header)

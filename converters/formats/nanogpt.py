@@ -19,7 +19,8 @@ from ..dialects import NANOGPT as NANOGPT_DIALECT
 from ..errors import ConfigError, FormatError
 from ..io.json import parse_json
 from ..io.publishing import new_file
-from ..spec import GPT2Config, with_inner
+from ..spec import GPT2Config, renamed, spelled, with_inner
+from ..values import all_are
 from .format import FLOATS, LATER, Codec, Embedded, Format, Job, Written
 from .huggingface import CODEC as HF_CODEC
 
@@ -56,7 +57,7 @@ def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError.listing(
             f"{where}: keys that nanoGPT's GPTConfig does not have", faults, how_to_ignore(unknown)
         )
-    fields = {name: raw[key] for key, name in KEYS.items() if key in raw}
+    fields = renamed(raw, KEYS)
     dropout = raw.get("dropout")
     if isinstance(dropout, float | int):
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
@@ -65,8 +66,7 @@ def from_model_args(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def to_model_args(config: GPT2Config) -> dict[str, Any]:
     """nanoGPT's ``model_args`` of a configuration."""
-    sizes = {key: getattr(config, name) for key, name in KEYS.items()}
-    return {**sizes, "bias": True, "dropout": 0.0}
+    return {**spelled(config, KEYS), "bias": True, "dropout": 0.0}
 
 
 CODEC = Codec(from_model_args, to_model_args)
@@ -108,7 +108,7 @@ def configuration_beside(container: Container) -> Beside | None:
         raw = parse_json(text.encode(), f"{container.path}: {CONFIG_KEY}")
         return Beside(CONFIG_KEY, Embedded(raw, HF_CODEC))
     arguments = container.metadata.get(MODEL_ARGS)
-    if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
+    if isinstance(arguments, dict) and all_are(arguments, str):
         _check_plain(arguments, container.path)
         return Beside(MODEL_ARGS, Embedded(arguments, CODEC, complete=False))
     for key in RUN_KEYS:
@@ -154,7 +154,7 @@ def _is_build_nanogpt(config: Any) -> bool:
     from ..containers.torch_values import plain_fields
 
     fields = plain_fields(config)
-    return fields is not None and _is_gpt_config(fields) and not any(key in fields for key in INERT)
+    return fields is not None and _is_gpt_config(fields) and fields.keys().isdisjoint(INERT)
 
 
 def dialect_of(container: Container, prefix: str) -> Dialect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import FormatError
+from ..values import is_list_of
 
 
 def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
@@ -51,7 +52,8 @@ class Fields:
 
     def numbers(self, field: int) -> list[int]:
         values = self.values.get(field, [])
-        if packed := [v for v in values if isinstance(v, bytes)]:  # repeated numbers may be packed
+        packed = [v for v in values if isinstance(v, bytes)]  # repeated numbers may be packed
+        if packed:
             return [n for data in packed for n in _unpack(data, self.where)]
         return [v for v in values if isinstance(v, int)]
 
@@ -67,9 +69,9 @@ class Fields:
 
     def all_bytes(self, field: int) -> list[bytes]:
         values = self.values.get(field, [])
-        if not all(isinstance(v, bytes) for v in values):
+        if not is_list_of(values, bytes):
             raise FormatError(f"{self.where}: field {field} is not a message")
-        return [v for v in values if isinstance(v, bytes)]
+        return values
 
     def bytes(self, field: int) -> bytes:
         return b"".join(self.all_bytes(field))  # parts of a message are merged by concatenation

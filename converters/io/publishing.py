@@ -207,8 +207,10 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
         with writing(path):
             for part in [*stage.rglob("*"), stage]:
                 _sync(part)
-            new = {name.as_posix() for name in _files(stage)}
-            if stale := [name for name in (rivals(path) if rivals and path.is_dir() else []) if name not in new]:
+            new = set(map(Path.as_posix, _files(stage)))
+            others = rivals(path) if rivals and path.is_dir() else []
+            stale = [name for name in others if name not in new]
+            if stale:
                 raise DestinationError(
                     f"{path}: holds {stale[0]}, which would be read together with the new files; move it away first"
                 )
@@ -282,8 +284,11 @@ def _publish_directory(stage: Path, path: Path, force: bool) -> None:
 
 def _files(directory: Path) -> list[Path]:
     """Every file in a tree, relative to it. Links count as files."""
-    found = (Path(top, name) for top, below, files in os.walk(directory) for name in (*files, *_links(top, below)))
-    return [file.relative_to(directory) for file in found]
+    found: list[Path] = []
+    for top, below, files in os.walk(directory):
+        folder = Path(top).relative_to(directory)
+        found += map(folder.joinpath, (*files, *_links(top, below)))
+    return found
 
 
 def _links(top: str, below: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import re
 import stat
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ from ..errors import FormatError, UnsafeError
 
 CHUNK = 1 << 20
 WINDOW = 64 << 10  # bytes that a cursor reads at once
+
+
+def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Name -> path of those of these files that a folder has, in the order of the names."""
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def names_of(paths: Iterable[Path]) -> str:
+    """The names of files or folders, without the folders that they are in, as text for the user."""
+    return ", ".join(path.name for path in paths)
 
 
 class File:

@@ -22,11 +22,12 @@ from ..checkpoint import Checkpoint, same_bytes
 from ..containers.container import Container
 from ..dtypes import DTYPES, NAMES, DType
 from ..errors import CheckpointError, ConfigError, FormatError
-from ..io.reading import check_name
+from ..io.reading import check_name, files_in
 from ..lora import changed
 from ..spec import LM_HEAD
 from ..tensors import LazyTensor
 from ..tokenizer import find_tokenizer
+from ..values import any_ends_with
 from .find import Source
 from .open import open_file
 
@@ -59,7 +60,7 @@ def open_adapter(source: Source, container: Container, path: str | Path | None) 
     """
     folder = _folder(path) if path is not None else None
     if not is_unmerged(container.tensors):
-        is_model = any(name.endswith(WTE) for name in container.tensors)
+        is_model = any_ends_with(container.tensors, WTE)
         if container.path.name in WEIGHT_FILES and not is_model:
             raise not_a_model(source.path, _configuration(source.home))
         return _beside(container, folder) if folder else Opened(container)
@@ -81,7 +82,7 @@ def adapter_in(path: str | Path) -> Adapter:
     """
     folder = _folder(path)
     config = _configuration(folder)
-    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    file = next(iter(files_in(folder, WEIGHT_FILES).values()), None)
     if file is None:
         raise FormatError(f"{folder}: no weights of an adapter (looked for {' and '.join(WEIGHT_FILES)})")
     return read_adapter(folder, (file, config.path), open_file(file).tensors, config)

@@ -13,7 +13,7 @@ from ..containers.tf_bundle import V1
 from ..errors import FormatError
 from ..formats import FORMATS, MODELS, OTHERS, SUFFIXES, WEIGHTS
 from ..io.json import read_json
-from ..io.reading import File, check_name, reading
+from ..io.reading import File, check_name, names_of, reading
 from .situations import HEAD, NO_WEIGHTS, advice_on_folder
 
 TF_SUFFIX = r"\.(index|data-\d{5}-of-\d{5})$"
@@ -137,16 +137,18 @@ def _only_file(path: Path) -> Source | None:
     if not files:
         return None
     advice = advice_on_folder(path)
-    names = ", ".join(file.name for file in files[:5])
-    raise FormatError(f"{path}: {advice or f'several weight files ({names}); pass one of them'}")
+    raise FormatError(f"{path}: {advice or f'several weight files ({names_of(files[:5])}); pass one of them'}")
 
 
 def _is_recognised(path: Path) -> bool:
     """Whether the first bytes of a file tell its format without doubt."""
     file = File(path)
     head = file.read(0, min(file.size, HEAD))
-    openers = (opener for entry in FORMATS for opener in entry.openers if not opener.uncertain)
-    return any(opener.matches(head, file.size) for opener in openers)
+    for entry in FORMATS:
+        for opener in entry.openers:
+            if not opener.uncertain and opener.matches(head, file.size):
+                return True
+    return False
 
 
 def _nothing_in(path: Path) -> FormatError:
@@ -203,7 +205,7 @@ def _hub_snapshot(path: Path) -> _Choice | None:
         return _Choice(snapshots[0], f"{path}: read snapshots/{snapshots[0].name}, the only one")
     if not snapshots:
         return None
-    names = ", ".join(folder.name for folder in snapshots[:5])
+    names = names_of(snapshots[:5])
     raise FormatError(
         f"{path}: several snapshots ({names}), and refs/main names none of them; pass one, such as {snapshots[0]}"
     )
@@ -217,8 +219,8 @@ def _newest_checkpoint(path: Path) -> _Choice | None:
     newest = folders[-1]
     note = f"{path}: read {newest.name}"
     if len(folders) > 1:
-        others = ", ".join(folder.name for folder in folders[-2:-5:-1])
-        note += f", the newest of {len(folders)}; pass another to read it ({others})"
+        others = folders[-2:-5:-1]
+        note += f", the newest of {len(folders)}; pass another to read it ({names_of(others)})"
     return _Choice(newest, note)
 
 
@@ -253,9 +255,12 @@ LAYOUTS: tuple[Callable[[Path], _Choice | None], ...] = (
 
 def _numbered(path: Path, pattern: str) -> Iterator[Path]:
     """The folders whose names match, by their number."""
-    matches = [match for folder in path.iterdir() if folder.is_dir() and (match := re.match(pattern, folder.name))]
-    for match in sorted(matches, key=lambda match: int(match[1][:20])):
-        yield path / match.string
+    numbers: dict[Path, int] = {}
+    for folder in path.iterdir():
+        match = re.match(pattern, folder.name)
+        if match and folder.is_dir():
+            numbers[folder] = int(match[1][:20])
+    yield from sorted(numbers, key=numbers.__getitem__)
 
 
 def _first_line(path: Path) -> str | None:
@@ -298,8 +303,7 @@ def _prefix_in(directory: Path) -> Path | None:
     if named in found:
         return named
     if len(found) > 1:
-        names = ", ".join(prefix.name for prefix in found)
-        raise FormatError(f"{directory}: several checkpoints ({names}); pass the prefix of one of them")
+        raise FormatError(f"{directory}: several checkpoints ({names_of(found)}); pass the prefix of one of them")
     if named is None:
         return found[0] if found else None
     if found:

@@ -142,8 +142,12 @@ def _read(container: Container, candidate: Candidate, others: Sequence[Candidate
     prefixes = tuple(other.prefix for other in others if not prefix.startswith(other.prefix))
     outputs = {other.dialect.lm_head_name(names, other.prefix) for other in others}
     outputs.discard(candidate.dialect.lm_head_name(names, prefix))
-    apart = {name: None for name in names if name.startswith(prefixes) or name in outputs}
-    tensors = {name: tensor for name, tensor in container.tensors.items() if name not in apart}
+    tensors, apart = {}, []
+    for name, tensor in container.tensors.items():
+        if name.startswith(prefixes) or name in outputs:
+            apart.append(name)
+        else:
+            tensors[name] = tensor
     model = candidate.dialect.read(tensors, prefix)
     model.rest += apart
     return model

@@ -25,6 +25,7 @@ from ..formats import OTHERS, WEIGHTS
 from ..io import sstable
 from ..io.json import parse_json, read_json
 from ..io.reading import File
+from ..values import any_ends_with
 
 HEAD = 512  # bytes that tell the format
 MAX_ENTRIES = 10_000  # of a folder
@@ -128,7 +129,7 @@ def _begins(*beginnings: bytes) -> Test:
 
 def _has_tensor(*endings: str) -> Test:
     """Whether there is a tensor for each of these ends of names."""
-    return lambda seen: all(any(name.endswith(end) for name in seen.tensors) for end in endings)
+    return lambda seen: all(any_ends_with(seen.tensors, end) for end in endings)
 
 
 def _both(*tests: Test) -> Test:
@@ -179,9 +180,9 @@ def _is_v2_index(seen: Evidence) -> bool:
 
 def _is_zip(seen: Evidence) -> bool:
     """Whether it is a zip archive, but not one that PyTorch, Keras or NumPy writes."""
-    is_torch = any(name.endswith(("/data.pkl", "/models/model.json", "/constants.pkl")) for name in seen.members)
+    is_torch = any_ends_with(seen.members, ("/data.pkl", "/models/model.json", "/constants.pkl"))
     is_keras = "model.weights.h5" in seen.members
-    is_numpy = any(name.endswith(".npy") for name in seen.members)
+    is_numpy = any_ends_with(seen.members, ".npy")
     return bool(seen.members) and not (is_torch or is_keras or is_numpy)
 
 
@@ -212,7 +213,7 @@ def _is_broken_link(seen: Evidence) -> bool:
 
 def _holds_broken_link(seen: Evidence) -> bool:
     links = (Evidence(seen.path / name) for name in seen.names)
-    return any(_is_broken_link(link) for link in links)
+    return any(map(_is_broken_link, links))
 
 
 def _is_other_pickle(seen: Evidence) -> bool:
@@ -229,14 +230,18 @@ def _is_quantized(seen: Evidence) -> bool:
     return bool(dtypes & {"I8", "U8", "I32"}) or _is_float8(seen)
 
 
+def _has_tensor_like(pattern: str, seen: Evidence) -> bool:
+    return any(re.search(pattern, name) for name in seen.tensors)
+
+
 def _is_scaled(seen: Evidence) -> bool:
-    return any(re.search(r"weight_scale|scale_weight|scale_inv|\.scales?$", name) for name in seen.tensors)
+    return _has_tensor_like(r"weight_scale|scale_weight|scale_inv|\.scales?$", seen)
 
 
 def _family(seen: Evidence) -> str:
     """The models that have a tensor of such a name; empty if none is known."""
     for family, pattern in OTHER_NAMES.items():
-        if any(re.search(pattern, name) for name in seen.tensors):
+        if _has_tensor_like(pattern, seen):
             return family
     return ""
 
@@ -643,8 +648,7 @@ SITUATIONS = (*FOLDERS, *FILES, *MODELS)
 
 def advice_on_folder(path: Path) -> str | None:
     """What a folder without weights is, and what to do next; None if that is not known."""
-    names = frozenset(file.name for file in itertools.islice(path.iterdir(), MAX_ENTRIES))
-    return _advice(FOLDERS, Evidence(path, names, below=_weights_below(path)))
+    return _advice(FOLDERS, Evidence(path, _names_in(path), below=_weights_below(path)))
 
 
 def advice_on_file(file: File, head: bytes) -> str | None:
@@ -758,8 +762,12 @@ def _evidence_of(file: File, head: bytes) -> Evidence:
     return Evidence(file.path, head=head, tail=tail, size=file.size, members=members)
 
 
+def _names_in(folder: Path) -> frozenset[str]:
+    return frozenset(file.name for file in itertools.islice(folder.iterdir(), MAX_ENTRIES))
+
+
 def _evidence_on_disk(path: Path) -> Evidence:
-    names = frozenset(file.name for file in itertools.islice(path.parent.iterdir(), MAX_ENTRIES))
+    names = _names_in(path.parent)
     index = Path(f"{path}.index")
     if path.is_file():
         file = File(path)
@@ -799,8 +807,8 @@ def _safetensors_header(path: Path) -> dict[str, str]:
         header = parse_json(file.read(8, size).rstrip(b" "), str(path))
     except ConversionError:
         return {}
-    entries = {name: entry for name, entry in header.items() if isinstance(entry, dict) and name != "__metadata__"}
-    return {name: str(entry.get("dtype")) for name, entry in entries.items()}
+    header.pop("__metadata__", None)
+    return {name: str(entry.get("dtype")) for name, entry in header.items() if isinstance(entry, dict)}
 
 
 def _config_beside(path: Path) -> Mapping[str, Any]:

@@ -107,7 +107,7 @@ def convert(
     if no_tokenizer:
         checkpoint = replace(checkpoint, tokenizer=None)
     warnings: list[str] = []
-    with progress_bar(sum(tensor.nbytes for tensor in checkpoint.tensors.values())) as advance:
+    with progress_bar(checkpoint.nbytes) as advance:
         saved = save_checkpoint(
             checkpoint,
             dst,

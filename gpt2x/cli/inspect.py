@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -92,19 +93,24 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
         "source_sha256": _checksums(said(contract.CHECKSUMS, "{}")),
         "gpt2x_version": said(contract.WRITER),
         "config": to_hf(model.config),
-        "inputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.inputs.items()],
-        "outputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.outputs.items()],
+        "inputs": _values(model.inputs),
+        "outputs": _values(model.outputs),
     }
+
+
+def _values(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Name, dtype and shape of a model's inputs or outputs."""
+    return [{"name": name, "dtype": value.dtype, "shape": list(value.shape)} for name, value in values.items()]
 
 
 def is_adapter(path: str) -> bool:
     """Whether a directory holds a PEFT adapter, and no whole model."""
     from converters.adapter_config import lone_adapter
     from converters.formats import WEIGHTS
+    from converters.io.reading import files_in
 
     folder = Path(path)
-    has_weights = any((folder / name).is_file() for name in WEIGHTS)
-    return folder.is_dir() and not has_weights and lone_adapter(folder) is not None
+    return folder.is_dir() and not files_in(folder, WEIGHTS) and lone_adapter(folder) is not None
 
 
 def describe_adapter(path: str) -> dict[str, Any]:
@@ -209,9 +215,32 @@ def _adapter_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
             for name, change in facts["changes"].items()
         ),
         *(("rows", f"{len(indices)} of {name}") for name, indices in facts["rows"].items()),
-        *(("replaced", name) for name in facts["replaced"]),
-        *(("left out", name) for name in facts["left_out"]),
+        *_rows("replaced", facts["replaced"]),
+        *_rows("left out", facts["left_out"]),
     ]
+
+
+def _rows(key: str, values: Iterable[str]) -> list[tuple[str, str]]:
+    """A row with this key for each value."""
+    return [(key, value) for value in values]
+
+
+def _sizes(config: dict[str, Any]) -> str:
+    """The sizes as text; ``?`` for one that is not known."""
+    found = []
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        size = config[name]
+        found.append(f"{name} {'?' if size is None else size}")
+    return ", ".join(found)
+
+
+def _switches(config: dict[str, Any]) -> str:
+    """The switches as text, with ``true`` and ``false`` as in JSON."""
+    found = []
+    for key, value in config.items():
+        if key.startswith(("activation", "layer_norm", "scale", "reorder", "tie")):
+            found.append(f"{key} {str(value).lower() if isinstance(value, bool) else value}")
+    return ", ".join(found)
 
 
 def _blocks(onnx: dict[str, Any]) -> str:
@@ -220,9 +249,7 @@ def _blocks(onnx: dict[str, Any]) -> str:
 
 
 def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
-    config = onnx["config"]
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    rows = [("onnx", onnx["file"]), ("sizes", ", ".join(f"{name} {config[name]}" for name in sizes))]
+    rows = [("onnx", onnx["file"]), ("sizes", _sizes(onnx["config"]))]
     if onnx["gpt2x_version"]:
         rows += [
             ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
@@ -260,10 +287,6 @@ def _entry(entry: str | None) -> str:
 def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     config = facts["config"]
     size = f" ({facts['size']})" if facts["size"] else ""
-    shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    switches = {
-        k: v for k, v in config.items() if k.startswith(("activation", "layer_norm", "scale", "reorder", "tie"))
-    }
     return [
         ("format", f"{facts['format']}, dialect {facts['dialect']}{_entry(facts['entry'])}"),
         *_wrapper_rows(facts["wrapper"]),
@@ -272,8 +295,8 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
             f"GPT-2{size}, {facts['parameters']:,} parameters in {facts['tensors']} tensors, {facts['bytes']:,} bytes",
         ),
         ("dtypes", ", ".join(f"{n} x {d}" for d, n in facts["dtypes"].items())),
-        ("config", ", ".join(f"{k} {'?' if config[k] is None else config[k]}" for k in shape)),
-        ("switches", ", ".join(f"{k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in switches.items())),
+        ("config", _sizes(config)),
+        ("switches", _switches(config)),
         (
             "checksums",
             f"{facts['checksums']} of {facts['tensors']} tensors have one"
@@ -281,8 +304,8 @@ def _weights_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
             else "none in this format",
         ),
         ("tokenizer", f"{facts['tokenizer_kind']}; {facts['tokenizer']}" if facts["tokenizer"] else "none beside it"),
-        *(("head", _head_text(head)) for head in facts["heads"]),
-        *(("left out", name) for name in facts["left_out"]),
-        *(("note", note) for note in facts["notes"]),
+        *_rows("head", map(_head_text, facts["heads"])),
+        *_rows("left out", facts["left_out"]),
+        *_rows("note", facts["notes"]),
         *((t["dtype"], f"{t['name']} {t['shape']}") for t in facts.get("tensor_list", [])),
     ]

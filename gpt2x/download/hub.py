@@ -21,6 +21,7 @@ from converters.io.json import read_json
 from converters.io.publishing import writing
 from converters.tokenizer import NAMES as TOKENIZER_FILES
 from converters.tokenizer import OTHERS as OTHER_TOKENIZERS
+from converters.values import is_list_of
 
 from .. import contract
 from .._version import __version__
@@ -148,7 +149,7 @@ def _weights_or_onnx(address: Address, folder: str, here: set[str], names: froze
 
 
 def _weights(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    known = next((name for name in WEIGHTS if name in here), None)
+    known = _first(WEIGHTS, here)
     if known:
         return Choice(folder, (folder + known,), folder)
     direct = sorted(name for name in here if "/" not in name and re.fullmatch(PART, name))
@@ -156,8 +157,12 @@ def _weights(address: Address, folder: str, here: set[str], names: frozenset[str
     if prefix:
         return _tensorflow(folder + prefix, names)
     gguf = _only(address, [name for name in direct if name.endswith(".gguf")])
-    other = gguf or next((name for name in OTHERS if name in here), None)
+    other = gguf or _first(OTHERS, here)
     return _file(folder + other, names) if other else None
+
+
+def _first(names: Iterable[str], here: set[str]) -> str | None:
+    return next((name for name in names if name in here), None)
 
 
 def _tensorflow_prefix(address: Address, folder: str, direct: list[str], names: frozenset[str]) -> str | None:
@@ -167,13 +172,15 @@ def _tensorflow_prefix(address: Address, folder: str, direct: list[str], names: 
 
 
 def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    models = [file for file in map(contract.model_file, PRECISIONS) if file in here]
-    files = tuple(part for model in models for part in _file(folder + model, names).files)
-    return Choice(folder, files, folder) if files else None
+    files: list[str] = []
+    for model in map(contract.model_file, PRECISIONS):
+        if model in here:
+            files += _file(folder + model, names).files
+    return Choice(folder, tuple(files), folder) if files else None
 
 
 def _adapter(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:
-    weights = next((name for name in WEIGHT_FILES if name in here), None)
+    weights = _first(WEIGHT_FILES, here)
     if weights is None or CONFIG_FILE not in here:
         return None
     return Choice(folder, (folder + weights, folder + CONFIG_FILE), folder)
@@ -242,22 +249,23 @@ def _shards(address: Address, snapshot: Snapshot, choice: Choice) -> list[str]:
     index = choice.files[0]
     if not index.endswith((".index.json", *INDEXES)):
         return []
-    shards = _shard_names(address, index, read_json(snapshot.get(index)).get("weight_map"))
-    for name in shards:
+    shards = []
+    for name in _shard_names(address, index, read_json(snapshot.get(index)).get("weight_map")):
         if not _is_shard(name):
             raise UnsafeError(f"{address.source}: {index} names {name[:200]!r}, which is not a weight file beside it")
         if choice.folder + name not in snapshot.names:
             raise ConversionError(f"{address.source}: missing {name}, which {index} names")
-    return [choice.folder + name for name in shards]
+        shards.append(choice.folder + name)
+    return shards
 
 
 def _shard_names(address: Address, index: str, weight_map: object) -> list[str]:
     values: list[object] = []
     for files in weight_map.values() if isinstance(weight_map, dict) else ():
         values += files if isinstance(files, list) else [files]
-    if not values or not all(isinstance(value, str) for value in values):
+    if not values or not is_list_of(values, str):
         raise ConversionError(f"{address.source}: {index} has no weight_map from tensors to files")
-    return sorted(set(map(str, values)))
+    return sorted(set(values))
 
 
 def _is_shard(name: str) -> bool:

@@ -289,8 +289,11 @@ def _is_verified(folder: Path) -> bool:
 
 
 def _stamps(folder: Path) -> dict[str, list[int]]:
-    stats = {name: (folder / name).stat() for name in FILES}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stamps = {}
+    for name in FILES:
+        stat = (folder / name).stat()
+        stamps[name] = [stat.st_size, stat.st_mtime_ns]
+    return stamps
 
 
 # ------------------------------------------------------------------------------------------------------ progress

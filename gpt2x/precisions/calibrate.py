@@ -99,7 +99,7 @@ def _largest_cached(checkpoint: Checkpoint, ids: Sequence[int]) -> list[list[Ten
 def _maxima(first: list[list[Tensor]], second: list[list[Tensor]]) -> list[list[Tensor]]:
     result = []
     for one, other in zip(first, second, strict=True):
-        result.append([torch.maximum(a, b) for a, b in zip(one, other, strict=True)])
+        result.append(list(map(torch.maximum, one, other)))
     return result
 
 
