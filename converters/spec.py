@@ -35,6 +35,12 @@ SPEC: dict[str, tuple[str, ...]] = {
     "ln_f.weight": ("C",),
     "ln_f.bias": ("C",),
 }
+PROJECTIONS = (
+    "attn.c_attn",
+    "attn.c_proj",
+    "mlp.c_fc",
+    "mlp.c_proj",
+)  # of a block: the modules that multiply by a matrix
 MAX_LAYERS = 1000  # published GPT-2s have 48 at most
 LM_HEAD = "lm_head.weight"  # the 17th, [V, C], where the output is not tied to the token embedding
 
@@ -164,6 +170,11 @@ def rows(n_layer: int) -> Iterator[tuple[str, int, str]]:
     for i in range(n_layer):
         yield from ((row, i, row.replace("{i}", str(i))) for row in per_layer)
     yield from ((row, -1, row) for row in SPEC if row.startswith("ln_f"))
+
+
+def projections(n_layer: int) -> list[str]:
+    """The projections of a model in order: ``h.0.attn.c_attn``, ..."""
+    return [f"h.{i}.{projection}" for i in range(n_layer) for projection in PROJECTIONS]
 
 
 def with_inner(fields: dict[str, Any]) -> dict[str, Any]:

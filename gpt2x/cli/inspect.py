@@ -16,6 +16,7 @@ from .text import printable
 if TYPE_CHECKING:
     from converters.heads import Head
 
+    from ..runtimes.adapter_files import AdapterFile
     from ..weight_options import WeightOptions
 
 
@@ -92,9 +93,15 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
         "source_sha256": _checksums(said(contract.CHECKSUMS, "{}")),
         "gpt2x_version": said(contract.WRITER),
         "config": to_hf(model.config),
+        "adapters": [_stored_adapter(model.adapter_file(name)) for name in model.adapters],
         "inputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.inputs.items()],
         "outputs": [{"name": n, "dtype": s.dtype, "shape": list(s.shape)} for n, s in model.outputs.items()],
     }
+
+
+def _stored_adapter(file: AdapterFile) -> dict[str, Any]:
+    """The facts of an adapter beside an ONNX model."""
+    return {"name": file.name, "file": str(file.path), "summary": file.summary(), "ranks": file.ranks}
 
 
 def is_adapter(path: str) -> bool:
@@ -228,6 +235,7 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
             ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
             *([("blocks", _blocks(onnx))] if onnx["rounding"] else []),
             *([("precisions", ", ".join(onnx["precisions"]))] if len(onnx["precisions"]) > 1 else []),
+            *(("adapter", f"{one['name']}: {one['summary']}") for one in onnx["adapters"]),
             ("written by", f"gpt2x {onnx['gpt2x_version']}, from {onnx['source']}"),
             *(("sha256", f"{digest}  {name}") for name, digest in onnx["source_sha256"].items()),
         ]
