@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_array, cast_array
-from .dtypes import F64, DType
+from .dtypes import F32, F64, DType, whole_items
+from .errors import ConversionError
 from .tensors import LazyTensor
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ def replaced(tensor: LazyTensor, rows: Rows, dtype: DType, name: str, rows_at_on
         block[indices[inside] - first] = values[inside]
         first += len(block)
         yield cast_array(block, F64, dtype, name).tobytes()
+
+
+def scaled(factor: LazyTensor, scale: float, name: str) -> Iterator[bytes]:
+    """The bytes of a factor times a number, in float32.
+
+    Raises:
+        ConversionError: if a value is NaN or infinite, or does not fit into float32.
+    """
+    for chunk in whole_items(factor.chunks(), factor.dtype.itemsize):
+        values = cast_array(as_array(chunk, factor.dtype, (-1,)), factor.dtype, F64, name)
+        if not np.isfinite(values).all():
+            raise ConversionError(f"{name}: the adapter holds NaN or infinity")
+        with np.errstate(over="ignore"):
+            product = values * scale
+        yield cast_array(product, F64, F32, name).tobytes()
 
 
 def spread(b: LazyTensor, enabled: tuple[bool, ...], outputs: int, rank: int) -> bytes:

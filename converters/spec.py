@@ -36,6 +36,12 @@ SPEC: dict[str, tuple[str, ...]] = {
     "ln_f.weight": ("C",),
     "ln_f.bias": ("C",),
 }
+PROJECTIONS = (
+    "attn.c_attn",
+    "attn.c_proj",
+    "mlp.c_fc",
+    "mlp.c_proj",
+)  # of a block: the modules that multiply by a matrix
 MAX_LAYERS = 1000  # published GPT-2s have 48 at most
 LM_HEAD = "lm_head.weight"  # the 17th, [V, C], where the output is not tied to the token embedding
 
@@ -186,6 +192,11 @@ def renamed(raw: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
 def spelled(config: GPT2Config, keys: Mapping[str, str]) -> dict[str, Any]:
     """The values of a configuration under a file's keys: the inverse of ``renamed``."""
     return {key: getattr(config, name) for key, name in keys.items()}
+
+
+def projections(n_layer: int) -> list[str]:
+    """The projections of a model in order: ``h.0.attn.c_attn``, ..."""
+    return [f"h.{i}.{projection}" for i in range(n_layer) for projection in PROJECTIONS]
 
 
 def with_inner(fields: dict[str, Any]) -> dict[str, Any]:

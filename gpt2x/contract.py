@@ -6,6 +6,7 @@ The names are those that optimum, onnxruntime-genai and transformers.js expect o
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ LOGITS = "gpt2x.logits"
 BLOCK = "gpt2x.block_size"  # how many weights share a scale, in precisions with a choice
 ROUNDING = "gpt2x.rounding"  # of quantized precisions: "nearest", or "calibrated" on a text
 PAIRS = "gpt2x.pair_sums"  # of integer products: the largest sum of two adjacent weights; up to 128, int16 holds it
+LORA = "gpt2x.lora"  # the projections that take factors of adapters, as a JSON list; left out if none does
 RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the model
 
 # The first version of ONNX Runtime that has an opset, and that has the attention of a kind of cache. Precisions may
@@ -44,12 +46,17 @@ RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the
 OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 21), 23: (1, 23)}
 OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 28)}  # 1.27 gives wrong results in a batch
 
+OF_LORA = (1, 20)  # the first with LoraAdapter; before, a product over a rank of 0 is an error
+
 # The first version of each client that loads a model with a kind of cache, in any precision.
 CLIENTS = {
     "onnxruntime-genai": {"growing": "0.6.0", "inplace": "0.6.0", "inplace-int8": "0.6.0"},
     "optimum": {"growing": "1.25.0", "inplace": "2.0.0", "inplace-int8": "2.0.0"},
     "transformers.js": {"growing": "3.4.2", "inplace": "3.4.2", "inplace-int8": "4.3.0"},
 }
+
+ADAPTER_SUFFIX = ".onnx_adapter"
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 VERSION = re.compile(r"\d{1,4}\.\d{1,4}\.\d{1,4}")
 
@@ -92,6 +99,27 @@ def outputs(
     return {"logits": logits, **dict.fromkeys(present_names(config.n_layer), present)}
 
 
+def factor_names(projection: str) -> tuple[str, str]:
+    """The optional inputs with the factors A and B of an adapter, for a projection such as ``h.0.attn.c_attn``."""
+    return f"{projection}.lora_A.weight", f"{projection}.lora_B.weight"
+
+
+def factor_slots(config: GPT2Config, projections: Iterable[str]) -> dict[str, Slot]:
+    """The optional inputs of these projections, in order: A is [in, rank], B is [rank, out], in every precision.
+
+    Their default is of rank 0, which changes nothing. The rank may differ from projection to projection.
+    """
+    shapes = config.shapes()
+    slots = {}
+    for projection in projections:
+        inputs, outputs = shapes[f"{projection}.weight"]
+        a, b = factor_names(projection)
+        rank = f"{projection}.rank"
+        slots[a] = Slot("float32", (inputs, rank))
+        slots[b] = Slot("float32", (rank, outputs))
+    return slots
+
+
 def has_int8_cache(cache: str) -> bool:
     """Whether a kind of cache holds 8-bit keys and values."""
     return cache == "inplace-int8"
@@ -102,9 +130,11 @@ def cache_type(precision: str, cache: str = "growing") -> str:
     return "int8" if has_int8_cache(cache) else PRECISIONS[precision].cache_dtype
 
 
-def runtime_version(precision: str, cache: str, opset: int) -> str:
-    """The first version of ONNX Runtime that runs a model."""
+def runtime_version(precision: str, cache: str, opset: int, *, lora: bool = False) -> str:
+    """The first version of ONNX Runtime that runs a model; ``lora`` if it has optional inputs for adapters."""
     needed = [OF_OPSET[opset], OF_CACHE[cache], *PRECISIONS[precision].runtimes(cache, opset)]
+    if lora:
+        needed.append(OF_LORA)
     major, minor = max(needed)
     return f"{major}.{minor}.0"
 
@@ -147,3 +177,35 @@ def models_in(directory: Path) -> dict[str, Path]:
         if found:
             return found
     return {}
+
+
+def check_adapter_names(names: Iterable[str]) -> None:
+    """Refuse names of adapters that cannot be those of files.
+
+    Raises:
+        ValueError: if one is no file name on every system, or two are the same there.
+    """
+    known: set[str] = set()
+    for name in names:
+        if not ADAPTER_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name[:100]!r} cannot be the name of an adapter: up to 100 letters, digits, dots, hyphens and underscores, "
+                "beginning with a letter or digit"
+            )
+        if name.casefold() in known:
+            raise ValueError(f"two adapters are called {name}: capital letters make no other file name on every system")
+        known.add(name.casefold())
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Name -> file of each adapter that a model's folder holds, in the order of names."""
+    files = sorted(folder.glob(f"*{ADAPTER_SUFFIX}")) if folder.is_dir() else []
+    return {file.stem: file for file in files if file.is_file()}
+
+
+def adapters_of(path: Path) -> dict[str, Path]:
+    """The same for an ONNX file, or for a directory that holds one."""
+    if path.suffix == ".onnx":
+        return adapters_in(path.parent)
+    models = models_in(path)
+    return adapters_in(next(iter(models.values())).parent) if models else {}

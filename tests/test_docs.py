@@ -38,22 +38,30 @@ def tuned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = open_checkpoint(SHAKESPEARE)
     save_checkpoint(base, "gpt2-hf")
-    write_adapter(tmp_path / "lora", base)
+    for name in ("lora", "lora-fr", "lora-poems"):
+        write_adapter(tmp_path / name, base)
 
 
 @pytest.mark.slow
 def test_every_command_on_adapters_runs(gpt2x, tuned):
     lines = [line for block in blocks(ROOT / "docs" / "adapters.md", "console") for line in block.splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 9
     for line in lines:
         result = gpt2x(*shlex.split(line.removeprefix("$ gpt2x "), comments=True))
         assert result.exit_code == 0, (line, result.output)
 
 
-def test_the_program_on_adapters_runs(tuned, capsys):
-    (program,) = blocks(ROOT / "docs" / "adapters.md", "python")
-    exec(compile(program, "adapters.md", "exec"), {})
-    assert "merged a LoRA adapter, lora: 4 matrices of rank 4" in capsys.readouterr().out
+def test_the_programs_on_adapters_run(tuned, capfd):
+    merging, choosing, genai = blocks(ROOT / "docs" / "adapters.md", "python")
+    exec(compile(merging, "adapters.md", "exec"), {})
+    assert "merged a LoRA adapter, lora: 4 matrices of rank 4" in capfd.readouterr().out
+    options = ExportOptions(adapters={"french": "lora-fr", "poems": "lora-poems"})
+    export_onnx(open_checkpoint("gpt2-hf"), "gpt2-onnx", options)
+    exec(compile(choosing, "adapters.md", "exec"), {})
+    assert "('french', 'poems')" in capfd.readouterr().out
+    pytest.importorskip("onnxruntime_genai")
+    exec(compile(genai, "adapters.md", "exec"), {})
+    assert capfd.readouterr().out.startswith("ROMEO:")
 
 
 def test_every_command_of_the_page_on_scoring_runs(gpt2x, tmp_path, monkeypatch):

@@ -78,12 +78,14 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
             f"{path}: a quantized model (it holds {quantized[:100]}): its weights are rounded; convert the model that it was made from"
         )
     weights = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float and tensor.size > 1}
+    # An empty tensor is the default of an optional input.
+    others = (name for name, tensor in found.items() if name not in weights and tensor.size)
     return Container(
         "onnx",
         path,
         weights,
         metadata,
-        tuple(name for name in found if name not in weights and not name.startswith(CONSTANT)),
+        tuple(name for name in others if not name.startswith(CONSTANT)),
         parts=(path, *(other.path for other in files.others.values())),
     )
 

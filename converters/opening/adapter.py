@@ -154,7 +154,7 @@ def merge_adapter(
     Raises:
         CheckpointError: if the adapter does not fit the base.
     """
-    _check_fits(checkpoint, adapter, is_truncated)
+    check_fits(checkpoint, adapter, is_truncated)
     dtype = DTYPES[NAMES.get(merged_dtype, merged_dtype)] if merged_dtype else None
     tensors = dict(checkpoint.tensors)
     for name in _touched(adapter):
@@ -211,8 +211,12 @@ def _embeddings(
     return {WTE: wte} if is_same else {WTE: wte, LM_HEAD: head}
 
 
-def _check_fits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> None:
-    """Refuse an adapter of another base, in one line."""
+def check_fits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool = False) -> None:
+    """Refuse an adapter of another base, in one line.
+
+    Raises:
+        CheckpointError: with the first difference.
+    """
     faults = list(_misfits(checkpoint, adapter, is_truncated))
     if not faults:
         return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from .source import check_before, local, weight_options, with_local_adapter
+from .source import check_before, local, named_adapter, weight_options, with_local_adapter
 from .text import SAMPLE, need, printable, progress_bar, read_text
 from .verify import table
 
@@ -35,6 +35,7 @@ class Request:
 
     src: str
     weights: WeightOptions
+    adapters: dict[str, str]
     onnx: str | None = None
     torchscript: str | None = None
     pt2: str | None = None
@@ -136,7 +137,12 @@ def _hint(part: str) -> str:
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer directory or GGUF file (default: beside the weights).")
 @click.option("--no-tokenizer", is_flag=True, help="Write the ONNX directory without a tokenizer.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with SRC.")
-@weight_options("SRC")
+@weight_options(
+    "SRC",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="PEFT adapter (LoRA) to merge into the weights of SRC; with NAME=, to choose at run time (ONNX; repeatable).",
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -149,12 +155,15 @@ def export(ctx: click.Context, /, **options: Any) -> None:
       gpt2x export models/124M --onnx gpt2-onnx/ --push me/my-gpt2
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
       gpt2x export gpt2-hf/ --onnx tuned-onnx/ --adapter lora/
+      gpt2x export gpt2-hf/ --onnx gpt2-onnx/ --adapter french=lora-fr/ --adapter poems=lora-poems/
 
     SRC is anything that convert reads. ONNX Runtime, onnxruntime-genai, optimum and transformers.js load DIR, from disk
     or from the Hub; its README.md documents the inputs and outputs. The result is compared with SRC: exit code 1 if it
     differs. --push uploads it only if it passed.
     """
-    request = Request(**options)
+    merged, adapters = _sorted_adapters(options["weights"]["adapter"])
+    options["weights"]["adapter"] = merged
+    request = Request(**options, adapters=adapters)
     _check_usage(request)
     need("torch", *(["onnx"] if request.onnx else []), extra="export")
     checkpoint = _plan(request)
@@ -177,6 +186,26 @@ def export(ctx: click.Context, /, **options: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------ plan
 
 
+def _sorted_adapters(given: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
+    """The directory of the adapter that is merged, and name -> directory of those that are chosen at run time.
+
+    Raises:
+        UsageError: if a name is given twice, or several adapters are to be merged.
+    """
+    from ..contract import check_adapter_names
+
+    pairs = [(text, named_adapter(text)) for text in given]
+    merged = [text for text, named in pairs if named is None]
+    named = [pair for _, pair in pairs if pair is not None]
+    if len(merged) > 1:
+        raise click.UsageError(f"one adapter can be merged, not {len(merged)}: give those to choose from as NAME=DIR")
+    try:
+        check_adapter_names(name for name, _ in named)
+    except ValueError as error:
+        raise click.UsageError(f"--adapter: {error}") from None
+    return (merged[0] if merged else None), dict(named)
+
+
 def _check_usage(request: Request) -> None:
     """Refuse options that do not go together.
 
@@ -189,6 +218,8 @@ def _check_usage(request: Request) -> None:
     for name in ONNX_ONLY:
         if not request.onnx and getattr(request, name) != defaults[name]:
             raise click.UsageError(f"--{name.replace('_', '-')} applies to --onnx only")
+    if request.adapters and not request.onnx:
+        raise click.UsageError("--adapter NAME=DIR applies to --onnx only; --adapter DIR merges an adapter")
     if request.block_size and not any(precision.block_sizes for precision in request.chosen):
         raise click.UsageError(f"--block-size applies to {BLOCKWISE} only")
     if request.calibrate and not any(precision.bits for precision in request.chosen) and not _has_int8_cache(request):
@@ -225,6 +256,7 @@ def _plan(request: Request) -> Checkpoint:
 
         check_push(request.push)
     source, weights = local(request.src), with_local_adapter(request.weights)
+    request.adapters.update({name: local(folder, "adapter") for name, folder in request.adapters.items()})
     checkpoint = open_checkpoint(source, **weights)
     checkpoint = _with_tokenizer(checkpoint, request)
     _check_apart(request.targets)
@@ -310,6 +342,7 @@ def _onnx_options(request: Request, checkpoint: Checkpoint) -> ExportOptions:
         opset=request.opset,
         single_file=request.single_file,
         safetensors=request.safetensors,
+        adapters=dict(request.adapters),
     )
 
 
@@ -362,7 +395,7 @@ def _export_onnx(request: Request, checkpoint: Checkpoint, options: ExportOption
 def _verify(request: Request, checkpoint: Checkpoint, results: list[dict[str, Any]]) -> list[Report]:
     """Compare each result with the source: of ONNX, each precision."""
     from ..contract import models_in
-    from ..verify.report import verify_export
+    from ..verify.report import verify_adapter, verify_export
 
     reports = []
     for result in results:
@@ -371,7 +404,11 @@ def _verify(request: Request, checkpoint: Checkpoint, results: list[dict[str, An
         if result["format"] == "onnx":
             # An upload includes the models that were in the directory already.
             precisions = tuple(models_in(Path(path))) if request.push else request.names
-        reports += [verify_export(checkpoint, path, precision=precision) for precision in precisions]
+        for precision in precisions:
+            reports.append(verify_export(checkpoint, path, precision=precision))
+            if result["format"] == "onnx":
+                for name, folder in request.adapters.items():
+                    reports.append(verify_adapter(checkpoint, folder, path, name, precision=precision))
     return reports
 
 

@@ -17,6 +17,7 @@ from .text import printable
 if TYPE_CHECKING:
     from converters.heads import Head
 
+    from ..runtimes.adapter_files import AdapterFile
     from ..weight_options import WeightOptions
 
 
@@ -93,6 +94,7 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
         "source_sha256": _checksums(said(contract.CHECKSUMS, "{}")),
         "gpt2x_version": said(contract.WRITER),
         "config": to_hf(model.config),
+        "adapters": [_stored_adapter(model.adapter_file(name)) for name in model.adapters],
         "inputs": _values(model.inputs),
         "outputs": _values(model.outputs),
     }
@@ -101,6 +103,11 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
 def _values(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Name, dtype and shape of a model's inputs or outputs."""
     return [{"name": name, "dtype": value.dtype, "shape": list(value.shape)} for name, value in values.items()]
+
+
+def _stored_adapter(file: AdapterFile) -> dict[str, Any]:
+    """The facts of an adapter beside an ONNX model."""
+    return {"name": file.name, "file": str(file.path), "summary": file.summary(), "ranks": file.ranks}
 
 
 def is_adapter(path: str) -> bool:
@@ -255,6 +262,7 @@ def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
             ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
             *([("blocks", _blocks(onnx))] if onnx["rounding"] else []),
             *([("precisions", ", ".join(onnx["precisions"]))] if len(onnx["precisions"]) > 1 else []),
+            *(("adapter", f"{one['name']}: {one['summary']}") for one in onnx["adapters"]),
             ("written by", f"gpt2x {onnx['gpt2x_version']}, from {onnx['source']}"),
             *(("sha256", f"{digest}  {name}") for name, digest in onnx["source_sha256"].items()),
         ]

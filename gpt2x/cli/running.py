@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..weight_options import WeightOptions, why_weights
-from .source import runnable, with_local_adapter
+from .source import is_remote, runnable, with_local_adapter
 
 if TYPE_CHECKING:
     from ..runtimes.base import Decoder
@@ -25,6 +25,7 @@ class Running:
         precision: the ONNX model of a directory that the user asks for.
         threads: threads of each operator.
         weights: how weights are opened.
+        adapter: the name of an adapter beside an ONNX model, if the option --adapter is one.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Running:
     precision: str | None
     threads: int | None
     weights: WeightOptions
+    adapter: str | None = None
 
     @classmethod
     def of(
@@ -42,8 +44,15 @@ class Running:
         Raises:
             ConversionError: if the download fails.
         """
-        model = runnable(source, "torch" if why_weights(weights) and runtime is None else runtime, precision)
-        return cls(model, runtime, precision, threads, with_local_adapter(weights))
+        from ..runtimes.opening import stored_adapter
+
+        adapter = str(weights.get("adapter") or "")
+        rest: WeightOptions = {**weights, "adapter": None}
+        is_name = bool(adapter) and not is_remote(adapter) and not os.path.lexists(adapter)
+        merges = why_weights(rest if is_name else weights) is not None
+        model = runnable(source, "torch" if merges and runtime is None else runtime, precision)
+        stored = stored_adapter(model, adapter or None, runtime)
+        return cls(model, runtime, precision, threads, rest if stored else with_local_adapter(weights), stored)
 
     def open(self) -> Decoder:
         """Open the model.
@@ -53,7 +62,8 @@ class Running:
         """
         from ..runtimes.opening import open_decoder
 
-        return open_decoder(self.model, self.runtime, precision=self.precision, threads=self.threads, **self.weights)
+        weights: WeightOptions = {**self.weights, "adapter": self.adapter} if self.adapter else self.weights
+        return open_decoder(self.model, self.runtime, precision=self.precision, threads=self.threads, **weights)
 
     def tokenizer(self, folder: str | None) -> Tokenizer:
         """The tokenizer in a directory, or beside the model.

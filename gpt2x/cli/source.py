@@ -13,6 +13,8 @@ from ..weight_options import WeightOptions
 from .text import printable, progress_bar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..download.common import Want
 
 PRECISION = click.Choice(list(PRECISIONS))
@@ -34,14 +36,18 @@ class RunPrecision(click.ParamType[str]):
         return str(value)
 
 
-def weight_options(model: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def weight_options(model: str, **adapter: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that say how the weights of the argument ``model`` are opened.
 
     The command receives their values together, as its argument ``weights`` (a ``WeightOptions``).
+
+    Args:
+        adapter: of ``click.option``, for a command where --adapter is more than the directory of one to merge.
     """
+    merged = {"metavar": "DIR", "help": f"PEFT adapter (LoRA) to merge into the weights of {model}."}
     options = (
         click.option("--n-head", type=click.IntRange(min=1), help="Attention heads, if no configuration states them."),
-        click.option("--adapter", metavar="DIR", help=f"PEFT adapter (LoRA) to merge into the weights of {model}."),
+        click.option("--adapter", **{**merged, **adapter}),
         click.option("--entry", metavar="KEYS", help=f"Keys of the weights, if {model} is a .pt with several models."),
         click.option("--prefix", metavar="PREFIX", help=f"Prefix of the names to read, if {model} has several GPT-2s."),
         click.option(
@@ -109,6 +115,29 @@ def _check_meant(source: str) -> None:
         raise FormatError(
             f"{source}: no such file or directory. For the model on the Hugging Face Hub, pass hf://{address}"
         )
+
+
+def named_adapter(value: str | Path | None) -> tuple[str, str] | None:
+    """The name and the directory of NAME=DIR. None for a directory alone: a path that exists is one, and a URL.
+
+    Raises:
+        UsageError: if the name cannot be that of a file, or there is no directory.
+    """
+    import os
+
+    from ..contract import check_adapter_names
+
+    text = str(value or "")
+    name, equals, folder = text.partition("=")
+    if not equals or "://" in name or os.path.lexists(text):
+        return None
+    try:
+        check_adapter_names([name])
+    except ValueError as error:
+        raise click.UsageError(f"--adapter {text[:200]}: {error}") from None
+    if not folder:
+        raise click.UsageError(f"--adapter {text}: no directory after the name")
+    return name, folder
 
 
 def with_local_adapter(weights: WeightOptions) -> WeightOptions:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .source import RunPrecision, is_remote, local, runnable, weight_options, with_local_adapter
+from .source import RunPrecision, is_remote, local, named_adapter, runnable, weight_options, with_local_adapter
 from .text import SAMPLE, need, printable, read_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     help="ONNX model of B, or else of A (default: fp32, or the only one).",
 )
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")
-@weight_options("A")
+@weight_options(
+    "A",
+    metavar="[NAME=]DIR",
+    help="PEFT adapter (LoRA) to merge into the weights of A; with NAME=, B is an ONNX model that takes it at run time.",
+)
 @click.pass_context
 def verify(
     ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
@@ -51,6 +55,7 @@ def verify(
       gpt2x verify gpt2.safetensors half.safetensors --rounded
       gpt2x verify gpt2-hf/
       gpt2x verify gpt2-hf/ tuned-onnx/ --adapter lora/
+      gpt2x verify gpt2-hf/ gpt2-onnx/ --adapter french=lora-fr/
 
     A and B are weights in any format, an ONNX directory or file, TorchScript, or a .pt2 file. If a directory has weights
     and ONNX, A means the weights and B the ONNX (if B has no ONNX, A means the ONNX). Weights are compared byte for byte,
@@ -76,6 +81,13 @@ def verify(
         raise click.UsageError("--json and --report must be different files")
     if html_file:
         need("matplotlib", extra="verify")  # before the models run
+    at_run_time = named_adapter(weights.get("adapter"))
+    if at_run_time and (rounded or runtime == "torch" or not b):
+        raise click.UsageError(
+            "--adapter NAME=DIR compares with B, an ONNX model, without --rounded or --runtime torch"
+        )
+    if at_run_time:
+        weights["adapter"] = at_run_time[1]
     text = read_text(text_file, SAMPLE) if text_file else None
     named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
     a, b = local(a), runnable(b, runtime, precision) if b else None
@@ -84,6 +96,9 @@ def verify(
     weights = with_local_adapter(weights)
     if against:
         report = parity.verify_release(open_checkpoint(a, **weights))
+    elif b and at_run_time:
+        folder = str(weights.pop("adapter"))
+        report = parity.verify_adapter(open_checkpoint(a, **weights), folder, b, at_run_time[0], text, precision)
     elif b:
         report = parity.verify(a, b, text=text, runtime=runtime, precision=precision, rounded=rounded, **weights)
     else:

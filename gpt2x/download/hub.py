@@ -34,6 +34,7 @@ PATH = rf"{PART}(?:/{PART})*"
 ADDRESS = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>(?:refs/(?:pr|convert)/)?{PART}))?(?:/(?P<path>{PATH}))?/?")  # fmt: skip
 
 OURS = "genai_config.json"  # beside every ONNX directory that gpt2x writes
+ADAPTER = re.compile(rf"onnx/{contract.ADAPTER_NAME.pattern}{re.escape(contract.ADAPTER_SUFFIX)}")
 
 # Files that belong to weights, in groups: the names that show that a folder has a group, and all names of the group.
 KERAS_TOKENIZER = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")
@@ -176,7 +177,8 @@ def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) 
     for model in map(contract.model_file, PRECISIONS):
         if model in here:
             files += _file(folder + model, names).files
-    return Choice(folder, tuple(files), folder) if files else None
+    adapters = sorted(name for name in here if ADAPTER.fullmatch(name))
+    return Choice(folder, (*files, *(folder + name for name in adapters)), folder) if files else None
 
 
 def _adapter(address: Address, folder: str, here: set[str], names: frozenset[str]) -> Choice | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ Checksums = Mapping[str, str]  # base name -> SHA-256
 
 
 def metadata(
-    checkpoint: Checkpoint, checksums: Checksums, precision: Precision, options: ExportOptions
+    checkpoint: Checkpoint,
+    checksums: Checksums,
+    precision: Precision,
+    options: ExportOptions,
+    lora: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The model's ``metadata_props``: what it is, and what it was made from."""
+    """The model's ``metadata_props``: what it is, and what it was made from.
+
+    Args:
+        lora: the projections that take factors of adapters.
+    """
     facts = {
         contract.CONTRACT: contract.CACHES[options.cache],
         contract.WRITER: __version__,
@@ -44,6 +52,8 @@ def metadata(
         facts[contract.PAIRS] = str(PAIR)
     if precision.bits:
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
+    if lora:
+        facts[contract.LORA] = json.dumps(list(lora))
     return facts
 
 
@@ -55,13 +65,22 @@ def source_name(checkpoint: Checkpoint) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def genai_config(config: GPT2Config, precision: str = DEFAULT, cache: str = "growing") -> dict[str, Any]:
-    """The ``genai_config.json`` of onnxruntime-genai, which refuses unknown keys."""
+def genai_config(
+    config: GPT2Config, precision: str = DEFAULT, cache: str = "growing", *, lora: bool = False
+) -> dict[str, Any]:
+    """The ``genai_config.json`` of onnxruntime-genai, which refuses unknown keys.
+
+    Args:
+        lora: whether the model has optional inputs for adapters. ONNX Runtime warns of each.
+    """
     end = config.eos_token_id if config.eos_token_id is not None else config.n_vocab - 1
     begin = config.bos_token_id if config.bos_token_id is not None else end
     pad = config.pad_token_id if config.pad_token_id is not None else end
+    session_options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if lora:
+        session_options["log_severity_level"] = 3  # errors
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": session_options,
         "filename": contract.model_file(precision),
         "head_size": config.head_dim,
         "hidden_size": config.n_embd,

@@ -11,6 +11,7 @@ from .. import contract
 from .._version import __version__
 from ..contract import Slot
 from ..precisions import DEFAULT, PRECISIONS
+from ..runtimes.adapter_files import AdapterFile
 
 CARD = """\
 ---
@@ -55,7 +56,7 @@ Run this in the directory that contains `onnx/`.
 | onnxruntime-genai {genai} | `og.Model(directory)` (`genai_config.json` names the model){needs} |
 | optimum {optimum} | `ORTModelForCausalLM.from_pretrained(directory{file_name})`{single} |
 | transformers.js {transformers_js} | `pipeline("text-generation", directory, {{ dtype: "{dtype}" }})`{single}{needs} |
-{transformers}
+{transformers}{adapters}
 The versions are minimum versions. To load from the Hugging Face Hub, pass the repository's name to optimum and
 transformers.js instead of `directory`.
 
@@ -64,6 +65,40 @@ Written by gpt2x {version} from {source}. The ONNX file's `metadata_props` conta
 """
 
 TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory)` (`model.safetensors`) |\n"
+ADAPTERS = """
+## Adapters
+
+LoRA adapters are chosen for each run. Without one, the model computes what it computes without these optional inputs:
+{modules}, for example, takes `{a}`, float32 `[{inputs}, rank]`, and `{b}`, `[rank, {outputs}]`.
+
+| adapter | file | changes |
+| --- | --- | --- |
+{rows}
+```python
+import numpy as np, onnxruntime as ort
+
+settings = ort.SessionOptions()
+settings.log_severity_level = 3  # ONNX Runtime warns of each optional input
+session = ort.InferenceSession("{model}", settings)
+adapter, options = ort.LoraAdapter(), ort.RunOptions()
+adapter.Load("{file}")
+options.add_active_adapter(adapter)
+past = {{i.name: np.zeros((1, {n_head}, 0, {head_dim}), np.{cache_type}) for i in session.get_inputs()[3:]}}
+token = {{"input_ids": [[0]], "attention_mask": [[1]], "position_ids": [[0]]}}
+feed = {{name: np.array(value, np.int64) for name, value in token.items()}}
+logits = session.run(["logits"], feed | past, options)[0]
+print(logits[0, -1].argmax())
+```
+
+- A run with a binding (`run_with_iobinding`) ignores `add_active_adapter`. Bind the factors instead, and keep `factors`:
+  `factors = ort.AdapterFormat.read_adapter("{file}")`, then for each `name, value` of `factors.get_parameters().items()`
+  `binding.bind_ortvalue_input(name, value)`.
+- A cache belongs to the adapter that computed it: begin with an empty cache to change the adapter.
+- onnxruntime-genai: `adapters = og.Adapters(model)`, `adapters.load("{file}", "{name}")`, and
+  `generator.set_active_adapter(adapters, "{name}")` before the prompt is appended.
+- gpt2x: `gpt2x generate DIR "..." --adapter {name}`.
+
+"""
 FROM_BYTES = {
     True: "; or from the file's bytes",
     False: """; from bytes: `options.add_external_initializers_from_files_in_memory(["{data}"], [data], [len(data)])`, then \
@@ -167,6 +202,7 @@ def model_card(
     runtimes: Mapping[str, str],
     locations: Mapping[str, str | None],
     safetensors: bool = False,
+    adapters: Sequence[AdapterFile] = (),
 ) -> str:
     """Return the README.md of an exported directory.
 
@@ -176,6 +212,7 @@ def model_card(
         runtimes: precision -> minimum version of ONNX Runtime.
         locations: precision -> the file in ``onnx/`` that has its weights; None if they are inside the model.
         safetensors: whether the directory has ``model.safetensors``, which ``transformers`` loads.
+        adapters: those in the directory.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
     first, growing = precisions[0], not contract.stays(cache)
@@ -203,6 +240,7 @@ def model_card(
         single="" if growing else ", one prompt at a time (batches are padded on the left)",
         needs="" if tokenizer else ", once a tokenizer is added",
         transformers=TRANSFORMERS if safetensors else "",
+        adapters=_adapters(config, adapters, first, cache),
         version=__version__,
         source=as_markdown(source),
     )
@@ -237,6 +275,30 @@ def _file_line(precision: str, location: str | None) -> str:
     if location is None:
         return f"`{model}` contains its weights.\n"
     return f"`{model}` is the graph; its weights are in `{data}` (by offset), which must stay in the same folder.\n"
+
+
+def _adapters(config: GPT2Config, adapters: Sequence[AdapterFile], precision: str, cache: str) -> str:
+    """The section on adapters; nothing if there are none."""
+    if not adapters:
+        return ""
+    first = adapters[0]
+    projection = next(iter(first.ranks))
+    a, b = contract.factor_names(projection)
+    inputs, outputs = config.shapes()[f"{projection}.weight"]
+    return ADAPTERS.format(
+        modules=f"`{projection}`",
+        a=a,
+        b=b,
+        inputs=inputs,
+        outputs=outputs,
+        rows="".join(f"| {one.name} | `onnx/{one.path.name}` | {one.summary()} |\n" for one in adapters),
+        model=contract.model_file(precision),
+        file=f"onnx/{first.path.name}",
+        name=first.name,
+        n_head=config.n_head,
+        head_dim=config.head_dim,
+        cache_type=contract.cache_type(precision, cache),
+    )
 
 
 def _special_tokens(config: GPT2Config) -> str:

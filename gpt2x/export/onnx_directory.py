@@ -24,7 +24,9 @@ from converters.tensors import F32
 
 from .. import contract
 from ..precisions import PRECISIONS, Precision
+from ..runtimes.adapter_files import AdapterFile, open_adapter_file
 from ..verify.sample_text import sample_ids
+from .adapters import open_adapters
 from .client_files import Checksums, metadata, source_name
 from .model_card import model_card
 from .onnx_graph import Scales, to_onnx
@@ -61,10 +63,11 @@ def export_onnx(
     Raises:
         TokenizerError: if there is no tokenizer and one is needed.
         DestinationError: if the destination exists or cannot be written.
-        ConversionError: if the source is damaged, or a precision cannot represent it.
+        ConversionError: if the source is damaged, a precision cannot represent it, or an adapter does not fit it.
         ValueError: if calibration has a token id that is not the model's.
     """
-    request = Request(checkpoint, Path(path), options, force, need_tokenizer)
+    adapters = open_adapters(checkpoint, options.adapters)
+    request = Request(checkpoint, Path(path), options, force, need_tokenizer, adapters)
     source = watched(checkpoint.cast(F32), progress, warn)
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(_checksums, checkpoint.files)
@@ -81,6 +84,8 @@ def _write(stage: Path, source: Checkpoint, request: Request, plan: Plan, checks
     options = request.options
     (stage / "onnx").mkdir()
     write_small(stage, plan.small)
+    for adapter in plan.adapters:
+        adapter.write(stage)
     known = dict(checksums)
     if SAFETENSORS in plan.large:
         with new_file(stage / SAFETENSORS) as out:
@@ -88,7 +93,7 @@ def _write(stage: Path, source: Checkpoint, request: Request, plan: Plan, checks
         known[SAFETENSORS] = _sha256(stage / SAFETENSORS)  # more precisions may be exported from this file
     scales = _cache_scales(request.checkpoint, options) if contract.has_int8_cache(options.cache) else ()
     for precision in options.chosen:
-        _write_model(stage, source, precision, options, known, scales)
+        _write_model(stage, source, precision, request, known, scales)
     if plan.card:
         write_small(stage, {plan.card: _card(stage, request, plan)})
 
@@ -108,11 +113,12 @@ def _write_model(
     stage: Path,
     checkpoint: Checkpoint,
     precision: Precision,
-    options: ExportOptions,
+    request: Request,
     checksums: Checksums,
     scales: Sequence[Scales],
 ) -> None:
     """Write the file of weights first, then the graph, which gives their places in it."""
+    options = request.options
     data = stage / "onnx" / precision.data_file
     with new_file(data) as out:
         stored = precision.store(out, checkpoint, options.block, options.calibration)
@@ -121,11 +127,12 @@ def _write_model(
         checkpoint.config,
         precision,
         stored,
-        metadata(checkpoint, checksums, precision, options),
+        metadata(checkpoint, checksums, precision, options, request.lora),
         last=options.last,
         cache=options.cache,
         scales=scales,
         opset=options.opset,
+        lora=request.lora,
     )
     with new_file(stage / precision.model_file) as out:
         if options.single_file:
@@ -165,8 +172,17 @@ def _card(stage: Path, request: Request, plan: Plan) -> bytes:
         source=source_name(checkpoint),
         runtimes=runtimes,
         locations=locations(request, plan.others),
+        adapters=_adapters_in(stage, request, plan),
         safetensors=options.safetensors or (plan.kept and (request.path / SAFETENSORS).is_file()),
     ).encode()
+
+
+def _adapters_in(stage: Path, request: Request, plan: Plan) -> list[AdapterFile]:
+    """The adapters that are new, and those of a directory that is kept."""
+    files = contract.adapters_in(request.path / "onnx") if plan.kept else {}
+    files |= contract.adapters_in(stage / "onnx")
+    slots = contract.factor_slots(request.checkpoint.config, request.lora)
+    return [open_adapter_file(files[name], slots) for name in sorted(files)]
 
 
 def _is_there(request: Request, plan: Plan) -> bool:

@@ -48,6 +48,7 @@ def to_onnx(
     cache: str = "growing",
     scales: Sequence[Scales] = (),
     opset: int | None = None,
+    lora: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The ONNX model of a configuration.
 
@@ -59,6 +60,7 @@ def to_onnx(
         scales: of keys and values in each layer, (H, 1, D) each, for an int8 cache.
         opset: the ONNX opset; by default the lowest that has all operators. From 23 on, a growing cache uses ONNX's
             ``Attention``, below ``MatMul`` and ``Softmax``.
+        lora: the projections that take factors of adapters as optional inputs.
 
     Returns:
         A model of a few kilobytes, equal for equal arguments, that passes ``onnx.checker``.
@@ -69,8 +71,12 @@ def to_onnx(
     inputs = contract.inputs(config, precision.name, cache)
     outputs = contract.outputs(config, last, precision.name, cache)
     g = Graph(stored, precision.data_file, has_blocks=opset is None or opset >= BLOCKS_OPSET)
-    operators = {**OPERATORS, **_operators_of(precision), onnx_attention: _attention_of(config, cache, scales, opset)}
+    factors = contract.factor_slots(config, lora)
+    attention = _attention_of(config, cache, scales, opset)
+    low_rank = LowRank(precision, factors)
+    operators = {**OPERATORS, **_operators_of(precision, low_rank), onnx_attention: attention}
     translate(trace(config, last), g, operators, inputs, list(outputs))
+    assert not low_rank.changes, "a projection without a bias"
     lowest = max(lowest_opset(g), precision.min_opset)
     if opset is not None and opset not in range(lowest, OPSETS.stop):
         raise unknown_opset(precision, cache, lowest, opset)
@@ -78,7 +84,7 @@ def to_onnx(
     graph = helper.make_graph(
         g.nodes,
         "gpt2",
-        [_info(name, slot) for name, slot in inputs.items()],
+        [_info(name, slot) for name, slot in {**inputs, **factors}.items()],
         [_info(name, slot) for name, slot in outputs.items()],
         list(g.initializers.values()),
         value_info=[_info(name, Slot(*known)) for name, known in g.shapes.items()],
@@ -93,7 +99,7 @@ def to_onnx(
         producer_name="gpt2x",
         producer_version=__version__,
     )
-    runtime = contract.runtime_version(precision.name, cache, opset)
+    runtime = contract.runtime_version(precision.name, cache, opset, lora=bool(lora))
     helper.set_model_props(model, {**metadata, contract.RUNTIME: runtime})
     return model
 
@@ -309,7 +315,6 @@ def _lengths(g: Graph) -> tuple[Value, Value]:
 OPERATORS: dict[Any, Operator] = {
     getattr: _attribute,
     operator.getitem: _item,
-    operator.add: _same("Add"),
     operator.mul: _same("Mul"),
     operator.le: _same("LessOrEqual", "bool"),
     operator.eq: _same("Equal", "bool"),
@@ -332,10 +337,48 @@ OPERATORS: dict[Any, Operator] = {
 }
 
 
-def _operators_of(precision: Precision) -> dict[Any, Operator]:
+class LowRank:
+    """The translation of a projection, ``x @ weight + bias``. If there are inputs for its factors A and B, (x A) B is added.
+
+    An input that has an initializer, too, is optional. Here it has rank 0, and (x A) B is then zero. It is added after the
+    bias: ONNX Runtime fuses the bias into the product of a quantized weight.
+
+    Args:
+        factors: the inputs.
+    """
+
+    def __init__(self, precision: Precision, factors: Mapping[str, Slot]) -> None:
+        self.precision = precision
+        self.factors = factors
+        self.changes: dict[str, Value] = {}  # name of a bias -> what is added after it
+
+    def product(self, g: Graph, x: Value, weight: Weight) -> Any:
+        """``x @ weight``."""
+        y = self.precision.product(g, x, weight)
+        module = weight.name.removesuffix(".weight")
+        names = contract.factor_names(module)
+        if names[0] in self.factors:
+            a, b = (g.inline(name, _empty(self.factors[name]), self.factors[name].dtype) for name in names)
+            self.changes[f"{module}.bias"] = g.op("MatMul", g.op("MatMul", g.cast(x, a.dtype), a), b)
+        return y
+
+    def add(self, g: Graph, left: Any, right: Any) -> Any:
+        """``left + right``, and after a projection's bias its change."""
+        y = g.op("Add", *g.values(left, right))
+        change = self.changes.pop(right.name, None) if isinstance(right, Weight) else None
+        return y if change is None else g.op("Add", y, g.cast(change, y.dtype))
+
+
+def _empty(slot: Slot) -> NDArray[np.float32]:
+    """Factors of rank 0."""
+    return np.zeros([size if isinstance(size, int) else 0 for size in slot.shape], np.float32)
+
+
+def _operators_of(precision: Precision, low_rank: LowRank) -> dict[Any, Operator]:
     """The operators on weights, which a precision translates."""
     return {
-        operator.matmul: precision.product,
+        operator.matmul: low_rank.product,
+        operator.add: low_rank.add,
         F.embedding: lambda g, ids, table, **_: precision.look_up(g, ids, table),
         F.linear: precision.logits,
     }

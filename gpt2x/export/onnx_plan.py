@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from converters.tokenizer import same_tokenizer
 from .. import contract
 from ..contract import models_in
 from ..precisions import FP32, PRECISIONS
+from .adapters import RunTimeAdapter, changed_projections
 from .client_files import Locations, genai_config, metadata, with_transformers_js
 from .onnx_graph import unknown_opset
 from .options import ExportOptions
@@ -44,6 +45,7 @@ class Request:
     Args:
         force: replace existing files.
         need_tokenizer: refuse a checkpoint without a tokenizer.
+        adapters: those of the options, opened.
     """
 
     checkpoint: Checkpoint
@@ -51,6 +53,12 @@ class Request:
     options: ExportOptions
     force: bool = False
     need_tokenizer: bool = True
+    adapters: Sequence[RunTimeAdapter] = ()
+
+    @property
+    def lora(self) -> list[str]:
+        """The projections that take factors of adapters."""
+        return changed_projections(self.checkpoint, self.adapters)
 
     @property
     def is_home(self) -> bool:
@@ -73,7 +81,8 @@ class Plan:
         others: precisions that are in the directory already, and stay.
         kept: whether all other files of the directory stay.
         small: name -> contents of the files that are known before the work.
-        large: names of the models and of their weights.
+        large: names of the models and of their weights, and of adapters.
+        adapters: those that are not in the directory yet.
         card: the name of the model card; None if somebody else's README stays.
         superseded: files that only replaced models use, which are removed.
     """
@@ -82,6 +91,7 @@ class Plan:
     kept: bool
     small: dict[str, bytes]
     large: list[str]
+    adapters: list[RunTimeAdapter]
     card: str | None
     superseded: list[str]
 
@@ -120,12 +130,13 @@ def make_plan(request: Request, checksums: Future[dict[str, str]]) -> Plan:
             f"{request.path}: its models lie in it, not in its folder onnx/; export to another directory"
         )
     small = _small_files(request, others, kept)
-    large = _large_files(request, kept)
+    adapters = [adapter for adapter in request.adapters if not (kept and adapter.is_in(request.path / adapter.file))]
+    large = [*_large_files(request, kept), *(adapter.file for adapter in adapters)]
     if kept:
         _check_large(request, large)
     card = _card_name(request, kept)
     check_tree(request.path, [Path(name) for name in (*small, *large, *([card] if card else []))])
-    return Plan(others, kept, small, large, card, _superseded(request, there))
+    return Plan(others, kept, small, large, adapters, card, _superseded(request, there))
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -177,7 +188,7 @@ def _check_others(request: Request, others: Mapping[str, Path], checksums: Futur
     found = {file: _metadata_of(file) for file in others.values()}
     known = {digest for facts in found.values() for digest in _digests(facts.get(contract.CHECKSUMS, ""))}
     for file, facts in found.items():
-        ours = metadata(request.checkpoint, checksums.result(), FP32, request.options)
+        ours = metadata(request.checkpoint, checksums.result(), FP32, request.options, request.lora)
         if contract.CONFIG not in facts:
             raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
         faults = _differences(facts, ours)
@@ -199,6 +210,8 @@ def _differences(found: Mapping[str, str], ours: Mapping[str, str]) -> list[str]
         for key, what in ((contract.CACHE, "cache is"), (contract.LOGITS, "logits are"))
         if found.get(key) != ours[key]
     ]
+    if found.get(contract.LORA) != ours.get(contract.LORA):
+        faults.append("its adapters are others (--adapter NAME=DIR)")
     if found[contract.CONFIG] != ours[contract.CONFIG]:
         faults.append("its configuration is another")
     return faults
@@ -267,7 +280,9 @@ def _small_files(request: Request, others: list[str], kept: bool) -> dict[str, b
     there = request.path / CONFIG
     config = there.read_bytes() if kept and there.is_file() else files[CONFIG]
     files[CONFIG] = with_transformers_js(config, there, locations(request, others), options.cache)
-    files[GENAI] = to_json(genai_config(checkpoint.config, options.precisions[0], options.cache))
+    files[GENAI] = to_json(
+        genai_config(checkpoint.config, options.precisions[0], options.cache, lora=bool(request.lora))
+    )
     if not kept:
         return files
     return {name: data for name, data in files.items() if _is_renewed(request.path / name, data, others)}

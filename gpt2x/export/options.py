@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import contract
@@ -34,6 +34,7 @@ class ExportOptions:
         opset: the ONNX opset; by default the lowest that has all operators.
         single_file: put the weights into each ``.onnx`` file, instead of into a file beside it.
         safetensors: add ``model.safetensors``, a second copy of the weights, for ``transformers``.
+        adapters: name -> directory of a PEFT adapter (LoRA) that is not merged, but can be chosen for each run.
 
     Raises:
         ValueError: if an option is out of range.
@@ -47,6 +48,7 @@ class ExportOptions:
     opset: int | None = None
     single_file: bool = False
     safetensors: bool = False
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         is_list = isinstance(self.precisions, tuple | list) and bool(self.precisions)
@@ -59,6 +61,7 @@ class ExportOptions:
             raise ValueError(f"block is {self.block!r}; it must be one of {', '.join(map(str, BLOCKS))}")
         if self.opset is not None and self.opset not in OPSETS:
             raise ValueError(f"opset is {self.opset!r}; it must be {OPSETS[0]} to {OPSETS[-1]}")
+        contract.check_adapter_names(list(self.adapters))
         if self.calibration is not None:
             object.__setattr__(self, "calibration", [int(i) for i in self.calibration])
 

@@ -19,6 +19,8 @@ class RunningBatch:
         logits = batch.step({a: int(logits.argmax())})[a]      # one step for all sequences
         batch.leave(a)
 
+    All sequences have the decoder's adapter: ``RunningBatch(decoder.with_adapter("french"))``.
+
     It is also a context manager. At its end, or after ``close``, it is empty and the cache's memory is free; it can be
     used again.
 

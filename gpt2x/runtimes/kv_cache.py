@@ -30,6 +30,7 @@ class RowCache:
     def __init__(self, rows: int, *, tensors: int, n_head: int, head_dim: int, n_ctx: int, dtype: Any) -> None:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
+        self.adapter: str | None = None  # the adapter that computed it
         self.bound: Any = None  # a model's binding to these buffers, kept from step to step
         self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, with padding
         self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None without any padding
@@ -40,6 +41,11 @@ class RowCache:
     def capacity(self) -> int:
         """How many tokens fit into a row. The last buffer grows last."""
         return int(self.buffers[-1].shape[2])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row holds a token."""
+        return self.seen == 0 and not self.lengths.any()
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from converters.containers.safetensors import open_safetensors
 from converters.errors import short
 from converters.io.json import parse_json, read_json
 from converters.io.reading import File, check_name
+from converters.spec import projections
 
 from .. import contract
 from ..contract import Slot
 from ..memory import give_back
 from ..precisions import DEFAULT, PRECISIONS, Precision
+from .adapter_files import AdapterFile, open_adapter_file
 from .base import Ids, InputError, check_tokens
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,22 @@ class SessionSettings:
                 raise ValueError(f"this ONNX Runtime has no {name}; it has {', '.join(available)}")
 
 
+@dataclass(frozen=True)
+class ActiveAdapter:
+    """The adapter of a run: its name, and the values of the model's optional inputs. Without a name, the model's own."""
+
+    name: str | None = None
+    values: Mapping[str, ort.OrtValue] = field(default_factory=dict)
+
+    def bind(self, binding: Any) -> None:
+        """Bind its factors. A run with a binding ignores ``RunOptions.add_active_adapter`` (ONNX Runtime 1.20 to 1.32)."""
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(name, value)
+
+
+NO_ADAPTER = ActiveAdapter()
+
+
 @dataclass
 class OnnxModel:
     """An ONNX model in a session, after its inputs and outputs were checked."""
@@ -97,6 +115,49 @@ class OnnxModel:
         self.present_names = contract.present_names(self.config.n_layer)
         self.inputs = _slots(self.session.get_inputs())
         self.outputs = _slots(self.session.get_outputs())
+        self.factor_inputs = self._factor_inputs()
+        self.adapters = contract.adapters_in(self.path.parent) if self.factor_inputs else {}
+        self._opened: dict[str, ActiveAdapter] = {}
+
+    def _factor_inputs(self) -> dict[str, Slot]:
+        """The optional inputs for factors of adapters."""
+        optional = _slots(self.session.get_overridable_initializers())
+        names = [name for module in projections(self.config.n_layer) for name in contract.factor_names(module)]
+        return {name: optional[name] for name in names if name in optional}
+
+    @property
+    def expected_factor_inputs(self) -> dict[str, Slot]:
+        """What the contract says of them: both factors of each projection that has one."""
+        modules = projections(self.config.n_layer)
+        has_factors = [m for m in modules if not self.factor_inputs.keys().isdisjoint(contract.factor_names(m))]
+        return contract.factor_slots(self.config, has_factors)
+
+    def adapter_file(self, name: str) -> AdapterFile:
+        """The adapter of this name beside the model.
+
+        Raises:
+            FormatError: if there is none, or its file is invalid.
+            CheckpointError: if it does not fit the model.
+        """
+        if name not in self.adapters:
+            here = ", ".join(self.adapters)
+            held = f"it holds {here}" if here else "it holds none: export the model with --adapter NAME=DIR"
+            raise FormatError(f"{self.path.parent}: no adapter {name[:100]!r} in this directory; {held}")
+        return open_adapter_file(self.adapters[name], self.factor_inputs)
+
+    def adapter(self, name: str | None) -> ActiveAdapter:
+        """The adapter of this name, read; without a name, none.
+
+        Raises:
+            FormatError, CheckpointError: as ``adapter_file``.
+        """
+        if name is None:
+            return NO_ADAPTER
+        if name not in self._opened:
+            tensors = self.adapter_file(name).tensors
+            values = {key: ort.OrtValue.ortvalue_from_numpy(tensor.read()) for key, tensor in tensors.items()}
+            self._opened[name] = ActiveAdapter(name, values)
+        return self._opened[name]
 
     @property
     def cache_dtype(self) -> np.dtype[Any]:
@@ -355,6 +416,7 @@ def check_contract(model: OnnxModel) -> None:
     kind = model.precision, model.cache_kind
     faults = [
         *_differences("input", contract.inputs(model.config, *kind), model.inputs),
+        *_differences("input", model.expected_factor_inputs, model.factor_inputs),
         *_differences("output", contract.outputs(model.config, model.last_only, *kind), model.outputs),
     ]
     if faults:

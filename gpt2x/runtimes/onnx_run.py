@@ -5,7 +5,7 @@ The cache stays in ONNX Runtime's own buffers from step to step: what one step r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,20 @@ from numpy.typing import NDArray
 from .. import contract
 from .base import Ids, InputError, Logits, as_int64, check_mask
 from .kv_cache import RowCache
-from .onnx_model import TYPES, OnnxModel
+from .onnx_model import NO_ADAPTER, TYPES, ActiveAdapter, OnnxModel
 
 CHUNK = 256  # tokens of a prompt in one run: attention over T tokens computes T * T scores, and masks half of them
 LOGITS = 32 << 20  # bytes of logits that a run may return where only the last are wanted
 SHRINK = ort.RunOptions()  # frees the memory that only a prompt needs
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-Cache = list[ort.OrtValue]  # key and value of each layer in turn, each (B, H, P, D)
+
+
+class GrownCache(list[ort.OrtValue]):
+    """Key and value of each layer in turn, each (B, H, P, D), and the name of the adapter that computed them."""
+
+    def __init__(self, values: Iterable[ort.OrtValue], adapter: str | None) -> None:
+        super().__init__(values)
+        self.adapter = adapter
 
 
 def chunk_size(model: OnnxModel, B: int) -> int:
@@ -45,13 +52,32 @@ def pieces(n: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, n)
 
 
+def _check_adapter(found: str | None, wanted: str | None) -> None:
+    """Refuse to continue a cache with another adapter than computed it.
+
+    Raises:
+        InputError: naming both.
+    """
+    if found != wanted:
+        names = ["no adapter" if name is None else f"the adapter {name}" for name in (found, wanted)]
+        raise InputError(
+            f"the cache was computed with {names[0]}, and this step has {names[1]}: begin with an empty cache"
+        )
+
+
 class GrowingRun:
-    """A model that returns a longer cache from each step."""
+    """A model that returns a longer cache from each step.
 
-    def __init__(self, model: OnnxModel) -> None:
+    Args:
+        model: the model.
+        adapter: the adapter of every run.
+    """
+
+    def __init__(self, model: OnnxModel, adapter: ActiveAdapter = NO_ADAPTER) -> None:
         self.model = model
+        self.adapter = adapter
 
-    def step(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, Cache]:
+    def step(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, GrownCache]:
         """The logits after the last token, (B, 1, V) or longer; a long prompt is split into chunks."""
         mask = None if attention_mask is None else as_int64(attention_mask, "attention_mask")
         B, T = ids.shape
@@ -60,7 +86,7 @@ class GrowingRun:
             logits, cache = self.run(ids[:, start:end], seen, positions[:, start:end], cache)
         return logits, cache
 
-    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, Cache]:
+    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, GrownCache]:
         """As ``Decoder.run``, for tokens and positions that were checked."""
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
@@ -72,17 +98,19 @@ class GrowingRun:
             binding.bind_ortvalue_input(name, value)
         for name in self.model.present_names:
             binding.bind_output(name, "cpu")
+        self.adapter.bind(binding)
         logits = _bind_logits(binding, self.model, B, T)  # the last output
         self.model.run(binding, None)
-        return logits, binding.get_outputs()[:-1]
+        return logits, GrownCache(binding.get_outputs()[:-1], self.adapter.name)
 
-    def reorder(self, cache: Cache, rows: Ids) -> Cache:
+    def reorder(self, cache: GrownCache, rows: Ids) -> GrownCache:
         """As ``Decoder.reorder``."""
         if np.array_equal(rows, np.arange(cache[0].shape()[0])):
             return cache
-        return [ort.OrtValue.ortvalue_from_numpy(np.take(value.numpy(), rows, axis=0)) for value in cache]
+        values = [ort.OrtValue.ortvalue_from_numpy(np.take(value.numpy(), rows, axis=0)) for value in cache]
+        return GrownCache(values, cache.adapter if isinstance(cache, GrownCache) else self.adapter.name)
 
-    def _empty(self, B: int) -> Cache:
+    def _empty(self, B: int) -> list[ort.OrtValue]:
         shape = (B, self.model.config.n_head, 0, self.model.config.head_dim)
         empty = np.empty(shape, self.model.cache_dtype)
         return [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.model.past_names]
@@ -92,6 +120,8 @@ class GrowingRun:
         names = self.model.past_names
         if not isinstance(past, Sequence) or not all(isinstance(value, ort.OrtValue) for value in past):
             raise InputError("the cache is not one that an earlier step returned")
+        if isinstance(past, GrownCache):
+            _check_adapter(past.adapter, self.adapter.name)
         if len(past) != len(names):
             raise InputError(f"the cache has {len(past)} tensors, the model takes {len(names)}")
         shapes = [tuple(value.shape()) for value in past]
@@ -121,19 +151,21 @@ class InPlaceRun:
 
     Args:
         model: decodes.
+        adapter: the adapter of every run.
         prompts: reads several tokens of a row, in another precision and with the same kind of cache; by default the same
             model.
     """
 
-    def __init__(self, model: OnnxModel, prompts: OnnxModel | None = None) -> None:
+    def __init__(self, model: OnnxModel, adapter: ActiveAdapter = NO_ADAPTER, prompts: OnnxModel | None = None) -> None:
         self.model = model
+        self.adapter = adapter
         self.prompts = prompts or model
         self._kind = self.new_cache(0).kind
 
     def new_cache(self, rows: int) -> RowCache:
         """An empty cache."""
         config = self.model.config
-        return RowCache(
+        cache = RowCache(
             rows,
             tensors=len(self.model.past_names),
             n_head=config.n_head,
@@ -141,6 +173,8 @@ class InPlaceRun:
             n_ctx=config.n_ctx,
             dtype=self.model.cache_dtype,
         )
+        cache.adapter = self.adapter.name
+        return cache
 
     def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, *, last: bool) -> tuple[Logits, RowCache]:
         """As ``Decoder.run``, for tokens and positions that were checked. Logits (B, 1, V) if ``last``."""
@@ -167,6 +201,9 @@ class InPlaceRun:
             raise InputError("the cache is not one that an earlier step of this model returned")
         if len(cache.lengths) != B:
             raise InputError(f"the cache has {len(cache.lengths)} rows, input_ids {B}")
+        if cache.is_empty:
+            cache.adapter = self.adapter.name
+        _check_adapter(cache.adapter, self.adapter.name)
         return cache
 
     def _real_slots(self, attention_mask: Any, cache: RowCache, T: int) -> NDArray[np.bool_] | None:
@@ -237,6 +274,7 @@ class InPlaceRun:
         _bind(binding, "position_ids", positions[None])
         _bind(binding, "attention_mask", mask)
         bind_cache(binding, self.prompts, buffers)
+        self.adapter.bind(binding)
         logits = _bind_logits(binding, self.prompts, 1, len(ids))
         self.prompts.run(binding, SHRINK if len(ids) > 1 else None)
         found: Logits = logits[0]
@@ -247,8 +285,8 @@ class InPlaceRun:
         B = len(ids)
         cache.reserve(B, int(positions.max()) + 1)
         step = cache.bound
-        if not isinstance(step, _Step) or step.model is not self.model or len(step.ids) != B:
-            step = _Step(self.model, cache, B)
+        if not isinstance(step, _Step) or not step.is_for(self.model, self.adapter, B):
+            step = _Step(self.model, self.adapter, cache, B)
             cache.bound = step
         logits = step(ids, positions)
         cache.lengths[:B] = positions + 1
@@ -258,8 +296,9 @@ class InPlaceRun:
 class _Step:
     """One more token for each of the first B rows of a cache. Most is bound once, as long as the cache's buffers stay."""
 
-    def __init__(self, model: OnnxModel, cache: RowCache, B: int) -> None:
+    def __init__(self, model: OnnxModel, adapter: ActiveAdapter, cache: RowCache, B: int) -> None:
         self.model = model
+        self.adapter = adapter
         self.ids = np.zeros((B, 1), np.int64)
         self.positions = np.zeros((B, 1), np.int64)
         self.slots = np.arange(cache.capacity)
@@ -268,6 +307,11 @@ class _Step:
         _bind(self.binding, "input_ids", self.ids)
         _bind(self.binding, "position_ids", self.positions)
         bind_cache(self.binding, model, self.buffers)
+        adapter.bind(self.binding)
+
+    def is_for(self, model: OnnxModel, adapter: ActiveAdapter, B: int) -> bool:
+        """Whether the bindings are those of a model, an adapter and a number of rows."""
+        return self.model is model and self.adapter is adapter and len(self.ids) == B
 
     def __call__(self, ids: Ids, positions: Ids) -> Logits:
         """Tokens (B,) at positions (B,). Returns the logits (B, V)."""

@@ -6,6 +6,7 @@ print(generate_text(decoder, Tokenizer.from_pretrained("gpt2-onnx/"), "ROMEO:", 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from converters import CheckpointError
 
 from ..memory import give_back
 from ..precisions import PAIR, precisions_in
+from .adapter_files import AdapterFile
 from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
 from .onnx_model import OnnxModel, Provider, SessionSettings, needs_exact_products, open_model
@@ -40,10 +42,12 @@ class OnnxDecoder(Decoder):
         threads: threads for each operator; by default one for each core.
         optimize: enable ONNX Runtime's graph optimizations (``ORT_ENABLE_ALL``, its default).
         providers: ONNX Runtime's execution providers in order of preference; each a name, or a name and its options.
+        adapter: the name of the adapter beside the model that ``run`` and ``step`` take, unless they are given another.
 
     Raises:
-        FormatError: if there is no model, it is damaged, or its file of weights is incomplete.
-        CheckpointError: if its inputs and outputs are not the contract's; the message lists every difference.
+        FormatError: if there is no model, it is damaged, its file of weights is incomplete, or it has no such adapter.
+        CheckpointError: if its inputs and outputs are not the contract's, or the adapter does not fit; the message lists
+            every difference.
         ConfigError: if it has no configuration.
         ValueError: if the number of threads is out of range, or this ONNX Runtime has no such provider.
     """
@@ -60,6 +64,7 @@ class OnnxDecoder(Decoder):
         threads: int | None = None,
         optimize: bool = True,
         providers: Sequence[Provider] = ("CPUExecutionProvider",),
+        adapter: str | None = None,
     ) -> None:
         settings = SessionSettings(threads, optimize, tuple(providers))
         for_prompts, for_tokens = phases(precision, prefill, decode)
@@ -71,7 +76,6 @@ class OnnxDecoder(Decoder):
         self._settings = settings
         self._model = model
         self._prompts = prompts
-        self._run = InPlaceRun(model, prompts) if model.in_place else GrowingRun(model)
         self.path = model.path
         self.metadata = model.metadata
         self.config = model.config
@@ -79,37 +83,105 @@ class OnnxDecoder(Decoder):
         self.cache_kind = model.cache_kind
         self.last_only = model.last_only or bool(prompts and prompts.last_only)
         self.inputs, self.outputs = model.inputs, model.outputs
-        files = f"{prompts.path.name} and {self.path.name}" if prompts else self.path.name
+        self._use(adapter)
+
+    def _use(self, adapter: str | None) -> None:
+        """Take an adapter in every run."""
+        self._run = self._run_with(adapter)
+        self.adapter = adapter
+        files = f"{self._prompts.path.name} and {self.path.name}" if self._prompts else self.path.name
         self.runtime = f"{files} in ONNX Runtime {ort.__version__}"
+        if adapter is not None:
+            self.runtime += f" with the adapter {adapter}"
+
+    def _run_with(self, adapter: str | None) -> InPlaceRun | GrowingRun:
+        """How the model is run with an adapter of this name."""
+        active = self._model.adapter(adapter)
+        return (
+            InPlaceRun(self._model, active, self._prompts) if self._model.in_place else GrowingRun(self._model, active)
+        )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters beside the model."""
+        return tuple(self._model.adapters)
+
+    def with_adapter(self, name: str | None) -> OnnxDecoder:
+        """The same model with another adapter in every run; without a name, with none. They share the model's memory.
+
+        Raises:
+            FormatError: if there is no such adapter, or its file is invalid.
+            CheckpointError: if it does not fit the model.
+        """
+        decoder = copy.copy(self)
+        decoder._use(name)
+        return decoder
+
+    def adapter_file(self, name: str) -> AdapterFile:
+        """The adapter of this name beside the model, which is not read.
+
+        Raises:
+            FormatError: if there is none, or its file is invalid.
+            CheckpointError: if it does not fit the model.
+        """
+        return self._model.adapter_file(name)
 
     @property
     def in_place(self) -> bool:
         """Whether the cache stays in place."""
         return self._model.in_place
 
-    def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
+    def run(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None,
+        position_ids: Ids,
+        cache: Any,
+        adapter: str | None = None,
+    ) -> tuple[Logits, Any]:
         """As ``Decoder.run``, in one run of the model.
 
+        Args:
+            adapter: the name of an adapter beside the model; by default the decoder's.
+
         Raises:
-            InputError: if the arguments do not fit the model or one another.
+            InputError: if the arguments do not fit the model or one another, or the cache is of another adapter.
+            FormatError: if there is no such adapter.
         """
         ids, positions = self._model.check_tokens(input_ids, position_ids)
-        if isinstance(self._run, InPlaceRun):
-            return self._run.run(ids, attention_mask, positions, cache, last=self.last_only)
-        return self._run.run(ids, attention_mask, positions, cache)
+        run = self._chosen(adapter)
+        if isinstance(run, InPlaceRun):
+            return run.run(ids, attention_mask, positions, cache, last=self.last_only)
+        return run.run(ids, attention_mask, positions, cache)
 
-    def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
+    def step(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None,
+        position_ids: Ids,
+        cache: Any,
+        adapter: str | None = None,
+    ) -> tuple[Logits, Any]:
         """As ``Decoder.step``. A long prompt is split into chunks.
 
+        Args:
+            adapter: the name of an adapter beside the model; by default the decoder's.
+
         Raises:
-            InputError: if the arguments do not fit the model or one another.
+            InputError: if the arguments do not fit the model or one another, or the cache is of another adapter.
+            FormatError: if there is no such adapter.
         """
         ids, positions = self._model.check_tokens(input_ids, position_ids)
-        if isinstance(self._run, InPlaceRun):
-            logits, cache = self._run.run(ids, attention_mask, positions, cache, last=True)
+        run = self._chosen(adapter)
+        if isinstance(run, InPlaceRun):
+            logits, cache = run.run(ids, attention_mask, positions, cache, last=True)
         else:
-            logits, cache = self._run.step(ids, attention_mask, positions, cache)
+            logits, cache = run.step(ids, attention_mask, positions, cache)
         return logits[:, -1], cache
+
+    def _chosen(self, adapter: str | None) -> InPlaceRun | GrowingRun:
+        """The run with this adapter, by default with the decoder's."""
+        return self._run if adapter in (None, self.adapter) else self._run_with(adapter)
 
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """As ``Decoder.reorder``. In a cache in place, only rows that change are copied."""
@@ -141,7 +213,12 @@ class OnnxDecoder(Decoder):
         settings = self._settings
         path, precision = (self._source, self.precision) if self._prompts else (self.path, None)
         return OnnxDecoder(
-            path, precision=precision, threads=settings.threads, optimize=False, providers=settings.providers
+            path,
+            precision=precision,
+            threads=settings.threads,
+            optimize=False,
+            providers=settings.providers,
+            adapter=self.adapter,
         )
 
     def close(self) -> None:
@@ -188,6 +265,8 @@ def check_pair(prompts: OnnxModel, model: OnnxModel) -> None:
         )
     if prompts.config != model.config:
         raise CheckpointError(f"{both}: their configurations differ")
+    if prompts.factor_inputs != model.factor_inputs:
+        raise CheckpointError(f"{both}: they take other adapters: export both in one command")
     if (prompts.cache_kind, prompts.cache_dtype) != (model.cache_kind, model.cache_dtype):
         raise CheckpointError(
             f"{both}: one keeps its cache in {prompts.cache_dtype}, the other in {model.cache_dtype}: "

@@ -14,7 +14,7 @@ from converters import Checkpoint, FormatError, open_checkpoint
 from converters.containers.torch_zip import PROGRAMS, program_in
 from converters.io.reading import check_name
 
-from ..contract import has_onnx
+from ..contract import adapters_of, has_onnx
 from ..weight_options import WeightOptions, why_weights
 from .base import Decoder
 
@@ -71,6 +71,23 @@ def run_kind(path: str | Path, runtime: str | None) -> str:
     return kind
 
 
+def stored_adapter(path: str | Path, adapter: str | Path | None, runtime: str | None) -> str | None:
+    """The name of an adapter beside an ONNX model, if that is what ``adapter`` means, and not a directory of PEFT's.
+
+    It is one if an adapter of this name is there. An unknown name, which is no path either, is returned as well, so that
+    the error lists the names.
+
+    Args:
+        runtime: "torch" merges adapters into weights, and never takes one that is beside an ONNX model.
+    """
+    if adapter is None or runtime == "torch" or "://" in str(adapter):
+        return None
+    here = adapters_of(Path(path))
+    if str(adapter) in here or (here and not Path(adapter).exists()):
+        return str(adapter)
+    return None
+
+
 def open_decoder(
     path: str | Path,
     runtime: str | None = None,
@@ -85,12 +102,15 @@ def open_decoder(
         runtime: as for ``run_kind``.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
         threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
-        options: how weights are opened. If one is set that selects or changes weights, such as ``adapter``, the weights
-            of a directory run that also has ONNX.
+        options: how weights are opened. If one is set that selects or changes weights, the weights of a directory run
+            that also has ONNX. ``adapter`` is the directory of one to merge, or the name of one that was exported.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
+    stored = stored_adapter(path, options.get("adapter"), runtime)
+    if stored is not None:
+        options = {**options, "adapter": None}
     reason = why_weights(options)
     kind = run_kind(path, runtime or ("torch" if reason else None))
     if reason and (kind != "weights" or precision is not None):
@@ -100,7 +120,7 @@ def open_decoder(
     if kind == "onnx":
         from .onnxruntime import OnnxDecoder
 
-        return OnnxDecoder(path, precision=precision, threads=threads)
+        return OnnxDecoder(path, precision=precision, threads=threads, adapter=stored)
     if precision is not None:
         raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
     if threads is not None:

@@ -14,6 +14,8 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from converters import Checkpoint, LazyTensor
+from converters.adapters import Adapter
+from converters.opening.adapter import merge_adapter
 
 from .. import contract
 from ..load import model_of
@@ -25,12 +27,13 @@ from ..runtimes.torch import TorchDecoder
 from .quantized_weights import read_stored
 
 
-def rounded_model(a: Checkpoint, subject: Any) -> Decoder:
+def rounded_model(a: Checkpoint, subject: Any, adapter: Adapter | None = None) -> Decoder:
     """The model of a checkpoint in a precision, in exact arithmetic.
 
     Args:
         a: what ``subject`` was exported from.
         subject: an ``OnnxDecoder``.
+        adapter: what ``subject`` takes at run time. It is added to the rounded weights.
     """
     tensors: dict[str, LazyTensor] = {}
     block = 1
@@ -41,7 +44,10 @@ def rounded_model(a: Checkpoint, subject: Any) -> Decoder:
             block = stored.block
             values = values.T.copy() if name in TABLES else values
         tensors[name] = LazyTensor.of(values)
-    model = PRECISIONS[subject.precision].exact(model_of(replace(a, tensors=tensors)), block)
+    rounded = replace(a, tensors=tensors)
+    if adapter is not None:
+        rounded = merge_adapter(rounded, adapter)
+    model = PRECISIONS[subject.precision].exact(model_of(rounded), block)
     if contract.has_int8_cache(subject.cache_kind):
         _round_caches(model, subject)
     return TorchDecoder(model)

@@ -12,18 +12,23 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from converters import Checkpoint, ConversionError, GPT2Config, find_tokenizer, open_checkpoint
+from converters.adapters import Adapter
+from converters.checkpoint import same_bytes
 from converters.formats import WEIGHTS
+from converters.lora_factors import Factors, run_time_factors
+from converters.opening.adapter import adapter_in, merge_adapter
 from converters.tensors import F32
 from converters.tokenizer import TokenizerFiles, same_tokenizer
 
 from .. import contract
 from ..precisions import Bounds, Precision, precisions_in
+from ..runtimes.adapter_files import AdapterFile, named_factors
 from ..runtimes.base import Decoder
 from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder
 from ..runtimes.reference import ReferenceDecoder
@@ -184,32 +189,89 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     return Report(a.origin, name, checks)
 
 
-def _run_export(a: Checkpoint, b: str | Path, model: Decoder, text: str | None, *, faithful: bool) -> list[Check]:
+def verify_adapter(
+    base: Checkpoint,
+    folder: str | Path,
+    b: str | Path,
+    name: str,
+    text: str | None = None,
+    precision: str | None = None,
+) -> Report:
+    """Compare a checkpoint into which an adapter is merged with an ONNX model that takes the same adapter at run time.
+
+    The weights in ONNX are compared with the base's, and the factors beside it with those of the adapter.
+
+    Args:
+        base: the checkpoint without the adapter.
+        folder: the directory of PEFT's adapter.
+        name: what it is called beside the ONNX model.
+
+    Raises:
+        ConversionError: if the ONNX model has no adapter of this name, or one of the two does not fit.
+    """
+    from ..runtimes.onnxruntime import OnnxDecoder
+
+    adapter = adapter_in(folder)
+    model = OnnxDecoder(b, precision=precision, adapter=name)
+    checks = [compare_configs(base.config, model.config), *_compare_onnx(base, Path(b), model)]
+    checks.append(compare_factors(run_time_factors(base, adapter), model.adapter_file(name)))
+    if not base.config.differences(model.config, TOKEN_SIZES):
+        checks += _run_export(base, b, model, text, faithful=not _failed(checks), adapter=adapter)
+    which = f"{precision}, adapter {name}" if precision else f"adapter {name}"
+    return Report(f"{base.origin} + {adapter.path}", f"{b} ({which})", checks)
+
+
+def compare_factors(expected: Mapping[str, Factors], found: AdapterFile) -> Check:
+    """Compare the factors of an adapter with those in a file, by their bytes."""
+    tensors = named_factors(expected)
+    differing = sorted(tensors.keys() ^ found.tensors.keys())
+    shared = tensors.keys() & found.tensors.keys()
+    differing += [name for name in tensors if name in shared and not same_bytes(tensors[name], found.tensors[name])]
+    if not differing:
+        return Check("factors", True, f"the same: {len(expected)} projections")
+    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return Check("factors", False, f"{differing[0][:100]}{more} differ")
+
+
+def _run_export(
+    a: Checkpoint,
+    b: str | Path,
+    model: Decoder,
+    text: str | None,
+    *,
+    faithful: bool,
+    adapter: Adapter | None = None,
+) -> list[Check]:
     """Run a checkpoint and its export.
 
     Some models lose more in few bits than others. If one is out of its precision's bounds, and its weights are
     ``faithful``, the source's after rounding, the bounds are measured on this very model, and it is run again.
+
+    Args:
+        adapter: what the export takes at run time, and is merged into the checkpoint.
     """
-    reference = gpt2x_model(a) if _installed("torch") else ReferenceDecoder(a)
+    merged = a if adapter is None else merge_adapter(a, adapter, "fp32")
+    reference = gpt2x_model(merged) if _installed("torch") else ReferenceDecoder(merged)
     tokenizer = a.tokenizer or _tokenizer_of(b)
     checks = _run(reference, model, tokenizer, text)
     inexact = bounds_of(model) != FP32
     measurable = _installed("torch") and _installed("onnx") and len(precisions_in(model.precision)) == 1
     if inexact and faithful and measurable and _failed(checks):
-        bounds, remark = _measured_bounds(a, reference, model, tokenizer, text)
+        from .exact_arithmetic import rounded_model
+
+        exact = rounded_model(a, model, adapter)
+        bounds, remark = _measured_bounds(exact, reference, model, tokenizer, text)
         return [remark, *_run(reference, model, tokenizer, text, bounds)]
     return checks
 
 
 def _measured_bounds(
-    a: Checkpoint, reference: Decoder, model: Decoder, tokenizer: TokenizerFiles | None, text: str | None
+    rounded: Decoder, reference: Decoder, model: Decoder, tokenizer: TokenizerFiles | None, text: str | None
 ) -> tuple[Bounds, Check]:
-    """Bounds by what exact arithmetic loses on this model, and a remark for the report."""
-    from .exact_arithmetic import rounded_model
-
+    """Bounds by what exact arithmetic of the ``rounded`` weights loses on this model, and a remark for the report."""
     log.info("out of the bounds of %s: measuring what exact arithmetic loses", model.precision)
     ids, _ = sample_ids(reference.config, tokenizer, text)
-    exact = measure(one_pass(reference, ids), one_pass(rounded_model(a, model), ids), ids[1:])
+    exact = measure(one_pass(reference, ids), one_pass(rounded, ids), ids[1:])
     times = times_exact(model)
     remark = (
         f"{model.precision} loses more on this model than on most: computed exactly, its KL divergence is "

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+from adapters import write_adapter
 from checkpoints import random_checkpoint
 from client_programs import CLIENTS, PACKAGES, clients, marks_of, needs_node
 from paths import ROOT
@@ -171,6 +172,47 @@ def test_a_single_file_is_loaded_from_its_bytes_in_node(client, exported, wanted
 @pytest.mark.parametrize("cache", contract.CACHES)
 def test_a_client_that_took_fp32_for_int4_would_be_seen(cache, wanted):
     assert all(wanted(cache, "int4")[prompt] != wanted(cache, "fp32")[prompt] for prompt in PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """``adapted(cache)``: an export with an adapter, and the path of the adapter's file."""
+    folder = tmp_path_factory.mktemp("adapted")
+    lora = write_adapter(folder / "lora", open_checkpoint(SHAKESPEARE), size=0.05)  # no token is a near tie
+
+    @functools.cache
+    def export(cache):
+        export_onnx(open_checkpoint(SHAKESPEARE), folder / cache, ExportOptions(cache=cache, adapters={"a": lora}))
+        return folder / cache
+
+    return export
+
+
+@clients("onnxruntime-genai")
+@pytest.mark.parametrize("cache", ["growing", "inplace"])
+def test_genai_takes_an_adapter_by_its_adapter_api(client, cache, adapted, expected, tmp_path):
+    chosen = greedy(OnnxDecoder(adapted(cache), adapter="a"))
+    assert chosen != expected
+    for adapter, tokens in (("a", chosen), (None, expected)):
+        result = run(client, [(adapted(cache), "fp32")], EACH + TOGETHER, tmp_path, adapter=adapter)
+        assert rows_of(result) == [[[tokens[text] for text in texts] for texts in EACH + TOGETHER]]
+        assert "optional" not in result.stderr and "Initializer" not in result.stderr  # no warning of each input
+
+
+@pytest.mark.parametrize(
+    ("client", "cache"),
+    [
+        pytest.param(client, cache, marks=[*marks_of(client), *([] if (client, cache) == FAST else [pytest.mark.slow])])
+        for client in ONNX
+        for cache in ("growing", "inplace")
+    ],
+)
+def test_a_client_that_knows_no_adapters_runs_the_base_of_an_export_with_some(
+    client, cache, adapted, expected, tmp_path
+):
+    batches = batches_of(client, cache)
+    (rows,) = rows_of(run(client, [(adapted(cache), "fp32")], batches, tmp_path))
+    assert rows == [[expected[text] for text in texts] for texts in batches]
 
 
 @clients("transformers")

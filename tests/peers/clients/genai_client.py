@@ -10,7 +10,7 @@ import onnxruntime_genai as og
 task = json.loads(Path(sys.argv[1]).read_text())
 
 
-def generate(model, in_place, texts):
+def generate(model, in_place, texts, adapters):
     tokenizer = og.Tokenizer(model)
     encoded = tokenizer.encode_batch(texts)
     longest = max(len(tokenizer.encode(text)) for text in texts)
@@ -18,6 +18,8 @@ def generate(model, in_place, texts):
     whole = longest + task["count"]
     params.set_search_options(max_length=whole, do_sample=False, batch_size=len(texts), **task.get("search", {}))
     generator = og.Generator(model, params)
+    if adapters is not None:
+        generator.set_active_adapter(adapters, task["adapter"])
     generator.append_tokens(encoded)
     assert generator.get_output("present.0.key").shape[2] == (whole if in_place else longest), "the other kind of cache"
     while not generator.is_done():
@@ -27,7 +29,17 @@ def generate(model, in_place, texts):
 
 def results(directory):
     model, config = og.Model(directory), json.loads(Path(directory, "genai_config.json").read_text())
-    return [generate(model, config["search"]["past_present_share_buffer"], texts) for texts in task["batches"]]
+    in_place = config["search"]["past_present_share_buffer"]
+    return [generate(model, in_place, texts, adapters_of(model, directory)) for texts in task["batches"]]
+
+
+def adapters_of(model, directory):
+    """The adapter that the task names; None if it names none."""
+    if not task.get("adapter"):
+        return None
+    adapters = og.Adapters(model)
+    adapters.load(f"{directory}/onnx/{task['adapter']}.onnx_adapter", task["adapter"])
+    return adapters
 
 
 print(json.dumps([results(model["directory"]) for model in task["models"]]))

@@ -1,0 +1,338 @@
+"""LoRA adapters that are chosen for each run of one exported base: equal to the merged models, in every way they are run."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from paths import FIXTURES
+
+from converters import CheckpointError, DestinationError, FormatError, open_checkpoint
+from converters.containers.onnx_adapter import open_onnx_adapter, write_onnx_adapter
+from converters.io.publishing import new_file
+from converters.tensors import LazyTensor
+from gpt2x import contract
+from gpt2x.export.onnx_directory import ExportOptions, export_onnx
+from gpt2x.generation.loop import Generation
+from gpt2x.generation.sampling import Sampling
+from gpt2x.precisions import PRECISIONS
+from gpt2x.runtimes.base import InputError
+from gpt2x.runtimes.batching import RunningBatch
+from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.runtimes.opening import gpt2x_model, open_decoder
+from gpt2x.verify.report import verify_adapter, verify_export
+
+ADAPTERS = FIXTURES / "adapters"
+NAMES = {"all": "all_linear", "ranks": "patterns", "upper": "one_layer"}  # name at run time -> fixture
+EXPECTED = dict(np.load(ADAPTERS / "expected.npz"))
+IDS = EXPECTED["ids"]
+POSITIONS = np.tile(np.arange(IDS.shape[1]), (len(IDS), 1))
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_checkpoint(ADAPTERS / "base")
+
+
+@pytest.fixture(scope="module", params=["growing", "inplace"])
+def folder(request, base, tmp_path_factory):
+    """An export of the base in every precision, with three adapters."""
+    path = tmp_path_factory.mktemp("export") / request.param
+    export(base, path, cache=request.param, precisions=tuple(PRECISIONS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def growing(base, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "growing"
+    export(base, path)
+    return path
+
+
+def export(base, path, names=tuple(NAMES), force=False, **options):
+    adapters = {name: ADAPTERS / NAMES[name] for name in names}
+    export_onnx(base, path, ExportOptions(adapters=adapters, **options), need_tokenizer=False, force=force)
+    return path
+
+
+def close(found, expected, bound=1e-4):
+    return np.abs(found - expected).max() <= bound * np.abs(expected).max()
+
+
+def merged(name):
+    """The model with an adapter merged into its weights, in torch."""
+    return gpt2x_model(open_checkpoint(ADAPTERS / "base", adapter=ADAPTERS / NAMES[name] if name else None))
+
+
+# ---------------------------------------------------------------------------------------------------- the same logits
+
+
+def test_each_adapter_gives_the_logits_that_peft_gives_and_none_gives_those_of_the_base(folder):
+    decoder = OnnxDecoder(folder)
+    plain, _ = merged(None).run(IDS, None, POSITIONS, None)
+    for name in (None, "all", None, "ranks", "upper", "all", None):
+        logits, _ = decoder.run(IDS, None, POSITIONS, None, adapter=name)
+        assert close(logits, EXPECTED[NAMES[name]] if name else plain, 1e-5)
+    assert not close(EXPECTED["all_linear"], plain, 0.1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_is_within_the_bounds_of_the_precision_in_every_scenario(folder, base, precision, name):
+    report = verify_adapter(base, ADAPTERS / NAMES[name], folder, name, precision=precision)
+    assert report.passed, report.to_json()
+
+
+def test_verify_tells_one_adapter_from_another_in_every_precision(folder, base):
+    for precision in PRECISIONS:
+        report = verify_adapter(base, ADAPTERS / "patterns", folder, "all", precision=precision)
+        failed = [check.name for check in report.checks if check.passed is False]
+        assert "factors" in failed and "full context" in failed
+
+
+def test_the_base_is_verified_without_an_adapter(folder, base):
+    assert verify_export(base, folder).passed
+
+
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_greedy_tokens_are_those_of_the_merged_model(folder, name):
+    prompts = [[1, 2, 3], [5], [9, 8, 7, 6, 5]]
+    expected = list(Generation(merged(name), prompts, 8, GREEDY))
+    assert list(Generation(OnnxDecoder(folder, adapter=name), prompts, 8, GREEDY)) == expected
+    assert list(Generation(OnnxDecoder(folder).with_adapter(name), prompts, 8, GREEDY)) == expected
+
+
+def test_only_the_last_logits_and_a_single_file_take_adapters_too(base, tmp_path):
+    export(base, tmp_path / "x", last=True, single_file=True, cache="inplace")
+    logits, _ = OnnxDecoder(tmp_path / "x", adapter="ranks").run(IDS, None, POSITIONS, None)
+    assert close(logits[:, -1], EXPECTED["patterns"][:, -1], 1e-5)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_every_opset_takes_adapters(base, tmp_path, opset):
+    export(base, tmp_path / "x", opset=opset)
+    logits, _ = OnnxDecoder(tmp_path / "x", adapter="ranks").run(IDS, None, POSITIONS, None)
+    assert close(logits, EXPECTED["patterns"], 1e-5)
+
+
+def test_one_model_in_memory_takes_all_adapters(folder):
+    decoder = OnnxDecoder(folder)
+    other = decoder.with_adapter("all")
+    assert decoder.adapters == ("all", "ranks", "upper") and (decoder.adapter, other.adapter) == (None, "all")
+    assert other._model is decoder._model
+    assert other.runtime == decoder.runtime + " with the adapter all"
+    assert other.with_adapter(None).run(IDS, None, POSITIONS, None)[0].tobytes() == (
+        decoder.run(IDS, None, POSITIONS, None)[0].tobytes()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ caches
+
+
+def test_steps_with_different_adapters_alternate_each_with_its_own_cache(folder):
+    decoder = OnnxDecoder(folder)
+    caches = dict.fromkeys((None, *NAMES))
+    found = {name: [] for name in caches}
+    for i in range(IDS.shape[1]):
+        for name in caches:
+            logits, caches[name] = decoder.step(IDS[:, i : i + 1], None, POSITIONS[:, i : i + 1], caches[name], name)
+            found[name].append(logits)
+    for name, fixture in NAMES.items():
+        assert close(np.stack(found[name], 1), EXPECTED[fixture], 1e-5)
+
+
+def test_a_cache_is_not_continued_with_another_adapter(folder):
+    decoder = OnnxDecoder(folder)
+    _, cache = decoder.step(IDS, None, POSITIONS, None, adapter="all")
+    for other, said in (("ranks", "the adapter ranks"), (None, "no adapter")):
+        with pytest.raises(InputError, match=f"computed with the adapter all, and this step has {said}"):
+            decoder.step(IDS[:, :1], None, POSITIONS[:, :1] + IDS.shape[1], cache, adapter=other)
+    logits, _ = decoder.step(IDS[:, :1], None, POSITIONS[:, :1] + IDS.shape[1], cache, adapter="all")
+    assert np.isfinite(logits).all()
+
+
+def test_reordered_rows_stay_those_of_their_adapter(folder):
+    decoder = OnnxDecoder(folder)
+    _, cache = decoder.step(IDS, None, POSITIONS, None, adapter="all")
+    cache = decoder.reorder(cache, np.array([1, 0, 1]))
+    assert cache.adapter == "all"
+
+
+def test_a_cache_in_place_takes_the_adapter_of_its_first_step(base, tmp_path):
+    export(base, tmp_path / "x", cache="inplace")
+    decoder = OnnxDecoder(tmp_path / "x")
+    logits, _ = decoder.step(IDS, None, POSITIONS, decoder.row_cache(2), adapter="all")
+    assert close(logits, EXPECTED["all_linear"][:, -1], 1e-5)
+
+
+def test_a_running_batch_has_the_adapter_of_its_decoder(base, tmp_path):
+    decoder = OnnxDecoder(export(base, tmp_path / "x", cache="inplace"))
+    batches = {name: RunningBatch(decoder.with_adapter(name)) for name in (None, *NAMES)}
+    for name, batch in batches.items():
+        expected = EXPECTED[NAMES[name]] if name else merged(None).run(IDS, None, POSITIONS, None)[0]
+        first, logits = batch.join(IDS[0, :5].tolist())
+        assert close(logits, expected[0, 4], 1e-5)
+        second, logits = batch.join(IDS[1, :9].tolist())
+        assert close(logits, expected[1, 8], 1e-5)
+        after = batch.step({first: int(IDS[0, 5]), second: int(IDS[1, 9])})
+        assert close(after[first], expected[0, 5], 1e-5) and close(after[second], expected[1, 9], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- the export
+
+
+def graph_of(folder, precision="fp32"):
+    return onnx.load(folder / contract.model_file(precision), load_external_data=False).graph
+
+
+def test_only_projections_that_an_adapter_changes_have_inputs(base, tmp_path):
+    export(base, tmp_path / "x", names=("upper",))
+    assert [i.name for i in graph_of(tmp_path / "x").input][-2:] == list(contract.factor_names("h.1.attn.c_attn"))
+    assert OnnxDecoder(tmp_path / "x").metadata[contract.LORA] == '["h.1.attn.c_attn"]'
+
+
+def test_the_inputs_that_a_model_requires_are_the_same_with_adapters(base, growing, tmp_path):
+    export(base, tmp_path / "x", names=())
+    assert OnnxDecoder(growing).inputs == OnnxDecoder(tmp_path / "x").inputs
+
+
+def test_three_nodes_are_added_for_each_projection(base, growing, tmp_path):
+    export(base, tmp_path / "x", names=())
+    assert len(graph_of(growing).node) == len(graph_of(tmp_path / "x").node) + 3 * 8
+
+
+def test_a_model_with_adapters_needs_the_onnx_runtime_that_has_them(growing):
+    assert OnnxDecoder(growing).metadata[contract.RUNTIME] == "1.20.0"
+
+
+def test_more_precisions_are_added_with_the_same_adapters_only(base, tmp_path):
+    path = export(base, tmp_path / "x")
+    before = (path / "onnx/all.onnx_adapter").stat().st_ino
+    for names in ((), ("upper",)):
+        with pytest.raises(DestinationError, match="its adapters are others"):
+            export(base, path, names=names, precisions=("int8",))
+    export(base, path, precisions=("int8",))
+    assert (path / "onnx/all.onnx_adapter").stat().st_ino == before
+    assert OnnxDecoder(path, precision="int8").adapters == ("all", "ranks", "upper")
+    assert "| upper | `onnx/upper.onnx_adapter` | attn.c_attn in 1 layer, rank 4 |" in (path / "README.md").read_text()
+
+
+def test_another_adapter_of_the_same_name_is_not_replaced_without_force(base, tmp_path):
+    path = export(base, tmp_path / "x", names=("all",))
+    changed = ExportOptions(precisions=("int8",), adapters={"all": ADAPTERS / "patterns"})
+    with pytest.raises(DestinationError, match="all.onnx_adapter: already exists; pass --force"):
+        export_onnx(base, path, changed, need_tokenizer=False)
+
+
+def test_adapters_of_an_earlier_export_are_not_left_beside_a_new_one(base, tmp_path):
+    path = export(base, tmp_path / "x")
+    with pytest.raises(DestinationError, match="ranks.onnx_adapter, which would be read together with the new files"):
+        export(base, path, names=("all",), force=True)
+
+
+def test_an_export_with_adapters_is_reproducible(base, growing, tmp_path):
+    export(base, tmp_path / "x")
+    files = [file.relative_to(growing) for file in growing.rglob("*") if file.is_file()]
+    assert all((growing / name).read_bytes() == (tmp_path / "x" / name).read_bytes() for name in files)
+
+
+def test_the_weights_in_a_model_with_adapters_are_read_as_those_of_any_export(growing, base):
+    checkpoint = open_checkpoint(growing)
+    assert checkpoint.tensors.keys() == base.tensors.keys() and not checkpoint.left_out
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", ".a", "-a", "a b", "a\n", "é", "a" * 101, "a\\b", "a:b"])
+def test_a_name_that_is_no_file_name_is_refused(name):
+    with pytest.raises(ValueError, match="cannot be the name of an adapter"):
+        ExportOptions(adapters={name: "x"})
+
+
+def test_names_that_differ_in_capital_letters_only_are_refused():
+    with pytest.raises(ValueError, match="two adapters are called A"):
+        ExportOptions(adapters={"a": "x", "A": "y"})
+
+
+@pytest.mark.parametrize("fixture", ["dora", "saved_head", "embeddings", "lm_head", "tokens", "bias_all"])
+def test_an_adapter_that_can_only_be_merged_is_refused_before_anything_is_written(base, tmp_path, fixture):
+    with pytest.raises(CheckpointError, match="cannot be done at run time"):
+        export_onnx(base, tmp_path / "x", ExportOptions(adapters={"a": ADAPTERS / fixture}), need_tokenizer=False)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_unknown_name_lists_the_names_that_there_are(growing, base, tmp_path):
+    decoder = OnnxDecoder(growing)
+    for use in (
+        lambda: decoder.step(IDS, None, POSITIONS, None, adapter="none"),
+        lambda: decoder.with_adapter("none"),
+        lambda: OnnxDecoder(growing, adapter="none"),
+        lambda: open_decoder(growing, adapter="none"),
+    ):
+        with pytest.raises(FormatError, match="no adapter 'none' in this directory; it holds all, ranks, upper"):
+            use()
+    export(base, tmp_path / "x", names=())
+    with pytest.raises(FormatError, match="it holds none: export the model with --adapter NAME=DIR"):
+        OnnxDecoder(tmp_path / "x", adapter="all")
+
+
+@pytest.fixture
+def copy(growing, tmp_path):
+    shutil.copytree(growing, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+A, B = contract.factor_names("h.0.attn.c_attn")
+
+
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.update({A: np.ones((17, 4), np.float32)}), "h.0.attn.c_attn.lora_A.weight is [17, 4]; [16, h."),
+        (lambda t: t.update({B: np.ones((4, 47), np.float32)}), "lora_B.weight is [4, 47]; [h.0.attn.c_attn.rank, 48] is needed"),
+        (lambda t: t.update({A: np.ones((16, 3), np.float32)}), "lora_A.weight is [16, 3], but h.0.attn.c_attn.lora_B.weight is [4, 48]"),
+        (lambda t: t.update({A: np.ones(16, np.float32)}), "lora_A.weight is [16]"),
+        (lambda t: t.update({A: np.ones((16, 4), np.float64)}), "lora_A.weight is F64; F32 is needed"),
+        (lambda t: t.update({"wte.weight": np.ones((48, 16), np.float32)}), "unknown   'wte.weight': the model has no such input"),
+        (lambda t: t.update({"input_ids": np.ones((2, 2), np.float32)}), "unknown   'input_ids'"),
+        (without(A), f"missing   {A}"),
+        (without(B), f"missing   {B}"),
+        (lambda t: t.clear(), "it has no parameters"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_the_model_is_refused_with_what_differs(copy, change, said):
+    file = copy / "onnx/all.onnx_adapter"
+    tensors = {name: tensor.read() for name, tensor in open_onnx_adapter(file).tensors.items()}
+    change(tensors)
+    with new_file(file, force=True) as out:
+        write_onnx_adapter(out, {name: LazyTensor.of(array) for name, array in tensors.items()})
+    decoder = OnnxDecoder(copy)  # the others can still be used
+    decoder.step(IDS, None, POSITIONS, None, adapter="ranks")
+    with pytest.raises(CheckpointError) as raised:
+        decoder.step(IDS, None, POSITIONS, None, adapter="all")
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("end", [0, 3, 20, 100, 1000, -1])
+def test_a_truncated_adapter_is_refused_in_one_line(copy, end):
+    file = copy / "onnx/all.onnx_adapter"
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(FormatError) as raised:
+        OnnxDecoder(copy, adapter="all")
+    assert "\n" not in str(raised.value) and str(file) in str(raised.value)
+
+
+def test_a_model_whose_optional_input_has_another_width_is_refused(copy):
+    model = onnx.load(copy / "onnx/model.onnx", load_external_data=False)
+    for value in (*model.graph.input, *model.graph.initializer):
+        if value.name == A and isinstance(value, onnx.ValueInfoProto):
+            value.type.tensor_type.shape.dim[1].dim_value = 0
+    onnx.save(model, copy / "onnx/model.onnx")
+    with pytest.raises(CheckpointError, match=r"lora_A.weight is float32 \[16, 0\]"):
+        OnnxDecoder(copy)
