@@ -15,7 +15,7 @@ test: $(VENV)/.ready check ## set up, then lint, type-check and test; with COVER
 	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 test-slow: $(VENV)/.ready ## the tests that prove more than a change needs
-	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py
+	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py --ignore=tests/peers/test_task_clients.py
 
 test-processors: $(VENV)/.ready $(VENV)-processors/.ready ## gpt2x on emulated processors: x86-64 without VNNI, and two of ARM
 	$(BIN)/python -m pytest -rs tests/processors
@@ -42,7 +42,7 @@ test-eval: $(VENV)-eval/.ready ## lm-evaluation-harness runs tasks on gpt2x, in 
 test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
 	test -d $(VENV)-headers || sh tests/peers/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
 	-@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
-	$(BIN)/python -m pytest -rs -m 'not huge' tests/peers/test_clients.py tests/peers/test_hub_clients.py
+	$(BIN)/python -m pytest -rs -m 'not huge' tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/peers/test_task_clients.py
 
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/peers/test_llama.py

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import CheckpointError, ConversionError, short
 from .heads import Head
@@ -19,6 +20,7 @@ class Checkpoint:
     """A complete GPT-2: every parameter of ``config`` under its canonical name, in canonical order and layout.
 
     ``left_out`` lists what else the source holds, and ``heads`` those heads that it also lists; ``notes`` what was assumed.
+    ``convert`` writes no heads; ``export --task`` and ``--outputs`` use them.
     Tensors are lazy.
 
     Raises:
@@ -34,6 +36,7 @@ class Checkpoint:
     entry: str = ""  # the place of the tensors in a file of torch.save that holds more than them
     left_out: tuple[str, ...] = ()
     heads: tuple[Head, ...] = ()  # other than lm_head
+    head_settings: Mapping[str, Any] = field(default_factory=dict)  # of config.json (head_config.KEYS), not checked
     prefix: str = ""  # that a wrapper put before the dialect's names
     wrappers: tuple[str, ...] = ()  # parts of names that wrappers added anywhere in them
     notes: tuple[str, ...] = ()

@@ -64,7 +64,8 @@ int main(int argc, char** argv) try {
     Ort::AllocatorWithDefaultOptions allocator;
     std::vector<std::string> inputs, outputs;
     for (size_t i = 0; i < session.GetInputCount(); i++) inputs.push_back(session.GetInputNameAllocated(i, allocator).get());
-    for (size_t i = 0; i < session.GetOutputCount(); i++) outputs.push_back(session.GetOutputNameAllocated(i, allocator).get());
+    for (size_t i = 0; i + 2 < inputs.size(); i++)  // the logits, and one output for each input of the cache
+        outputs.push_back(session.GetOutputNameAllocated(i, allocator).get());
     std::vector<const char*> in, out;
     for (auto& name : inputs) in.push_back(name.c_str());
     for (auto& name : outputs) out.push_back(name.c_str());

@@ -36,6 +36,7 @@ class Model:
         options.intra_op_num_threads = threads
         self.session = ort.InferenceSession(str(file), options)
         self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.outputs = ["logits", *(i.name.replace("past_key_values", "present") for i in self.caches)]
 
     def tokens(self, prompt: list[int], count: int, temperature: float, top_k: int, seed: Any) -> Iterator[int]:
         """Yield token ids: prefill the prompt, then decode one token per run with the KV cache."""
@@ -48,7 +49,7 @@ class Model:
             positions = np.arange(seen, seen + ids.shape[1])[None]
             seen += ids.shape[1]
             feed = {"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64), "position_ids": positions}
-            logits, *present = self.session.run(None, feed | past)
+            logits, *present = self.session.run(self.outputs, feed | past)
             past = dict(zip(past, present, strict=True))
             token = sample(logits[0, -1], temperature, top_k, random)
             if token == self.config["eos_token_id"]:

@@ -36,6 +36,8 @@ _HOMES = {
     "gpt2x.scoring.score": ("Score", "score"),
     "gpt2x.runtimes.base": ("InputError", "PromptError"),
     "gpt2x.runtimes.onnxruntime": ("OnnxDecoder",),
+    "gpt2x.runtimes.onnx_task": ("OnnxTask",),
+    "gpt2x.runtimes.task_model": ("pad_rows",),
     "gpt2x.runtimes.batching": ("RunningBatch",),
     "gpt2x.export.onnx_directory": ("ExportOptions", "export_onnx"),
     "converters": ("GPT2Config", "Checkpoint", "ConversionError", "open_checkpoint", "save_checkpoint"),
@@ -62,7 +64,9 @@ if TYPE_CHECKING:
     from .model import DROP_RATE, EMBED_DIM, FFN_DIM, GPT2, MAX_LEN, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE
     from .runtimes.base import InputError, PromptError
     from .runtimes.batching import RunningBatch
+    from .runtimes.onnx_task import OnnxTask
     from .runtimes.onnxruntime import OnnxDecoder
+    from .runtimes.task_model import pad_rows
     from .scoring.score import Score, score
     from .tokenizer import Tokenizer
 
@@ -102,6 +106,7 @@ __all__ = [
     "GenerationConfig",
     "InputError",
     "OnnxDecoder",
+    "OnnxTask",
     "PromptError",
     "RunningBatch",
     "Sampling",
@@ -117,6 +122,7 @@ __all__ = [
     "generate_text",
     "load_model",
     "open_checkpoint",
+    "pad_rows",
     "save_checkpoint",
     "score",
 ]

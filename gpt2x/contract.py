@@ -6,13 +6,15 @@ The names are those that optimum, onnxruntime-genai and transformers.js expect o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from converters.spec import GPT2Config
 
 from .precisions import DEFAULT, PRECISIONS
+from .tasks import GENERATION, TASKS
+from .tasks import LOGITS as LOGITS_OUTPUT
 
 BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
@@ -40,6 +42,10 @@ ROUNDING = "gpt2x.rounding"  # of quantized precisions: "nearest", or "calibrate
 PAIRS = "gpt2x.pair_sums"  # of integer products: the largest sum of two adjacent weights; up to 128, int16 holds it
 LORA = "gpt2x.lora"  # the projections that take factors of adapters, as a JSON list; left out if none does
 RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the model
+
+TASK = "gpt2x.task"  # absent for text generation
+OUTPUTS = "gpt2x.outputs"  # of text generation, separated by commas; absent if there are only logits
+OF_TASKS = "3"  # the version of the contract of every other task: no cache; any padding works
 
 # The first version of ONNX Runtime that has an opset, and that has the attention of a kind of cache. Precisions may
 # need a later one. ``make test-versions`` measures them all.
@@ -90,13 +96,52 @@ def inputs(config: GPT2Config, precision: str = DEFAULT, cache: str = "growing")
 
 
 def outputs(
-    config: GPT2Config, last: bool = False, precision: str = DEFAULT, cache: str = "growing"
+    config: GPT2Config,
+    last: bool = False,
+    precision: str = DEFAULT,
+    cache: str = "growing",
+    names: Sequence[str] = (LOGITS_OUTPUT,),
 ) -> dict[str, Slot]:
-    """The model's outputs, in order."""
+    """The model's outputs, in order.
+
+    Args:
+        names: the logits, and outputs of ``tasks.EXTRAS``, which come last.
+    """
     total = TOTAL if cache == "growing" else "present_sequence_length"
     present = Slot(cache_type(precision, cache), (BATCH, config.n_head, total, config.head_dim))
     logits = Slot("float32", (BATCH, 1 if last else NEW, config.n_vocab))
-    return {"logits": logits, **dict.fromkeys(present_names(config.n_layer), present)}
+    extras = {name: _extra(config, name, last) for name in names if name != LOGITS_OUTPUT}
+    return {LOGITS_OUTPUT: logits, **dict.fromkeys(present_names(config.n_layer), present), **extras}
+
+
+def _extra(config: GPT2Config, name: str, last: bool) -> Slot:
+    places = (BATCH, 1 if last else NEW)
+    return Slot("float32", (*places, config.n_embd) if name == "hidden_states" else places)
+
+
+def outputs_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The outputs of text generation that a model's metadata name."""
+    return tuple(metadata.get(OUTPUTS, LOGITS_OUTPUT).split(","))
+
+
+def task_inputs() -> dict[str, Slot]:
+    """The inputs of a model for a task other than text generation, in order."""
+    return dict.fromkeys(("input_ids", "attention_mask"), Slot("int64", (BATCH, NEW)))
+
+
+def task_outputs(task: str, config: GPT2Config, labels: int | str = "num_labels") -> dict[str, Slot]:
+    """The outputs of a model for a task other than text generation, in order.
+
+    Args:
+        labels: the number of labels of a classifier, or a symbol.
+    """
+    assert task in TASKS and task != GENERATION
+    if task == "feature-extraction":
+        embedding = Slot("float32", (BATCH, config.n_embd))
+        states = Slot("float32", (BATCH, NEW, config.n_embd))
+        return {"last_hidden_state": states, "mean_embedding": embedding, "last_token_embedding": embedding}
+    places: tuple[int | str, ...] = (BATCH,) if task == "text-classification" else (BATCH, NEW)
+    return {LOGITS_OUTPUT: Slot("float32", (*places, labels))}
 
 
 def factor_names(projection: str) -> tuple[str, str]:

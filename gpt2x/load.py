@@ -77,10 +77,11 @@ def fill(model: GPT2, checkpoint: Checkpoint, device: torch.device | None = None
 
 def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Canonical name -> tensor, memory-mapped from the file if possible."""
-    return {name: _tensor(tensor) for name, tensor in checkpoint.tensors.items()}
+    return {name: tensor_of(tensor) for name, tensor in checkpoint.tensors.items()}
 
 
-def _tensor(tensor: LazyTensor) -> Tensor:
+def tensor_of(tensor: LazyTensor) -> Tensor:
+    """One tensor, memory-mapped from the file if possible."""
     array = torch.from_numpy(tensor.map())
     return array.view(torch.bfloat16) if tensor.dtype == BF16 else array
 

@@ -95,7 +95,7 @@ def test_every_program_of_the_readme_and_of_two_pages_runs(program, tmp_path, mo
 def test_the_programs_on_running_exports_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     programs = blocks(ROOT / "docs" / "export.md", "python")
-    assert len(programs) == 7
+    assert len(programs) == 9
     for program in programs:
         exec(compile(program, "export.md", "exec"), {})
     ids = [int(i) for i in capsys.readouterr().out.splitlines()[-1].split()]

@@ -52,6 +52,7 @@ def assemble(parameters: Parameters, resolved: Resolved, tie: bool | None = None
         entry=container.entry,
         left_out=(*container.left_out, *parameters.left_out, *dropped),
         heads=parameters.heads,
+        head_settings=resolved.head_settings,
         prefix=_wrapper_prefix(parameters),
         wrappers=container.wrappers,
         notes=notes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..errors import CheckpointError, FormatError
 from ..formats import BY_NAME, CONFIG_FILES
 from ..formats.format import Codec, Embedded
 from ..formats.huggingface import CODEC as HF_CODEC
+from ..head_config import head_settings
 from ..io.json import read_json
 from .find import Source
 
@@ -21,11 +22,15 @@ INERT = ("token_id", "pdrop")  # ends of fields that do not change the logits: t
 
 @dataclass(frozen=True)
 class Stated:
-    """The fields of GPT2Config that files and the user state, where, and what the user should know of them."""
+    """The fields of GPT2Config that files and the user state, where, and what the user should know of them.
+
+    ``heads`` are the settings of heads (``head_config.KEYS``), not checked.
+    """
 
     fields: Mapping[str, Any]
     where: str
     notes: tuple[str, ...] = ()
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Reader:
@@ -40,7 +45,7 @@ class _Reader:
         self.met |= {key: where for key in self.ignored if key in raw}
         kept = {key: value for key, value in raw.items() if key not in self.ignored}
         fields = codec.read(kept, where)
-        return Stated(fields, where, tuple(codec.notes(kept, where)))
+        return Stated(fields, where, tuple(codec.notes(kept, where)), head_settings(kept))
 
     def notes(self) -> tuple[str, ...]:
         """The notes on the keys that were ignored."""
@@ -69,7 +74,7 @@ def read_configuration(
         found = reader.read(inside.raw, inside.codec, f"{container.path}: its metadata")
     fields: dict[str, Any] = dict(found.fields)
     where = "its metadata" if fields else ""
-    notes = found.notes
+    notes, heads = found.notes, found.heads
     is_enough = inside is not None and inside.complete and bool(fields) and not source.is_directory
     if not is_enough:
         beside = _beside(source.home, reader)
@@ -77,11 +82,12 @@ def read_configuration(
         fields = {**fields, **beside.fields}
         where = beside.where or where
         notes += beside.notes
+        heads = {**heads, **beside.heads}
     if activation_function:
         given = {"activation_function": activation_function}
         _check_agreement(source.home, fields, where, given, "--activation-function")
         fields = {**fields, **given}
-    return Stated(fields, where, (*notes, *reader.notes()))
+    return Stated(fields, where, (*notes, *reader.notes()), heads)
 
 
 def embedded_configuration(container: Container) -> Embedded | None:
@@ -106,6 +112,7 @@ def embedded_configuration(container: Container) -> Embedded | None:
 
 def _beside(directory: Path, reader: _Reader) -> Stated:
     fields: dict[str, Any] = {}
+    heads: dict[str, Any] = {}
     names: list[str] = []
     notes: list[str] = []
     for name in sorted(CONFIG_FILES):
@@ -116,9 +123,10 @@ def _beside(directory: Path, reader: _Reader) -> Stated:
             found = reader.read(raw, codec, str(path))
             _check_agreement(directory, fields, " and ".join(names), found.fields, name)
             fields = {**found.fields, **fields}
+            heads |= found.heads
             names.append(name)
             notes += found.notes
-    return Stated(fields, " and ".join(names), tuple(notes))
+    return Stated(fields, " and ".join(names), tuple(notes), heads)
 
 
 def _check_agreement(directory: Path, a: Mapping[str, Any], name_a: str, b: Mapping[str, Any], name_b: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from .recognise_dialect import Parameters
 
 @dataclass(frozen=True)
 class Resolved:
-    """The configuration. ``head_stated_in`` is the place that states whether ``lm_head`` is tied, if any does."""
+    """The configuration. ``head_stated_in`` is the place that states whether ``lm_head`` is tied, if any does.
+
+    ``head_settings`` are those of heads other than ``lm_head``.
+    """
 
     config: GPT2Config
     notes: list[str]
     stated_in: str
     is_stated: bool
     head_stated_in: str | None
+    head_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(parameters: Parameters, stated: Stated, n_head: int | None = None) -> Resolved:
@@ -51,7 +55,7 @@ def resolve(parameters: Parameters, stated: Stated, n_head: int | None = None) -
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     head_stated_in = stated.where if "tie_word_embeddings" in stated.fields else None
-    return Resolved(config, notes, stated.where, is_stated, head_stated_in)
+    return Resolved(config, notes, stated.where, is_stated, head_stated_in, stated.heads)
 
 
 def _check_sizes(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
+from ..tasks import EXTRAS, GENERATION, LOGITS, TASKS, check_outputs, heads_of
 from .source import check_before, local, named_adapter, weight_options, with_local_adapter
 from .text import SAMPLE, need, printable, progress_bar, read_text
 from .verify import table
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 QUANTIZED = ", ".join(name for name, precision in PRECISIONS.items() if precision.bits)
 BLOCKWISE = ", ".join(name for name, precision in PRECISIONS.items() if precision.block_sizes)
 
+NO_PADDING = (
+    "the source's configuration has no pad_token_id: clients that pad batches need one, in config.json and in the tokenizer. "
+    "The model itself needs none: attention_mask shows the padding"
+)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,6 +45,8 @@ class Request:
     onnx: str | None = None
     torchscript: str | None = None
     pt2: str | None = None
+    task: str = GENERATION
+    outputs: tuple[str, ...] = (LOGITS,)
     logits: str = "all"
     precision: tuple[str, ...] | None = None
     cache: str | None = None
@@ -92,11 +100,35 @@ def _hint(part: str) -> str:
     return f": did you mean {meant}?" if meant else f"; known are {', '.join(PRECISIONS)}"
 
 
+def _outputs(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    """The outputs of a list, in their order."""
+    from converters import ConfigError
+
+    try:
+        return check_outputs([part.strip() for part in text.split(",")])
+    except ConfigError as error:
+        raise click.UsageError(f"--outputs: {error}") from None
+
+
 @click.command(short_help="Export to ONNX with a KV cache, TorchScript or torch.export.")
 @click.argument("src")
 @click.option("--onnx", metavar="DIR", help="Write an ONNX directory: model, weights, tokenizer.")
 @click.option("--torchscript", metavar="FILE", help="Write TorchScript, for torch.jit.load.")
 @click.option("--pt2", metavar="FILE", help="Write a torch.export program, for torch.export.load.")
+@click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    default=GENERATION,
+    show_default=True,
+    help="What the model is for. Tasks of classification need the head in SRC.",
+)
+@click.option(
+    "--outputs",
+    metavar="LIST",
+    default=LOGITS,
+    callback=_outputs,
+    help=f"{GENERATION}: {LOGITS}, and any of {', '.join(EXTRAS)} (default: {LOGITS}).",
+)
 @click.option(
     "--logits",
     type=click.Choice(["all", "last"]),
@@ -156,6 +188,7 @@ def export(ctx: click.Context, /, **options: Any) -> None:
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
       gpt2x export gpt2-hf/ --onnx tuned-onnx/ --adapter lora/
       gpt2x export gpt2-hf/ --onnx gpt2-onnx/ --adapter french=lora-fr/ --adapter poems=lora-poems/
+      gpt2x export classifier/ --onnx classifier-onnx/ --task text-classification
 
     SRC is anything that convert reads. ONNX Runtime, onnxruntime-genai, optimum and transformers.js load DIR, from disk
     or from the Hub; its README.md documents the inputs and outputs. The result is compared with SRC: exit code 1 if it
@@ -220,6 +253,8 @@ def _check_usage(request: Request) -> None:
             raise click.UsageError(f"--{name.replace('_', '-')} applies to --onnx only")
     if request.adapters and not request.onnx:
         raise click.UsageError("--adapter NAME=DIR applies to --onnx only; --adapter DIR merges an adapter")
+    if request.task != GENERATION:
+        _check_task_usage(request)
     if request.block_size and not any(precision.block_sizes for precision in request.chosen):
         raise click.UsageError(f"--block-size applies to {BLOCKWISE} only")
     if request.calibrate and not any(precision.bits for precision in request.chosen) and not _has_int8_cache(request):
@@ -231,6 +266,23 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError("--push uploads only what was compared with SRC: remove --no-verify")
     if request.pt2 and Path(request.pt2).suffix != ".pt2":
         raise click.UsageError("--pt2 takes a file name that ends in .pt2")
+
+
+def _check_task_usage(request: Request) -> None:
+    """Refuse options that only text generation has.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    of_generation = {
+        "--outputs": request.outputs != (LOGITS,),
+        "--cache": request.cache,
+        "--logits": request.logits != "all",
+        "--adapter NAME=DIR": bool(request.adapters),
+    }
+    for option, given in of_generation.items():
+        if given:
+            raise click.UsageError(f"{option} applies to --task {GENERATION} only")
 
 
 def _has_int8_cache(request: Request) -> bool:
@@ -259,6 +311,9 @@ def _plan(request: Request) -> Checkpoint:
     request.adapters.update({name: local(folder, "adapter") for name, folder in request.adapters.items()})
     checkpoint = open_checkpoint(source, **weights)
     checkpoint = _with_tokenizer(checkpoint, request)
+    heads_of(checkpoint, request.task, request.outputs)
+    if request.task == "text-classification" and checkpoint.config.pad_token_id is None:
+        _warn(NO_PADDING)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):
         if file:
@@ -311,16 +366,17 @@ def _with_tokenizer(checkpoint: Checkpoint, request: Request) -> Checkpoint:
 def _write(request: Request, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Write every result. Returns its facts, in the order of ``Request.targets``."""
     results = []
+    program: dict[str, Any] = {"force": request.force, "task": request.task, "outputs": request.outputs}
     if request.onnx:
         options = _onnx_options(request, checkpoint)
         results.append(_timed("onnx", request.onnx, lambda: _export_onnx(request, checkpoint, options)))
     if request.torchscript or request.pt2:
         from ..export.torch_program import export_pt2, export_torchscript
     if request.torchscript:
-        write = partial(export_torchscript, checkpoint, request.torchscript, force=request.force)
+        write = partial(export_torchscript, checkpoint, request.torchscript, **program)
         results.append(_timed("torchscript", request.torchscript, write))
     if request.pt2:
-        results.append(_timed("pt2", request.pt2, partial(export_pt2, checkpoint, request.pt2, force=request.force)))
+        results.append(_timed("pt2", request.pt2, partial(export_pt2, checkpoint, request.pt2, **program)))
     return results
 
 
@@ -343,6 +399,8 @@ def _onnx_options(request: Request, checkpoint: Checkpoint) -> ExportOptions:
         single_file=request.single_file,
         safetensors=request.safetensors,
         adapters=dict(request.adapters),
+        task=request.task,
+        outputs=request.outputs,
     )
 
 

@@ -74,16 +74,24 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
     from converters.config import to_hf
 
     from .. import contract
+    from ..runtimes.onnx_task import OnnxTask
     from ..runtimes.onnxruntime import OnnxDecoder
+    from ..runtimes.opening import task_of_export
+    from ..tasks import GENERATION
 
     here = contract.models_in(Path(path)) if Path(path).is_dir() else {}
     if precision is None and len(here) > 1 and DEFAULT not in here:
         precision = next(iter(here))  # one of them is shown; the others are listed
-    model = OnnxDecoder(path, precision=precision, optimize=False)
+    task = task_of_export(path, precision)
+    opened = OnnxDecoder if task == GENERATION else OnnxTask
+    model = opened(path, precision=precision, optimize=False)
     said = model.metadata.get
+    adapters = [] if isinstance(model, OnnxTask) else [model.adapter_file(name) for name in model.adapters]
     return {
         "precisions": list(here) or [model.precision],
         "file": str(model.path),
+        "task": task,
+        "labels": list(model.labels.names) if isinstance(model, OnnxTask) and model.labels else [],
         "contract": said(contract.CONTRACT),
         "precision": said(contract.PRECISION),
         "cache": said(contract.CACHE),
@@ -94,7 +102,7 @@ def describe_onnx(path: str, precision: str | None = None) -> dict[str, Any]:
         "source_sha256": _checksums(said(contract.CHECKSUMS, "{}")),
         "gpt2x_version": said(contract.WRITER),
         "config": to_hf(model.config),
-        "adapters": [_stored_adapter(model.adapter_file(name)) for name in model.adapters],
+        "adapters": [_stored_adapter(file) for file in adapters],
         "inputs": _values(model.inputs),
         "outputs": _values(model.outputs),
     }
@@ -255,11 +263,24 @@ def _blocks(onnx: dict[str, Any]) -> str:
     return f"{sizes}, rounded {'with calibration text' if onnx['rounding'] == 'calibrated' else 'to nearest'}"
 
 
+def _contract(onnx: dict[str, Any]) -> str:
+    """What a model computes, in a line."""
+    if onnx["cache"] is None:
+        return f"{onnx['contract']}: {onnx['precision']}, {onnx['task']}"
+    return f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"
+
+
+def _labels(names: list[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
+
+
 def _onnx_rows(onnx: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("onnx", onnx["file"]), ("sizes", _sizes(onnx["config"]))]
     if onnx["gpt2x_version"]:
         rows += [
-            ("contract", f"{onnx['contract']}: {onnx['precision']}, {onnx['cache']} cache, logits of {onnx['logits']}"),
+            ("contract", _contract(onnx)),
+            *([("labels", _labels(onnx["labels"]))] if onnx["labels"] else []),
             *([("blocks", _blocks(onnx))] if onnx["rounding"] else []),
             *([("precisions", ", ".join(onnx["precisions"]))] if len(onnx["precisions"]) > 1 else []),
             *(("adapter", f"{one['name']}: {one['summary']}") for one in onnx["adapters"]),

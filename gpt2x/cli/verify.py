@@ -125,6 +125,7 @@ def show(report: Report, json_file: str | None, html_file: str | None, force: bo
             out.write(page(report).encode())
 
 
+NAMES = 15  # characters of the name of a check, at least
 COLUMNS = {  # metric -> heading and format
     "max_abs_error": ("max err", "9.1e"),
     "mean_abs_error": ("mean err", "9.1e"),
@@ -142,20 +143,22 @@ def table(report: Report) -> str:
     """The report as text: one line for each check, the metrics of logits in columns, and failures below their check."""
     lines = [f"{report.a} against {report.b}"]
     headed = False
+    width = max((len(check.name) for check in report.checks if check.details), default=0)
+    width = max(width, NAMES)
     for check in report.checks:
         measured = "max_abs_error" in check.details
         if measured and not headed:
-            lines.append(_heading())
+            lines.append(_heading(width))
             headed = True
         text = _metrics(check.details) if measured else check.result
-        lines.append(f"  {check.name:<15} {_mark(check):<13} {text}".rstrip())
+        lines.append(f"  {check.name:<{width}} {_mark(check):<13} {text}".rstrip())
         lines += [f"    {failure}" for failure in check.details.get("failures", [])]
     return "\n".join([*lines, _conclusion(report)])
 
 
-def _heading() -> str:
+def _heading(width: int) -> str:
     heads = [f"{head:>{_width(form)}}" for head, form in COLUMNS.values()]
-    return " " * 32 + " ".join(heads)
+    return " " * (width + 17) + " ".join(heads)
 
 
 def _mark(check: Check) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from converters import Checkpoint, ConfigError, GPT2Config
 from converters.config import to_hf
+from converters.head_config import Labels
 from converters.io.json import parse_json
 from converters.saving import to_json
 
@@ -16,6 +17,7 @@ from .. import contract
 from .._version import __version__
 from ..precisions import DEFAULT, PRECISIONS, Precision
 from ..precisions.quantize import PAIR
+from ..tasks import GENERATION, LOGITS, config_json
 from .options import ExportOptions
 
 TRANSFORMERS_JS = "transformers.js_config"  # a key of config.json
@@ -30,11 +32,13 @@ def metadata(
     precision: Precision,
     options: ExportOptions,
     lora: Sequence[str] = (),
+    labels: Labels | None = None,
 ) -> dict[str, str]:
     """The model's ``metadata_props``: what it is, and what it was made from.
 
     Args:
         lora: the projections that take factors of adapters.
+        labels: of a classifier.
     """
     facts = {
         contract.CONTRACT: contract.CACHES[options.cache],
@@ -46,6 +50,13 @@ def metadata(
         contract.CACHE: options.cache,
         contract.LOGITS: "last" if options.last else "all",
     }
+    if options.task != GENERATION:
+        config = config_json(checkpoint, options.task, labels)
+        facts |= {contract.CONTRACT: contract.OF_TASKS, contract.TASK: options.task}
+        facts[contract.CONFIG] = json.dumps(config, sort_keys=True)
+        del facts[contract.CACHE], facts[contract.LOGITS]
+    elif options.outputs != (LOGITS,):
+        facts[contract.OUTPUTS] = ",".join(options.outputs)
     if precision.block_sizes:
         facts[contract.BLOCK] = str(options.block)
     if precision.integer_products:

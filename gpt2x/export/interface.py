@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from collections.abc import Mapping
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,30 @@ class Interface(nn.Module):
         return self.model.logits(x), present
 
 
+class InterfaceWithOutputs(nn.Module):
+    """An ``Interface`` that also returns a dictionary of further outputs, which are computed from the final hidden states.
+
+    Args:
+        outputs: name -> the module that computes it.
+    """
+
+    def __init__(self, model: GPT2, outputs: Mapping[str, nn.Module], last: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(outputs)
+        self.outputs = nn.ModuleList(outputs.values())
+        self.last = last
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: List[Tuple[Tensor, Tensor]]
+    ) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]], Dict[str, Tensor]]:
+        x, present = self.model.hidden(input_ids, attention_mask, position_ids, past, self.last)
+        found: Dict[str, Tensor] = {}
+        for i, module in enumerate(self.outputs):
+            found[self.names[i]] = module(x)
+        return self.model.logits(x), present, found
+
+
 def example_inputs(config: GPT2Config, B: int = 2, T: int = 3, P: int = 4) -> tuple[object, ...]:
     """Inputs of the right shapes and dtypes, on torch's default device."""
     size = (B, config.n_head, P, config.head_dim)
@@ -45,3 +70,14 @@ def dynamic_shapes(config: GPT2Config) -> tuple[object, ...]:
     dynamic = torch.export.Dim.DYNAMIC
     tokens, cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
     return tokens, tokens, tokens, [(cache, cache)] * config.n_layer
+
+
+def task_example_inputs(B: int = 2, T: int = 3) -> tuple[object, ...]:
+    """The same for a task other than text generation: token ids and attention mask."""
+    return torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.int64)
+
+
+def task_dynamic_shapes() -> tuple[object, ...]:
+    """The same for a task other than text generation."""
+    tokens = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    return tokens, tokens

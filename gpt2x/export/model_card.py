@@ -12,6 +12,7 @@ from .._version import __version__
 from ..contract import Slot
 from ..precisions import DEFAULT, PRECISIONS
 from ..runtimes.adapter_files import AdapterFile
+from ..tasks import LOGITS
 
 CARD = """\
 ---
@@ -191,6 +192,21 @@ LAST_ONLY = """\
 """
 
 
+# Output -> what it is.
+OF_OUTPUTS = {
+    "hidden_states": """\
+- `hidden_states` are those after the last norm, which the logits are computed from.
+""",
+    "values": """\
+- `values` are the value head's, one for each position, as `AutoModelForCausalLMWithValueHead` of trl returns them.
+""",
+    "mc_logits": """\
+- `mc_logits` are the multiple-choice head's scores at each position, one choice a row. `GPT2DoubleHeadsModel` returns the score at
+  one position of each row, `mc_token_ids`, by default the last one.
+""",
+}
+
+
 def model_card(
     config: GPT2Config,
     *,
@@ -203,6 +219,7 @@ def model_card(
     locations: Mapping[str, str | None],
     safetensors: bool = False,
     adapters: Sequence[AdapterFile] = (),
+    outputs: Sequence[str] = (LOGITS,),
 ) -> str:
     """Return the README.md of an exported directory.
 
@@ -213,6 +230,7 @@ def model_card(
         locations: precision -> the file in ``onnx/`` that has its weights; None if they are inside the model.
         safetensors: whether the directory has ``model.safetensors``, which ``transformers`` loads.
         adapters: those in the directory.
+        outputs: the logits, and any of ``EXTRAS``.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
     first, growing = precisions[0], not contract.stays(cache)
@@ -220,14 +238,14 @@ def model_card(
         **sizes,
         size=f" {config.size_name}" if config.size_name else "",
         operators=_operators(growing),
-        precisions=_precisions(precisions, runtimes),
-        table=contract_table(config, last, precisions, cache),
+        precisions=precision_table(precisions, runtimes),
+        table=contract_table(config, last, precisions, cache, outputs),
         cache=(GROWING if growing else IN_PLACE).format(**sizes, past=contract.PAST) + OF_CACHE[cache],
-        padding=_padding(growing, last),
+        padding=_padding(growing, last) + "".join(OF_OUTPUTS[name] for name in outputs if name != LOGITS),
         chunks="" if growing else " in a batch of one row",
         tokens=_special_tokens(config),
         client=client(config, tokenizer, first, cache),
-        files="".join(_file_line(precision, locations[precision]) for precision in precisions),
+        files=file_lines(precisions, locations),
         from_bytes=FROM_BYTES[locations[first] is None].format(data=locations[first]),
         genai=_since("onnxruntime-genai", cache),
         optimum=_since("optimum", cache),
@@ -258,7 +276,8 @@ def _padding(growing: bool, last: bool) -> str:
     return ANY_PADDING if growing else RIGHT_PADDING
 
 
-def _precisions(precisions: Sequence[str], runtimes: Mapping[str, str]) -> str:
+def precision_table(precisions: Sequence[str], runtimes: Mapping[str, str]) -> str:
+    """Return a table of the models in a directory."""
     rows = []
     for name in precisions:
         p = PRECISIONS[name]
@@ -268,6 +287,11 @@ def _precisions(precisions: Sequence[str], runtimes: Mapping[str, str]) -> str:
 
 def _since(client: str, cache: str) -> str:
     return f">= {contract.CLIENTS[client][cache]}"
+
+
+def file_lines(precisions: Sequence[str], locations: Mapping[str, str | None]) -> str:
+    """Return where the weights of each model are, one line each."""
+    return "".join(_file_line(precision, locations[precision]) for precision in precisions)
 
 
 def _file_line(precision: str, location: str | None) -> str:
@@ -328,17 +352,26 @@ def client(config: GPT2Config, tokenizer: bool, precision: str = DEFAULT, cache:
 
 
 def contract_table(
-    config: GPT2Config, last: bool, precisions: Sequence[str] = (DEFAULT,), cache: str = "growing"
+    config: GPT2Config,
+    last: bool,
+    precisions: Sequence[str] = (DEFAULT,),
+    cache: str = "growing",
+    names: Sequence[str] = (LOGITS,),
 ) -> str:
     """Return a table of the inputs and outputs, with one line for all layers of the cache."""
     first = precisions[0]
     inputs = contract.inputs(config, first, cache)
-    outputs = contract.outputs(config, last, first, cache)
-    rows = [_row("input", name, slot) for name, slot in inputs.items() if _shown(name)]
-    rows += [_row("output", name, slot) for name, slot in outputs.items() if _shown(name)]
+    outputs = contract.outputs(config, last, first, cache, names)
     mixed = len({contract.cache_type(p, cache) for p in precisions}) > 1
     note = "\nThe cache of `model_fp16.onnx` is float16, that of the others float32.\n" if mixed else ""
-    return "| | name | type | shape |\n| --- | --- | --- | --- |\n" + "".join(rows) + note
+    return slot_table(inputs, outputs) + note
+
+
+def slot_table(inputs: Mapping[str, Slot], outputs: Mapping[str, Slot]) -> str:
+    """Return a table of inputs and outputs, with one line for all layers of a cache."""
+    rows = [_row("input", name, slot) for name, slot in inputs.items() if _shown(name)]
+    rows += [_row("output", name, slot) for name, slot in outputs.items() if _shown(name)]
+    return "| | name | type | shape |\n| --- | --- | --- | --- |\n" + "".join(rows)
 
 
 def _shown(name: str) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from converters import Checkpoint
+from converters import Checkpoint, LazyTensor
 from converters.config import to_hf
 from converters.containers.onnx import read_metadata
 from converters.containers.safetensors import write_safetensors
@@ -25,6 +26,7 @@ from converters.tensors import F32
 from .. import contract
 from ..precisions import PRECISIONS, Precision
 from ..runtimes.adapter_files import AdapterFile, open_adapter_file
+from ..tasks import GENERATION, body_of
 from ..verify.sample_text import sample_ids
 from .adapters import open_adapters
 from .client_files import Checksums, metadata, source_name
@@ -33,6 +35,7 @@ from .onnx_graph import Scales, to_onnx
 from .onnx_plan import SAFETENSORS, TOKENIZER, Plan, Request, locations, make_plan
 from .options import DEFAULT_OPTIONS, Exported, ExportOptions
 from .single_file import write_single_file
+from .task_card import task_card
 
 OF_0_1_0 = "1.23.0"  # the ONNX Runtime that models of gpt2x 0.1.0 need
 
@@ -66,6 +69,8 @@ def export_onnx(
         ConversionError: if the source is damaged, a precision cannot represent it, or an adapter does not fit it.
         ValueError: if calibration has a token id that is not the model's.
     """
+    if options.task != GENERATION:
+        checkpoint = body_of(checkpoint)
     adapters = open_adapters(checkpoint, options.adapters)
     request = Request(checkpoint, Path(path), options, force, need_tokenizer, adapters)
     source = watched(checkpoint.cast(F32), progress, warn)
@@ -89,13 +94,28 @@ def _write(stage: Path, source: Checkpoint, request: Request, plan: Plan, checks
     known = dict(checksums)
     if SAFETENSORS in plan.large:
         with new_file(stage / SAFETENSORS) as out:
-            write_safetensors(out, HF.write(source.tensors, source.config), to_hf(source.config))
+            write_safetensors(out, _for_transformers(source, request), to_hf(source.config))
         known[SAFETENSORS] = _sha256(stage / SAFETENSORS)  # more precisions may be exported from this file
     scales = _cache_scales(request.checkpoint, options) if contract.has_int8_cache(options.cache) else ()
     for precision in options.chosen:
         _write_model(stage, source, precision, request, known, scales)
     if plan.card:
         write_small(stage, {plan.card: _card(stage, request, plan)})
+
+
+def _for_transformers(source: Checkpoint, request: Request) -> dict[str, LazyTensor]:
+    """The weights as transformers' class for the task names them, with those of its head."""
+    tensors = HF.write(source.tensors, source.config)
+    parts = request.heads.parts if request.options.task != GENERATION else {}
+    if not parts:
+        return tensors
+    named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    for layer in (layer for part in parts.values() for layer in part.layers):
+        weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+        named[weight] = layer.weight.cast(F32, weight)
+        if layer.bias is not None:
+            named[bias] = layer.bias.cast(F32, bias)
+    return named
 
 
 def _listing(stage: Path, path: Path) -> Exported:
@@ -127,9 +147,8 @@ def _write_model(
         checkpoint.config,
         precision,
         stored,
-        metadata(checkpoint, checksums, precision, options, request.lora),
-        last=options.last,
-        cache=options.cache,
+        metadata(checkpoint, checksums, precision, options, request.lora, request.heads.labels),
+        options.target(request.heads),
         scales=scales,
         opset=options.opset,
         lora=request.lora,
@@ -163,18 +182,23 @@ def _card(stage: Path, request: Request, plan: Plan) -> bytes:
     for name in precisions:
         folder = stage if name in options.precisions else request.path
         runtimes[name] = _runtime_of(folder / contract.model_file(name))
-    return model_card(
-        checkpoint.config,
-        precisions=precisions,
-        cache=options.cache,
-        last=options.last,
-        tokenizer=checkpoint.tokenizer is not None and (TOKENIZER in plan.small or _is_there(request, plan)),
-        source=source_name(checkpoint),
-        runtimes=runtimes,
-        locations=locations(request, plan.others),
-        adapters=_adapters_in(stage, request, plan),
-        safetensors=options.safetensors or (plan.kept and (request.path / SAFETENSORS).is_file()),
-    ).encode()
+    facts: dict[str, Any] = {
+        "precisions": precisions,
+        "tokenizer": checkpoint.tokenizer is not None and (TOKENIZER in plan.small or _is_there(request, plan)),
+        "source": source_name(checkpoint),
+        "runtimes": runtimes,
+        "locations": locations(request, plan.others),
+        "safetensors": options.safetensors or (plan.kept and (request.path / SAFETENSORS).is_file()),
+    }
+    if options.task != GENERATION:
+        return task_card(checkpoint.config, options.task, request.heads.labels, **facts).encode()
+    generation: dict[str, Any] = {
+        "cache": options.cache,
+        "last": options.last,
+        "outputs": options.outputs,
+        "adapters": _adapters_in(stage, request, plan),
+    }
+    return model_card(checkpoint.config, **generation, **facts).encode()
 
 
 def _adapters_in(stage: Path, request: Request, plan: Plan) -> list[AdapterFile]:

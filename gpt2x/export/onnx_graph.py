@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -20,7 +21,8 @@ from onnx import TensorProto, helper
 from torch import fx, nn
 from torch.nn import functional as F
 
-from converters import ConfigError, GPT2Config
+from converters import ConfigError, GPT2Config, LazyTensor
+from converters.tensors import F32
 
 from .. import contract
 from .. import model as definition
@@ -29,7 +31,9 @@ from ..contract import Slot
 from ..precisions import Precision
 from ..precisions.graph import ELEMENTS, Graph, Value, Weight
 from ..precisions.stored import Stored
-from .interface import Interface
+from ..task_models import extra_outputs, task_module
+from ..tasks import GENERATION, LOGITS, TaskHeads
+from .interface import Interface, InterfaceWithOutputs
 
 OPSETS = range(17, 24)  # LayerNormalization comes with 17
 BLOCKS_OPSET = 21  # the first whose DequantizeLinear has blocks
@@ -38,14 +42,43 @@ MICROSOFT = "com.microsoft"  # the domain of GroupQueryAttention
 Scales = Tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a model computes.
+
+    Args:
+        task: one of ``TASKS``.
+        outputs: of text generation: the logits and any of ``EXTRAS``.
+        heads: the heads that the task and its outputs need.
+        last: compute the logits of the last position only.
+        cache: of text generation, one of ``contract.CACHES``.
+    """
+
+    task: str = GENERATION
+    outputs: tuple[str, ...] = (LOGITS,)
+    heads: TaskHeads = field(default_factory=lambda: TaskHeads({}))
+    last: bool = False
+    cache: str = "growing"
+
+    def slots(self, config: GPT2Config, precision: str) -> tuple[dict[str, Slot], dict[str, Slot]]:
+        """The inputs and the outputs of the model."""
+        if self.task == GENERATION:
+            outputs = contract.outputs(config, self.last, precision, self.cache, self.outputs)
+            return contract.inputs(config, precision, self.cache), outputs
+        labels = len(self.heads.labels.names) if self.heads.labels else 0
+        return contract.task_inputs(), contract.task_outputs(self.task, config, labels)
+
+
+TEXT_GENERATION = Target()
+
+
 def to_onnx(
     config: GPT2Config,
     precision: Precision,
     stored: Stored,
     metadata: Mapping[str, str],
+    target: Target = TEXT_GENERATION,
     *,
-    last: bool = False,
-    cache: str = "growing",
     scales: Sequence[Scales] = (),
     opset: int | None = None,
     lora: Sequence[str] = (),
@@ -55,8 +88,7 @@ def to_onnx(
     Args:
         stored: where each weight lies in the precision's file of weights, and how it is encoded.
         metadata: goes into ``metadata_props``, with the first version of ONNX Runtime that runs the model.
-        last: compute the logits of the last position only.
-        cache: one of ``contract.CACHES``.
+        target: what it computes. The weights of heads are read, and go into the model itself.
         scales: of keys and values in each layer, (H, 1, D) each, for an int8 cache.
         opset: the ONNX opset; by default the lowest that has all operators. From 23 on, a growing cache uses ONNX's
             ``Attention``, below ``MatMul`` and ``Softmax``.
@@ -68,14 +100,18 @@ def to_onnx(
     Raises:
         ConfigError: if this opset lacks an operator of the model.
     """
-    inputs = contract.inputs(config, precision.name, cache)
-    outputs = contract.outputs(config, last, precision.name, cache)
+    inputs, outputs = target.slots(config, precision.name)
+    cache = target.cache
     g = Graph(stored, precision.data_file, has_blocks=opset is None or opset >= BLOCKS_OPSET)
     factors = contract.factor_slots(config, lora)
-    attention = _attention_of(config, cache, scales, opset)
     low_rank = LowRank(precision, factors)
-    operators = {**OPERATORS, **_operators_of(precision, low_rank), onnx_attention: attention}
-    translate(trace(config, last), g, operators, inputs, list(outputs))
+    operators: dict[Any, Operator] = {
+        **OPERATORS,
+        **_operators_of(precision, low_rank),
+        onnx_attention: _attention_of(config, cache, scales, opset),
+        nn.Linear: HeadLayers(target.heads),
+    }
+    translate(trace(config, target), g, operators, inputs, list(outputs))
     assert not low_rank.changes, "a projection without a bias"
     lowest = max(lowest_opset(g), precision.min_opset)
     if opset is not None and opset not in range(lowest, OPSETS.stop):
@@ -139,8 +175,8 @@ def onnx_attention(
     q: Any, k: Any, v: Any, past: Optional[Tuple[Any, Any]], mask: Any, n_head: int, scale: float, drop: float
 ) -> Tuple[Any, Tuple[Any, Any]]:
     """``gpt2x.model.attention`` as one node, which also appends the new keys and values to the cache."""
-    assert past is not None
-    node = q.tracer.create_proxy("call_function", onnx_attention, (q, k, v, mask, *past, n_head, scale), {})
+    cached = past or (None, None)
+    node = q.tracer.create_proxy("call_function", onnx_attention, (q, k, v, mask, *cached, n_head, scale), {})
     return node[0], (node[1], node[2])
 
 
@@ -154,13 +190,23 @@ def attention_as_a_node() -> Iterator[None]:
         definition.attention = before
 
 
-def trace(config: GPT2Config, last: bool = False) -> fx.GraphModule:
+def trace(config: GPT2Config, target: Target = TEXT_GENERATION) -> fx.GraphModule:
     """The from-scratch model as a graph of torch's operators, for any batch and any lengths."""
     with torch.device("meta"):
-        model = Interface(definition.GPT2.from_config(config), last).eval()
+        model = _module_of_target(definition.GPT2.from_config(config), target).eval()
     with attention_as_a_node():
+        if target.task != GENERATION:
+            return fx.symbolic_trace(model)
         cache = [(fx.PH, fx.PH)] * config.n_layer  # type: ignore[attr-defined]
         return fx.symbolic_trace(model, concrete_args={"past": cache})
+
+
+def _module_of_target(model: definition.GPT2, target: Target) -> nn.Module:
+    if target.task != GENERATION:
+        return task_module(model, target.task, target.heads)
+    if target.outputs == (LOGITS,):
+        return Interface(model, target.last)
+    return InterfaceWithOutputs(model, extra_outputs(target.outputs, target.heads), target.last)
 
 
 # ------------------------------------------------------------------------------------------------------ translating
@@ -219,6 +265,49 @@ def _same_type(g: Graph, x: Value, dtype: Any = None) -> Value:
     return x
 
 
+def _cumulative(g: Graph, x: Value, axis: int) -> Value:
+    return g.op("CumSum", x, g.constant(axis))  # type: ignore[no-any-return]
+
+
+def _sum(g: Graph, x: Value, axis: int) -> Value:
+    return g.op("ReduceSum", x, g.constant([axis]), keepdims=0)  # type: ignore[no-any-return]
+
+
+def _first_maximum(g: Graph, x: Value, axis: int) -> Value:
+    return g.op("ArgMax", x, dtype="int64", axis=axis, keepdims=0)  # type: ignore[no-any-return]
+
+
+def _at_least(g: Graph, x: Value, min: int) -> Value:
+    return g.op("Max", x, g.constant(min, x.dtype))  # type: ignore[no-any-return]
+
+
+def _expand(g: Graph, x: Value, *sizes: int) -> Value:
+    return g.op("Expand", x, g.constant([max(size, 1) for size in sizes]))  # type: ignore[no-any-return]
+
+
+class HeadLayers:
+    """The translation of a head's linear layers, in float32 in every precision. Their weights are in the model itself.
+
+    Args:
+        heads: of the task.
+    """
+
+    def __init__(self, heads: TaskHeads) -> None:
+        self.layers = iter([layer for part in heads.parts.values() for layer in part.layers])
+
+    def __call__(self, g: Graph, module: nn.Linear, x: Value) -> Value:
+        layer = next(self.layers)  # the trace has them in the order of the outputs
+        columns = g.op("Transpose", _values_of(g, f"{layer.name}.weight", layer.weight), perm=[1, 0])
+        y = g.op("MatMul", g.cast(x, "float32"), columns)
+        if layer.bias is not None:
+            y = g.op("Add", y, _values_of(g, f"{layer.name}.bias", layer.bias))
+        return y  # type: ignore[no-any-return]
+
+
+def _values_of(g: Graph, name: str, tensor: LazyTensor) -> Value:
+    return g.inline(name, tensor.cast(F32, name).read(), "float32")
+
+
 # ------------------------------------------------------------------------------------------------------- attention
 
 
@@ -231,25 +320,44 @@ def _attention_of(config: GPT2Config, cache: str, scales: Sequence[Scales], opse
 
 
 def _attend_growing(
-    g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Value, value: Value, n: int, scale: float
+    g: Graph,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value,
+    key: Optional[Value],
+    value: Optional[Value],
+    n: int,
+    scale: float,
 ) -> Any:
-    """ONNX's ``Attention``, which appends the new keys and values to the cache."""
+    """ONNX's ``Attention``, which appends the new keys and values to the cache, if there is one."""
     options: dict[str, Any] = {"q_num_heads": n, "kv_num_heads": n, "scale": scale}
     if q.dtype == "float16":
         options["softmax_precision"] = TensorProto.FLOAT
-    return g.op("Attention", q, k, v, _additive(g, mask, q.dtype), key, value, n=3, **options)
+    bias = _additive(g, mask, q.dtype)
+    if key is None or value is None:
+        return [g.op("Attention", q, k, v, bias, **options), None, None]
+    return g.op("Attention", q, k, v, bias, key, value, n=3, **options)
 
 
 def _attend_in_steps(
-    g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Value, value: Value, n: int, scale: float
+    g: Graph,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value,
+    key: Optional[Value],
+    value: Optional[Value],
+    n: int,
+    scale: float,
 ) -> Any:
     """The same in operators that ONNX Runtime before 1.23 has, too; the softmax in float32."""
     bias = _additive(g, mask, q.dtype)
     heads = g.constant([0, 0, n, -1])
     q = g.op("Mul", q, g.constant(scale, q.dtype))
     q, k, v = (g.op("Transpose", g.op("Reshape", x, heads), perm=[0, 2, 1, 3]) for x in (q, k, v))  # (B, H, T, D)
-    keys = g.op("Concat", key, k, axis=2)  # (B, H, P + T, D)
-    values = g.op("Concat", value, v, axis=2)
+    keys = k if key is None else g.op("Concat", key, k, axis=2)  # (B, H, P + T, D)
+    values = v if value is None else g.op("Concat", value, v, axis=2)
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))  # (B, H, T, P + T)
     scores = g.op("Add", scores, bias)
     probabilities = g.cast(g.op("Softmax", g.cast(scores, "float32"), axis=-1), q.dtype)
@@ -315,7 +423,9 @@ def _lengths(g: Graph) -> tuple[Value, Value]:
 OPERATORS: dict[Any, Operator] = {
     getattr: _attribute,
     operator.getitem: _item,
+    operator.sub: _same("Sub"),
     operator.mul: _same("Mul"),
+    operator.truediv: _same("Div"),
     operator.le: _same("LessOrEqual", "bool"),
     operator.eq: _same("Equal", "bool"),
     operator.ne: lambda g, *pair: g.op("Not", g.op("Equal", *g.values(*pair), dtype="bool")),
@@ -326,6 +436,14 @@ OPERATORS: dict[Any, Operator] = {
     "unsqueeze": lambda g, x, axis: g.op("Unsqueeze", x, g.constant([axis])),
     "chunk": _chunk,
     "narrow": _narrow,
+    "squeeze": lambda g, x, axis: g.op("Squeeze", x, g.constant([axis])),
+    "cumsum": _cumulative,
+    "sum": _sum,
+    "clamp": _at_least,
+    "argmax": _first_maximum,
+    "expand": _expand,
+    "gather": lambda g, x, axis, index: g.op("GatherElements", x, index, axis=axis),
+    "long": lambda g, x: g.cast(x, "int64"),
     "float": _same_type,
     "to": _same_type,
     nn.Dropout: lambda g, module, x: x,
@@ -333,6 +451,7 @@ OPERATORS: dict[Any, Operator] = {
     nn.ReLU: lambda g, module, x: g.op("Relu", x),
     nn.SiLU: lambda g, module, x: g.op("Mul", x, g.op("Sigmoid", x)),
     nn.Tanh: lambda g, module, x: g.op("Tanh", x),
+    nn.Identity: lambda g, module, x: x,
     nn.LayerNorm: _normalize,
 }
 
@@ -433,7 +552,10 @@ def _drop_unused(g: Graph, used: set[str]) -> None:
 
 
 def _flat(results: Any) -> list[Value]:
-    return [results] if isinstance(results, Value) else [value for part in results for value in _flat(part)]
+    if isinstance(results, Value):
+        return [results]
+    parts = results.values() if isinstance(results, Mapping) else results
+    return [value for part in parts for value in _flat(part)]
 
 
 def _operator(operators: Mapping[Any, Operator], target: Any, node: fx.Node) -> Operator:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from converters import Checkpoint, ConfigError, ConversionError, DestinationError, TokenizerError, find_tokenizer
@@ -21,6 +22,7 @@ from converters.tokenizer import same_tokenizer
 from .. import contract
 from ..contract import models_in
 from ..precisions import FP32, PRECISIONS
+from ..tasks import GENERATION, LOGITS, TaskHeads, config_json, heads_of
 from .adapters import RunTimeAdapter, changed_projections
 from .client_files import Locations, genai_config, metadata, with_transformers_js
 from .onnx_graph import unknown_opset
@@ -30,9 +32,18 @@ from .single_file import MAX_SINGLE_FILE, too_large
 README = "README.md"
 CONFIG = "config.json"
 GENAI = "genai_config.json"
+GENERATION_CONFIG = "generation_config.json"
 SAFETENSORS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 INDEX = "model.safetensors.index.json"
+# Keys of the metadata that all models of a directory have in common -> what they are, for messages.
+COMMON = {
+    contract.TASK: "task is",
+    contract.OUTPUTS: "outputs are",
+    contract.CACHE: "cache is",
+    contract.LOGITS: "logits are",
+}
+DEFAULTS = {contract.TASK: GENERATION, contract.OUTPUTS: LOGITS}  # of keys that may be absent
 NO_TOKENIZER = """no tokenizer beside {source}. Without one, onnxruntime-genai and transformers.js do not load the directory, \
 and every other client must bring its own.
 Say where one is: --tokenizer DIR. Or export without one: --no-tokenizer"""
@@ -59,6 +70,15 @@ class Request:
     def lora(self) -> list[str]:
         """The projections that take factors of adapters."""
         return changed_projections(self.checkpoint, self.adapters)
+
+    @cached_property
+    def heads(self) -> TaskHeads:
+        """The heads that the task and its outputs need.
+
+        Raises:
+            ConversionError: if the checkpoint does not have them, or their settings are invalid.
+        """
+        return heads_of(self.checkpoint, self.options.task, self.options.outputs)
 
     @property
     def is_home(self) -> bool:
@@ -151,6 +171,7 @@ def _check_model(request: Request) -> None:
             raise ValueError(f"calibration has token id {token}; the model's vocabulary is {n_vocab}")
     if request.need_tokenizer and checkpoint.tokenizer is None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
+    _ = request.heads
     if contract.stays(options.cache) and checkpoint.config.head_dim % 8:
         raise ConfigError(
             f"a cache in place (GroupQueryAttention) needs a head dimension that is a multiple of 8, this model has "
@@ -188,7 +209,9 @@ def _check_others(request: Request, others: Mapping[str, Path], checksums: Futur
     found = {file: _metadata_of(file) for file in others.values()}
     known = {digest for facts in found.values() for digest in _digests(facts.get(contract.CHECKSUMS, ""))}
     for file, facts in found.items():
-        ours = metadata(request.checkpoint, checksums.result(), FP32, request.options, request.lora)
+        ours = metadata(
+            request.checkpoint, checksums.result(), FP32, request.options, request.lora, request.heads.labels
+        )
         if contract.CONFIG not in facts:
             raise DestinationError(f"{file}: not a model that gpt2x wrote; export to another directory")
         faults = _differences(facts, ours)
@@ -206,9 +229,9 @@ def _check_others(request: Request, others: Mapping[str, Path], checksums: Futur
 def _differences(found: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
     """What all models of one directory must have in common, and these two have not."""
     faults = [
-        f"its {what} {found.get(key)}, this export's {ours[key]}"
-        for key, what in ((contract.CACHE, "cache is"), (contract.LOGITS, "logits are"))
-        if found.get(key) != ours[key]
+        f"its {what} {found.get(key)}, this export's {ours.get(key)}"
+        for key, what in COMMON.items()
+        if found.get(key, DEFAULTS.get(key)) != ours.get(key, DEFAULTS.get(key))
     ]
     if found.get(contract.LORA) != ours.get(contract.LORA):
         faults.append("its adapters are others (--adapter NAME=DIR)")
@@ -277,12 +300,17 @@ def _small_files(request: Request, others: list[str], kept: bool) -> dict[str, b
     """Configuration and tokenizer. In a directory that is kept, what is missing and what describes the new models."""
     checkpoint, options = request.checkpoint, request.options
     files = hf_companions(checkpoint.cast(F32))
+    if options.task != GENERATION:
+        own = config_json(checkpoint, options.task, request.heads.labels)
+        files[CONFIG] = to_json({**json.loads(files[CONFIG]), **own})
+        del files[GENERATION_CONFIG]
     there = request.path / CONFIG
     config = there.read_bytes() if kept and there.is_file() else files[CONFIG]
     files[CONFIG] = with_transformers_js(config, there, locations(request, others), options.cache)
-    files[GENAI] = to_json(
-        genai_config(checkpoint.config, options.precisions[0], options.cache, lora=bool(request.lora))
-    )
+    if options.task == GENERATION:
+        files[GENAI] = to_json(
+            genai_config(checkpoint.config, options.precisions[0], options.cache, lora=bool(request.lora))
+        )
     if not kept:
         return files
     return {name: data for name, data in files.items() if _is_renewed(request.path / name, data, others)}

@@ -74,6 +74,10 @@ class Decoder(Protocol):
         logits, cache = self.run(input_ids, attention_mask, position_ids, cache)
         return logits[:, -1], cache
 
+    def extra_outputs(self, ids: Ids) -> dict[str, Array]:
+        """The outputs besides the logits and the cache for rows of tokens (B, T) without padding, by their names."""
+        return {}
+
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """A cache whose rows are the given rows (N,) of another, which is not used any more.
 

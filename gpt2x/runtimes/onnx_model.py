@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from converters import CheckpointError, ConfigError, FormatError, GPT2Config
 from converters.config import config_of
@@ -32,6 +33,7 @@ from .. import contract
 from ..contract import Slot
 from ..memory import give_back
 from ..precisions import DEFAULT, PRECISIONS, Precision
+from ..tasks import EXTRAS, GENERATION, LOGITS
 from .adapter_files import AdapterFile, open_adapter_file
 from .base import Ids, InputError, check_tokens
 
@@ -113,15 +115,15 @@ class OnnxModel:
         self.in_place = contract.stays(self.cache_kind)
         self.past_names = contract.past_names(self.config.n_layer)
         self.present_names = contract.present_names(self.config.n_layer)
-        self.inputs = _slots(self.session.get_inputs())
-        self.outputs = _slots(self.session.get_outputs())
+        self.inputs = slots(self.session.get_inputs())
+        self.outputs = slots(self.session.get_outputs())
         self.factor_inputs = self._factor_inputs()
         self.adapters = contract.adapters_in(self.path.parent) if self.factor_inputs else {}
         self._opened: dict[str, ActiveAdapter] = {}
 
     def _factor_inputs(self) -> dict[str, Slot]:
         """The optional inputs for factors of adapters."""
-        optional = _slots(self.session.get_overridable_initializers())
+        optional = slots(self.session.get_overridable_initializers())
         names = [name for module in projections(self.config.n_layer) for name in contract.factor_names(module)]
         return {name: optional[name] for name in names if name in optional}
 
@@ -174,6 +176,21 @@ class OnnxModel:
             raise InputError(f"{self.path}: this decoder is closed")
         return check_tokens(input_ids, position_ids, self.config.n_vocab, self.config.n_ctx)
 
+    def extra_outputs(self, ids: Ids, positions: Ids) -> dict[str, NDArray[Any]]:
+        """The outputs besides the logits and the cache for whole rows (B, T), by their names.
+
+        Raises:
+            FormatError: if ONNX Runtime fails.
+        """
+        names = [name for name in contract.outputs_in(self.metadata) if name != LOGITS]
+        empty = np.empty((len(ids), self.config.n_head, 0, self.config.head_dim), self.cache_dtype)
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
+        try:
+            found = self.session.run(names, {**feed, **dict.fromkeys(self.past_names, empty)}) if names else []
+        except Exception as error:  # the metadata promised what the graph does not do
+            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {one_line(error)}") from None
+        return dict(zip(names, found, strict=True))
+
     def run(self, binding: Any, options: ort.RunOptions | None) -> None:
         """Run the model with everything bound.
 
@@ -183,7 +200,7 @@ class OnnxModel:
         try:
             self.session.run_with_iobinding(binding, options)
         except Exception as error:  # the metadata promised what the graph does not do
-            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {_plain(error)}") from None
+            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {one_line(error)}") from None
 
 
 def open_model(path: str | Path, precision: str | None, settings: SessionSettings) -> OnnxModel:
@@ -196,13 +213,15 @@ def open_model(path: str | Path, precision: str | None, settings: SessionSetting
     """
     file = find_model(path, precision)
     metadata = read_metadata(file)
+    if metadata.get(contract.TASK, GENERATION) != GENERATION:
+        raise FormatError(f"{file}: a model for {metadata[contract.TASK][:50]}, which generates no text")
     check_runtime(file, metadata)
     session = open_session(file, metadata, settings)
     give_back()  # loading needs a third more memory for a moment, if weights are packed anew
     model = OnnxModel(
         path=file,
         metadata=metadata,
-        config=_config(file, metadata),
+        config=config_in(file, metadata),
         precision=metadata.get(contract.PRECISION, DEFAULT),
         cache_kind=metadata.get(contract.CACHE, "growing"),
         last_only=metadata.get(contract.LOGITS) == "last",
@@ -278,7 +297,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def _config(path: Path, metadata: dict[str, str]) -> GPT2Config:
+def config_in(path: Path, metadata: dict[str, str]) -> GPT2Config:
     """The configuration in the metadata, or in the ``config.json`` beside the file or above it."""
     if contract.CONFIG in metadata:
         where = f"{path}: its metadata"
@@ -309,7 +328,7 @@ def open_session(path: Path, metadata: Mapping[str, str], settings: SessionSetti
         with environment:
             return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {_plain(error)}") from None
+        raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}") from None
 
 
 def _session_options(metadata: Mapping[str, str], settings: SessionSettings) -> ort.SessionOptions:
@@ -385,7 +404,7 @@ def _without_tiles() -> Iterator[None]:
             del os.environ[TILES_OFF]
 
 
-def _plain(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """ONNX Runtime's message in one line, without its prefix."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(" : ")[-1][:MAX_MESSAGE]
@@ -408,16 +427,18 @@ def check_contract(model: OnnxModel) -> None:
         and logits in ("all", "last")
         and model.precision in PRECISIONS
         and model.cache_kind in contract.CACHES
+        and {LOGITS, *EXTRAS}.issuperset(contract.outputs_in(model.metadata))
     )
     if not known:
         said = f"contract {version}, {model.precision}, {model.cache_kind} cache"[:100]
         raise CheckpointError(f"{model.path}: unknown kind of model ({said}): a newer gpt2x may have written it")
     block_size(model.metadata)
     kind = model.precision, model.cache_kind
+    names = contract.outputs_in(model.metadata)
     faults = [
-        *_differences("input", contract.inputs(model.config, *kind), model.inputs),
-        *_differences("input", model.expected_factor_inputs, model.factor_inputs),
-        *_differences("output", contract.outputs(model.config, model.last_only, *kind), model.outputs),
+        *differences("input", contract.inputs(model.config, *kind), model.inputs),
+        *differences("input", model.expected_factor_inputs, model.factor_inputs),
+        *differences("output", contract.outputs(model.config, model.last_only, *kind, names), model.outputs),
     ]
     if faults:
         advice = "gpt2x runs models that gpt2x export --onnx wrote, or with the same inputs and outputs."
@@ -439,11 +460,13 @@ def block_size(metadata: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def _slots(arguments: Any) -> dict[str, Slot]:
+def slots(arguments: Any) -> dict[str, Slot]:
+    """The inputs or outputs of a session, by their names."""
     return {a.name: Slot(TYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments}
 
 
-def _differences(kind: str, expected: dict[str, Slot], found: dict[str, Slot]) -> Iterator[str]:
+def differences(kind: str, expected: dict[str, Slot], found: dict[str, Slot]) -> Iterator[str]:
+    """How the inputs or outputs of a model differ from the expected ones, one line each."""
     for name in expected:
         if name not in found:
             yield f"missing   {kind} {name}"

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from converters import CheckpointError
 
@@ -182,6 +184,17 @@ class OnnxDecoder(Decoder):
     def _chosen(self, adapter: str | None) -> InPlaceRun | GrowingRun:
         """The run with this adapter, by default with the decoder's."""
         return self._run if adapter in (None, self.adapter) else self._run_with(adapter)
+
+    def extra_outputs(self, ids: Ids) -> dict[str, NDArray[Any]]:
+        """The outputs besides the logits and the cache for rows of tokens (B, T) without padding, by their names.
+
+        Raises:
+            InputError: if the tokens do not fit the model.
+            FormatError: if ONNX Runtime fails.
+        """
+        positions = np.arange(ids.shape[1])[None].repeat(len(ids), 0)
+        ids, positions = self._model.check_tokens(ids, positions)
+        return self._model.extra_outputs(ids, positions)
 
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """As ``Decoder.reorder``. In a cache in place, only rows that change are copied."""

@@ -7,20 +7,28 @@ import os
 import sys
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from converters import Checkpoint, FormatError, open_checkpoint
+from converters import Checkpoint, ConversionError, FormatError, open_checkpoint
+from converters.containers.onnx import read_metadata
 from converters.containers.torch_zip import PROGRAMS, program_in
+from converters.io.json import parse_json
 from converters.io.reading import check_name
 
+from .. import contract
 from ..contract import adapters_of, has_onnx
+from ..precisions import PAIR
+from ..tasks import GENERATION, task_of
 from ..weight_options import WeightOptions, why_weights
 from .base import Decoder
+from .task_model import TaskModel
 
 log = logging.getLogger(__name__)
 
 START = 64  # bytes that tell an archive's kind
+MAX_CONFIG = 1 << 24  # bytes; labels may have long names
 NAMES = {"weights": "weights", "onnx": "ONNX", **{kind: name for kind, (_, name) in PROGRAMS.items()}}
 
 
@@ -134,6 +142,51 @@ def open_decoder(
     if kind == "torchscript":
         return ModuleDecoder.from_torchscript(path)
     return ModuleDecoder.from_pt2(path)
+
+
+def task_of_export(path: str | Path, precision: str | None = None) -> str:
+    """The task of what ``gpt2x export`` wrote, without loading the model.
+
+    Raises:
+        FormatError: if there is no such model.
+    """
+    kind = kind_of(path)
+    if kind == "weights":
+        return GENERATION
+    if kind == "onnx":
+        from .onnx_model import find_model
+
+        one = precision and precision.split(PAIR)[-1]  # of a pair, the one that decodes
+        return read_metadata(find_model(path, one)).get(contract.TASK, GENERATION)
+    return task_of(_config_in(Path(path)))
+
+
+def _config_in(path: Path) -> Mapping[str, Any]:
+    """The ``config.json`` in a program of torch; nothing if there is none that can be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("extra/config.json")), None)
+            if name is None or archive.getinfo(name).file_size > MAX_CONFIG:
+                return {}
+            return parse_json(archive.read(name), str(path))
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError, ConversionError):
+        return {}  # loading it reports the fault
+
+
+def open_task(path: str | Path, precision: str | None = None) -> TaskModel:
+    """Open an export for a task other than text generation.
+
+    Raises:
+        ConversionError: if it cannot be opened.
+    """
+    kind = kind_of(path)
+    if kind == "onnx":
+        from .onnx_task import OnnxTask
+
+        return OnnxTask(path, precision=precision)
+    from .torch_task import ModuleTask
+
+    return ModuleTask(path, kind)
 
 
 def gpt2x_model(checkpoint: Checkpoint) -> Decoder:

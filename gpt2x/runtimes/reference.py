@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import Checkpoint
+from converters import Checkpoint, LazyTensor
 from converters.arrays import cast_array
 from converters.tensors import F64
 
+from ..tasks import LOGITS, HeadPart, body_of, heads_of
 from .base import Decoder, Ids
+from .task_model import Outputs, TaskModel
 
 Array = NDArray[np.float64]
 
@@ -42,13 +44,17 @@ class Reference:
         self.p = {name: cast_array(t.read(), t.dtype, F64, name) for name, t in checkpoint.tensors.items()}
 
     def __call__(self, ids: Sequence[int]) -> Any:
+        return self.hidden(ids) @ self.p.get("lm_head.weight", self.p["wte.weight"]).T  # (T, V)
+
+    def hidden(self, ids: Sequence[int]) -> Any:
+        """The final hidden states, (T, C)."""
         c, p = self.config, self.p
         x = p["wte.weight"][list(ids)] + p["wpe.weight"][: len(ids)]  # (T, C)
         for i in range(c.n_layer):
             x = x + self._attention(self._norm(x, f"h.{i}.ln_1"), i)
             hidden = self._linear(self._norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")  # (T, F)
             x = x + self._linear(ACTIVATIONS[c.activation_function](hidden), f"h.{i}.mlp.c_proj")
-        return self._norm(x, "ln_f") @ p.get("lm_head.weight", p["wte.weight"]).T  # (T, V)
+        return self._norm(x, "ln_f")
 
     def _attention(self, x: Array, layer: int) -> Any:
         c, (T, C) = self.config, x.shape
@@ -91,3 +97,56 @@ class ReferenceDecoder(Decoder):
         ids = input_ids if cache is None else np.concatenate((cache, input_ids), 1)
         logits = np.stack([self.reference(row.tolist()) for row in ids])
         return logits[:, -input_ids.shape[1] :], ids
+
+
+class ReferenceTask(TaskModel):
+    """The reference with the head of a task, for rows without padding.
+
+    Raises:
+        CheckpointError: if the checkpoint does not have the head.
+    """
+
+    runtime = ReferenceDecoder.runtime
+
+    def __init__(self, checkpoint: Checkpoint, task: str) -> None:
+        heads = heads_of(checkpoint, task)
+        self.task = task
+        self.config = checkpoint.config
+        self.labels = heads.labels
+        self.reference = Reference(body_of(checkpoint))
+        self.head = heads.parts.get(LOGITS)
+
+    def run(self, input_ids: Ids, attention_mask: Ids | None = None) -> Outputs:
+        """As ``TaskModel.run``, in float64."""
+        assert attention_mask is None or attention_mask.all()
+        states = np.stack([self.reference.hidden(row) for row in input_ids.tolist()])  # (B, T, C)
+        if self.head is None:
+            means, ends = states.mean(1), states[:, -1]
+            return {"last_hidden_state": states, "mean_embedding": means, "last_token_embedding": ends}
+        logits = apply_head(self.head, states)  # (B, T, N)
+        if self.task == "token-classification":
+            return {LOGITS: logits}
+        return {LOGITS: np.stack([row[self._last(ids)] for row, ids in zip(logits, input_ids, strict=True)])}
+
+    def _last(self, ids: Ids) -> int:
+        """The place of the last token that is not padding; 0 if there is none."""
+        if self.config.pad_token_id is None:
+            return -1
+        places = np.flatnonzero(ids != self.config.pad_token_id)
+        return int(places[-1]) if len(places) else 0
+
+
+def apply_head(head: HeadPart, x: NDArray[Any]) -> Array:
+    """A head on hidden states (..., C): (..., N), in float64."""
+    y: Array = x.astype(np.float64)
+    for i, layer in enumerate(head.layers):
+        if i:
+            y = np.maximum(y, 0)
+        y = y @ _float64(layer.weight, layer.name).T
+        if layer.bias is not None:
+            y = y + _float64(layer.bias, layer.name)
+    return np.tanh(y) if head.activation == "tanh" else y
+
+
+def _float64(tensor: LazyTensor, name: str) -> Array:
+    return cast_array(tensor.read(), tensor.dtype, F64, name)

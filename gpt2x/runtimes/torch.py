@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from converters import ChecksumError, FormatError, GPT2Config
 from converters.config import config_of
+from converters.head_config import Labels, head_settings, labels_of
 from converters.io.json import parse_json
 from converters.io.reading import File
 
 from ..model import GPT2
+from ..tasks import GENERATION, TASKS, task_of
 from .base import Decoder, Ids, InputError, Logits, check_mask, check_tokens
 
 Past = Sequence[tuple[Tensor, Tensor]]  # key and value of each layer, each (B, H, P, D)
@@ -87,43 +92,25 @@ class ModuleDecoder(Decoder):
         """Load TorchScript.
 
         Raises:
-            FormatError: if torch cannot load it, or gpt2x did not export it.
+            FormatError: if torch cannot load it, or gpt2x did not export it for text generation.
         """
-
-        def load(file: str, extra: dict[str, Any]) -> Any:
-            return torch.jit.load(file, map_location="cpu", _extra_files=extra)
-
-        return cls._load(path, load)
+        return cls._of(load_program(path, "torchscript"), path)
 
     @classmethod
     def from_pt2(cls, path: str | Path) -> ModuleDecoder:
         """Load a program of ``torch.export``.
 
         Raises:
-            FormatError: if torch cannot load it, or gpt2x did not export it.
+            FormatError: if torch cannot load it, or gpt2x did not export it for text generation.
         """
-
-        def load(file: str, extra: dict[str, Any]) -> Any:
-            return torch.export.load(file, extra_files=extra).module()
-
-        return cls._load(path, load)
+        return cls._of(load_program(path, "pt2"), path)
 
     @classmethod
-    def _load(cls, path: str | Path, load: Callable[[str, dict[str, Any]], Any]) -> ModuleDecoder:
-        name = str(File(Path(path)).path)
-        extra: dict[str, Any] = {"config.json": ""}
-        try:
-            with warnings.catch_warnings(), ZipFile(name) as archive:
-                warnings.simplefilter("ignore")
-                damaged = archive.testzip()  # torch itself checks no checksum
-                module = None if damaged else load(name, extra)
-        except Exception as error:  # torch raises RuntimeError, ValueError and others here
-            raise FormatError(f"{path}: torch cannot load it: {_line(error)}") from None
-        if damaged:
-            raise ChecksumError(f"{path}: its record {damaged[:200]} does not match its checksum")
-        return cls(module, _embedded_config(path, extra["config.json"]), path)
+    def _of(cls, program: Program, path: str | Path) -> ModuleDecoder:
+        if program.task != GENERATION:
+            raise FormatError(f"{path}: a model for {program.task}, which generates no text")
+        return cls(program.module, program.config, path)
 
-    @torch.inference_mode()
     def run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """As ``Decoder.run``.
 
@@ -131,6 +118,22 @@ class ModuleDecoder(Decoder):
             InputError: if the arguments do not fit the model or one another.
             FormatError: if the program fails, or returns something else than logits and a cache.
         """
+        logits, present, _ = self._run(input_ids, attention_mask, position_ids, cache)
+        return logits, present
+
+    def extra_outputs(self, ids: Ids) -> dict[str, NDArray[Any]]:
+        """The outputs besides the logits and the cache for rows of tokens (B, T) without padding, by their names.
+
+        Raises:
+            InputError: if the tokens do not fit the model.
+            FormatError: if the program fails.
+        """
+        positions = np.arange(ids.shape[1])[None].repeat(len(ids), 0)
+        _, _, extras = self._run(ids, None, positions, None)
+        return {str(name): tensor.numpy() for name, tensor in extras.items()}
+
+    @torch.inference_mode()
+    def _run(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Any, Any, Any]:
         ids, positions = check_tokens(input_ids, position_ids, self.n_vocab, self.n_ctx)
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
@@ -138,18 +141,19 @@ class ModuleDecoder(Decoder):
         mask = check_mask(attention_mask, B, P, T)
         past = [(key, value) for key, value in past]  # the program takes a list
         try:
-            logits, present = self.module(*map(torch.from_numpy, (ids, mask, positions)), past)
+            logits, present, *rest = self.module(*map(torch.from_numpy, (ids, mask, positions)), past)
             found: Logits = logits.numpy()
             layers = len(present)
+            extras = dict(rest[0]) if rest else {}
         except Exception as error:  # the program comes from the file, and raises anything
-            raise FormatError(f"{self.path}: torch cannot run it: {_line(error)}") from None
+            raise FormatError(f"{self.path}: torch cannot run it: {one_line(error)}") from None
         if found.shape != (B, T, self.n_vocab):
             raise FormatError(f"{self.path}: returns {found.shape}, not logits {(B, T, self.n_vocab)}")
         if layers != self.config.n_layer:
             raise FormatError(
                 f"{self.path}: returns a cache of {layers} layers; its config.json says {self.config.n_layer}"
             )
-        return found, present
+        return found, present, extras
 
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """As ``Decoder.reorder``."""
@@ -160,13 +164,62 @@ class ModuleDecoder(Decoder):
         return [(torch.empty(size), torch.empty(size)) for _ in range(self.config.n_layer)]
 
 
-def _embedded_config(path: str | Path, text: str | bytes) -> GPT2Config:
-    """The configuration that ``gpt2x export`` puts into the file."""
+@dataclass(frozen=True)
+class Program:
+    """A program that ``gpt2x export`` wrote: its module, and what its file says of it.
+
+    Args:
+        task: one of ``gpt2x.tasks.TASKS``.
+        labels: of a classifier.
+    """
+
+    module: Any
+    config: GPT2Config
+    task: str = GENERATION
+    labels: Labels | None = None
+
+
+LOADERS: dict[str, Callable[[str, dict[str, Any]], Any]] = {
+    "torchscript": lambda file, extra: torch.jit.load(file, map_location="cpu", _extra_files=extra),
+    "pt2": lambda file, extra: torch.export.load(file, extra_files=extra).module(),
+}
+
+
+def load_program(path: str | Path, kind: str) -> Program:
+    """Load a program. It is executed: load one only if you trust where it comes from.
+
+    Args:
+        kind: a key of ``LOADERS``.
+
+    Raises:
+        FormatError: if torch cannot load it, or gpt2x did not export it.
+    """
+    name = str(File(Path(path)).path)
+    extra: dict[str, Any] = {"config.json": ""}
+    try:
+        with warnings.catch_warnings(), ZipFile(name) as archive:
+            warnings.simplefilter("ignore")
+            damaged = archive.testzip()  # torch itself checks no checksum
+            module = None if damaged else LOADERS[kind](name, extra)
+    except Exception as error:  # torch raises RuntimeError, ValueError and others here
+        raise FormatError(f"{path}: torch cannot load it: {one_line(error)}") from None
+    if damaged:
+        raise ChecksumError(f"{path}: its record {damaged[:200]} does not match its checksum")
+    return _described(module, path, extra["config.json"])
+
+
+def _described(module: Any, path: str | Path, text: str | bytes) -> Program:
+    """A program with the configuration that ``gpt2x export`` puts into the file."""
     if not text:
         raise FormatError(f"{path}: not exported by gpt2x: it holds no config.json")
-    data = text if isinstance(text, bytes) else text.encode()
     where = f"{path}: config.json"
-    return config_of(parse_json(data, where), where)
+    raw = parse_json(text if isinstance(text, bytes) else text.encode(), where)
+    config, task = config_of(raw, where), task_of(raw)
+    settings = head_settings(raw)
+    names = settings.get("id2label")
+    count = len(names) if isinstance(names, dict) else 0
+    labels = labels_of(settings, count, where) if TASKS[task].head else None
+    return Program(module, config, task, labels)
 
 
 def _reordered(past: Past, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -196,7 +249,7 @@ def _length(past: Past, config: GPT2Config, B: int, dtype: torch.dtype) -> int:
     return P
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message of an error in one line. TorchScript's interpreter puts it last, all others first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

@@ -6,7 +6,9 @@ from typing import Any
 
 from converters import Checkpoint
 
+from ..tasks import LOGITS, TASKS, TaskHeads, body_of, heads_of
 from .base import Decoder, Ids
+from .task_model import Outputs, TaskModel
 
 # Keys of config.json that transformers' GPT2Config does not take as arguments.
 NOT_ARGUMENTS = ("architectures", "model_type", "n_ctx")
@@ -46,15 +48,76 @@ class Transformers(Decoder):
         return cache
 
 
-def _language_model(checkpoint: Checkpoint) -> Any:
+class TransformersTask(TaskModel):
+    """transformers' class for a task with the weights of a checkpoint, for one row without padding at a time.
+
+    Raises:
+        CheckpointError: if the checkpoint does not have the head of the task.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, task: str) -> None:
+        import torch
+        import transformers
+
+        heads = heads_of(checkpoint, task)
+        self.task = task
+        self.config = checkpoint.config
+        self.labels = heads.labels
+        self.model = _task_model(body_of(checkpoint), task, heads)
+        self.runtime = (
+            f"{TASKS[task].architecture} of transformers {transformers.__version__}, in torch {torch.__version__}"
+        )
+
+    def run(self, input_ids: Ids, attention_mask: Ids | None = None) -> Outputs:
+        """As ``TaskModel.run``."""
+        import torch
+
+        assert len(input_ids) == 1 and (attention_mask is None or attention_mask.all())
+        with torch.inference_mode():
+            out = self.model(torch.from_numpy(input_ids), use_cache=False)
+        if self.task != "feature-extraction":
+            return {LOGITS: out.logits.numpy()}
+        states = out.last_hidden_state.numpy()
+        return {"last_hidden_state": states, "mean_embedding": states.mean(1), "last_token_embedding": states[:, -1]}
+
+
+def _task_model(checkpoint: Checkpoint, task: str, heads: TaskHeads) -> Any:
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    import transformers
+
+    from ..load import state_of, tensor_of
+
+    labels = heads.labels.to_hf() if heads.labels else {}
+    config = _config_of(checkpoint, **labels)
+    with torch.device("meta"):
+        model = getattr(transformers, TASKS[task].architecture)(config)
+    prefix = "" if task == "feature-extraction" else "transformer."
+    state = {f"{prefix}{name}": tensor.float() for name, tensor in state_of(checkpoint).items()}
+    for layer in (layer for part in heads.parts.values() for layer in part.layers):
+        state[f"{layer.name}.weight"] = tensor_of(layer.weight).float()
+        if layer.bias is not None:
+            state[f"{layer.name}.bias"] = tensor_of(layer.bias).float()
+    model.load_state_dict(state, assign=True, strict=True)
+    return model.eval()
+
+
+def _config_of(checkpoint: Checkpoint, **more: Any) -> Any:
+    """transformers' own configuration."""
+    from transformers import GPT2Config
 
     from converters.config import to_hf
 
     values = to_hf(checkpoint.config)
-    config = GPT2Config(**{key: value for key, value in values.items() if key not in NOT_ARGUMENTS})
+    config = GPT2Config(**{key: value for key, value in values.items() if key not in NOT_ARGUMENTS}, **more)
     config._attn_implementation = "eager"
+    return config
+
+
+def _language_model(checkpoint: Checkpoint) -> Any:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    config = _config_of(checkpoint)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     model.load_state_dict(_state(checkpoint), assign=True, strict=True)

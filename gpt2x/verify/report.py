@@ -30,14 +30,17 @@ from .. import contract
 from ..precisions import Bounds, Precision, precisions_in
 from ..runtimes.adapter_files import AdapterFile, named_factors
 from ..runtimes.base import Decoder
-from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder
+from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder, open_task, task_of_export
 from ..runtimes.reference import ReferenceDecoder
+from ..runtimes.task_model import TaskModel
 from ..runtimes.transformers import Transformers
+from ..tasks import GENERATION, body_of, heads_of
 from ..weight_options import WeightOptions, why_weights
 from .checks import Check
 from .metrics import CACHE8, FP32, loosest, measure, widened
 from .sample_text import sample_ids
 from .scenarios import compare_runs, one_pass
+from .tasks import compare_extras, compare_labels, run_task
 from .weights import compare_files, compare_release, compare_weights, rounded_like
 
 log = logging.getLogger(__name__)
@@ -179,14 +182,34 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     The weights in ONNX are compared as well: byte by byte in fp32, block by block in other precisions. Without torch, the
     reference is the float64 one, which is slow.
     """
+    name = f"{b} ({precision})" if precision else str(b)
+    if task_of_export(b, precision) != GENERATION:
+        return Report(a.origin, name, _verify_task(a, b, text, precision))
     model = open_decoder(b, precision=precision)
     checks = [compare_configs(a.config, model.config)]
     if kind_of(b) == "onnx":
         checks += _compare_onnx(a, Path(b), model)
     if not a.config.differences(model.config, TOKEN_SIZES):
         checks += _run_export(a, b, model, text, faithful=not _failed(checks))
-    name = f"{b} ({precision})" if precision else str(b)
+        checks += compare_extras(_with_tokenizer_of(a, b), model, bounds_of(model), text)
     return Report(a.origin, name, checks)
+
+
+def _verify_task(a: Checkpoint, b: str | Path, text: str | None, precision: str | None) -> list[Check]:
+    """Compare a checkpoint with its export for a task other than text generation."""
+    model = open_task(b, precision)
+    body, heads = _with_tokenizer_of(body_of(a), b), heads_of(a, model.task)
+    checks = [compare_configs(body.config, model.config), *compare_labels(heads.labels, model.labels)]
+    if kind_of(b) == "onnx":
+        checks += _compare_onnx(body, Path(b), model)
+    if not body.config.differences(model.config, TOKEN_SIZES):
+        checks += run_task(body, model, text)
+    return checks
+
+
+def _with_tokenizer_of(a: Checkpoint, b: str | Path) -> Checkpoint:
+    """The checkpoint with the tokenizer of its export, if it has none itself."""
+    return a if a.tokenizer else replace(a, tokenizer=_tokenizer_of(b))
 
 
 def verify_adapter(
@@ -419,7 +442,7 @@ def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> Check:
     return Check("tokenizer", same, "the same vocabulary and merges" if same else "the vocabularies or merges differ")
 
 
-def _compare_onnx(a: Checkpoint, b: Path, model: Decoder) -> list[Check]:
+def _compare_onnx(a: Checkpoint, b: Path, model: Decoder | TaskModel) -> list[Check]:
     """Compare the weights in an ONNX model, by their names, and any others in its directory."""
     assert model.path is not None  # an ONNX model comes from a file
     precisions = precisions_in(model.precision)

@@ -284,15 +284,19 @@ def compare_logits(
     return verdict(name, measure(result.expected, result.found, result.targets), bounds)
 
 
-def verdict(name: str, metrics: Metrics, bounds: Bounds = FP32) -> Check:
-    """A check from metrics: what failed, or how large the error is."""
+def verdict(name: str, metrics: Metrics, bounds: Bounds = FP32, *, inexact: bool | None = None) -> Check:
+    """A check from metrics: what failed, or how large the error is.
+
+    Args:
+        inexact: whether the bounds allow more than rounding in float32; by default, if they are not those of fp32.
+    """
     failures = metrics.failures(bounds)
     result = "; ".join(failures) if failures else _summary(metrics)
     details = {
         **asdict(metrics),
         "limits": metrics.limits(bounds),
         "failures": failures,
-        "inexact": bounds != FP32,
+        "inexact": bounds != FP32 if inexact is None else inexact,
     }
     return Check(name, not failures, result, details)
 
