@@ -12,7 +12,9 @@ from typing import Any
 
 import onnxruntime as ort
 
+from .. import contract
 from ..memory import give_back
+from ..precisions import PRECISIONS
 from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
 from .onnx_model import Provider, SessionSettings, needs_exact_products, open_model
@@ -42,6 +44,7 @@ class OnnxDecoder(Decoder):
     """
 
     path: Path
+    can_truncate = True
 
     def __init__(
         self,
@@ -63,6 +66,9 @@ class OnnxDecoder(Decoder):
         self.precision = model.precision
         self.cache_kind = model.cache_kind
         self.last_only = model.last_only
+        kind = PRECISIONS[model.precision]
+        self.near_tie, self.several_price = kind.near_tie, kind.several_price
+        self.same_in_runs = kind.row_by_row and contract.has_int8_cache(model.cache_kind)
         self.inputs, self.outputs = model.inputs, model.outputs
         self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
 
@@ -98,6 +104,10 @@ class OnnxDecoder(Decoder):
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """As ``Decoder.reorder``. In a cache in place, only rows that change are copied."""
         return self._run.reorder(cache, rows)
+
+    def truncate(self, cache: Any, length: int) -> Any:
+        """As ``Decoder.truncate``. In a cache in place, only its length changes."""
+        return self._run.truncate(cache, length)
 
     def row_cache(self, rows: int) -> RowCache:
         """An empty cache of so many rows.
