@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PROBE = 4  # tokens that are run both ways to see whether a model returns the same bits
 TIES_WEIGHT = 20.0  # how many positions the expected share of near ties counts for, before any was seen
 TIES_SHARE = 10.0  # that share, as a multiple of ``Decoder.near_tie``
-RISK = 0.5  # near ties that may be expected in the rest of the text: after each, its steps are made again
+RISK = 0.15  # near ties that may be expected in the rest of the text: after each, its steps are made again
 AGREES: WeakKeyDictionary[Decoder, bool] = WeakKeyDictionary()  # what the check of ``same_in_runs`` found
 
 
