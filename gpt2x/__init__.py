@@ -30,6 +30,7 @@ _HOMES = {
     "gpt2x.generation.beams": ("Beams", "beam_search"),
     "gpt2x.generation.config": ("GenerationConfig",),
     "gpt2x.generation.generate": ("generate_text",),
+    "gpt2x.generation.guesses": ("Draft", "PromptLookup"),
     "gpt2x.generation.loop": ("Generation",),
     "gpt2x.generation.sampling": ("Sampling",),
     "gpt2x.generation.text": ("TextStream",),
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .generation.beams import Beams, beam_search
     from .generation.config import GenerationConfig
     from .generation.generate import generate_text
+    from .generation.guesses import Draft, PromptLookup
     from .generation.loop import Generation
     from .generation.sampling import Sampling
     from .generation.text import TextStream
@@ -100,6 +102,7 @@ __all__ = [
     "Beams",
     "Checkpoint",
     "ConversionError",
+    "Draft",
     "ExportOptions",
     "GPT2Config",
     "Generation",
@@ -108,6 +111,7 @@ __all__ = [
     "OnnxDecoder",
     "OnnxTask",
     "PromptError",
+    "PromptLookup",
     "RunningBatch",
     "Sampling",
     "Score",

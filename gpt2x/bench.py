@@ -22,6 +22,9 @@ import numpy as np
 
 from converters import ConversionError
 
+from .generation.guesses import Speculate
+from .generation.loop import Generation
+from .generation.sampling import Sampling
 from .precisions import precisions_in
 from .runtimes.onnxruntime import OnnxDecoder
 
@@ -129,6 +132,45 @@ def measure(path: str, precision: str | None, prompt: int, new: int, batch: int,
         "rss_mb": round(peak / 1e6, 1),
         "load_s": round(load, 3),
         "bandwidth_share": round(streaming(weights_of(decoder), threads) / step, 3),
+    }
+
+
+def speculation(
+    path: str | Path, precision: str | None, prompt: int, new: int, threads: int, speculate: Speculate
+) -> Run:
+    """Measure greedy speculative decoding beside plain decoding, in alternation and in this process.
+
+    The prompt is random, and its first half is there twice, so that there are n-grams to look up.
+
+    Returns:
+        ``precision``; ``plain_tokens_per_s`` and ``tokens_per_s``, medians after the prompt; ``tokens_per_run``;
+        ``accepted``, the share of guesses that were right.
+
+    Raises:
+        ConversionError: if the model cannot be opened or run.
+        InputError: if it cannot decode speculatively.
+    """
+    decoder = OnnxDecoder(path, precision=precision, threads=threads)
+    half = np.random.default_rng(0).integers(decoder.n_vocab, size=(prompt + 1) // 2).tolist()
+    ids = (half + half)[:prompt]
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        for guesses in (False, True):
+            generation = Generation(
+                decoder, [ids], new, Sampling(temperature=0), speculate=speculate if guesses else None
+            )
+            steps = iter(generation)
+            next(steps)
+            start = time.perf_counter()
+            tokens = sum(1 for _ in steps)
+            speeds[guesses].append(tokens / (time.perf_counter() - start))
+    counts = generation.speculation
+    return {
+        "precision": decoder.precision,
+        "plain_tokens_per_s": round(statistics.median(speeds[False]), 2),
+        "tokens_per_s": round(statistics.median(speeds[True]), 2),
+        "tokens_per_run": round(counts.tokens / max(1, counts.runs), 2),
+        "accepted": round(counts.right / max(1, counts.guesses), 3),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,23 @@ HEAD = (
 @click.option("--batch", default="1", show_default=True, metavar="LIST", help="Batch sizes, such as 1,4,16.")
 @click.option("--precision", metavar="LIST", help="Precisions or pairs (w8a8+int4) to measure (default: all in MODEL).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads (default: one for each core).")
+@click.option(
+    "--speculate",
+    metavar="lookup|MODEL",
+    help="Measure speculative decoding instead, beside plain decoding: from n-grams, or with a draft MODEL.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write the results as JSON (- for stdout).")
 @click.option("--plot", "plot_file", metavar="FILE.png", help="Write a plot of the decoding speed.")
 @click.option("--force", is_flag=True, help="Overwrite the files of --json and --plot.")
 def bench(
-    model: str, prompt: int, new: int, batch: str, precision: str | None, threads: int | None, json_file: str | None,
-    plot_file: str | None, force: bool,
+    model: str, prompt: int, new: int, batch: str, precision: str | None, threads: int | None, speculate: str | None,
+    json_file: str | None, plot_file: str | None, force: bool,
 ) -> None:  # fmt: skip
     """Measure the ONNX models in MODEL: speed, memory, and memory-bandwidth utilization.
 
     \b
       gpt2x bench gpt2-onnx/
+      gpt2x bench gpt2-onnx/ --speculate lookup
       gpt2x bench gpt2-onnx/ --prompt 900 --new 64 --batch 1,4,16 --json bench.json --plot bench.png
 
     Each model runs on random prompts in its own process. Decoding reads every weight for each token. Utilization is the
@@ -48,6 +55,8 @@ def bench(
     from ..runtimes.onnxruntime import OnnxDecoder
 
     batches = _numbers(batch)
+    if speculate and (plot_file or json_file or batches != [1]):
+        raise click.UsageError("--speculate prints figures for a batch of 1: leave out --batch, --json and --plot")
     for file in (json_file, plot_file):
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)
@@ -59,6 +68,9 @@ def bench(
     n_ctx = min(OnnxDecoder(model, precision=kind, optimize=False).n_ctx for kind in kinds)
     if prompt + new > n_ctx:
         raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
+    if speculate:
+        _speculation(model, kinds, prompt, new, threads or os.cpu_count() or 1, speculate)
+        return
     if json_file != "-":
         click.echo(HEAD)
 
@@ -76,6 +88,26 @@ def bench(
     if plot_file:
         with new_file(Path(plot_file), force) as out:
             out.write(measuring.plot(result))
+
+
+def _speculation(model: str, kinds: Sequence[str | None], prompt: int, new: int, threads: int, speculate: str) -> None:
+    """Print a line for each precision, with and without guesses."""
+    from .. import bench as measuring
+    from ..generation.guesses import Draft, PromptLookup
+    from ..runtimes.opening import open_decoder
+
+    if speculate == "lookup":
+        guesses: PromptLookup | Draft = PromptLookup()
+    else:
+        guesses = Draft(open_decoder(local(speculate, "either"), threads=threads))
+    click.echo("precision  plain, tokens/s  speculative, tokens/s  ratio  tokens/run  accepted")
+    for kind in kinds:
+        run = measuring.speculation(model, kind, prompt, new, threads, guesses)
+        plain, found = run["plain_tokens_per_s"], run["tokens_per_s"]
+        click.echo(
+            f"{run['precision']:<9}  {plain:>15.1f}  {found:>21.1f}  {found / plain:>5.2f}  {run['tokens_per_run']:>10.2f}  "
+            f"{run['accepted']:>8.0%}"
+        )
 
 
 def _numbers(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .text import read_text
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
+    from ..generation.guesses import Speculate
     from ..runtimes.base import Decoder
     from ..tokenizer import Tokenizer
     from ..weight_options import WeightOptions
@@ -41,6 +43,15 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Directory (or GGUF file) with the tokenizer (default: beside the model).",
 )
+@click.option(
+    "--prompt-lookup",
+    type=click.IntRange(min=1),
+    metavar="[N]",
+    is_flag=False,
+    flag_value=7,
+    help="Speculative decoding: guess up to N tokens a run (default: 7) from n-grams of the text so far.",
+)
+@click.option("--draft", metavar="MODEL", help="Speculative decoding: guess with a smaller model, same vocabulary.")
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
 @click.option(
     "--precision",
@@ -51,8 +62,8 @@ if TYPE_CHECKING:
 @weight_options("MODEL")
 def generate(
     model: str, prompt: str | None, prompts_file: str | None, output: str | None, resume: bool, batch_size: int,
-    tokenizer_dir: str | None, runtime: str | None, precision: str | None, threads: int | None, weights: WeightOptions,
-    **options: Any,
+    tokenizer_dir: str | None, prompt_lookup: int | None, draft: str | None, runtime: str | None, precision: str | None,
+    threads: int | None, weights: WeightOptions, **options: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
@@ -62,16 +73,22 @@ def generate(
       gpt2x generate gpt2-onnx/ "Dear" --num-beams 4 --no-repeat-ngram-size 3
       gpt2x generate gpt2-hf/ "In a shocking finding," --adapter lora/
       gpt2x generate gpt2-onnx/ --prompts in.jsonl --output out.jsonl
+      gpt2x generate gpt2-xl-onnx/ "In a shocking finding," --draft gpt2-onnx/
 
     ONNX Runtime runs a directory with an ONNX model, without torch. generation_config.json beside the model sets what no
     option sets.
     """
     _check_use(prompt, prompts_file, output, resume)
+    if prompt_lookup and draft:
+        raise click.UsageError("pass either --prompt-lookup or --draft")
     given = given_controls(options)
     running = Running.of(model, runtime, precision, threads, weights)
     tokenizer = running.tokenizer(tokenizer_dir)  # before the model, which takes longer to open
     config = _config(running, given)
     decoder = running.open()
+    config = replace(
+        config, speculate=_speculate(config, prompt_lookup, draft, threads, batch_size if prompts_file else 1)
+    )
     if prompts_file and output:
         from .prompts_file import continue_file
 
@@ -89,6 +106,25 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
         raise click.FileError(prompts_file, "not a file")
     if resume and not output:
         raise click.UsageError("--resume continues an --output: pass --prompts and --output, too")
+
+
+def _speculate(
+    config: GenerationConfig, prompt_lookup: int | None, draft: str | None, threads: int | None, batch: int
+) -> Speculate | None:
+    """Where the guesses of speculative decoding come from; None for none, or where it would have no effect."""
+    from ..generation.guesses import Draft, PromptLookup
+
+    if prompt_lookup is None and draft is None:
+        return None
+    option = "--draft" if draft else "--prompt-lookup"
+    if config.beams:
+        raise click.UsageError(f"{option} does not do beam search: leave out {option}, or --num-beams")
+    if config.num_return_sequences > 1 or batch > 1:
+        click.echo(f"Note: {option} is for one text at a time; several are decoded without it", err=True)
+        return None
+    if draft is None:
+        return PromptLookup(prompt_lookup or PromptLookup.guesses)
+    return Draft(Running.of(draft, None, None, threads, {}).open())
 
 
 def _config(running: Running, given: dict[str, Any]) -> GenerationConfig:

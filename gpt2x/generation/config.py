@@ -12,6 +12,7 @@ from converters import ConfigError
 from converters.io.json import read_json
 
 from .beams import Beams
+from .guesses import Speculate
 from .sampling import Sampling
 from .stop_strings import check_stop_strings
 
@@ -38,6 +39,7 @@ class GenerationConfig:
         stop_strings: the text ends before the first of them.
         eos_token_id: the tokens that end a text; None for the tokenizer's own.
         stop_token_ids: further tokens that end a text.
+        speculate: speculative decoding of single texts; several at once decode plainly.
 
     Raises:
         ValueError: if a value is out of range, or two of them contradict each other.
@@ -51,6 +53,7 @@ class GenerationConfig:
     stop_strings: Sequence[str] = ()
     eos_token_id: Sequence[int] | None = None
     stop_token_ids: Sequence[int] = ()
+    speculate: Speculate | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -72,6 +75,8 @@ class GenerationConfig:
                 f"num_return_sequences is {self.num_return_sequences}, but greedy decoding has one result: set "
                 "temperature above 0, or num_beams"
             )
+        if self.beams and self.speculate:
+            raise ValueError("speculative decoding does not do beam search: leave out speculate, or num_beams")
         check_stop_strings(self.stop_strings)
 
     @classmethod

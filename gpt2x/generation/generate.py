@@ -104,6 +104,7 @@ def new_generation(
         end_tokens_of(decoder, tokenizer, config),
         config.num_return_sequences,
         generators,
+        config.speculate,
     )
 
 

@@ -12,8 +12,10 @@ import numpy as np
 
 from ..memory import give_back
 from ..runtimes.base import Decoder, Ids, Logits
+from .guesses import Speculate
 from .prompts import Finish, as_end_tokens, check_prompts, check_tokens, left_pad
 from .sampling import Chooser, Sampling
+from .speculate import Counts, SpeculativeText, check_speculation
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +35,12 @@ class Generation:
         eos_token_id: the token, or the tokens, that end a row; None for no such token.
         num_return_sequences: how many rows continue each prompt. The rows of a prompt follow one another.
         generators: the random stream of each row, instead of those of ``sampling.seed``.
+        speculate: speculative decoding, for a single row; several rows decode plainly. ``speculation`` then counts what
+            it did.
 
     Raises:
         PromptError: if a prompt is empty, longer than the context, or holds an id outside the vocabulary.
-        InputError: if a control names a token outside the vocabulary.
+        InputError: if a control names a token outside the vocabulary, or the model cannot decode speculatively.
     """
 
     decoder: Decoder
@@ -46,6 +50,7 @@ class Generation:
     eos_token_id: int | Sequence[int] | None = None
     num_return_sequences: int = 1
     generators: Sequence[np.random.Generator] | None = None
+    speculate: Speculate | None = None
 
     def __post_init__(self) -> None:
         self.end_tokens = as_end_tokens(self.eos_token_id)
@@ -53,6 +58,9 @@ class Generation:
         self.finish: list[Finish | None] = [None] * self.rows
         check_prompts(self.decoder, self.prompts)
         check_tokens(self.decoder, self.sampling, self.end_tokens)
+        self.speculation = Counts()
+        if self.speculate:
+            check_speculation(self.decoder, self.speculate)
 
     def stop(self, row: int) -> None:
         """End a row, because of what its text says. It gets no further token."""
@@ -60,7 +68,10 @@ class Generation:
 
     def __iter__(self) -> Iterator[list[int | None]]:
         try:
-            yield from self._steps()
+            if self.speculate and self.rows == 1:
+                yield from self._speculative_steps(self.speculate)
+            else:
+                yield from self._steps()
         finally:
             give_back()  # the cache's memory: its sizes fit this batch alone, and the next would need new memory
 
@@ -86,6 +97,23 @@ class Generation:
             yield tokens
             ids = np.array([[row.tokens[-1]] for row in rows])
             mask = np.concatenate((mask, np.ones_like(ids)), axis=1)
+
+    def _speculative_steps(self, speculate: Speculate) -> Iterator[list[int | None]]:
+        (row,) = self._new_rows()
+        text = SpeculativeText(self.decoder, speculate, row.tokens, row.limit, row.choose, self.end_tokens)
+        self.speculation = text.counts
+        new_tokens = iter(text)
+        for step in itertools.count():
+            self._end_at([row], step)
+            if self.finish[0]:
+                log.info("ended after %d steps: %s; %s", step, self.finish[0], text.counts)
+                return
+            token = next(new_tokens)
+            if token in self.end_tokens:
+                self.finish[0] = "stop"
+                yield [None]
+            else:
+                yield [token]
 
     def _new_rows(self) -> list[_Row]:
         generators = iter(self.generators or self.sampling.generators(self.rows))

@@ -49,7 +49,8 @@ def continue_many(
     """
     check_tokens(decoder, config.sampling, end_tokens_of(decoder, tokenizer, config))
     joins = isinstance(decoder, OnnxDecoder) and decoder.in_place
-    if joins and not config.beams and config.num_return_sequences == 1:
+    alone = config.speculate is not None and batch == 1
+    if joins and not alone and not config.beams and config.num_return_sequences == 1:
         yield from _joining(decoder, tokenizer, iter(jobs), config, batch)  # type: ignore[arg-type]
         return
     remaining = iter(jobs)

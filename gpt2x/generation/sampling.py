@@ -211,15 +211,28 @@ class Chooser:
             CheckpointError: if the logits contain NaN or infinity.
             InputError: if the controls rule out every token.
         """
-        check_finite(logits)
-        scores = logits
-        if self.penalties:
-            scores = apply(self.penalties, np.asarray(tokens, np.int64), logits)
-            if not scores.max() > NEVER:
-                raise InputError(ALL_RULED_OUT)
+        scores = self.scores(tokens, logits)
         if self.sampling.greedy:
             return int(scores.argmax())
-        p = self.sampling.probabilities(scores)
+        return self.draw(self.sampling.probabilities(scores))
+
+    def scores(self, tokens: Sequence[int] | Ids, logits: Logits) -> Scores:
+        """The logits (V,) after the penalties.
+
+        Raises:
+            CheckpointError: if the logits contain NaN or infinity.
+            InputError: if the controls rule out every token.
+        """
+        check_finite(logits)
+        if not self.penalties:
+            return logits
+        scores = apply(self.penalties, np.asarray(tokens, np.int64), logits)
+        if not scores.max() > NEVER:
+            raise InputError(ALL_RULED_OUT)
+        return scores
+
+    def draw(self, p: Scores) -> int:
+        """Draw a token from a distribution (V,)."""
         return int(self.generator.choice(len(p), p=p))
 
 

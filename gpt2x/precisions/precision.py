@@ -59,6 +59,9 @@ class Precision(ABC):
         runtime_by_opset: from this opset on, the first version of ONNX Runtime that runs it, if later than that of
             the opset.
         runtime_by_cache: kind of cache -> the same, if later than that of the cache.
+        near_tie: as ``Decoder.near_tie``: three times and more what was measured (``docs/generation.md``).
+        several_price: as ``Decoder.several_price``.
+        row_by_row: whether matrix products of one row of activations and of several give the same bits.
     """
 
     name: str
@@ -78,6 +81,9 @@ class Precision(ABC):
     min_opset: int = 17
     runtime_by_opset: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     runtime_by_cache: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    near_tie: float = 3e-5
+    several_price: float = 0.15
+    row_by_row: bool = True
 
     @property
     def model_file(self) -> str:

@@ -61,6 +61,7 @@ W8A8 = Columns(
     transformers_js="int8",
     about="8-bit weights with a scale a column, multiplied as integers with activations of 8 bits: the fastest prompts and batches. Exact on every processor",
     bytes_per_weight=1,
+    near_tie=1.5e-2,
     bits=8,
     bounds=Bounds(5e-2, 8e-3, 8e-2, 8e-3, 6e-4, 6e-3),
     worst_block=0.25,  # a whole column, whose scale may depend on one large weight

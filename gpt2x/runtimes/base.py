@@ -44,6 +44,15 @@ class Decoder(Protocol):
     """What a step does with the cache: a key of ``gpt2x.contract.CACHES``."""
     last_only: bool = False
     """Whether ``run`` returns only the logits of the last position."""
+    can_truncate: bool = False
+    """Whether ``truncate`` can take a cache back, as speculative decoding needs."""
+    near_tie: float = 3e-5
+    """Where the best two logits are nearer than this share of the largest, a run of several tokens and runs of one token
+    may rank them differently, because they round differently."""
+    several_price: float = 0.15
+    """What each further token of a run costs, as a share of a run of one token: a first estimate."""
+    same_in_runs: bool = False
+    """Whether a run of several tokens should return the same bits as runs of one token. Speculative decoding checks it."""
 
     @property
     def n_ctx(self) -> int:
@@ -87,6 +96,14 @@ class Decoder(Protocol):
             InputError: if the runtime cannot do that, which is the default.
         """
         raise InputError(f"{self.runtime}: its cache has fixed rows, so it can continue each prompt only once")
+
+    def truncate(self, cache: Any, length: int) -> Any:
+        """A cache of one row without padding, taken back to its first ``length`` tokens. The other is not used any more.
+
+        Raises:
+            InputError: if the runtime cannot do that, which is the default (``can_truncate``).
+        """
+        raise InputError(f"{self.runtime}: its cache cannot be taken back to fewer tokens")
 
     def unoptimized(self) -> Decoder | None:
         """The same model with graph optimizations disabled; None if the runtime has none to disable, or needs them."""

@@ -69,10 +69,30 @@ class RunningBatch:
         self.cache.reserve(row + 1, len(prompt))
         self.cache.lengths[row] = 0
         logits = self._run.prefill(ids[0], positions[0], self.cache, row)
+        return self._add(row), logits[-1]
+
+    def fork(self, sequence: int) -> int:
+        """Add a sequence with the tokens of another, whose prompt is not read again.
+
+        Returns:
+            The number of the new sequence. It continues from the logits that the other one has.
+
+        Raises:
+            InputError: if the sequence is not in the batch.
+        """
+        source = self._row(sequence)
+        row = len(self._rows)
+        self.cache.reserve(row + 1, int(self.cache.lengths[source]))
+        self.cache.copy(source, row)
+        return self._add(row)
+
+    def _add(self, row: int) -> int:
+        """Name the sequence of a new row."""
+        assert row == len(self._rows)
         sequence = self._next
         self._rows.append(sequence)
         self._next += 1
-        return sequence, logits[-1]
+        return sequence
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
@@ -114,7 +134,7 @@ class RunningBatch:
         row = self._row(sequence)
         last = len(self._rows) - 1
         if row != last:
-            self.cache.move(last, row)
+            self.cache.copy(last, row)
             self._rows[row] = self._rows[last]
         self._rows.pop()
 

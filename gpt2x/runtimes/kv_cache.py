@@ -31,7 +31,7 @@ class RowCache:
         self.n_ctx = n_ctx
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
         self.adapter: str | None = None  # the adapter that computed it
-        self.bound: Any = None  # a model's binding to these buffers, kept from step to step
+        self.bound: dict[Any, Any] = {}  # bindings of models to these buffers, kept from step to step
         self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, with padding
         self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None without any padding
         self.lengths = np.zeros(rows, np.int64)
@@ -59,7 +59,7 @@ class RowCache:
         new_tokens = self._grown_tokens(tokens)
         if (new_rows, new_tokens) == (had_rows, had_tokens):
             return
-        self.bound = None
+        self.bound.clear()
         # One buffer after another, so that only one exists twice.
         for i, old in enumerate(self.buffers):
             self.buffers[i] = self._grown(old, new_rows, new_tokens)
@@ -90,33 +90,52 @@ class RowCache:
         new[:had_rows, :, :used] = old[:had_rows, :, :used]
         return new
 
-    def move(self, source: int, target: int) -> None:
-        """Move one row's tokens into another row."""
-        n = int(self.lengths[source])
-        for buffer in self.buffers:
-            buffer[target, :, :n] = buffer[source, :, :n]
-        self.lengths[target] = n
+    def truncate(self, length: int) -> None:
+        """Take every row back to at most so many tokens. Nothing is copied."""
+        np.minimum(self.lengths, length, out=self.lengths)
+        self.seen = min(self.seen, length)
+        if self.mask is not None:
+            self.mask = self.mask[:, : self.seen]
+
+    def fork(self, row: int, count: int = 1) -> list[int]:
+        """Add rows that hold the same tokens as another, so that several texts continue what was read once.
+
+        Returns:
+            The numbers of the new rows, the last ones.
+        """
+        had = len(self.lengths)
+        self.reorder(np.concatenate((np.arange(had), np.full(count, row))))
+        return list(range(had, had + count))
+
+    def copy(self, source: int, target: int) -> None:
+        """Put one row's tokens into another row, in place of its own."""
+        self._copy_rows(np.array([source]), np.array([target]))
+        self.lengths[target] = self.lengths[source]
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """Make the given rows (N,) of this cache its only rows, in this order. Only rows that change are copied."""
         had = len(self.lengths)
-        used = int(self.lengths[rows].max(initial=0))
         if len(rows) > had:
-            self._repeat(rows, used)
+            self._repeat(rows)
         else:
             changed = np.flatnonzero(rows != np.arange(len(rows)))
-            for buffer in self.buffers:
-                # What is read is copied before anything is written.
-                buffer[changed, :, :used] = buffer[rows[changed], :, :used]
+            self._copy_rows(rows[changed], changed)
         if len(rows) < had:
-            self.bound = None
+            self.bound.clear()
             self.buffers = [buffer[: len(rows)] for buffer in self.buffers]
         self.lengths = self.lengths[rows]
         if self.mask is not None:
             self.mask = self.mask[rows]
 
-    def _repeat(self, rows: NDArray[np.int64], used: int) -> None:
-        self.bound = None
+    def _copy_rows(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Copy the tokens of some rows (N,) into others (N,). What is read is copied before anything is written."""
+        used = int(self.lengths[sources].max(initial=0))
+        for buffer in self.buffers:
+            buffer[targets, :, :used] = buffer[sources, :, :used]
+
+    def _repeat(self, rows: NDArray[np.int64]) -> None:
+        used = int(self.lengths[rows].max(initial=0))
+        self.bound.clear()
         for i, old in enumerate(self.buffers):
             new = np.zeros((len(rows), *old.shape[1:]), old.dtype)
             new[:, :, :used] = old[rows, :, :used]

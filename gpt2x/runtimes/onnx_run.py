@@ -22,6 +22,7 @@ CHUNK = 256  # tokens of a prompt in one run: attention over T tokens computes T
 LOGITS = 32 << 20  # bytes of logits that a run may return where only the last are wanted
 SHRINK = ort.RunOptions()  # frees the memory that only a prompt needs
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+KEPT = 32  # new tokens of one row in a run whose bindings are kept: what speculative decoding runs again and again
 
 
 class GrownCache(list[ort.OrtValue]):
@@ -107,8 +108,16 @@ class GrowingRun:
         """As ``Decoder.reorder``."""
         if np.array_equal(rows, np.arange(cache[0].shape()[0])):
             return cache
-        values = [ort.OrtValue.ortvalue_from_numpy(np.take(value.numpy(), rows, axis=0)) for value in cache]
-        return GrownCache(values, cache.adapter if isinstance(cache, GrownCache) else self.adapter.name)
+        return self._renewed(cache, [np.take(value.numpy(), rows, axis=0) for value in cache])
+
+    def truncate(self, cache: GrownCache, length: int) -> GrownCache:
+        """As ``Decoder.truncate``."""
+        return self._renewed(cache, [np.ascontiguousarray(value.numpy()[:, :, :length]) for value in cache])
+
+    def _renewed(self, cache: GrownCache, arrays: Iterable[NDArray[Any]]) -> GrownCache:
+        """A cache of other arrays, by the same adapter."""
+        adapter = cache.adapter if isinstance(cache, GrownCache) else self.adapter.name
+        return GrownCache(map(ort.OrtValue.ortvalue_from_numpy, arrays), adapter)
 
     def _empty(self, B: int) -> list[ort.OrtValue]:
         shape = (B, self.model.config.n_head, 0, self.model.config.head_dim)
@@ -196,6 +205,11 @@ class InPlaceRun:
         cache.reorder(rows)
         return cache
 
+    def truncate(self, cache: RowCache, length: int) -> RowCache:
+        """As ``Decoder.truncate``, in the cache itself."""
+        cache.truncate(length)
+        return cache
+
     def _checked(self, cache: Any, B: int) -> RowCache:
         if not isinstance(cache, RowCache) or cache.kind != self._kind:
             raise InputError("the cache is not one that an earlier step of this model returned")
@@ -232,6 +246,8 @@ class InPlaceRun:
         B, T = shape
         if B == 1 and len(rows) == 1 and len(rows[0].ids) == T:
             new = rows[0]
+            if T <= KEPT and not last and cache.lengths[0]:
+                return self.several(new.ids, new.positions, cache)
             return self.prefill(new.ids, new.positions, cache, new.row, last=last)[None]
         logits = np.zeros((B, 1 if last else T, self.model.config.n_vocab), np.float32)
         for new in rows:
@@ -284,24 +300,38 @@ class InPlaceRun:
         """One more token (B,), at its position (B,), for each of the first B rows of the cache. Logits (B, V)."""
         B = len(ids)
         cache.reserve(B, int(positions.max()) + 1)
-        step = cache.bound
-        if not isinstance(step, _Step) or not step.is_for(self.model, self.adapter, B):
-            step = _Step(self.model, self.adapter, cache, B)
-            cache.bound = step
-        logits = step(ids, positions)
+        logits = self._bound_step(cache, (B, 1))(ids[:, None], positions[:, None])
         cache.lengths[:B] = positions + 1
+        return logits[:, 0]
+
+    def several(self, ids: Ids, positions: Ids, cache: RowCache) -> Logits:
+        """A few more tokens (T,), at consecutive positions (T,), for the only row of the cache. Logits (1, T, V)."""
+        length = int(positions[-1]) + 1
+        cache.reserve(1, length)
+        logits = self._bound_step(cache, (1, len(ids)))(ids[None], positions[None])
+        cache.lengths[0] = length
         return logits
+
+    def _bound_step(self, cache: RowCache, shape: tuple[int, int]) -> _Step:
+        key = id(self.model), self.adapter.name, shape
+        step: _Step | None = cache.bound.get(key)
+        if step is None:
+            step = _Step(self.model, self.adapter, cache, shape)
+            cache.bound[key] = step
+        return step
 
 
 class _Step:
-    """One more token for each of the first B rows of a cache. Most is bound once, as long as the cache's buffers stay."""
+    """New tokens (B, T) for the first B rows of a cache. Most is bound once, as long as the cache's buffers stay."""
 
-    def __init__(self, model: OnnxModel, adapter: ActiveAdapter, cache: RowCache, B: int) -> None:
+    def __init__(self, model: OnnxModel, adapter: ActiveAdapter, cache: RowCache, shape: tuple[int, int]) -> None:
+        B, T = shape
         self.model = model
-        self.adapter = adapter
-        self.ids = np.zeros((B, 1), np.int64)
-        self.positions = np.zeros((B, 1), np.int64)
+        self.adapter = adapter  # held while its factors are bound
+        self.ids = np.zeros((B, T), np.int64)
+        self.positions = np.zeros((B, T), np.int64)
         self.slots = np.arange(cache.capacity)
+        self.ones = np.ones((1, cache.capacity), np.int64)
         self.buffers = [buffer[:B] for buffer in cache.buffers]  # held while they are bound
         self.binding = model.session.io_binding()
         _bind(self.binding, "input_ids", self.ids)
@@ -309,20 +339,23 @@ class _Step:
         bind_cache(self.binding, model, self.buffers)
         adapter.bind(self.binding)
 
-    def is_for(self, model: OnnxModel, adapter: ActiveAdapter, B: int) -> bool:
-        """Whether the bindings are those of a model, an adapter and a number of rows."""
-        return self.model is model and self.adapter is adapter and len(self.ids) == B
-
     def __call__(self, ids: Ids, positions: Ids) -> Logits:
-        """Tokens (B,) at positions (B,). Returns the logits (B, V)."""
-        self.ids[:, 0] = ids
-        self.positions[:, 0] = positions
-        seen = self.slots[: int(positions.max()) + 1]
-        mask = (seen <= self.positions).astype(np.int64)  # (B, S)
+        """Tokens (B, T) at positions (B, T). Returns the logits (B, 1 or T, V)."""
+        self.ids[:] = ids
+        self.positions[:] = positions
+        B, T = ids.shape
+        mask = self._mask(int(positions.max()) + 1)
         _bind(self.binding, "attention_mask", mask)
-        logits = _bind_logits(self.binding, self.model, len(ids), 1)
+        logits = _bind_logits(self.binding, self.model, B, T)
         self.model.run(self.binding, None)
-        return logits[:, 0]
+        return logits
+
+    def _mask(self, length: int) -> Ids:
+        """The mask (B, S) of rows up to the last new token of each."""
+        if len(self.ids) == 1:
+            return self.ones[:, :length]
+        seen = self.slots[:length] <= self.positions[:, -1:]
+        return seen.astype(np.int64)
 
 
 def _rows_with_tokens(ids: Ids, positions: Ids, real: NDArray[np.bool_] | None) -> list[_NewTokens]:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from converters import CheckpointError
 
+from .. import contract
 from ..memory import give_back
-from ..precisions import PAIR, precisions_in
+from ..precisions import PAIR, PRECISIONS, precisions_in
 from .adapter_files import AdapterFile
 from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
@@ -55,6 +56,7 @@ class OnnxDecoder(Decoder):
     """
 
     path: Path
+    can_truncate = True
 
     def __init__(
         self,
@@ -84,6 +86,9 @@ class OnnxDecoder(Decoder):
         self.precision = f"{prompts.precision}{PAIR}{model.precision}" if prompts else model.precision
         self.cache_kind = model.cache_kind
         self.last_only = model.last_only or bool(prompts and prompts.last_only)
+        kind = PRECISIONS[model.precision]
+        self.near_tie, self.several_price = kind.near_tie, kind.several_price
+        self.same_in_runs = kind.row_by_row and contract.has_int8_cache(model.cache_kind)
         self.inputs, self.outputs = model.inputs, model.outputs
         self._use(adapter)
 
@@ -199,6 +204,10 @@ class OnnxDecoder(Decoder):
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """As ``Decoder.reorder``. In a cache in place, only rows that change are copied."""
         return self._run.reorder(cache, rows)
+
+    def truncate(self, cache: Any, length: int) -> Any:
+        """As ``Decoder.truncate``. In a cache in place, only its length changes."""
+        return self._run.truncate(cache, length)
 
     def row_cache(self, rows: int) -> RowCache:
         """An empty cache of so many rows.

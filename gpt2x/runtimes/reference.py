@@ -87,6 +87,7 @@ class ReferenceDecoder(Decoder):
     """The reference as a runtime, for rows without padding. Each step computes the whole rows again."""
 
     runtime = "gpt2x's reference in float64"
+    can_truncate = True
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.reference = Reference(checkpoint)
@@ -97,6 +98,10 @@ class ReferenceDecoder(Decoder):
         ids = input_ids if cache is None else np.concatenate((cache, input_ids), 1)
         logits = np.stack([self.reference(row.tolist()) for row in ids])
         return logits[:, -input_ids.shape[1] :], ids
+
+    def truncate(self, cache: Any, length: int) -> Any:
+        """As ``Decoder.truncate``."""
+        return cache[:, :length]
 
 
 class ReferenceTask(TaskModel):

@@ -24,16 +24,20 @@ from ..model import GPT2
 from ..tasks import GENERATION, TASKS, task_of
 from .base import Decoder, Ids, InputError, Logits, check_mask, check_tokens
 
+NEAR_TIES = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 Past = Sequence[tuple[Tensor, Tensor]]  # key and value of each layer, each (B, H, P, D)
 
 
 class TorchDecoder(Decoder):
     """A ``GPT2`` as a runtime. The model is put into eval mode."""
 
+    can_truncate = True
+
     def __init__(self, model: GPT2) -> None:
         self.model = model.eval()
         self.runtime = f"the weights in gpt2x's model, in torch {torch.__version__}"
         self.config = model.config
+        self.near_tie = NEAR_TIES.get(model.wte.weight.dtype, Decoder.near_tie)
 
     def step(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> tuple[Logits, Any]:
         """As ``Decoder.step``; the last block computes the last position only.
@@ -65,6 +69,10 @@ class TorchDecoder(Decoder):
         """As ``Decoder.reorder``."""
         return _reordered(cache, self._tensor(rows))
 
+    def truncate(self, cache: Any, length: int) -> Any:
+        """As ``Decoder.truncate``."""
+        return _truncated(cache, length)
+
     @property
     def _cache_dtype(self) -> torch.dtype:
         return torch.float32 if self.config.reorder_and_upcast_attn else self.model.wte.weight.dtype
@@ -80,6 +88,7 @@ class ModuleDecoder(Decoder):
     """
 
     path: Path
+    can_truncate = True
 
     def __init__(self, module: Any, config: GPT2Config, path: str | Path) -> None:
         self.module = module
@@ -159,6 +168,10 @@ class ModuleDecoder(Decoder):
         """As ``Decoder.reorder``."""
         return _reordered(cache, torch.from_numpy(rows))
 
+    def truncate(self, cache: Any, length: int) -> Any:
+        """As ``Decoder.truncate``."""
+        return _truncated(cache, length)
+
     def _empty(self, B: int) -> list[tuple[Tensor, Tensor]]:
         size = (B, self.config.n_head, 0, self.config.head_dim)
         return [(torch.empty(size), torch.empty(size)) for _ in range(self.config.n_layer)]
@@ -224,6 +237,10 @@ def _described(module: Any, path: str | Path, text: str | bytes) -> Program:
 
 def _reordered(past: Past, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in past]
+
+
+def _truncated(past: Past, length: int) -> list[tuple[Tensor, Tensor]]:
+    return [(key[:, :, :length].contiguous(), value[:, :, :length].contiguous()) for key, value in past]
 
 
 def _length(past: Past, config: GPT2Config, B: int, dtype: torch.dtype) -> int:

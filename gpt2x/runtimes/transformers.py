@@ -17,6 +17,8 @@ NOT_ARGUMENTS = ("architectures", "model_type", "n_ctx")
 class Transformers(Decoder):
     """transformers' ``GPT2LMHeadModel`` with the weights of a checkpoint."""
 
+    can_truncate = True
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         import torch
         import transformers
@@ -45,6 +47,11 @@ class Transformers(Decoder):
         import torch
 
         cache.reorder_cache(torch.from_numpy(rows))
+        return cache
+
+    def truncate(self, cache: Any, length: int) -> Any:
+        """As ``Decoder.truncate``, in the cache itself."""
+        cache.crop(length - cache.get_seq_length())  # a negative number removes so many tokens
         return cache
 
 

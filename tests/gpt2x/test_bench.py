@@ -41,6 +41,15 @@ def test_every_model_and_batch_is_measured_and_written_as_json_and_as_a_plot(gpt
     assert_refused(gpt2x("bench", exported, *options, *files), "b.json: already exists")
 
 
+def test_speculative_decoding_is_measured_beside_plain_decoding(gpt2x, exported, tmp_path):
+    options = ("--prompt", "20", "--new", "8", "--precision", "int8", "--threads", "1")
+    for guesses in ("lookup", exported / "onnx/model_q4.onnx", SHAKESPEARE):
+        head, line = done(gpt2x("bench", exported, *options, "--speculate", guesses)).stdout.splitlines()
+        assert head.split("  ")[0] == "precision"
+        assert re.fullmatch(r"int8 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +\d+%", line)
+    assert gpt2x("bench", exported, "--speculate", "lookup", "--batch", "2").exit_code == 2
+
+
 def test_json_on_the_terminal_is_nothing_else(gpt2x, exported):
     out = done(gpt2x("bench", exported, "--prompt", "3", "--new", "2", "--precision", "int4", "--json", "-")).stdout
     assert [run["precision"] for run in json.loads(out)["runs"]] == ["int4"]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import random_checkpoint
 from click.testing import CliRunner
 from commands import assert_refused, done
 
@@ -239,3 +240,25 @@ def test_a_limit_with_the_prompt_is_that_of_each_prompt(gpt2x, model, prompts):
     for line in results("1.jsonl"):
         assert len(tokenizer.encode(line["prompt"])) < 12
         assert len(tokenizer.encode(line["prompt"] + line["text"])) <= 12
+
+
+def test_speculative_decoding_prints_the_same_text(gpt2x, tmp_path):
+    text = "First Citizen:\nSpeak, speak.\n\nAll:\nSpeak,"
+    options = ["--max-new-tokens", 40, "--temperature", 0]
+    expected = done(gpt2x("generate", SHAKESPEARE, text, *options)).stdout
+    for guesses in (["--prompt-lookup"], ["--prompt-lookup", 3], ["--draft", SHAKESPEARE]):
+        assert done(gpt2x("generate", SHAKESPEARE, text, *options, *guesses)).stdout == expected
+
+
+def test_speculative_decoding_says_in_one_line_where_it_cannot_be(gpt2x, tmp_path):
+    def run(*options):
+        return gpt2x("generate", SHAKESPEARE, "ROMEO:", "--max-new-tokens", 3, *options)
+
+    assert "pass either --prompt-lookup or --draft" in run("--prompt-lookup", "--draft", SHAKESPEARE).stderr
+    assert "leave out --prompt-lookup, or --num-beams" in run("--num-beams", 2, "--prompt-lookup").stderr
+    note = "Note: --prompt-lookup is for one text at a time; several are decoded without it\n"
+    assert done(run("-n", 2, "--prompt-lookup")).stderr == note
+    save_checkpoint(random_checkpoint(), tmp_path / "other.safetensors")
+    assert_refused(
+        run("--draft", tmp_path / "other.safetensors"), "the draft model's vocabulary is 13, the model's 2048"
+    )

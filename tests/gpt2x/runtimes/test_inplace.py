@@ -391,3 +391,64 @@ def test_a_prompt_of_the_whole_context_fits(tmp_path):
     expected, _ = gpt2x_model(checkpoint).step(ids, None, ids, None)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert cache.capacity == 40
+
+
+# ---------------------------------------------------------------------------------------------------- shared prompts
+
+
+def test_a_fork_continues_as_the_prompt_read_again_would(decoder):
+    ids = prompt(30)
+    _, cache = decoder.step(np.array([ids]), None, np.arange(30)[None], None)
+    assert cache.fork(0, 2) == [1, 2]
+    assert cache.lengths.tolist() == [30, 30, 30]
+    tokens = np.array([[5], [6], [7]])
+    found, cache = decoder.step(tokens, None, np.full((3, 1), 30), cache)
+    for row, token in enumerate(tokens[:, 0].tolist()):
+        _, own = decoder.step(np.array([ids]), None, np.arange(30)[None], None)
+        expected, _ = decoder.step(np.array([[token]]), None, np.array([[30]]), own)
+        np.testing.assert_array_equal(found[row], expected[0])
+
+
+def test_a_fork_is_independent_of_the_row_that_it_was(decoder):
+    cache = decoder.row_cache(1)
+    decoder.run(np.array([prompt(20)]), None, np.arange(20)[None], cache)
+    cache.fork(0)
+    before = [buffer[1, :, :20].copy() for buffer in cache.buffers]
+    cache.truncate(10)
+    for buffer in cache.buffers:
+        buffer[0] = 0
+    assert all((old == buffer[1, :, :20]).all() for old, buffer in zip(before, cache.buffers, strict=True))
+
+
+def test_a_sequence_of_a_running_batch_forks_without_reading_its_prompt_again(decoder, monkeypatch):
+    ids = prompt(40)
+    with RunningBatch(decoder) as batch:
+        first, logits = batch.join(ids)
+        other, _ = batch.join(prompt(7, 1))
+        monkeypatch.setattr(type(decoder.in_place_run()), "prefill", None)
+        second = batch.fork(first)
+        assert batch.length(second) == 40 and len(batch) == 3
+        found = batch.step({first: 3, other: 4, second: 5})
+        with pytest.raises(InputError, match="sequence 9 is not in the batch"):
+            batch.fork(9)
+    monkeypatch.undo()
+    for sequence, token in ((first, 3), (second, 5)):
+        with RunningBatch(decoder) as batch:
+            alone, _ = batch.join(ids)
+            expected = batch.step({alone: token})[alone]
+        np.testing.assert_allclose(found[sequence], expected, atol=1e-4)
+    assert int(logits.argmax()) >= 0
+
+
+def test_a_row_is_taken_back_and_runs_of_several_tokens_keep_their_bindings(decoder):
+    ids = prompt(40)
+    whole, _ = decoder.run(np.array([ids]), None, np.arange(40)[None], None)
+    _, cache = decoder.step(np.array([ids[:20]]), None, np.arange(20)[None], None)
+    for wrong in ([1, 2, 3, 4], [9, 8, 7, 6]):
+        decoder.run(np.array([wrong]), None, np.arange(20, 24)[None], cache)
+        cache = decoder.truncate(cache, 20)
+    bound = dict(cache.bound)
+    found, cache = decoder.run(np.array([ids[20:24]]), None, np.arange(20, 24)[None], cache)
+    assert cache.bound == bound and len(bound) == 1
+    np.testing.assert_allclose(found[0], whole[0, 20:24], atol=1e-4)
+    assert cache.lengths.tolist() == [24]

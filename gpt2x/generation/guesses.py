@@ -1,0 +1,219 @@
+"""Where the guesses of speculative decoding come from: the text so far, or a smaller model. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..runtimes.base import Decoder, InputError
+from .processors import Scores
+from .sampling import Chooser
+
+SHORTEST = 2  # an n-gram of one token predicts little
+Ngram = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that may come next.
+
+    Attributes:
+        token: its id.
+        q: the distribution (V,) that it was drawn from; None if it was not drawn.
+    """
+
+    token: int
+    q: Scores | None = None
+
+
+class Guesser(Protocol):
+    """Makes the guesses for one text."""
+
+    price: float
+    """What a guess costs, as a share of a step of the model."""
+
+    def level(self, tokens: Sequence[int]) -> int | None:
+        """How good the guesses after the tokens so far will be: a number for guesses that are alike; None for no guess."""
+        ...
+
+    def guess(self, tokens: Sequence[int], count: int) -> list[Guess]:
+        """At most ``count`` guesses of the tokens that follow. ``level`` was called for the same tokens."""
+        ...
+
+
+def check_count(guesses: int) -> None:
+    """Refuse a number of guesses that is no number of guesses.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
+    if guesses < 1:
+        raise ValueError(f"the number of guesses is {guesses}; it must be 1 or more")
+
+
+# ------------------------------------------------------------------------------------------------------ prompt lookup
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Guess that the text continues as it did after an earlier occurrence of its last tokens (an n-gram).
+
+    Args:
+        guesses: the largest number of guesses in a run.
+        ngram: the longest n-gram that is looked up, of 2 tokens or more.
+
+    Raises:
+        ValueError: if a number is too small.
+    """
+
+    guesses: int = 7
+    ngram: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(self.guesses)
+        if self.ngram < SHORTEST:
+            raise ValueError(f"ngram is {self.ngram}; it must be {SHORTEST} or more")
+
+    def check(self, decoder: Decoder) -> None:
+        """Every model can be guessed for."""
+
+    def start(self, decoder: Decoder, choose: Chooser) -> Lookup:
+        """The guesses for one text."""
+        return Lookup(self.ngram)
+
+
+class Lookup(Guesser):
+    """The n-grams of one text, and where each occurred last."""
+
+    price = 0.0
+
+    def __init__(self, ngram: int) -> None:
+        self.sizes = range(ngram, SHORTEST - 1, -1)
+        self.follows: dict[Ngram, int] = {}  # n-gram -> the index of the token after it
+        self.read = 0
+        self._found = 0
+
+    def level(self, tokens: Sequence[int]) -> int | None:
+        """The length of the longest n-gram that the text ends with and that occurred before."""
+        self._read(tokens)
+        for size in self.sizes:
+            found = self.follows.get(tuple(tokens[-size:]))
+            if found is not None:
+                self._found = found
+                return size
+        return None
+
+    def guess(self, tokens: Sequence[int], count: int) -> list[Guess]:
+        """The tokens that followed."""
+        return [Guess(token) for token in tokens[self._found : self._found + count]]
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        """Remember every n-gram that a token follows. The last one of the text has none yet."""
+        for end in range(self.read, len(tokens)):
+            for size in self.sizes:
+                if size <= end:
+                    self.follows[tuple(tokens[end - size : end])] = end
+        self.read = len(tokens)
+
+
+# -------------------------------------------------------------------------------------------------------- draft model
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guess with a smaller model of the same vocabulary.
+
+    Args:
+        decoder: the smaller model, in any runtime that can take its cache back.
+        guesses: the largest number of guesses in a run.
+
+    Raises:
+        ValueError: if the number is too small.
+    """
+
+    decoder: Decoder
+    guesses: int = 7
+
+    def __post_init__(self) -> None:
+        check_count(self.guesses)
+
+    def check(self, decoder: Decoder) -> None:
+        """Refuse a draft model that cannot guess for another.
+
+        Raises:
+            InputError: if its vocabulary is another one, or it cannot take its cache back.
+        """
+        draft = self.decoder
+        if draft.n_vocab != decoder.n_vocab:
+            raise InputError(
+                f"the draft model's vocabulary is {draft.n_vocab}, the model's {decoder.n_vocab}: use a draft model with "
+                "the same tokenizer"
+            )
+        if not draft.can_truncate:
+            raise InputError(f"the draft model's runtime ({draft.runtime}) cannot take its cache back")
+
+    def start(self, decoder: Decoder, choose: Chooser) -> Drafter:
+        """The guesses for one text."""
+        return Drafter(self.decoder, choose, _size(self.decoder) / _size(decoder))
+
+
+class Drafter(Guesser):
+    """The guesses of a smaller model for one text. Its cache follows the text."""
+
+    def __init__(self, decoder: Decoder, choose: Chooser, price: float) -> None:
+        self.decoder = decoder
+        self.choose = choose
+        self.price = price
+        self.cache: Any = None
+        self.held: list[int] = []  # the tokens in the cache
+        self.agreed = 0  # so many of them belonged to the text when it was last seen
+
+    def level(self, tokens: Sequence[int]) -> int | None:
+        """All guesses of a model are alike. There are none beyond its context."""
+        return 0 if len(tokens) <= self.decoder.n_ctx else None
+
+    def guess(self, tokens: Sequence[int], count: int) -> list[Guess]:
+        """Continue the text, with the controls of the text."""
+        text = list(tokens)
+        self._take_back(text)
+        guesses: list[Guess] = []
+        while len(guesses) < count and len(text) <= self.decoder.n_ctx:
+            try:
+                guesses.append(self._next(text))
+            except InputError:  # the controls rule out every token after this guess; the text may never come here
+                break
+            text.append(guesses[-1].token)
+        return guesses
+
+    def _take_back(self, text: list[int]) -> None:
+        """Remove from the cache what is no part of the text, and its last token, which has to be run again."""
+        keep = min(self.agreed, len(text) - 1)
+        while keep < min(len(self.held), len(text) - 1) and self.held[keep] == text[keep]:
+            keep += 1
+        if keep < len(self.held):
+            self.cache = self.decoder.truncate(self.cache, keep) if keep else None
+            del self.held[keep:]
+        self.agreed = keep
+
+    def _next(self, text: list[int]) -> Guess:
+        new = text[len(self.held) :]
+        positions = np.arange(len(self.held), len(text))
+        logits, self.cache = self.decoder.step(np.array([new]), None, positions[None], self.cache)
+        self.held += new
+        scores = self.choose.scores(text, logits[0])
+        if self.choose.sampling.greedy:
+            return Guess(int(scores.argmax()))
+        q = self.choose.sampling.probabilities(scores)
+        return Guess(self.choose.draw(q), q)
+
+
+def _size(decoder: Decoder) -> int:
+    """How many weights a step reads, roughly."""
+    config = decoder.config
+    return 12 * config.n_layer * config.n_embd**2 + config.n_vocab * config.n_embd
+
+
+Speculate = PromptLookup | Draft
