@@ -50,6 +50,7 @@ class Job:
     cancelled: bool = False
     ended: bool = False
     remaining: int = 0  # texts that are not complete
+    read: set[int] = field(default_factory=set)  # prompts that were read and reported
     events: list[Event] = field(default_factory=list)  # not sent yet
 
 
@@ -74,7 +75,8 @@ class _Reading:
     slot: _Slot
     reading: Reading
     cached: int
-    scores: list[TokenScores]
+    scored: bool
+    scores: list[TokenScores] = field(default_factory=list)
 
 
 class Engine:
@@ -314,9 +316,8 @@ class Engine:
         prompt = current.slot.request.prompt
         start = current.reading.length
         stop = min(start + PIECE, len(prompt))
-        scored = current.slot.request.score_prompt
-        logits = current.reading.read(prompt[start:stop], every=scored)
-        if scored:
+        logits = current.reading.read(prompt[start:stop], every=current.scored)
+        if current.scored:
             self._score_piece(current, logits, start)
         if stop - start == PIECE and not self.prefix.has(prompt[:stop]):
             self.prefix.add(prompt[:stop], current.reading.copy(start, stop))
@@ -333,10 +334,11 @@ class Engine:
             slot = self._waiting.popleft()
         reading = self._batch.begin()
         # Scores need the logits of every token, which are not kept.
-        blocks = [] if slot.request.score_prompt else self.prefix.find(slot.request.prompt)
+        scored = slot.request.score_prompt and slot.prompt not in slot.job.read
+        blocks = [] if scored else self.prefix.find(slot.request.prompt)
         for block in blocks:
             reading.restore(block)
-        self._reading = _Reading(slot, reading, reading.length, [])
+        self._reading = _Reading(slot, reading, reading.length, scored)
         return self._reading
 
     def _score_piece(self, current: _Reading, logits: Logits, start: int) -> None:
@@ -352,7 +354,10 @@ class Engine:
         slot = current.slot
         self._reading = None
         scores = joined(current.scores) if current.scores else None
-        self._add(slot.job, PromptRead(slot.prompt, current.cached, scores))
+        # A prompt is read again for texts that found no row the first time.
+        if slot.prompt not in slot.job.read:
+            slot.job.read.add(slot.prompt)
+            self._add(slot.job, PromptRead(slot.prompt, current.cached, scores))
         self.observer.prompt_read(len(slot.request.prompt), current.cached)
         sequence = self._batch.finish(current.reading)
         self._start(sequence, slot, logits)

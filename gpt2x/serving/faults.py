@@ -28,6 +28,9 @@ SERVER = "server_error"
 
 # ``error.code`` -> the fault.
 FAULTS = {
+    "invalid_http": Fault(
+        400, INVALID, "The request is not valid HTTP, or its headers exceed 32 kB.", "Correct the client."
+    ),
     "invalid_json": Fault(400, INVALID, "The body is not valid JSON.", "Correct the body."),
     "invalid_value": Fault(
         400, INVALID, "A field is missing, unknown, of the wrong type, or out of range.", "The message names the field."
