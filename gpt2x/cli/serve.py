@@ -88,7 +88,10 @@ def serve(
         wanted = wanted_models(models, precisions, model_name)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    listener = listen(host, port)
+    try:
+        listener = listen(host, port)
+    except OSError as error:
+        raise click.ClickException(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     try:
         local = is_loopback(listener)
         settings = Settings(

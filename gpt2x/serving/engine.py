@@ -407,6 +407,11 @@ class Engine:
             log.error("%s", error)
             self._fail(slot.job, ServingError("model_failed", str(error)))
             return
+        except Exception:
+            # The choice of a token changes nothing that others have: whatever its fault is, they go on.
+            log.exception("a token could not be chosen")
+            self._fail(slot.job, ServingError("model_failed", "the server failed: its log has the reason"))
+            return
         self._collect(slot)
 
     def _collect(self, slot: _Slot) -> None:

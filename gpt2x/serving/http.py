@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -142,6 +143,9 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         # uvicorn's own raises the signal again at the end, so that a clean end would look like a kill.
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -169,14 +173,8 @@ class DrainingServer(uvicorn.Server):
             model.engine.abort(error)
 
 
-def serve(server: Server, listener: socket.socket, announce: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, and then until the requests are complete. Closes the models.
-
-    Args:
-        server: the handlers.
-        listener: a socket that listens.
-        announce: is called when connections are accepted.
-    """
+def uvicorn_of(server: Server) -> DrainingServer:
+    """uvicorn with the limits of a server."""
     settings = server.settings
     config = uvicorn.Config(
         server.app(),
@@ -193,7 +191,18 @@ def serve(server: Server, listener: socket.socket, announce: Callable[[], None])
         timeout_graceful_shutdown=int(settings.drain_timeout) + 5,
         backlog=BACKLOG,
     )
-    running = DrainingServer(config, server)
+    return DrainingServer(config, server)
+
+
+def serve(server: Server, listener: socket.socket, announce: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT, and then until the requests are complete. Closes the models.
+
+    Args:
+        server: the handlers.
+        listener: a socket that listens.
+        announce: is called when connections are accepted.
+    """
+    running = uvicorn_of(server)
     announce()
     try:
         running.run(sockets=[listener])

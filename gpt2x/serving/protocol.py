@@ -21,6 +21,7 @@ from .settings import (
 MAX_INT = (1 << 63) - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(max_length=256)]
 # What OpenAI has and this server does not: accepted where it is null, as some clients send every field.
 Unsupported = Annotated[Any, Field(default=None, description="Not supported: must be null.")]
@@ -51,7 +52,7 @@ class Controls(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = Field(
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="Token id -> what is added to its logit."
     )
     seed: int | None = Field(None, ge=-MAX_INT - 1, le=MAX_INT, description="Makes the text reproducible.")

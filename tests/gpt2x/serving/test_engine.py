@@ -368,11 +368,12 @@ def test_memory_that_runs_out_in_a_step_fails_what_runs_and_the_next_request_is_
     assert Client(engine, request(prompt(9), 10)).texts() == expected
 
 
-def test_logits_that_are_not_finite_fail_one_request_alone(engine_of, monkeypatch):
+@pytest.mark.parametrize("error", [CheckpointError("the logits contain NaN"), ValueError("probabilities contain NaN")])
+def test_logits_that_are_not_finite_fail_one_request_alone(engine_of, monkeypatch, error):
     recorder = Recorder()
     engine = engine_of(observer=recorder)
     good = Client(engine, request(prompt(5), 100)).wait_for_piece()
-    monkeypatch.setattr("gpt2x.serving.sequence.Sequence.take", _failing_for(prompt(6)))
+    monkeypatch.setattr("gpt2x.serving.sequence.Sequence.take", _failing_for(prompt(6), error))
     bad = Client(engine, request(prompt(6), 5))
     with pytest.raises(ServingError) as failed:
         bad.wait()
@@ -380,14 +381,14 @@ def test_logits_that_are_not_finite_fail_one_request_alone(engine_of, monkeypatc
     good.wait()
 
 
-def _failing_for(ids):
+def _failing_for(ids, error):
     from gpt2x.serving.sequence import Sequence
 
     take = Sequence.take
 
     def failing(self, logits):
         if self.request.prompt == ids:
-            raise CheckpointError("the logits contain NaN")
+            raise error
         take(self, logits)
 
     return failing
