@@ -154,9 +154,10 @@ def harness(server, folder):
 
     theirs = LocalCompletionsAPI(
         model="gpt2", base_url=f"{server.url}/v1/completions", tokenizer=str(folder), tokenizer_backend="huggingface",
-        max_length=256, num_concurrent=1, batch_size=4, max_retries=1,
+        max_length=257, num_concurrent=1, batch_size=4, max_retries=1,
     )  # fmt: skip
-    return theirs, GPT2XLM(str(folder), batch_size=2)
+    # Theirs keeps a token of its length for the answer, and another of every text is a target alone.
+    return theirs, GPT2XLM(str(folder), batch_size=2, max_length=255)
 
 
 def test_the_harness_scores_texts_as_with_its_direct_adapter(harness):
@@ -165,6 +166,14 @@ def test_the_harness_scores_texts_as_with_its_direct_adapter(harness):
     expected = ours.loglikelihood(requests_of("loglikelihood", *PAIRS))
     assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], rel=1e-5)
     assert [one[1] for one in found] == [one[1] for one in expected]
+
+
+def test_the_harness_scores_long_texts_as_with_its_direct_adapter(harness):
+    theirs, ours = harness
+    texts = [(TEXT[:2500],), ("ROMEO:",)]
+    found = theirs.loglikelihood_rolling(requests_of("loglikelihood_rolling", *texts), disable_tqdm=True)
+    expected = ours.loglikelihood_rolling(requests_of("loglikelihood_rolling", *texts))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_harness_continues_texts_as_with_its_direct_adapter(harness):
