@@ -83,6 +83,7 @@ def serve(
     from ..serving.settings import Settings
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not every client that sends no HTTP
     keys = _keys(key_file)
     try:
         wanted = wanted_models(models, precisions, model_name)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 import uvicorn
@@ -29,74 +29,87 @@ BACKLOG = 2048
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def guarded_protocol(settings: Settings, server: Server) -> type[H11Protocol]:
+class GuardedProtocol(H11Protocol):
     """uvicorn's HTTP protocol with limits.
 
     uvicorn itself waits for headers without a limit, and accepts connections until there are no descriptors.
     """
-    most = most_connections(settings.max_connections)
 
-    class Guarded(H11Protocol):
-        _headers_timer: asyncio.TimerHandle | None = None
-        _write_timer: asyncio.TimerHandle | None = None
+    guarded: ClassVar[Server]
+    most: ClassVar[int]  # connections
+    _headers_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            server.metrics.connections.set(len(self.connections))
-            if len(self.connections) > most:
-                self._refuse("too_many_connections", f"{most} connections are open: repeat the request later")
-                return
-            self._watch_headers()
+    @property
+    def _settings(self) -> Settings:
+        return self.guarded.settings
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            server.metrics.connections.set(len(self.connections))
-            for timer in (self._headers_timer, self._write_timer):
-                if timer is not None:
-                    timer.cancel()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.guarded.metrics.connections.set(len(self.connections))
+        if len(self.connections) > self.most:
+            self._refuse("too_many_connections", f"{self.most} connections are open: repeat the request later")
+            return
+        self._watch_headers()
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            super().data_received(data)
-            self._watch_headers()
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.guarded.metrics.connections.set(len(self.connections))
+        for timer in (self._headers_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
 
-        def _watch_headers(self) -> None:
-            """Limit the time until the headers of the next request are complete."""
-            waiting = self.conn.their_state is h11.IDLE
-            fresh = self.cycle is None  # no request yet; later ones wait for as long as an idle connection may
-            begun = bool(self.conn.trailing_data[0])
-            if waiting and (fresh or begun):
-                if self._headers_timer is None:
-                    self._headers_timer = self.loop.call_later(settings.header_timeout, self._too_slow)
-            elif self._headers_timer is not None:
-                self._headers_timer.cancel()
-                self._headers_timer = None
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._watch_headers()
 
-        def _too_slow(self) -> None:
-            self._refuse("request_timeout", f"the headers did not arrive within {settings.header_timeout:g} seconds")
+    def _watch_headers(self) -> None:
+        """Limit the time until the headers of the next request are complete."""
+        waiting = self.conn.their_state is h11.IDLE
+        fresh = self.cycle is None  # no request yet; later ones wait for as long as an idle connection may
+        begun = bool(self.conn.trailing_data[0])
+        if waiting and (fresh or begun):
+            if self._headers_timer is None:
+                self._headers_timer = self.loop.call_later(self._settings.header_timeout, self._too_slow)
+        elif self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
 
-        def send_400_response(self, msg: str) -> None:
-            self._refuse("invalid_http", "the request is not valid HTTP, or its headers exceed the limit")
+    def _too_slow(self) -> None:
+        seconds = self._settings.header_timeout
+        self._refuse("request_timeout", f"the headers did not arrive within {seconds:g} seconds")
 
-        def _refuse(self, code: str, message: str) -> None:
-            if self.transport.is_closing():
-                return
-            error = ServingError(code, message)
-            server.metrics.errors.labels(code).inc()
-            self.transport.write(raw_response(error))
-            self.transport.close()
+    def send_400_response(self, msg: str) -> None:
+        self._refuse("invalid_http", "the request is not valid HTTP, or its headers exceed the limit")
 
-        def pause_writing(self) -> None:
-            """The client does not read: limit the time until it does."""
-            super().pause_writing()
-            self._write_timer = self.loop.call_later(settings.write_timeout, self.transport.abort)
+    def _refuse(self, code: str, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        error = ServingError(code, message)
+        self.guarded.metrics.errors.labels(code).inc()
+        self.transport.write(raw_response(error))
+        self.transport.close()
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
+    def pause_writing(self) -> None:
+        """The client does not read: limit the time until it does."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+def guarded_protocol(server: Server) -> type[GuardedProtocol]:
+    """The protocol with the limits of a server. uvicorn makes an object of it for each connection."""
+
+    class Guarded(GuardedProtocol):
+        guarded = server
+        most = most_connections(server.settings.max_connections)
 
     return Guarded
 
@@ -178,7 +191,7 @@ def uvicorn_of(server: Server) -> DrainingServer:
     settings = server.settings
     config = uvicorn.Config(
         server.app(),
-        http=guarded_protocol(settings, server),
+        http=guarded_protocol(server),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -18,14 +18,16 @@ import pytest
 from live_server import LIMIT, in_process, in_thread
 from paths import ROOT
 
-import gpt2x
+from converters import open_checkpoint
+from gpt2x import SHAKESPEARE
+from gpt2x.export.onnx_directory import export_onnx
 from gpt2x.generation.config import GenerationConfig
 from gpt2x.generation.generate import continuations
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.scoring.spans import Span, score_spans
 from gpt2x.serving.access import parse_keys
 from gpt2x.serving.chat import ChatTemplate
-from gpt2x.serving.faults import FAULTS
+from gpt2x.serving.faults import FAULTS, ServingError
 from gpt2x.serving.http import most_connections
 from gpt2x.serving.metrics import Metrics
 from gpt2x.serving.openapi import PATHS, openapi
@@ -291,7 +293,7 @@ def test_a_chat_template_that_reaches_for_more_than_the_messages_is_refused():
         "{% for i in range(99999999) %}x{% endfor %}",
         "{% for i in range(90000) %}{{ 'x' * 100 }}{% endfor %}",
     ):
-        with pytest.raises(gpt2x.serving.faults.ServingError, match="the chat template refuses the messages"):
+        with pytest.raises(ServingError, match="the chat template refuses the messages"):
             ChatTemplate(source, {}).render([{"role": "user", "content": "a"}])
 
 
@@ -657,6 +659,8 @@ def test_a_directory_or_budget_that_cannot_be_served_is_named(gpt2x, exported, t
     )
     small = ("--cache-memory", "100K")
     assert_refused(gpt2x("serve", exported, "--port", 0, *small), "needs 1.6 MB of cache", "raise --cache-memory")
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "growing")
+    assert_refused(gpt2x("serve", tmp_path / "growing", "--port", 0), "its cache grows", "with --cache inplace")
     keys = tmp_path / "keys"
     keys.write_text("short\n")
     assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", keys), "fewer than 8 characters")
