@@ -33,7 +33,7 @@ Sink = Callable[[list[Event]], None]
 MAX_RETRY = 60  # seconds
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """Requests that were submitted together, and that fail together.
 
@@ -54,7 +54,7 @@ class Job:
     events: list[Event] = field(default_factory=list)  # not sent yet
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """A text of a job, which waits or runs."""
 
@@ -113,7 +113,7 @@ class Engine:
         self._running: dict[int, _Slot] = {}  # by the number of the sequence in the batch
         self._reading: _Reading | None = None
         self._with_events: list[Job] = []  # jobs whose events were not sent yet
-        self._jobs: set[int] = set()  # ids of jobs that have not ended
+        self._jobs: set[Job] = set()  # that have not ended
         self._seconds_per_text = 1.0  # how long a text runs, on average
         self._draining = False
         self._stopped = False
@@ -156,7 +156,7 @@ class Engine:
         with self._wake:
             self._check_admission(len(slots))
             self._waiting.extend(slots)
-            self._jobs.add(id(job))
+            self._jobs.add(job)
             self._wake.notify()
         return job
 
@@ -244,7 +244,8 @@ class Engine:
 
     def _slots(self) -> list[_Slot]:
         reading = [self._reading.slot] if self._reading else []
-        return [*self._running.values(), *reading, *self._waiting]
+        with self._wake:
+            return [*self._running.values(), *reading, *self._waiting]
 
     def _remove_ended(self) -> None:
         """End jobs that are too late, and remove what was cancelled or has failed."""
@@ -256,10 +257,12 @@ class Engine:
                 self._fail(slot.job, ServingError("generation_timeout", "the texts were not complete in time"))
         self._leave()
         with self._wake:
-            gone = [slot for slot in self._waiting if slot.job.ended or slot.job.cancelled]
-            for slot in gone:
-                self._waiting.remove(slot)
-                self._end(slot.job)
+            waiting, self._waiting = self._waiting, deque()
+            for slot in waiting:
+                if slot.job.ended or slot.job.cancelled:
+                    self._end(slot.job)
+                else:
+                    self._waiting.append(slot)
         reading = self._reading
         if reading and (reading.slot.job.ended or reading.slot.job.cancelled):
             self._batch.abandon(reading.reading)
@@ -278,8 +281,8 @@ class Engine:
     def _end(self, job: Job) -> None:
         """Forget a job."""
         with self._wake:
-            known = id(job) in self._jobs
-            self._jobs.discard(id(job))
+            known = job in self._jobs
+            self._jobs.discard(job)
         if known and job.cancelled and not job.ended:
             self.observer.cancelled()
         job.ended = True
