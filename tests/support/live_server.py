@@ -126,7 +126,7 @@ def in_process(*arguments):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             lines = iter(process.stdout.readline, "")
-            ports = (re.search(r"Listening on http://.*:(\d+)", line) for line in lines)
+            ports = (re.search(r"Listening on http://127.0.0.1:(\d+)", line) for line in lines)
             yield Process(int(next(filter(None, ports))[1]), process)
         finally:
             process.kill()

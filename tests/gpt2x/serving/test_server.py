@@ -28,7 +28,7 @@ from gpt2x.scoring.spans import Span, score_spans
 from gpt2x.serving.access import parse_keys
 from gpt2x.serving.chat import ChatTemplate
 from gpt2x.serving.faults import FAULTS, ServingError
-from gpt2x.serving.http import most_connections
+from gpt2x.serving.http import address_of, is_loopback, listen, most_connections
 from gpt2x.serving.metrics import Metrics
 from gpt2x.serving.openapi import PATHS, openapi
 from gpt2x.serving.opening import EngineOptions, Wanted, open_models, wanted_models
@@ -562,6 +562,13 @@ def test_more_connections_than_the_limit_are_refused_and_others_go_on(models):
         for client in clients:
             client.close()
         server.wait_for(lambda: server.get("/health").status == 200)
+
+
+def test_an_address_that_others_reach_is_known_as_such():
+    for host, local in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
+        with listen(host, 0) as listener:
+            assert is_loopback(listener) == local
+            assert address_of(listener).startswith("http://")
 
 
 def test_the_limit_of_connections_leaves_descriptors_for_files(monkeypatch):
