@@ -68,7 +68,6 @@ def serve(
     """Serve each DIR, which gpt2x export --onnx --cache inplace wrote, with OpenAI's interface.
 
     \b
-      gpt2x export models/124M --onnx gpt2-onnx/ --cache inplace
       gpt2x serve gpt2-onnx/ --port 8000
       gpt2x serve gpt2=gpt2-onnx/ tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ --precision fp32 --precision w8a8
