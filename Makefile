@@ -4,9 +4,11 @@ BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # An environment is of one Python: it is made anew where PYTHON is another one than made it.
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+# Debian's browser, where it can be installed. Elsewhere the tests say what they skip.
+CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama test-all fuzz corpora bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-all fuzz corpora bench clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -39,15 +41,19 @@ test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a li
 test-eval: $(VENV)-eval/.ready ## lm-evaluation-harness runs tasks on gpt2x, in its own environment
 	$(VENV)-eval/bin/python -m pytest -rs tests/peers/test_lm_eval.py
 
+test-serve: $(VENV)-serve/.ready ## clients of OpenAI's interface, and a browser, on a running server, in an environment of their own
+	-@$(CHROMIUM)
+	$(VENV)-serve/bin/python -m pytest -rs tests/peers/test_serve_clients.py
+
 test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
 	test -d $(VENV)-headers || sh tests/peers/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
-	-@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+	-@$(CHROMIUM)
 	$(BIN)/python -m pytest -rs -m 'not huge' tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/peers/test_task_clients.py
 
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/peers/test_llama.py
 
-test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama ## everything, and what takes gigabytes
+test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge
 
 fuzz: $(VENV)/.fuzz ## damaged files for every reader, others each time: make fuzz MINUTES=60 FORMAT=gguf
@@ -93,6 +99,13 @@ $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(M
 $(VENV)-eval/.ready: pyproject.toml constraints.txt $(VENV)-eval/$(MADE)
 	$(VENV)-eval/bin/python $(PIP) torch
 	$(VENV)-eval/bin/python $(PIP) --editable '.[export,eval]' pytest transformers accelerate
+	touch $@
+
+# torch first, so that nothing brings another one.
+$(VENV)-serve/.ready: pyproject.toml constraints.txt $(VENV)-serve/$(MADE)
+	$(VENV)-serve/bin/python $(PIP) torch
+	$(VENV)-serve/bin/python $(PIP) --editable '.[export,serve,eval]' pytest transformers openai langchain-openai 'lm-eval[api]'
+	-npm install --prefix $(VENV)-serve/node --no-package-lock --no-audit --no-fund --silent openai@7
 	touch $@
 
 # optimum needs transformers < 5; torch first, so that nothing brings another one.
@@ -142,4 +155,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-serve $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

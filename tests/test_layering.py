@@ -32,10 +32,17 @@ def modules_after(code: str, cwd: Path) -> set[str]:
         "gpt2x.scoring.score",
         "gpt2x.tokenizer",
         "gpt2x.runtimes.onnxruntime",
+        "gpt2x.serving.http",
+        "gpt2x.serving.opening",
     ],
 )
 def test_importing_it_loads_no_torch(module, tmp_path):
     assert "torch" not in modules_after(f"import {module}", tmp_path)
+
+
+def test_the_engine_of_the_server_needs_no_http(tmp_path):
+    loaded = modules_after("import gpt2x.serving.engine, gpt2x.serving.memory_plan", tmp_path)
+    assert not {"torch", "starlette", "uvicorn", "pydantic", "prometheus_client"} & loaded
 
 
 def test_help_loads_neither_torch_nor_numpy(tmp_path):
