@@ -43,7 +43,8 @@ _HOMES = {
 # What is not installed with gpt2x itself -> the extra that installs it.
 _EXTRAS = {
     "h5py": "formats", "torch": "torch", "onnx": "export", "transformers": "verify", "huggingface_hub": "hub",
-    "httpx2": "hub", "filelock": "hub",
+    "httpx2": "hub", "filelock": "hub", "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve",
+    "pydantic": "serve", "jinja2": "serve",
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

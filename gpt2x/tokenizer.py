@@ -90,6 +90,11 @@ class Tokenizer:
         """
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def token(self, number: int) -> str | None:
+        """Return a token as the vocabulary spells it, in GPT-2's byte alphabet; None if there is no such id."""
+        spelled: str | None = self._backend.id_to_token(number)
+        return spelled
+
 
 def _pieces(text: str, boundary: re.Pattern[str] | None) -> Iterator[str]:
     """A text in pieces of ``PIECE`` characters or more, which are encoded as the whole text is.

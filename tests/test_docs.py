@@ -192,5 +192,5 @@ def test_a_tiny_model_is_enough_for_every_format(tmp_path):
 
 def test_the_list_of_commands_cuts_no_line(gpt2x):
     lines = gpt2x("--help").stdout.split("Commands:")[1].split("Exit codes")[0].strip().splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)

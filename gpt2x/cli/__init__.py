@@ -19,6 +19,7 @@ from .formats import formats
 from .generate import generate
 from .inspect import inspect
 from .score import score
+from .serve import serve
 from .text import printable
 from .verify import verify
 
@@ -86,5 +87,5 @@ def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)  # unwinds, so that no half-written file stays
 
 
-for command in (convert, export, inspect, verify, generate, score, bench, formats, demo):
+for command in (convert, export, inspect, verify, generate, score, serve, bench, formats, demo):
     main.add_command(command)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..memory import give_back
 from .base import EMPTY, InputError, Logits
+from .kv_cache import RowCache
+from .onnx_run import InPlaceRun
 from .onnxruntime import OnnxDecoder
 
 
@@ -18,6 +22,12 @@ class RunningBatch:
         a, logits = batch.join(ids)                            # logits (V,) after the prompt
         logits = batch.step({a: int(logits.argmax())})[a]      # one step for all sequences
         batch.leave(a)
+
+    A long prompt can be read in pieces, between steps of the others:
+
+        reading = batch.begin()
+        logits = reading.read(ids[:64])                        # and so on
+        b = batch.finish(reading)
 
     It is also a context manager. At its end, or after ``close``, it is empty and the cache's memory is free; it can be
     used again.
@@ -32,6 +42,7 @@ class RunningBatch:
         self.cache = self._run.new_cache(0)
         self._rows: list[int] = []  # the sequence of each row
         self._next = 0
+        self._reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,6 +50,7 @@ class RunningBatch:
     def close(self) -> None:
         """Remove every sequence, and free the cache's memory. The decoder stays open."""
         self._rows.clear()
+        self._reading = None
         self.cache = self._run.new_cache(0)
         give_back()
 
@@ -62,15 +74,73 @@ class RunningBatch:
             InputError: if the prompt is empty, longer than the context, or holds an id outside the vocabulary.
         """
         self._check_prompt(prompt)
-        ids, positions = self._run.model.check_tokens([list(prompt)], np.arange(len(prompt))[None])
+        reading = self.begin()
+        try:
+            logits = reading.read(prompt)
+        except BaseException:
+            self.abandon(reading)
+            raise
+        return self.finish(reading), logits[-1]
+
+    def reserve(self, sequences: int, tokens: int) -> None:
+        """Make room for so many sequences of so many tokens, so that no later call has to."""
+        self.cache.reserve(sequences, tokens)
+
+    def begin(self) -> Reading:
+        """Begin a sequence whose prompt is read in pieces. It joins the batch with ``finish``.
+
+        Raises:
+            InputError: if another one is being read.
+        """
+        if self._reading is not None:
+            raise InputError("a prompt is being read: call finish or abandon first")
         row = len(self._rows)
-        self.cache.reserve(row + 1, len(prompt))
+        self.cache.reserve(row + 1, 1)
         self.cache.lengths[row] = 0
-        logits = self._run.prefill(ids[0], positions[0], self.cache, row)
+        self._reading = Reading(self._run, self.cache, row)
+        return self._reading
+
+    def finish(self, reading: Reading) -> int:
+        """Let a sequence join whose prompt was read. Returns its number.
+
+        Raises:
+            InputError: if it is not the one that is being read, or has no tokens.
+        """
+        if reading is not self._reading:
+            raise InputError("this prompt is not being read")
+        if not reading.length:
+            raise InputError(EMPTY)
+        self._reading = None
+        row = len(self._rows)
+        # Others may have left since it began.
+        if row != reading.row:
+            self.cache.move(reading.row, row)
+        return self._add_row()
+
+    def abandon(self, reading: Reading) -> None:
+        """Give up a prompt that is being read."""
+        if reading is self._reading:
+            self._reading = None
+
+    def fork(self, sequence: int) -> int:
+        """Add a sequence that has the same tokens as another. Returns its number.
+
+        Raises:
+            InputError: if the sequence is not in the batch, or a prompt is being read.
+        """
+        if self._reading is not None:
+            raise InputError("a prompt is being read: call finish or abandon first")
+        source = self._row(sequence)
+        row = len(self._rows)
+        self.cache.reserve(row + 1, 1)
+        self.cache.move(source, row)
+        return self._add_row()
+
+    def _add_row(self) -> int:
         sequence = self._next
         self._rows.append(sequence)
         self._next += 1
-        return sequence, logits[-1]
+        return sequence
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
@@ -120,3 +190,46 @@ class RunningBatch:
         if sequence not in self._rows:
             raise InputError(f"sequence {sequence} is not in the batch")
         return self._rows.index(sequence)
+
+
+class Reading:
+    """A prompt that is read in pieces into a row of the cache, before its sequence joins a ``RunningBatch``."""
+
+    def __init__(self, run: InPlaceRun, cache: RowCache, row: int) -> None:
+        self._run = run
+        self._cache = cache
+        self.row = row
+
+    @property
+    def length(self) -> int:
+        """How many tokens were read."""
+        return int(self._cache.lengths[self.row])
+
+    def read(self, tokens: Sequence[int], *, every: bool = False) -> Logits:
+        """Read the next tokens (T,) of the prompt.
+
+        Args:
+            every: return the logits after each token, not only after the last one.
+
+        Returns:
+            The logits, (T, V) or (1, V). (1, V) for a model that returns only the last logits.
+
+        Raises:
+            InputError: if there are no tokens, or they do not fit the vocabulary or the context.
+        """
+        start = self.length
+        ids, positions = self._run.model.check_tokens([list(tokens)], np.arange(start, start + len(tokens))[None])
+        return self._run.prefill(ids[0], positions[0], self._cache, self.row, last=not every)
+
+    def copy(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """The keys and values of some of the tokens: of each layer in turn, each (H, stop - start, D)."""
+        return [buffer[self.row, :, start:stop].copy() for buffer in self._cache.buffers]
+
+    def restore(self, tensors: Sequence[NDArray[Any]]) -> None:
+        """Append keys and values that ``copy`` returned for the same tokens at the same positions."""
+        start = self.length
+        stop = start + tensors[0].shape[1]
+        self._cache.reserve(self.row + 1, stop)
+        for buffer, tensor in zip(self._cache.buffers, tensors, strict=True):
+            buffer[self.row, :, start:stop] = tensor
+        self._cache.lengths[self.row] = stop

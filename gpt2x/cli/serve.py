@@ -1,0 +1,147 @@
+"""``gpt2x serve``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from .source import PRECISION
+
+if TYPE_CHECKING:
+    import socket
+
+    from ..serving.models import Models
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _size(_: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """A size such as 512M or 4G, in bytes."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", value)
+    if match is None or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is no size: write 512M or 4G", param=option)
+    return int(match[1]) * UNITS[match[2]]
+
+
+SECONDS = click.FloatRange(min=0.1, max=86_400)
+
+
+@click.command(short_help="Serve models with OpenAI's interface.")
+@click.argument("models", metavar="DIR...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for a free port.")
+@click.option(
+    "--precision", "precisions", type=PRECISION, multiple=True, help="ONNX model to serve (repeatable; default: fp32)."
+)
+@click.option("--model-name", metavar="NAME", help="What clients call the model (default: the directory's name).")
+@click.option("--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts at once.")
+@click.option("--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True, help="Waiting texts.")
+@click.option("--max-context", type=click.IntRange(min=2), help="Tokens of a text with its prompt.")
+@click.option(
+    "--cache-memory",
+    callback=_size,
+    metavar="SIZE",
+    help="For keys and values (default: half of the machine's memory).",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
+@click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one a line.")
+@click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Name in the Host header (repeatable).")
+@click.option("--max-body", callback=_size, metavar="SIZE", default="1M", show_default=True, help="Size of a request.")
+@click.option("--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True)
+@click.option("--header-timeout", type=SECONDS, default=10, show_default=True, help="Seconds for the headers.")
+@click.option("--body-timeout", type=SECONDS, default=30, show_default=True, help="Seconds for the body.")
+@click.option("--generation-timeout", type=SECONDS, default=600, show_default=True, help="Seconds for the answer.")
+@click.option("--drain-timeout", type=SECONDS, default=60, show_default=True, help="Seconds to end after SIGTERM.")
+def serve(
+    models: tuple[str, ...], host: str, port: int, precisions: tuple[str, ...], model_name: str | None,
+    max_batch_size: int, max_queue: int, max_context: int | None, cache_memory: int | None, threads: int | None,
+    key_file: str | None, hosts: tuple[str, ...], max_body: int, max_connections: int, header_timeout: float,
+    body_timeout: float, generation_timeout: float, drain_timeout: float,
+) -> None:  # fmt: skip
+    """Serve each DIR, which gpt2x export --onnx --cache inplace wrote, with OpenAI's interface.
+
+    \b
+      gpt2x export models/124M --onnx gpt2-onnx/ --cache inplace
+      gpt2x serve gpt2-onnx/ --port 8000
+      gpt2x serve gpt2=gpt2-onnx/ tuned=tuned-onnx/
+      gpt2x serve gpt2-onnx/ --precision fp32 --precision w8a8
+
+    DIR can be NAME=DIR. It needs pip install 'gpt2x[serve]', and no torch.
+    """
+    from ..serving.app import Server
+    from ..serving.http import is_loopback, listen
+    from ..serving.http import serve as run
+    from ..serving.metrics import Metrics
+    from ..serving.opening import EngineOptions, open_models, wanted_models
+    from ..serving.settings import Settings
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    keys = _keys(key_file)
+    try:
+        wanted = wanted_models(models, precisions, model_name)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    listener = listen(host, port)
+    try:
+        local = is_loopback(listener)
+        settings = Settings(
+            max_body=max_body,
+            header_timeout=header_timeout,
+            body_timeout=body_timeout,
+            generation_timeout=generation_timeout,
+            drain_timeout=drain_timeout,
+            max_connections=max_connections,
+            keys=keys,
+            allowed_hosts=_allowed_hosts(hosts, local and not keys),
+        )
+        if not local and not keys:
+            click.echo(f"Warning: {host} is open to other machines, and there is no --api-key.", err=True)
+        metrics = Metrics()
+        options = EngineOptions(max_batch_size, max_queue, threads, max_context, cache_memory)
+        opened = open_models(wanted, options, metrics)
+        server = Server(opened, settings, metrics)
+        run(server, listener, lambda: _announce(opened, listener))
+    finally:
+        listener.close()
+
+
+def _keys(path: str | None) -> tuple[bytes, ...]:
+    from ..serving.access import parse_keys
+
+    if path is None:
+        return ()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(1 << 20)
+    try:
+        return parse_keys(text)
+    except ValueError as error:
+        raise click.FileError(os.fspath(path), str(error)) from None
+
+
+def _allowed_hosts(given: tuple[str, ...], local: bool) -> frozenset[str] | None:
+    """The names in the Host header that are answered. A local server without keys answers only to its own."""
+    from ..serving.http import LOOPBACK
+
+    if "*" in given or not (given or local):
+        return None
+    return LOOPBACK | {name.lower() for name in given}
+
+
+def _announce(models: Models, listener: socket.socket) -> None:
+    from ..serving.http import address_of
+
+    for model in models:
+        plan = model.engine.plan
+        megabytes = (plan.rows * plan.row_bytes + plan.prefix_bytes) / 1e6
+        click.echo(
+            f"{model.name}: {model.engine.decoder.precision}, {plan.rows} texts of {plan.context} tokens at once, "
+            f"up to {megabytes:.0f} MB of cache"
+        )
+    click.echo(f"Listening on {address_of(listener)}")

@@ -1,0 +1,370 @@
+"""The server without a socket: an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..generation.prompts import check_vocabulary
+from ..runtimes.base import PromptError
+from . import openapi
+from .access import check_host, check_key, read_body
+from .answers import Answer, ChatAnswer
+from .faults import ServingError
+from .metrics import Metrics
+from .models import Models, ServedModel
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Strict,
+    TokenizeRequest,
+    parse,
+)
+from .requests import Event
+from .running import Running, until_gone
+from .settings import Settings
+from .translate import Prepared, prepare_chat, prepare_completion, tokens_of
+
+log = logging.getLogger(__name__)
+
+PAGE = files(__package__) / "page"
+PAGES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/docs": ("docs.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+}
+SAFE = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+# After these, a part of the body may still be under way.
+CLOSING = {"request_too_large", "request_timeout", "unsupported_media_type", "invalid_api_key", "host_not_allowed"}
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Server:
+    """The handlers of all paths.
+
+    Args:
+        models: what is served.
+        settings: the limits.
+        metrics: where what happens is counted.
+    """
+
+    def __init__(self, models: Models, settings: Settings, metrics: Metrics) -> None:
+        self.models = models
+        self.settings = settings
+        self.metrics = metrics
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        handlers: dict[str, Handler] = {
+            "/v1/completions": self.completions,
+            "/v1/chat/completions": self.chat,
+            "/v1/embeddings": self.embeddings,
+            "/v1/models": self.list_models,
+            "/v1/models/{model}": self.show_model,
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+            "/health": self.health,
+            "/ready": self.ready,
+            "/metrics": self.show_metrics,
+            "/openapi.json": self.describe,
+            **dict.fromkeys(PAGES, self.page),
+        }
+        known = {path.path: path for path in openapi.PATHS}
+        routes = []
+        for path, handler in handlers.items():
+            described = known.get(path)
+            guarded = self._guarded(handler, described.needs_key if described else False)
+            # A model's name may have slashes, as those of the Hub do.
+            pattern = path.replace("{model}", "{model:path}")
+            routes.append(Route(pattern, guarded, methods=[described.method if described else "GET"]))
+        app = Starlette(
+            routes=routes,
+            exception_handlers={
+                ServingError: self._refuse,
+                HTTPException: self._refuse_http,
+                Exception: self._fail,
+            },
+        )
+        return self._counted(app, set(handlers))
+
+    # ------------------------------------------------------------------------------------------------ around handlers
+
+    def _guarded(self, handler: Handler, needs_key: bool) -> Handler:
+        async def guarded(request: Request) -> Response:
+            check_host(request, self.settings.allowed_hosts)
+            if needs_key:
+                check_key(request, self.settings.keys)
+            return await handler(request)
+
+        return guarded
+
+    def _counted(self, app: ASGIApp, paths: set[str]) -> ASGIApp:
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            path = scope.get("path", "")
+            label = path if path in paths else "other"
+
+            async def counting(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    self.metrics.requests.labels(label, str(message["status"])).inc()
+                await send(message)
+
+            await app(scope, receive, counting)
+
+        return counted
+
+    async def _refuse(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, ServingError)
+        self.metrics.errors.labels(error.code).inc()
+        headers = {}
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(error.retry_after)
+        if error.code == "invalid_api_key":
+            headers["WWW-Authenticate"] = "Bearer"
+        if error.code in CLOSING:
+            headers["Connection"] = "close"
+        return JSONResponse(error_json(error), error.fault.status, headers)
+
+    async def _refuse_http(self, request: Request, error: Exception) -> Response:
+        """What Starlette refuses: unknown paths and methods."""
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            code, message = "method_not_allowed", f"{request.url.path[:100]} does not take {request.method[:20]}"
+        else:
+            code, message = "not_found", f"there is no path {request.url.path[:100]}: /openapi.json lists all"
+        response = await self._refuse(request, ServingError(code, message))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def _fail(self, request: Request, error: Exception) -> Response:
+        log.error("%s: %s: %s", request.url.path, type(error).__name__, error)
+        return await self._refuse(request, ServingError("model_failed", "the server failed: its log has the reason"))
+
+    async def _parse(self, request: Request, kind: type[Strict]) -> Any:
+        body = await read_body(request, self.settings)
+        return await run_in_threadpool(parse, kind, body)
+
+    # --------------------------------------------------------------------------------------------------- generation
+
+    async def completions(self, request: Request) -> Response:
+        """``/v1/completions``."""
+        body = await self._parse(request, CompletionRequest)
+        prepared = await run_in_threadpool(prepare_completion, body, self.models.find(body.model))
+        return await self._generate(request, prepared, Answer(prepared))
+
+    async def chat(self, request: Request) -> Response:
+        """``/v1/chat/completions``."""
+        body = await self._parse(request, ChatRequest)
+        prepared = await run_in_threadpool(prepare_chat, body, self.models.find(body.model))
+        return await self._generate(request, prepared, ChatAnswer(prepared))
+
+    async def _generate(self, request: Request, prepared: Prepared, answer: Answer) -> Response:
+        running = Running(prepared.model.engine, prepared.requests, self.settings.generation_timeout)
+        try:
+            events = running.events()
+            # Until the first event, a failure has its own status code.
+            first = await _unless_gone(request, anext(events))
+            if first is None:
+                running.cancel()
+                return Response(status_code=400)  # nobody reads it
+            if prepared.stream:
+                return Stream(self, running, _chain(first, events), answer)
+            answer.add(first)
+            done = await _unless_gone(request, _add_all(answer, events))
+            if done is None:
+                running.cancel()
+                return Response(status_code=400)
+            return JSONResponse(answer.whole())
+        except BaseException:
+            running.cancel()
+            raise
+
+    async def embeddings(self, request: Request) -> Response:
+        """``/v1/embeddings``."""
+        body = await self._parse(request, EmbeddingRequest)
+        model = self.models.find(body.model)
+        raise ServingError(
+            "not_exported", f"{model.name} has no model for embeddings in its directory: it was not exported", "model"
+        )
+
+    # ------------------------------------------------------------------------------------------------------- the rest
+
+    async def list_models(self, _: Request) -> Response:
+        """``/v1/models``."""
+        return JSONResponse({"object": "list", "data": [_model_json(model) for model in self.models]})
+
+    async def show_model(self, request: Request) -> Response:
+        """``/v1/models/NAME``."""
+        return JSONResponse(_model_json(self.models.find(request.path_params["model"])))
+
+    async def tokenize(self, request: Request) -> Response:
+        """``/tokenize``."""
+        body = await self._parse(request, TokenizeRequest)
+        model = self.models.find(body.model)
+        tokens = await run_in_threadpool(tokens_of, model, body.prompt)
+        return JSONResponse({"count": len(tokens), "max_model_len": model.context, "tokens": tokens})
+
+    async def detokenize(self, request: Request) -> Response:
+        """``/detokenize``."""
+        body = await self._parse(request, DetokenizeRequest)
+        model = self.models.find(body.model)
+        try:
+            check_vocabulary(model.engine.decoder, body.tokens)
+        except PromptError as error:
+            raise ServingError("invalid_value", str(error), "tokens") from None
+        text = await run_in_threadpool(model.tokenizer.decode, body.tokens)
+        return JSONResponse({"prompt": text})
+
+    async def health(self, _: Request) -> Response:
+        """``/health``."""
+        if not self.models.alive:
+            raise ServingError("model_failed", "a model has failed: restart the server")
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self, _: Request) -> Response:
+        """``/ready``."""
+        if not self.models.ready:
+            raise ServingError("shutting_down", "the server takes no requests")
+        return JSONResponse({"status": "ready"})
+
+    async def show_metrics(self, _: Request) -> Response:
+        """``/metrics``."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def describe(self, _: Request) -> Response:
+        """``/openapi.json``."""
+        return JSONResponse(openapi.openapi())
+
+    async def page(self, request: Request) -> Response:
+        """The web pages."""
+        name, kind = PAGES[request.url.path]
+        return Response((PAGE / name).read_bytes(), media_type=kind, headers=SAFE)
+
+
+class Stream(Response):
+    """Texts as server-sent events. A client that goes away ends them.
+
+    Args:
+        server: counts errors.
+        running: the requests.
+        events: their events.
+        answer: makes pieces of them.
+    """
+
+    def __init__(self, server: Server, running: Running, events: AsyncIterator[Event], answer: Answer) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._server = server
+        self._running = running
+        self._events = events
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(until_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            self._running.cancel()
+            for task in (sending, gone):
+                task.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for data in self._data():
+            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _data(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._events:
+                for piece in self._answer.add(event):
+                    yield _encoded(piece)
+        except ServingError as error:
+            self._server.metrics.errors.labels(error.code).inc()
+            yield _encoded(error_json(error))
+            return
+        if self._answer.prepared.usage:
+            yield _encoded(self._answer.last_piece())
+        yield b"[DONE]"
+
+
+def error_json(error: ServingError) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.fault.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def _encoded(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of some work; None if the client goes away before."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_gone(request.receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gone
+
+
+async def _add_all(answer: Answer, events: AsyncIterator[Event]) -> bool:
+    async for event in events:
+        answer.add(event)
+    return True
+
+
+async def _chain(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+def _model_json(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "gpt2x",
+        "max_model_len": model.context,
+        "precision": model.engine.decoder.precision,
+        "chat": model.chat is not None,
+    }

@@ -1,0 +1,136 @@
+"""Opening the models of a server."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import ConversionError
+
+from ..contract import has_onnx
+from ..generation.config import controls_beside
+from ..generation.generate import end_token_of
+from ..runtimes.base import InputError
+from ..runtimes.onnxruntime import OnnxDecoder
+from ..tokenizer import Tokenizer
+from .chat import ChatTemplate
+from .engine import Engine
+from .memory_plan import machine_memory, plan_memory
+from .metrics import EngineMetrics, Metrics
+from .models import Models, ServedModel
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model that is to be served.
+
+    Attributes:
+        name: what clients call it.
+        folder: a directory that ``gpt2x export --onnx --cache inplace`` wrote.
+        precision: which of its models; None for fp32, or the only one.
+    """
+
+    name: str
+    folder: Path
+    precision: str | None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every engine gets.
+
+    Attributes:
+        max_batch_size: sequences of a model that run at once, if memory allows.
+        max_queue: texts of a model that wait, at most.
+        threads: of each operator; None for one for each core.
+        max_context: tokens of a sequence, at most; None for the model's context.
+        cache_memory: bytes for the caches of all models; None for half of this machine's memory.
+    """
+
+    max_batch_size: int = 32
+    max_queue: int = 256
+    threads: int | None = None
+    max_context: int | None = None
+    cache_memory: int | None = None
+
+
+def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str | None) -> list[Wanted]:
+    """The models that arguments mean: each ``DIR`` or ``NAME=DIR``, in each of the precisions.
+
+    Raises:
+        ValueError: if a name is not valid, or two are the same.
+    """
+    if name is not None and len(sources) > 1:
+        raise ValueError("--model-name is for one directory: write NAME=DIR for each of several")
+    found = []
+    for source in sources:
+        before, equals, after = source.partition("=")
+        named = bool(equals) and not Path(source).is_dir()
+        folder = Path(after if named else source)
+        base = name or (before if named else folder.resolve().name)
+        for precision in precisions or [None]:  # type: ignore[list-item]
+            whole = f"{base}-{precision}" if len(precisions) > 1 else base
+            found.append(Wanted(whole, folder, precision))
+    for one in found:
+        if not NAME.fullmatch(one.name):
+            raise ValueError(f"{one.name[:60]!r} is no valid name of a model: use letters, digits, and . _ : / -")
+    names = [one.name for one in found]
+    for one_name in names:
+        if names.count(one_name) > 1:
+            raise ValueError(f"two models are called {one_name}: write NAME=DIR")
+    return found
+
+
+def open_models(wanted: Sequence[Wanted], options: EngineOptions, metrics: Metrics) -> Models:
+    """Open every model, with an engine for each.
+
+    Raises:
+        ConversionError: if one cannot be opened, or the budget does not hold a sequence of it.
+        InputError: if the cache of one grows.
+        MemoryError: if there is no memory for a cache.
+    """
+    budget = machine_memory() // 2 if options.cache_memory is None else options.cache_memory
+    opened: list[ServedModel] = []
+    try:
+        for one in wanted:
+            opened.append(_open(one, options, budget // len(wanted), metrics))
+    except BaseException:
+        for model in opened:
+            model.engine.close()
+        raise
+    return Models(opened)
+
+
+def _open(wanted: Wanted, options: EngineOptions, budget: int, metrics: Metrics) -> ServedModel:
+    folder = wanted.folder
+    if not folder.is_dir() or not has_onnx(folder):
+        raise ConversionError(
+            f"{folder}: not a directory with an ONNX model: gpt2x export MODEL --onnx {folder} --cache inplace"
+        )
+    tokenizer = Tokenizer.from_pretrained(folder)
+    chat = ChatTemplate.beside(folder)
+    decoder = OnnxDecoder(folder, precision=wanted.precision, threads=options.threads)
+    try:
+        plan = plan_memory(decoder, options.max_batch_size, options.max_context, budget)
+    except InputError as error:
+        raise ConversionError(str(error)) from None
+    log.info("%s: %d sequences of %d tokens", wanted.name, plan.rows, plan.context)
+    observer = EngineMetrics(metrics, wanted.name, plan.rows * plan.context)
+    engine = Engine(decoder, tokenizer, plan, options.max_queue, observer)
+    return ServedModel(wanted.name, engine, tokenizer, _end_tokens(folder, decoder, tokenizer), chat)
+
+
+def _end_tokens(folder: Path, decoder: OnnxDecoder, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text: those of ``generation_config.json``, or the tokenizer's, or the model's."""
+    stated = controls_beside(folder).values.get("eos_token_id")
+    if stated:
+        return tuple(stated)
+    end = end_token_of(decoder, tokenizer)
+    return () if end is None else (end,)
