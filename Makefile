@@ -6,7 +6,7 @@ PIP := -m pip --disable-pip-version-check install --quiet --constraint constrain
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama test-all fuzz corpora bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama test-triton test-all fuzz corpora bench clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -47,7 +47,10 @@ test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/peers/test_llama.py
 
-test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama ## everything, and what takes gigabytes
+test-triton: $(VENV)-triton/.ready ## Triton Inference Server serves what export --triton writes, in its own environment
+	$(VENV)-triton/bin/python -m pytest -rs tests/peers/test_triton.py
+
+test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama test-triton ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge
 
 fuzz: $(VENV)/.fuzz ## damaged files for every reader, others each time: make fuzz MINUTES=60 FORMAT=gguf
@@ -93,6 +96,12 @@ $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(M
 $(VENV)-eval/.ready: pyproject.toml constraints.txt $(VENV)-eval/$(MADE)
 	$(VENV)-eval/bin/python $(PIP) torch
 	$(VENV)-eval/bin/python $(PIP) --editable '.[export,eval]' pytest transformers accelerate
+	touch $@
+
+# The stub of Triton's Python backend in this wheel reads arrays of NumPy 1 only. torch first, so that nothing brings another one.
+$(VENV)-triton/.ready: pyproject.toml constraints.txt $(VENV)-triton/$(MADE)
+	$(VENV)-triton/bin/python $(PIP) torch
+	$(VENV)-triton/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[export]' pytest 'numpy<2' nvidia-pytriton==0.7.0 'tritonclient[http,grpc]'
 	touch $@
 
 # optimum needs transformers < 5; torch first, so that nothing brings another one.
@@ -142,4 +151,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-triton $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
