@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,8 +175,8 @@ def change(file: Path, old: str, new: str) -> None:
 
 
 def inputs_of(module, text, **controls):
-    values = {"text": (text.encode(), "BYTES", np.object_)}
-    types = {int: ("INT32", np.int32), float: ("FP32", np.float32)}
+    values: dict[str, Any] = {"text": (text.encode(), "BYTES", np.object_)}
+    types: dict[type, Any] = {int: ("INT32", np.int32), float: ("FP32", np.float32)}
     for name, value in controls.items():
         values[name] = (value, "INT64", np.int64) if name == "seed" else (value, *types[type(value)])
     inputs = []
