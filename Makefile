@@ -51,7 +51,7 @@ test-triton: $(VENV)-triton/.ready ## Triton Inference Server serves what export
 	$(VENV)-triton/bin/python -m pytest -rs tests/peers/test_triton.py
 
 test-ray: $(VENV)-ray/.ready ## the example on Ray Serve loses a replica and a node, in its own environment
-	$(VENV)-ray/bin/python -m pytest -rs tests/peers/test_ray_serve.py
+	$(VENV)-ray/bin/python -m pytest -W default -rs tests/peers/test_ray_serve.py # Ray leaves sockets to the garbage collector
 
 test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-clients test-llama test-triton test-ray ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge

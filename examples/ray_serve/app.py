@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
@@ -38,7 +38,7 @@ UNAVAILABLE = f"no replica completed the request in {ATTEMPTS} attempts"
 DIED = (RayActorError, RayServeException)
 HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "date", "server"}
 
-Message = dict[str, Any]  # of ASGI
+Message = MutableMapping[str, Any]  # of ASGI
 
 
 @serve.deployment(
@@ -74,7 +74,7 @@ class Model:
         """Run one request. Yields the messages that the application sends."""
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
         gone = asyncio.Event()
-        left = [{"type": "http.request", "body": body, "more_body": False}]
+        left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
             if left:
@@ -199,10 +199,12 @@ def build(args: dict[str, str]) -> serve.Application:
     Without ``replicas``, Ray chooses their number by the load.
     """
     options = {"threads": int(args.get("threads", "1")), "cache_memory": int(args.get("cache_memory", str(1 << 30)))}
-    model = Model.options(ray_actor_options={"num_cpus": options["threads"]})  # type: ignore[attr-defined]
+    model: Any = Model  # what the decorator makes of it is Ray's
+    gateway: Any = Gateway
+    model = model.options(ray_actor_options={"num_cpus": options["threads"]})
     if "replicas" in args:
         model = model.options(num_replicas=int(args["replicas"]), autoscaling_config=None)
     if "replicas_per_node" in args:
         model = model.options(max_replicas_per_node=int(args["replicas_per_node"]))
-    application: serve.Application = Gateway.bind(model.bind(args["model"], args.get("name", "gpt2"), options))  # type: ignore[attr-defined]
+    application: serve.Application = gateway.bind(model.bind(args["model"], args.get("name", "gpt2"), options))
     return application

@@ -115,7 +115,8 @@ class Load:
                 with post(self.address, max_tokens=TOKENS) as answer:
                     self.answers.append((answer.status, json.load(answer)["choices"][0]["text"]))
             except urllib.error.HTTPError as error:
-                self.answers.append((error.code, error.read().decode()))
+                with error:
+                    self.answers.append((error.code, error.read().decode()))
             except Exception as error:
                 self.answers.append((0, repr(error)))
 
@@ -196,8 +197,10 @@ def test_errors_are_those_of_the_server(cluster, model):
     address = start(app.build({"model": str(model), "replicas": "1"}))
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(address, max_tokens=600)
-    assert caught.value.code == 400
-    assert json.load(caught.value)["error"]["code"] == "context_length_exceeded"
+    with caught.value as answer:
+        assert answer.code == 400
+        assert json.load(answer)["error"]["code"] == "context_length_exceeded"
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(address, user="a" * (1 << 20))
-    assert caught.value.code == 413
+    with caught.value as answer:
+        assert answer.code == 413
