@@ -8,7 +8,7 @@ MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_ve
 CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-all fuzz corpora bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -53,7 +53,13 @@ test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/peers/test_llama.py
 
-test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama ## everything, and what takes gigabytes
+test-triton: $(VENV)-triton/.ready ## Triton Inference Server serves what export --triton writes, in its own environment
+	$(VENV)-triton/bin/python -m pytest -rs tests/peers/test_triton.py
+
+test-ray: $(VENV)-ray/.ready ## the example on Ray Serve loses a replica and a node, in its own environment
+	$(VENV)-ray/bin/python -m pytest -W default -rs tests/peers/test_ray_serve.py # Ray leaves sockets to the garbage collector
+
+test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge
 
 fuzz: $(VENV)/.fuzz ## damaged files for every reader, others each time: make fuzz MINUTES=60 FORMAT=gguf
@@ -108,6 +114,18 @@ $(VENV)-serve/.ready: pyproject.toml constraints.txt $(VENV)-serve/$(MADE)
 	-npm install --prefix $(VENV)-serve/node --no-package-lock --no-audit --no-fund --silent openai@7
 	touch $@
 
+# The stub of Triton's Python backend in this wheel reads arrays of NumPy 1 only. torch first, so that nothing brings another one.
+$(VENV)-triton/.ready: pyproject.toml constraints.txt $(VENV)-triton/$(MADE)
+	$(VENV)-triton/bin/python $(PIP) torch
+	$(VENV)-triton/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[export]' pytest 'numpy<2' nvidia-pytriton==0.7.0 'tritonclient[http,grpc]'
+	touch $@
+
+# torch first, so that nothing brings another one.
+$(VENV)-ray/.ready: pyproject.toml constraints.txt $(VENV)-ray/$(MADE)
+	$(VENV)-ray/bin/python $(PIP) torch
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[export,serve]' pytest 'ray[serve]==2.60.0'
+	touch $@
+
 # optimum needs transformers < 5; torch first, so that nothing brings another one.
 $(VENV)-optimum/.ready: pyproject.toml constraints.txt $(VENV)-optimum/$(MADE)
 	$(VENV)-optimum/bin/python $(PIP) torch
@@ -155,4 +173,4 @@ $(VENV)-bench/.ready: pyproject.toml constraints.txt $(wildcard converters/*.py 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-serve $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-processors $(VENV)-versions $(VENV)-executorch $(VENV)-tensorflow $(VENV)-eval $(VENV)-serve $(VENV)-triton $(VENV)-ray $(VENV)-optimum $(VENV)-headers $(VENV)-bench $(VENV)-mobius $(VENV)-ctranslate2 $(VENV)-llama examples/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

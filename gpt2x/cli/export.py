@@ -47,6 +47,7 @@ class Request:
     pt2: str | None = None
     task: str = GENERATION
     outputs: tuple[str, ...] = (LOGITS,)
+    triton: str | None = None
     logits: str = "all"
     precision: tuple[str, ...] | None = None
     cache: str | None = None
@@ -65,7 +66,12 @@ class Request:
     @property
     def targets(self) -> list[str]:
         """The destinations."""
-        return [target for target in (self.onnx, self.torchscript, self.pt2) if target]
+        return [target for target in (self.onnx, self.torchscript, self.pt2, self.triton) if target]
+
+    @property
+    def directories(self) -> list[str]:
+        """The destinations that are directories."""
+        return [target for target in (self.onnx, self.triton) if target]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,8 +84,9 @@ class Request:
         return [PRECISIONS[name] for name in self.names]
 
 
-# Options that change only what --onnx writes.
-ONNX_ONLY = ("logits", "precision", "cache", "calibrate", "block_size", "opset", "single_file", "safetensors", "push")
+# Options that change only what --onnx and --triton write, and --onnx alone.
+OF_ONNX_MODELS = ("logits", "precision", "cache", "calibrate", "block_size", "opset", "single_file")
+ONNX_ONLY = ("safetensors", "push")
 
 
 def _precisions(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -115,6 +122,7 @@ def _outputs(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple
 @click.option("--onnx", metavar="DIR", help="Write an ONNX directory: model, weights, tokenizer.")
 @click.option("--torchscript", metavar="FILE", help="Write TorchScript, for torch.jit.load.")
 @click.option("--pt2", metavar="FILE", help="Write a torch.export program, for torch.export.load.")
+@click.option("--triton", metavar="DIR", help="Write a model repository for Triton Inference Server.")
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
@@ -179,13 +187,14 @@ def _outputs(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def export(ctx: click.Context, /, **options: Any) -> None:
-    """Export the GPT-2 in SRC for other programs: ONNX with a KV cache, TorchScript, torch.export.
+    """Export the GPT-2 in SRC for other programs: ONNX with a KV cache, Triton, TorchScript, torch.export.
 
     \b
       gpt2x export models/124M --onnx gpt2-onnx/
       gpt2x export models/124M --onnx gpt2-onnx/ --precision fp32,int8,int4
       gpt2x export models/124M --onnx gpt2-onnx/ --push me/my-gpt2
       gpt2x export gpt2-hf/ --torchscript gpt2.pt
+      gpt2x export gpt2-hf/ --triton repository/
       gpt2x export gpt2-hf/ --onnx tuned-onnx/ --adapter lora/
       gpt2x export gpt2-hf/ --onnx gpt2-onnx/ --adapter french=lora-fr/ --adapter poems=lora-poems/
       gpt2x export classifier/ --onnx classifier-onnx/ --task text-classification
@@ -198,7 +207,7 @@ def export(ctx: click.Context, /, **options: Any) -> None:
     options["weights"]["adapter"] = merged
     request = Request(**options, adapters=adapters)
     _check_usage(request)
-    need("torch", *(["onnx"] if request.onnx else []), extra="export")
+    need("torch", *(["onnx"] if request.directories else []), extra="export")
     checkpoint = _plan(request)
     results = _write(request, checkpoint)
     start = time.perf_counter()
@@ -246,19 +255,22 @@ def _check_usage(request: Request) -> None:
         UsageError: naming them.
     """
     if not request.targets:
-        raise click.UsageError("nothing to write: give --onnx DIR, --torchscript FILE or --pt2 FILE")
-    defaults = {field.name: field.default for field in fields(Request)}
-    for name in ONNX_ONLY:
-        if not request.onnx and getattr(request, name) != defaults[name]:
-            raise click.UsageError(f"--{name.replace('_', '-')} applies to --onnx only")
+        raise click.UsageError("nothing to write: give --onnx DIR, --triton DIR, --torchscript FILE or --pt2 FILE")
+    _check_scope(request)
     if request.adapters and not request.onnx:
         raise click.UsageError("--adapter NAME=DIR applies to --onnx only; --adapter DIR merges an adapter")
     if request.task != GENERATION:
         _check_task_usage(request)
+    if request.triton and (request.task != GENERATION or request.outputs != (LOGITS,)):
+        raise click.UsageError("--triton serves text generation: leave out --task and --outputs")
     if request.block_size and not any(precision.block_sizes for precision in request.chosen):
         raise click.UsageError(f"--block-size applies to {BLOCKWISE} only")
     if request.calibrate and not any(precision.bits for precision in request.chosen) and not _has_int8_cache(request):
         raise click.UsageError(f"--calibrate applies to {QUANTIZED} and an int8 cache only")
+    if request.triton and len(request.names) > 1:
+        raise click.UsageError("--triton takes one --precision: export each to a repository of its own")
+    if request.triton and request.no_tokenizer:
+        raise click.UsageError("--triton needs the tokenizer: remove --no-tokenizer")
     if request.onnx and Path(request.onnx).suffix == ".onnx":
         name = request.onnx.removesuffix(".onnx")
         raise click.UsageError(f"--onnx takes a directory (the model will be {name}/onnx/model.onnx)")
@@ -285,6 +297,22 @@ def _check_task_usage(request: Request) -> None:
             raise click.UsageError(f"{option} applies to --task {GENERATION} only")
 
 
+def _check_scope(request: Request) -> None:
+    """Refuse options of a target that is not written.
+
+    Raises:
+        UsageError: naming the option and the target.
+    """
+    defaults = {field.name: field.default for field in fields(Request)}
+    given = [name for name in (*OF_ONNX_MODELS, *ONNX_ONLY) if getattr(request, name) != defaults[name]]
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        if name in ONNX_ONLY and not request.onnx:
+            raise click.UsageError(f"{option} applies to --onnx only")
+        if not request.directories:
+            raise click.UsageError(f"{option} applies to --onnx and --triton only")
+
+
 def _has_int8_cache(request: Request) -> bool:
     from ..contract import has_int8_cache
 
@@ -301,7 +329,7 @@ def _plan(request: Request) -> Checkpoint:
     from converters.io.publishing import check_free
 
     for target in request.targets:
-        check_before(request.src, target, force=request.force, directory=target == request.onnx)
+        check_before(request.src, target, force=request.force, directory=target in request.directories)
         _check_utf8(target)
     if request.push is not None:
         from ..export.push import check_push
@@ -377,6 +405,8 @@ def _write(request: Request, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         results.append(_timed("torchscript", request.torchscript, write))
     if request.pt2:
         results.append(_timed("pt2", request.pt2, partial(export_pt2, checkpoint, request.pt2, **program)))
+    if request.triton:
+        results.append(_timed("triton", request.triton, lambda: _export_triton(request, checkpoint)))
     return results
 
 
@@ -447,6 +477,16 @@ def _export_onnx(request: Request, checkpoint: Checkpoint, options: ExportOption
     return exported.bytes
 
 
+def _export_triton(request: Request, checkpoint: Checkpoint) -> int:
+    from ..export.triton import export_triton
+
+    assert request.triton is not None
+    options = replace(_onnx_options(request, checkpoint), safetensors=False, adapters={})
+    with progress_bar(4 * checkpoint.parameters) as advance:
+        exported = export_triton(checkpoint, request.triton, options, force=request.force, progress=advance, warn=_warn)
+    return exported.bytes
+
+
 # ---------------------------------------------------------------------------------------------- verify and publish
 
 
@@ -462,6 +502,10 @@ def _verify(request: Request, checkpoint: Checkpoint, results: list[dict[str, An
         if result["format"] == "onnx":
             # An upload includes the models that were in the directory already.
             precisions = tuple(models_in(Path(path))) if request.push else request.names
+        elif result["format"] == "triton":
+            from ..export.triton import MODEL
+
+            path = os.path.join(path, MODEL)
         for precision in precisions:
             reports.append(verify_export(checkpoint, path, precision=precision))
             if result["format"] == "onnx":
