@@ -25,7 +25,7 @@ from converters.spec import projections
 from converters.tensors import F32
 from gpt2x import ExportOptions, OnnxDecoder, contract, export_onnx
 from gpt2x.export.client_files import metadata
-from gpt2x.export.onnx_graph import to_onnx
+from gpt2x.export.onnx_graph import Target, to_onnx
 from gpt2x.precisions import PRECISIONS
 
 PROMPT, NEW, RANK = 128, 48, 16
@@ -49,7 +49,7 @@ def write_models(folder: Path, precision: str, cache: str) -> None:
     with tempfile.TemporaryDirectory() as scratch, new_file(Path(scratch, "weights")) as out:
         stored = chosen.store(out, model, options.block, None)
     facts = metadata(model, {}, chosen, options, names)
-    graph = to_onnx(model.config, chosen, stored, facts, cache=cache, lora=names)
+    graph = to_onnx(model.config, chosen, stored, facts, Target(cache=cache), lora=names)
     (folder / "onnx" / "with_inputs.onnx").write_bytes(graph.SerializeToString())
     with new_file(folder / "onnx" / f"random{contract.ADAPTER_SUFFIX}") as out:
         write_onnx_adapter(out, random_adapter(model.config, names))

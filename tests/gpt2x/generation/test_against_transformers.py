@@ -112,8 +112,14 @@ def test_greedy_tokens_are_those_of_transformers(ours, theirs, controls, end):
     assert our_tokens(ours, PROMPTS, 20, controls, end) == expected
 
 
-@pytest.mark.parametrize("beams", BEAMS, ids=str)
-@pytest.mark.parametrize(("controls", "end"), list(product(CONTROLS, ENDS)), ids=str)
+# Each search with half of the controls; every one with all of them among the slow tests.
+SEARCHES = [
+    pytest.param(controls, end, beams, marks=[pytest.mark.slow] if number % 2 else [])
+    for number, (controls, end, beams) in enumerate(product(CONTROLS, ENDS, BEAMS))
+]
+
+
+@pytest.mark.parametrize(("controls", "end", "beams"), SEARCHES, ids=str)
 def test_beams_are_those_of_transformers(ours, theirs, controls, beams, end):
     expected = their_tokens(theirs, PROMPTS, 15, {**controls, **beams}, end)
     assert our_tokens(ours, PROMPTS, 15, {**controls, **beams}, end) == expected

@@ -71,11 +71,12 @@ def test_greedy_tokens_are_those_of_plain_decoding_in_every_precision_and_cache(
 ):
     decoder = OnnxDecoder(exported / cache, precision=precision)
     draft = Draft(OnnxDecoder(exported / "inplace", precision="int4"))
-    for guesses, prompt in itertools.product((PromptLookup(), draft), prompts):
+    for prompt in prompts[: 3 if precision == "fp32" else 2]:
         expected = continued(decoder, prompt, 60)
-        found = continued(decoder, prompt, 60, guesses=guesses)
-        assert found[:2] == expected[:2]
-        assert found[2].right > 0
+        for guesses in (PromptLookup(), draft):
+            found = continued(decoder, prompt, 60, guesses=guesses)
+            assert found[:2] == expected[:2]
+            assert found[2].right > 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -302,7 +303,7 @@ def exact_distribution(decoder, sampling, length):
     ],
 )
 def test_samples_have_the_exact_distribution(guesses, controls, eager):
-    decoder, n = Markov(0), 3000
+    decoder, n = Markov(0), 1000
     sampling = Sampling(**controls)
     expected = exact_distribution(decoder, sampling, 3)
     assert sum(expected.values()) == pytest.approx(1)

@@ -605,6 +605,7 @@ def test_weights_beside_an_onnx_model_that_cannot_be_its_own_are_said(gpt2x, tmp
     assert result.stdout.endswith("DIFFERENT: weights beside.\n")
 
 
+@pytest.mark.slow
 def test_the_weights_of_two_onnx_files_are_compared(gpt2x, shakespeare, tmp_path):
     shutil.copytree(shakespeare, tmp_path / "m")
     path = tmp_path / "m/onnx/model.onnx_data"
