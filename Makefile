@@ -17,7 +17,7 @@ test: $(VENV)/.ready check ## set up, then lint, type-check and test; with COVER
 	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 test-slow: $(VENV)/.ready ## the tests that prove more than a change needs
-	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py --ignore=tests/peers/test_task_clients.py
+	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py --ignore=tests/peers/test_task_clients.py --ignore=tests/peers/test_task_clients.py
 
 test-processors: $(VENV)/.ready $(VENV)-processors/.ready ## gpt2x on emulated processors: x86-64 without VNNI, and two of ARM
 	$(BIN)/python -m pytest -rs tests/processors
