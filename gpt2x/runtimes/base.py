@@ -87,6 +87,10 @@ class Decoder(Protocol):
         """The outputs besides the logits and the cache for rows of tokens (B, T) without padding, by their names."""
         return {}
 
+    def extend(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> Any:
+        """As ``step``, but returns the cache only: for tokens that are context for others."""
+        return self.step(input_ids, attention_mask, position_ids, cache)[1]
+
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """A cache whose rows are the given rows (N,) of another, which is not used any more.
 

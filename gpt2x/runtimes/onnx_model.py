@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 MAX_THREADS = 1024
 MAX_MESSAGE = 2000  # characters of an error message of ONNX Runtime
 MAX_BLOCK = 1 << 16
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a model in memory
 EXACT = "session.x64quantprecision"  # exact products of uint8 and int8, where the default ones saturate
 # An ONNX model: y = MatMulInteger(a, b); a is uint8 (1, 2), b int8 (2, 1), both 127.
 PRODUCT = bytes.fromhex(
@@ -321,12 +322,30 @@ def open_session(path: Path, metadata: Mapping[str, str], settings: SessionSetti
     precision = _precision_of(metadata)
     if precision is not None and precision.keeps_source:
         _check_weights(path)
+    return _load(str(path), path, _session_options(metadata, settings), metadata, settings)
+
+
+def session_of_bytes(
+    model: bytes, path: Path, metadata: Mapping[str, str], settings: SessionSettings
+) -> ort.InferenceSession:
+    """As ``open_session``, for a changed model of a file, whose weights are still beside that file.
+
+    Raises:
+        FormatError: if it cannot be loaded.
+    """
     options = _session_options(metadata, settings)
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
+    return _load(model, path, options, metadata, settings)
+
+
+def _load(
+    model: str | bytes, path: Path, options: ort.SessionOptions, metadata: Mapping[str, str], settings: SessionSettings
+) -> ort.InferenceSession:
     environment = _without_tiles() if metadata.get(contract.CACHE) == "inplace" else nullcontext()
     providers = list(settings.providers)
     try:
         with environment:
-            return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+            return ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}") from None
 

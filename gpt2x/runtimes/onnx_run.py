@@ -102,7 +102,7 @@ class GrowingRun:
         self.adapter.bind(binding)
         logits = _bind_logits(binding, self.model, B, T)  # the last output
         self.model.run(binding, None)
-        return logits, GrownCache(binding.get_outputs()[:-1], self.adapter.name)
+        return logits, GrownCache(binding.get_outputs()[: len(past)], self.adapter.name)
 
     def reorder(self, cache: GrownCache, rows: Ids) -> GrownCache:
         """As ``Decoder.reorder``."""
@@ -378,7 +378,8 @@ def bind_cache(binding: Any, model: OnnxModel, buffers: Sequence[NDArray[Any]]) 
 
 def _bind_logits(binding: Any, model: OnnxModel, B: int, T: int) -> Logits:
     logits: Logits = np.empty((B, 1 if model.last_only else T, model.config.n_vocab), np.float32)
-    _bind_output(binding, "logits", logits)
+    if "logits" in model.outputs:  # else it only fills a cache
+        _bind_output(binding, "logits", logits)
     return logits
 
 

@@ -93,10 +93,10 @@ def _score_batch(decoder: Decoder, batch: list[Span], alternatives: int) -> list
     unscored = min(span.first for span in batch) - 1
     size = max(16, min(PIECE, LOGITS // (4 * len(batch) * decoder.n_vocab)))
     for start, end in [*_pieces(0, unscored, size), *_pieces(unscored, width, size)]:
-        run = decoder.run if end > unscored else decoder.step  # a step returns fewer logits
-        logits, cache = run(ids[:, start:end], None, positions[:, start:end], cache)
         if end <= unscored:
+            cache = decoder.extend(ids[:, start:end], None, positions[:, start:end], cache)
             continue
+        logits, cache = decoder.run(ids[:, start:end], None, positions[:, start:end], cache)
         for row, span in enumerate(batch):
             # The logits at position p are those of the token at p + 1.
             first = max(span.first - 1, start)
