@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .source import PRECISION
+from .source import RunPrecision
 
 if TYPE_CHECKING:
     import socket
@@ -38,7 +38,11 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for a free port.")
 @click.option(
-    "--precision", "precisions", type=PRECISION, multiple=True, help="ONNX model to serve (repeatable; default: fp32)."
+    "--precision",
+    "precisions",
+    type=RunPrecision(),
+    multiple=True,
+    help="ONNX model to serve, or a pair such as w8a8+int4 (repeatable; default: fp32).",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model (default: the directory's name).")
 @click.option("--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts at once.")
@@ -72,7 +76,7 @@ def serve(
       gpt2x serve gpt2=gpt2-onnx/ tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ --precision fp32 --precision w8a8
 
-    DIR can be NAME=DIR. It needs pip install 'gpt2x[serve]', and no torch.
+    DIR can be NAME=DIR. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
     """
     from ..serving.app import Server
     from ..serving.http import is_loopback, listen

@@ -366,5 +366,6 @@ def _model_json(model: ServedModel) -> dict[str, Any]:
         "owned_by": "gpt2x",
         "max_model_len": model.context,
         "precision": model.engine.decoder.precision,
+        "adapter": model.engine.decoder.adapter,
         "chat": model.chat is not None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,11 +65,16 @@ class Models:
     """All models of a server. The first is used where a request names none.
 
     A name with a colon, such as ``gpt2:adapter``, is a name like any other: an adapter is served as a model.
+
+    Args:
+        models: all of them; their names differ.
+        resources: is closed at the end.
     """
 
-    def __init__(self, models: list[ServedModel]) -> None:
+    def __init__(self, models: list[ServedModel], resources: ExitStack) -> None:
         self._models = {model.name: model for model in models}
         self._default = models[0]
+        self._resources = resources
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
@@ -97,6 +103,5 @@ class Models:
         return all(model.engine.ready for model in self)
 
     def close(self) -> None:
-        """Close every engine."""
-        for model in self:
-            model.engine.close()
+        """Close every engine, and then the decoders, whose memory several of them may share."""
+        self._resources.close()

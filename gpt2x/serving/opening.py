@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters import ConversionError
@@ -24,7 +25,7 @@ from .models import Models, ServedModel
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Wanted:
     Attributes:
         name: what clients call it.
         folder: a directory that ``gpt2x export --onnx --cache inplace`` wrote.
-        precision: which of its models; None for fp32, or the only one.
+        precision: which of its models, or a pair such as ``w8a8+int4``; None for fp32, or the only one.
     """
 
     name: str
@@ -80,35 +81,51 @@ def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str |
             found.append(Wanted(whole, folder, precision))
     for one in found:
         if not NAME.fullmatch(one.name):
-            raise ValueError(f"{one.name[:60]!r} is no valid name of a model: use letters, digits, and . _ : / -")
-    names = [one.name for one in found]
-    for one_name in names:
-        if names.count(one_name) > 1:
-            raise ValueError(f"two models are called {one_name}: write NAME=DIR")
+            raise ValueError(f"{one.name[:60]!r} is no valid name of a model: use letters, digits, and . _ : / + -")
+    _check_differ([one.name for one in found])
     return found
 
 
+def _check_differ(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two models are called {name}: write NAME=DIR")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A decoder that gets an engine: a model, or a model with one of its adapters."""
+
+    name: str
+    folder: Path
+    decoder: OnnxDecoder
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+
+
 def open_models(wanted: Sequence[Wanted], options: EngineOptions, metrics: Metrics) -> Models:
-    """Open every model, with an engine for each.
+    """Open every model, with an engine for it and for each of its adapters.
 
     Raises:
-        ConversionError: if one cannot be opened, or the budget does not hold a sequence of it.
-        InputError: if the cache of one grows.
+        ConversionError: if one cannot be opened, two have one name, or the budget does not hold a sequence of each.
         MemoryError: if there is no memory for a cache.
     """
     budget = machine_memory() // 2 if options.cache_memory is None else options.cache_memory
-    opened: list[ServedModel] = []
-    try:
+    with ExitStack() as resources:
+        opened: list[_Opened] = []
         for one in wanted:
-            opened.append(_open(one, options, budget // len(wanted), metrics))
-    except BaseException:
-        for model in opened:
-            model.engine.close()
-        raise
-    return Models(opened)
+            opened += _open(one, options.threads, resources)
+        try:
+            _check_differ([one.name for one in opened])
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+        share = budget // len(opened)
+        models = [_with_engine(one, options, share, metrics, resources) for one in opened]
+        return Models(models, resources.pop_all())
 
 
-def _open(wanted: Wanted, options: EngineOptions, budget: int, metrics: Metrics) -> ServedModel:
+def _open(wanted: Wanted, threads: int | None, resources: ExitStack) -> list[_Opened]:
+    """A model, and the same with each of the adapters beside it, called ``MODEL:ADAPTER``. They share its memory."""
     folder = wanted.folder
     if not folder.is_dir() or not has_onnx(folder):
         raise ConversionError(
@@ -116,15 +133,27 @@ def _open(wanted: Wanted, options: EngineOptions, budget: int, metrics: Metrics)
         )
     tokenizer = Tokenizer.from_pretrained(folder)
     chat = ChatTemplate.beside(folder)
-    decoder = OnnxDecoder(folder, precision=wanted.precision, threads=options.threads)
+    decoder = resources.enter_context(OnnxDecoder(folder, precision=wanted.precision, threads=threads))
+    base = _Opened(wanted.name, folder, decoder, tokenizer, chat)
+    found = [base]
+    for adapter in decoder.adapters:
+        found.append(replace(base, name=f"{wanted.name}:{adapter}", decoder=decoder.with_adapter(adapter)))
+    return found
+
+
+def _with_engine(
+    opened: _Opened, options: EngineOptions, budget: int, metrics: Metrics, resources: ExitStack
+) -> ServedModel:
+    decoder, tokenizer = opened.decoder, opened.tokenizer
     try:
         plan = plan_memory(decoder, options.max_batch_size, options.max_context, budget)
     except InputError as error:
         raise ConversionError(str(error)) from None
-    log.info("%s: %d sequences of %d tokens", wanted.name, plan.rows, plan.context)
-    observer = EngineMetrics(metrics, wanted.name, plan.rows * plan.context)
+    log.info("%s: %d sequences of %d tokens", opened.name, plan.rows, plan.context)
+    observer = EngineMetrics(metrics, opened.name, plan.rows * plan.context)
     engine = Engine(decoder, tokenizer, plan, options.max_queue, observer)
-    return ServedModel(wanted.name, engine, tokenizer, _end_tokens(folder, decoder, tokenizer), chat)
+    resources.callback(engine.close)
+    return ServedModel(opened.name, engine, tokenizer, _end_tokens(opened.folder, decoder, tokenizer), opened.chat)
 
 
 def _end_tokens(folder: Path, decoder: OnnxDecoder, tokenizer: Tokenizer) -> tuple[int, ...]:
