@@ -69,12 +69,14 @@ def serve(
     key_file: str | None, hosts: tuple[str, ...], max_body: int, max_connections: int, header_timeout: float,
     body_timeout: float, generation_timeout: float, drain_timeout: float,
 ) -> None:  # fmt: skip
-    """Serve each DIR, which gpt2x export --onnx --cache inplace wrote, with OpenAI's interface.
+    """Serve each DIR, which gpt2x export --onnx wrote, with OpenAI's interface: text of an export with --cache inplace, and
+    embeddings of one with --task feature-extraction.
 
     \b
       gpt2x serve gpt2-onnx/ --port 8000
       gpt2x serve gpt2=gpt2-onnx/ tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ --precision fp32 --precision w8a8
+      gpt2x serve gpt2-onnx/ embed=gpt2-embeddings-onnx/
 
     DIR can be NAME=DIR. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
     """
@@ -143,12 +145,16 @@ def _allowed_hosts(given: tuple[str, ...], local: bool) -> frozenset[str] | None
 
 def _announce(models: Models, listener: socket.socket) -> None:
     from ..serving.http import address_of
+    from ..serving.models import TextModel
 
     for model in models:
+        if not isinstance(model, TextModel):
+            click.echo(f"{model.name}: {model.precision}, embeddings of texts of up to {model.context} tokens")
+            continue
         plan = model.engine.plan
         megabytes = (plan.rows * plan.row_bytes + plan.prefix_bytes) / 1e6
         click.echo(
-            f"{model.name}: {model.engine.decoder.precision}, {plan.rows} texts of {plan.context} tokens at once, "
+            f"{model.name}: {model.precision}, {plan.rows} texts of {plan.context} tokens at once, "
             f"up to {megabytes:.0f} MB of cache"
         )
     click.echo(f"Listening on {address_of(listener)}")

@@ -97,15 +97,16 @@ def test_an_engine_that_is_closed_leaves_those_that_share_its_model_open(folder,
     opened = open_models([Wanted("gpt2", folder, "fp32")], OPTIONS, Metrics())
     try:
         for closed, left in (("gpt2", "gpt2:one"), ("gpt2:two", "gpt2:one")):
-            opened.find(closed).engine.close()
+            opened.text_model(closed).engine.close()
             with in_thread(opened) as server:
                 assert text_of(server, left) == expected_text(folder, tokenizer, "one")
     finally:
         opened.close()
     opened.close()
-    for model in opened:
-        assert not model.engine.alive
-        assert model.engine.decoder._model.session is None
+    for name in NAMES:
+        engine = opened.text_model(name).engine
+        assert not engine.alive
+        assert engine.decoder._model.session is None
 
 
 def test_what_was_opened_is_closed_if_two_models_get_one_name_or_the_budget_is_too_small(folder, monkeypatch):
