@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .source import PRECISION
+from .source import RunPrecision
 
 if TYPE_CHECKING:
     import socket
@@ -38,7 +38,11 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for a free port.")
 @click.option(
-    "--precision", "precisions", type=PRECISION, multiple=True, help="ONNX model to serve (repeatable; default: fp32)."
+    "--precision",
+    "precisions",
+    type=RunPrecision(),
+    multiple=True,
+    help="ONNX model to serve, or a pair such as w8a8+int4 (repeatable; default: fp32).",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model (default: the directory's name).")
 @click.option("--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts at once.")
@@ -65,14 +69,16 @@ def serve(
     key_file: str | None, hosts: tuple[str, ...], max_body: int, max_connections: int, header_timeout: float,
     body_timeout: float, generation_timeout: float, drain_timeout: float,
 ) -> None:  # fmt: skip
-    """Serve each DIR, which gpt2x export --onnx --cache inplace wrote, with OpenAI's interface.
+    """Serve each DIR, which gpt2x export --onnx wrote, with OpenAI's interface: text of an export with --cache inplace, and
+    embeddings of one with --task feature-extraction.
 
     \b
       gpt2x serve gpt2-onnx/ --port 8000
       gpt2x serve gpt2=gpt2-onnx/ tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ --precision fp32 --precision w8a8
+      gpt2x serve gpt2-onnx/ embed=gpt2-embeddings-onnx/
 
-    DIR can be NAME=DIR. It needs pip install 'gpt2x[serve]', and no torch.
+    DIR can be NAME=DIR. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
     """
     from ..serving.app import Server
     from ..serving.http import is_loopback, listen
@@ -139,12 +145,16 @@ def _allowed_hosts(given: tuple[str, ...], local: bool) -> frozenset[str] | None
 
 def _announce(models: Models, listener: socket.socket) -> None:
     from ..serving.http import address_of
+    from ..serving.models import TextModel
 
     for model in models:
+        if not isinstance(model, TextModel):
+            click.echo(f"{model.name}: {model.precision}, embeddings of texts of up to {model.context} tokens")
+            continue
         plan = model.engine.plan
         megabytes = (plan.rows * plan.row_bytes + plan.prefix_bytes) / 1e6
         click.echo(
-            f"{model.name}: {model.engine.decoder.precision}, {plan.rows} texts of {plan.context} tokens at once, "
+            f"{model.name}: {model.precision}, {plan.rows} texts of {plan.context} tokens at once, "
             f"up to {megabytes:.0f} MB of cache"
         )
     click.echo(f"Listening on {address_of(listener)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -12,6 +12,15 @@ from .sampling import Sampling
 
 Finish = Literal["stop", "length", "context"]
 """Why a text ended: an end token or a stop string, the limit of new tokens, or the end of the model's context."""
+
+
+class HasVocabulary(Protocol):
+    """A model that takes the tokens of a vocabulary."""
+
+    @property
+    def n_vocab(self) -> int:
+        """The size of the vocabulary."""
+        ...
 
 
 def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
@@ -28,17 +37,17 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
         check_vocabulary(decoder, prompt)
 
 
-def check_vocabulary(decoder: Decoder, tokens: Sequence[int] | Ids) -> None:
+def check_vocabulary(model: HasVocabulary, tokens: Sequence[int] | Ids) -> None:
     """Refuse tokens of another vocabulary.
 
     Raises:
         PromptError: with the first of them.
     """
     ids = np.asarray(tokens)
-    wrong = ids[(ids < 0) | (ids >= decoder.n_vocab)]
+    wrong = ids[(ids < 0) | (ids >= model.n_vocab)]
     if len(wrong):
         raise PromptError(
-            f"token id {wrong[0]} is outside the model's vocabulary of {decoder.n_vocab}: does the tokenizer belong to "
+            f"token id {wrong[0]} is outside the model's vocabulary of {model.n_vocab}: does the tokenizer belong to "
             "another model?"
         )
 

@@ -294,7 +294,9 @@ class OnnxDecoder(Decoder):
         )
 
     def close(self) -> None:
-        """Free the model's memory. The decoder cannot be used after that; closing it twice does nothing."""
+        """Free the model's memory. Neither the decoder nor those of ``with_adapter``, which share it, can be used after that;
+        closing one of them again does nothing.
+        """
         self._model.session = None
         if self._prompts:
             self._prompts.session = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..scoring.logits import TokenScores
+from .embedder import Vectors
 from .requests import Event, PromptRead, ScoredToken, TextEnd, TextPiece
 from .token_text import TokenTexts
 from .translate import Prepared
@@ -203,6 +205,26 @@ class ChatAnswer(Answer):
             "logprob": log_probability,
             "bytes": list(self.names.raw(token)),
         }
+
+
+def embeddings_json(model: str, vectors: Vectors, tokens: int, as_base64: bool) -> Json:
+    """The answer to a request for embeddings.
+
+    Args:
+        model: its name.
+        vectors: (n, C).
+        tokens: of all inputs.
+        as_base64: return the bytes of little-endian float32 numbers, not a list.
+    """
+    values: list[Any] = vectors.tolist()
+    if as_base64:
+        values = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(values)],
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
 
 
 class _Legacy:

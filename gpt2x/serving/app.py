@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any
@@ -22,10 +23,11 @@ from ..generation.prompts import check_vocabulary
 from ..runtimes.base import PromptError
 from . import openapi
 from .access import check_host, check_key, read_body
-from .answers import Answer, ChatAnswer
+from .answers import Answer, ChatAnswer, embeddings_json
+from .embedder import Vectors
 from .faults import ServingError
 from .metrics import Metrics
-from .models import Models, ServedModel
+from .models import Models, ServedModel, TextModel
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -38,7 +40,7 @@ from .protocol import (
 from .requests import Event
 from .running import Running, until_gone
 from .settings import Settings
-from .translate import Prepared, prepare_chat, prepare_completion, tokens_of
+from .translate import Prepared, prepare_chat, prepare_completion, prepare_embeddings, tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -171,13 +173,13 @@ class Server:
     async def completions(self, request: Request) -> Response:
         """``/v1/completions``."""
         body = await self._parse(request, CompletionRequest)
-        prepared = await run_in_threadpool(prepare_completion, body, self.models.find(body.model))
+        prepared = await run_in_threadpool(prepare_completion, body, self.models.text_model(body.model))
         return await self._generate(request, prepared, Answer(prepared))
 
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         body = await self._parse(request, ChatRequest)
-        prepared = await run_in_threadpool(prepare_chat, body, self.models.find(body.model))
+        prepared = await run_in_threadpool(prepare_chat, body, self.models.text_model(body.model))
         return await self._generate(request, prepared, ChatAnswer(prepared))
 
     async def _generate(self, request: Request, prepared: Prepared, answer: Answer) -> Response:
@@ -204,10 +206,14 @@ class Server:
     async def embeddings(self, request: Request) -> Response:
         """``/v1/embeddings``."""
         body = await self._parse(request, EmbeddingRequest)
-        model = self.models.find(body.model)
-        raise ServingError(
-            "not_exported", f"{model.name} has no model for embeddings in its directory: it was not exported", "model"
-        )
+        model = self.models.embedding_model(body.model)
+        inputs = await run_in_threadpool(prepare_embeddings, body, model)
+        deadline = time.monotonic() + self.settings.generation_timeout
+        result = model.embedder.submit(inputs, body.pooling or "mean", deadline)
+        vectors = await _unless_gone(request, asyncio.wrap_future(result))
+        if vectors is None:
+            return Response(status_code=400)  # nobody reads it
+        return await run_in_threadpool(_embeddings_response, body, model.name, vectors, sum(map(len, inputs)))
 
     # ------------------------------------------------------------------------------------------------------- the rest
 
@@ -231,7 +237,7 @@ class Server:
         body = await self._parse(request, DetokenizeRequest)
         model = self.models.find(body.model)
         try:
-            check_vocabulary(model.engine.decoder, body.tokens)
+            check_vocabulary(model, body.tokens)
         except PromptError as error:
             raise ServingError("invalid_value", str(error), "tokens") from None
         text = await run_in_threadpool(model.tokenizer.decode, body.tokens)
@@ -358,13 +364,21 @@ async def _chain(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Even
         yield event
 
 
+def _embeddings_response(body: EmbeddingRequest, model: str, vectors: Vectors, tokens: int) -> Response:
+    return JSONResponse(embeddings_json(model, vectors, tokens, body.encoding_format == "base64"))
+
+
 def _model_json(model: ServedModel) -> dict[str, Any]:
-    return {
+    found = {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "gpt2x",
         "max_model_len": model.context,
-        "precision": model.engine.decoder.precision,
-        "chat": model.chat is not None,
+        "precision": model.precision,
+        "task": model.task,
     }
+    if isinstance(model, TextModel):
+        found["adapter"] = model.engine.decoder.adapter
+        found["chat"] = model.chat is not None
+    return found

@@ -86,7 +86,7 @@ class Engine:
     do not wait for a long prompt, only for a piece of it.
 
     Args:
-        decoder: the model. Its cache must stay in place.
+        decoder: the model. Its cache must stay in place. ``close`` leaves it open, as others may share its memory.
         tokenizer: its tokenizer.
         plan: sequences and memory.
         max_queue: texts that wait, at most.
@@ -199,14 +199,13 @@ class Engine:
             self._wake.notify()
 
     def close(self) -> None:
-        """End every job, the thread, and the model."""
+        """End every job and the thread, and free the cache."""
         with self._wake:
             self._stopped = True
             self._draining = True
             self._wake.notify()
         self._thread.join()
         self._batch.close()
-        self.decoder.close()
 
     # ------------------------------------------------------------------------------------------------- in its thread
 

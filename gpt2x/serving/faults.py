@@ -39,7 +39,7 @@ FAULTS = {
         400, INVALID, "OpenAI has the field or the combination, and this server or model does not.", "Leave it out."
     ),
     "context_length_exceeded": Fault(
-        400, INVALID, "The prompt and `max_tokens` together exceed the context.", "Shorten one of them."
+        400, INVALID, "The prompt and `max_tokens` together, or an input, exceed the context.", "Shorten one of them."
     ),
     "no_token_left": Fault(400, INVALID, "The controls rule out every token.", "Loosen the controls."),
     "no_chat_template": Fault(
@@ -56,7 +56,9 @@ FAULTS = {
         "`--allowed-host NAME`, or an API key.",
     ),
     "model_not_found": Fault(404, INVALID, "There is no such model.", "`/v1/models` lists the models."),
-    "not_exported": Fault(404, INVALID, "The directory has no model for embeddings.", "Export one."),
+    "not_exported": Fault(
+        404, INVALID, "The model was exported for another task.", "Name another model, or `gpt2x export --task TASK`."
+    ),
     "not_found": Fault(404, INVALID, "There is no such path.", "`/openapi.json` lists the paths."),
     "method_not_allowed": Fault(405, INVALID, "The path has another method.", "`/openapi.json` lists the methods."),
     "request_timeout": Fault(408, INVALID, "The headers or the body did not arrive in time.", "Send them faster."),
@@ -79,7 +81,7 @@ FAULTS = {
         "Send it to another server.",
     ),
     "generation_timeout": Fault(
-        504, SERVER, "The texts were not complete in time.", "Lower `max_tokens`, or raise `--generation-timeout`."
+        504, SERVER, "The answer was not complete in time.", "Lower `max_tokens`, or raise `--generation-timeout`."
     ),
 }  # fmt: skip
 

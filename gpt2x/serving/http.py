@@ -175,15 +175,15 @@ class DrainingServer(uvicorn.Server):
 
     def _begin_drain(self) -> None:
         for model in self._server.models:
-            model.engine.drain()
+            model.worker.drain()
         assert self._loop
         self._loop.call_later(self._server.settings.drain_timeout, self._end_drain)
         log.info("draining for at most %g seconds", self._server.settings.drain_timeout)
 
     def _end_drain(self) -> None:
-        error = ServingError("shutting_down", "the server ended before the text was complete")
+        error = ServingError("shutting_down", "the server ended before the answer was complete")
         for model in self._server.models:
-            model.engine.abort(error)
+            model.worker.abort(error)
 
 
 def uvicorn_of(server: Server) -> DrainingServer:

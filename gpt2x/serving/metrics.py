@@ -56,10 +56,10 @@ class EngineMetrics(Observer):
     Args:
         metrics: where they are.
         model: its name.
-        cache_tokens: tokens that its cache holds.
+        cache_tokens: tokens that its cache holds, if it has one.
     """
 
-    def __init__(self, metrics: Metrics, model: str, cache_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, model: str, cache_tokens: int = 1) -> None:
         self._capacity = cache_tokens
         self._queue = metrics.queue.labels(model)
         self._running = metrics.running.labels(model)

@@ -36,7 +36,7 @@ class Path:
 PATHS = (
     Path("/v1/completions", "POST", "Continue prompts.", CompletionRequest, needs_key=True),
     Path("/v1/chat/completions", "POST", "Continue a conversation.", ChatRequest, needs_key=True),
-    Path("/v1/embeddings", "POST", "Embeddings of texts, where they were exported.", EmbeddingRequest, needs_key=True),
+    Path("/v1/embeddings", "POST", "Embeddings of texts, by a model for them.", EmbeddingRequest, needs_key=True),
     Path("/v1/models", "GET", "The models.", needs_key=True),
     Path("/v1/models/{model}", "GET", "One model.", needs_key=True),
     Path("/tokenize", "POST", "The tokens of a text.", TokenizeRequest, needs_key=True),

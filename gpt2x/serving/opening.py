@@ -5,26 +5,33 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters import ConversionError
+from converters.containers.onnx import read_metadata
 
+from .. import contract
 from ..contract import has_onnx
 from ..generation.config import controls_beside
 from ..generation.generate import end_token_of
 from ..runtimes.base import InputError
-from ..runtimes.onnxruntime import OnnxDecoder
+from ..runtimes.onnx_model import find_model
+from ..runtimes.onnx_task import OnnxTask
+from ..runtimes.onnxruntime import OnnxDecoder, phases
+from ..tasks import GENERATION
 from ..tokenizer import Tokenizer
 from .chat import ChatTemplate
+from .embedder import Embedder
 from .engine import Engine
 from .memory_plan import machine_memory, plan_memory
 from .metrics import EngineMetrics, Metrics
-from .models import Models, ServedModel
+from .models import EMBEDDINGS, EmbeddingModel, Models, ServedModel, TextModel
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class Wanted:
 
     Attributes:
         name: what clients call it.
-        folder: a directory that ``gpt2x export --onnx --cache inplace`` wrote.
-        precision: which of its models; None for fp32, or the only one.
+        folder: a directory that ``gpt2x export --onnx`` wrote, with ``--cache inplace`` or for feature extraction.
+        precision: which of its models, or a pair such as ``w8a8+int4``; None for fp32, or the only one.
     """
 
     name: str
@@ -44,7 +51,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What every engine gets.
+    """What every model gets.
 
     Attributes:
         max_batch_size: sequences of a model that run at once, if memory allows.
@@ -80,51 +87,103 @@ def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str |
             found.append(Wanted(whole, folder, precision))
     for one in found:
         if not NAME.fullmatch(one.name):
-            raise ValueError(f"{one.name[:60]!r} is no valid name of a model: use letters, digits, and . _ : / -")
-    names = [one.name for one in found]
-    for one_name in names:
-        if names.count(one_name) > 1:
-            raise ValueError(f"two models are called {one_name}: write NAME=DIR")
+            raise ValueError(f"{one.name[:60]!r} is no valid name of a model: use letters, digits, and . _ : / + -")
+    _check_differ([one.name for one in found])
     return found
 
 
+def _check_differ(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two models are called {name}: write NAME=DIR")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model in memory that is not served yet. A decoder can have an adapter."""
+
+    name: str
+    folder: Path
+    model: OnnxDecoder | OnnxTask
+    tokenizer: Tokenizer
+
+
 def open_models(wanted: Sequence[Wanted], options: EngineOptions, metrics: Metrics) -> Models:
-    """Open every model, with an engine for each.
+    """Open every model, with an engine for it and for each of its adapters.
 
     Raises:
-        ConversionError: if one cannot be opened, or the budget does not hold a sequence of it.
-        InputError: if the cache of one grows.
+        ConversionError: if one cannot be opened, two have one name, or the budget does not hold a sequence of each.
         MemoryError: if there is no memory for a cache.
     """
     budget = machine_memory() // 2 if options.cache_memory is None else options.cache_memory
-    opened: list[ServedModel] = []
-    try:
+    with ExitStack() as resources:
+        opened: list[_Opened] = []
         for one in wanted:
-            opened.append(_open(one, options, budget // len(wanted), metrics))
-    except BaseException:
-        for model in opened:
-            model.engine.close()
-        raise
-    return Models(opened)
+            opened += _open(one, options.threads, resources)
+        try:
+            _check_differ([one.name for one in opened])
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+        caches = [one for one in opened if isinstance(one.model, OnnxDecoder)]
+        share = budget // max(1, len(caches))
+        models = [_serve(one, options, share, metrics, resources) for one in opened]
+        return Models(models, resources.pop_all())
 
 
-def _open(wanted: Wanted, options: EngineOptions, budget: int, metrics: Metrics) -> ServedModel:
-    folder = wanted.folder
+def _open(wanted: Wanted, threads: int | None, resources: ExitStack) -> list[_Opened]:
+    """A model, and the same with each of the adapters beside it, called ``MODEL:ADAPTER``. They share its memory."""
+    folder, name = wanted.folder, wanted.name
     if not folder.is_dir() or not has_onnx(folder):
         raise ConversionError(
             f"{folder}: not a directory with an ONNX model: gpt2x export MODEL --onnx {folder} --cache inplace"
         )
+    task = _task_of(wanted)
+    if task not in (GENERATION, EMBEDDINGS):
+        raise ConversionError(f"{folder}: a model for {task[:50]}; {GENERATION} and {EMBEDDINGS} can be served")
     tokenizer = Tokenizer.from_pretrained(folder)
-    chat = ChatTemplate.beside(folder)
-    decoder = OnnxDecoder(folder, precision=wanted.precision, threads=options.threads)
+    if task == EMBEDDINGS:
+        return [_Opened(name, folder, OnnxTask(folder, precision=wanted.precision, threads=threads), tokenizer)]
+    decoder = resources.enter_context(OnnxDecoder(folder, precision=wanted.precision, threads=threads))
+    found = [_Opened(name, folder, decoder, tokenizer)]
+    for adapter in decoder.adapters:
+        found.append(_Opened(f"{name}:{adapter}", folder, decoder.with_adapter(adapter), tokenizer))
+    return found
+
+
+def _task_of(wanted: Wanted) -> str:
+    """What a model was exported for, by its metadata."""
+    _, precision = phases(wanted.precision, None, None)
+    return read_metadata(find_model(wanted.folder, precision)).get(contract.TASK, GENERATION)
+
+
+def _serve(opened: _Opened, options: EngineOptions, budget: int, metrics: Metrics, resources: ExitStack) -> ServedModel:
+    if isinstance(opened.model, OnnxDecoder):
+        return _with_engine(opened, opened.model, options, budget, metrics, resources)
+    observer = EngineMetrics(metrics, opened.name)
+    embedder = Embedder(opened.model, options.max_batch_size, options.max_queue, observer)
+    resources.callback(embedder.close)
+    return EmbeddingModel(opened.name, opened.tokenizer, embedder, options.max_context)
+
+
+def _with_engine(
+    opened: _Opened,
+    decoder: OnnxDecoder,
+    options: EngineOptions,
+    budget: int,
+    metrics: Metrics,
+    resources: ExitStack,
+) -> TextModel:
+    tokenizer, folder = opened.tokenizer, opened.folder
     try:
         plan = plan_memory(decoder, options.max_batch_size, options.max_context, budget)
     except InputError as error:
         raise ConversionError(str(error)) from None
-    log.info("%s: %d sequences of %d tokens", wanted.name, plan.rows, plan.context)
-    observer = EngineMetrics(metrics, wanted.name, plan.rows * plan.context)
+    log.info("%s: %d sequences of %d tokens", opened.name, plan.rows, plan.context)
+    observer = EngineMetrics(metrics, opened.name, plan.rows * plan.context)
     engine = Engine(decoder, tokenizer, plan, options.max_queue, observer)
-    return ServedModel(wanted.name, engine, tokenizer, _end_tokens(folder, decoder, tokenizer), chat)
+    resources.callback(engine.close)
+    end_tokens = _end_tokens(folder, decoder, tokenizer)
+    return TextModel(opened.name, tokenizer, engine, end_tokens, ChatTemplate.beside(folder))
 
 
 def _end_tokens(folder: Path, decoder: OnnxDecoder, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .faults import ServingError
 from .settings import (
     MAX_BIASES,
+    MAX_INPUTS,
     MAX_LOGPROBS,
     MAX_MESSAGES,
     MAX_STOP_LENGTH,
@@ -120,14 +121,19 @@ class EmbeddingRequest(Strict):
 
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_INPUTS)]
+    ) = Field(description="Text, token ids, or a list of either.")
+    model: Name | None = Field(None, description="One of /v1/models; the first for embeddings by default.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64 is of float32, little-endian. Default float."
     )
-    model: Name | None = None
-    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = Field(
+        None, description="Extension. The mean over the tokens (default), or the last token's."
+    )
     dimensions: Unsupported
-    user: str | None = Field(None, max_length=MAX_USER)
+    user: str | None = Field(None, max_length=MAX_USER, description="Not used.")
 
 
 class TokenizeRequest(Strict):
@@ -146,7 +152,7 @@ class DetokenizeRequest(Strict):
 
 NEEDED = {
     "prompt": "text, a list of texts, token ids, or a list of lists of token ids",
-    "input": "text, a list of texts, token ids, or a list of lists of token ids",
+    "input": f"text, token ids, or a list of up to {MAX_INPUTS} of either",
     "stop": f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of up to {MAX_STOPS} of them",
     "content": "text, or a list of parts of type text",
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_TEXTS = 128  # of one request: prompts * best_of
+MAX_INPUTS = 2048  # of one request for embeddings, as OpenAI's
+MAX_INPUT_TOKENS = 300_000  # of all inputs of a request together, as OpenAI's
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_BIASES = 1024

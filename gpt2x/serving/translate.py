@@ -9,10 +9,10 @@ from ..generation.prompts import check_tokens, check_vocabulary
 from ..generation.sampling import Sampling
 from ..runtimes.base import InputError, PromptError
 from .faults import ServingError
-from .models import ServedModel
-from .protocol import ChatRequest, CompletionRequest, Controls, Message
+from .models import EmbeddingModel, ServedModel, TextModel
+from .protocol import ChatRequest, CompletionRequest, Controls, EmbeddingRequest, Message
 from .requests import TextRequest
-from .settings import MAX_TEXTS
+from .settings import MAX_INPUT_TOKENS, MAX_TEXTS
 
 DEFAULT_TOKENS = 16  # OpenAI's, of completions
 
@@ -31,7 +31,7 @@ class Prepared:
         usage: whether the stream ends with the number of tokens.
     """
 
-    model: ServedModel
+    model: TextModel
     requests: tuple[TextRequest, ...]
     n: int
     echoes: tuple[str, ...] | None
@@ -48,7 +48,7 @@ class Prompt:
     text: str | None
 
 
-def prepare_completion(body: CompletionRequest, model: ServedModel) -> Prepared:
+def prepare_completion(body: CompletionRequest, model: TextModel) -> Prepared:
     """Check a request for completions against its model.
 
     Raises:
@@ -75,7 +75,7 @@ def prepare_completion(body: CompletionRequest, model: ServedModel) -> Prepared:
     return Prepared(model, tuple(requests), n, echoes, body.logprobs, bool(body.stream), _wants_usage(body))
 
 
-def prepare_chat(body: ChatRequest, model: ServedModel) -> Prepared:
+def prepare_chat(body: ChatRequest, model: TextModel) -> Prepared:
     """Check a request for chat against its model.
 
     Raises:
@@ -99,6 +99,21 @@ def prepare_chat(body: ChatRequest, model: ServedModel) -> Prepared:
     return Prepared(model, (request,), n, None, logprobs, bool(body.stream), _wants_usage(body))
 
 
+def prepare_embeddings(body: EmbeddingRequest, model: EmbeddingModel) -> list[tuple[int, ...]]:
+    """The tokens of each input of a request for embeddings.
+
+    Raises:
+        ServingError: if they do not fit the model, or are too many.
+    """
+    inputs = [_prompt(model, one, "input").tokens for one in _listed(body.input)]
+    total = sum(map(len, inputs))
+    if total > MAX_INPUT_TOKENS:
+        raise ServingError(
+            "invalid_value", f"the inputs have {total} tokens; a request has {MAX_INPUT_TOKENS} at most", "input"
+        )
+    return inputs
+
+
 def tokens_of(model: ServedModel, text: str) -> tuple[int, ...]:
     """The tokens of a text."""
     return tuple(model.tokenizer.encode(text))
@@ -111,29 +126,30 @@ def _listed(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]
     return list(prompt)  # type: ignore[arg-type]
 
 
-def _prompt(model: ServedModel, prompt: str | Sequence[int]) -> Prompt:
+def _prompt(model: ServedModel, prompt: str | Sequence[int], field: str = "prompt") -> Prompt:
+    """A prompt, or an input, from a field of a request."""
     text = prompt if isinstance(prompt, str) else None
     tokens = tokens_of(model, prompt) if isinstance(prompt, str) else tuple(prompt)
     if not tokens:
-        raise ServingError("invalid_value", "the prompt is empty: it needs at least one token", "prompt")
+        raise ServingError("invalid_value", f"the {field} is empty: it needs at least one token", field)
     if len(tokens) > model.context:
         raise ServingError(
             "context_length_exceeded",
-            f"the prompt has {len(tokens)} tokens; the context is {model.context}: shorten it",
-            "prompt",
+            f"the {field} has {len(tokens)} tokens; the context is {model.context}: shorten it",
+            field,
         )
     try:
-        check_vocabulary(model.engine.decoder, tokens)
+        check_vocabulary(model, tokens)
     except PromptError as error:
-        raise ServingError("invalid_value", str(error), "prompt") from None
+        raise ServingError("invalid_value", str(error), field) from None
     return Prompt(tokens, text)
 
 
-def _text(model: ServedModel, prompt: Prompt) -> str:
+def _text(model: TextModel, prompt: Prompt) -> str:
     return model.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
 
-def _limit(model: ServedModel, prompt: Prompt, wanted: int | None, default: int) -> int:
+def _limit(model: TextModel, prompt: Prompt, wanted: int | None, default: int) -> int:
     """The limit of new tokens. Nothing follows the last one, so it needs no room."""
     room = model.context + 1 - len(prompt.tokens)
     if wanted is None:
@@ -166,7 +182,7 @@ def _wants_usage(body: Controls) -> bool:
 
 
 def _request(
-    body: Controls, model: ServedModel, prompt: Prompt, limit: int, texts: int, logprobs: int | None, scored: bool
+    body: Controls, model: TextModel, prompt: Prompt, limit: int, texts: int, logprobs: int | None, scored: bool
 ) -> TextRequest:
     sampling = _sampling(body, model, limit)
     stop = body.stop or ()
@@ -187,7 +203,7 @@ def _request(
     )
 
 
-def _sampling(body: Controls, model: ServedModel, limit: int) -> Sampling:
+def _sampling(body: Controls, model: TextModel, limit: int) -> Sampling:
     least = body.min_tokens or 0
     if least > limit:
         raise ServingError("invalid_value", f"min_tokens is {least}, more than max_tokens, {limit}", "min_tokens")

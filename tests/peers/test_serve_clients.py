@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import BROWSER, browser
 from client_programs import PROGRAMS
 from live_server import in_process
 
 from converters import open_checkpoint
-from gpt2x import SHAKESPEARE, ExportOptions, export_onnx
+from gpt2x import SHAKESPEARE, ExportOptions, OnnxTask, Tokenizer, export_onnx, pad_rows
 
 openai = pytest.importorskip("openai", reason="OpenAI's package is not installed (make test-serve installs it)")
 
@@ -77,8 +78,25 @@ def test_errors_are_those_that_openais_package_knows(client):
         assert error.value.code == code
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="gpt2", messages=[{"role": "user", "content": "a"}])
-    with pytest.raises(openai.NotFoundError, match="not exported"):
+    with pytest.raises(openai.NotFoundError, match="exported for text-generation"):
         client.embeddings.create(model="gpt2", input="a")
+
+
+def test_embeddings_by_openais_package_are_those_of_the_model(tmp_path):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "embed", ExportOptions(task="feature-extraction"))
+    task, tokenizer = OnnxTask(tmp_path / "embed"), Tokenizer.from_pretrained(tmp_path / "embed")
+    texts = ["ROMEO:", "O, my good lord"]
+    expected = task.run(*pad_rows([tokenizer.encode(text) for text in texts]))["mean_embedding"]
+    with (
+        in_process(tmp_path / "embed") as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        for settings in ({}, {"encoding_format": "float"}):  # without it, the package asks for base64
+            answer = client.embeddings.create(model="embed", input=texts, **settings)
+            assert answer.usage.prompt_tokens == sum(len(tokenizer.encode(text)) for text in texts)
+            np.testing.assert_allclose([one.embedding for one in answer.data], expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(openai.BadRequestError, match="dimensions is not supported"):
+            client.embeddings.create(model="embed", input="a", dimensions=5)
 
 
 def test_a_stream_that_openais_package_gives_up(client, server):

@@ -14,7 +14,8 @@ async function loadModels() {
   const response = await fetch("v1/models", { headers: headers() });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error.message);
-  const models = answer.data.map((model) => new Option(model.id, model.id));
+  const texts = answer.data.filter((model) => model.task === "text-generation");
+  const models = texts.map((model) => new Option(model.id, model.id));
   element("model").replaceChildren(...models);
 }
 

@@ -127,6 +127,19 @@ def test_one_model_in_memory_takes_all_adapters(folder):
     )
 
 
+@pytest.mark.parametrize("base_first", [True, False])
+def test_closing_a_decoder_closes_those_that_share_its_memory_in_any_order(folder, base_first):
+    decoder = OnnxDecoder(folder)
+    first, second = decoder, decoder.with_adapter("all")
+    if not base_first:
+        first, second = second, first
+    first.close()
+    with pytest.raises(InputError, match="this decoder is closed"):
+        second.run(IDS, None, POSITIONS, None)
+    second.close()
+    first.close()
+
+
 # ------------------------------------------------------------------------------------------------------------ caches
 
 
