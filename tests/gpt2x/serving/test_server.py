@@ -463,9 +463,9 @@ def test_texts_that_are_not_complete_in_time(models, monkeypatch):
 
     monkeypatch.setattr(RunningBatch, "step", slow_step)
     with in_thread(models, generation_timeout=1) as server:
-        refused = server.complete(prompt="a", max_tokens=250, n=24)
+        refused = server.complete(prompt="a", max_tokens=250, n=10)
         assert (refused.status, refused.code) == (504, "generation_timeout")
-        streamed = server.complete(prompt="a", max_tokens=250, n=24, stream=True)
+        streamed = server.complete(prompt="a", max_tokens=250, n=10, stream=True)
         # On a slow machine it may end before the first event, and is then no stream.
         error = streamed.events[-1] if streamed.status == 200 else streamed.json
         assert error["error"]["code"] == "generation_timeout"
