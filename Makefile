@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # An environment is of one Python: it is made anew where PYTHON is another one than made it.
 MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+CLIENTS := tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/peers/test_task_clients.py
 # Debian's browser, where it can be installed. Elsewhere the tests say what they skip.
 CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -14,10 +15,10 @@ demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with t
 	$(BIN)/gpt2x demo
 
 test: $(VENV)/.ready check ## set up, then lint, type-check and test; with COVERAGE=1 also measure the lines and branches that the tests run
-	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
+	$(PYTEST) $(if $(WITHOUT_CLIENTS),$(addprefix --ignore=,$(CLIENTS))) $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 test-slow: $(VENV)/.ready ## the tests that prove more than a change needs
-	$(PYTEST) -m slow --ignore=tests/peers/test_clients.py --ignore=tests/peers/test_hub_clients.py --ignore=tests/peers/test_task_clients.py --ignore=tests/peers/test_task_clients.py
+	$(PYTEST) -m slow $(addprefix --ignore=,$(CLIENTS))
 
 test-processors: $(VENV)/.ready $(VENV)-processors/.ready ## gpt2x on emulated processors: x86-64 without VNNI, and two of ARM
 	$(BIN)/python -m pytest -rs tests/processors
@@ -48,7 +49,7 @@ test-serve: $(VENV)-serve/.ready ## clients of OpenAI's interface, and a browser
 test-clients: $(VENV)/.ready $(VENV)-optimum/.ready examples/node_modules/.ready ## other programs load what export wrote
 	test -d $(VENV)-headers || sh tests/peers/clients/headers.sh $(abspath $(VENV)-headers) || rm -rf $(VENV)-headers
 	-@$(CHROMIUM)
-	$(BIN)/python -m pytest -rs -m 'not huge' tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/peers/test_task_clients.py
+	$(BIN)/python -m pytest -rs -m 'not huge' $(CLIENTS)
 
 test-llama: $(VENV)/.ready $(VENV)-llama/.ready ## llama.cpp loads the GGUF that convert writes
 	$(BIN)/python -m pytest -rs tests/peers/test_llama.py
