@@ -413,6 +413,26 @@ def test_a_fault_in_the_thread_ends_it_and_every_request(engine_of, monkeypatch)
         Client(engine, request(prompt(3), 5))
 
 
+def test_an_engine_that_is_failing_admits_nothing_that_it_would_never_answer(engine_of, monkeypatch):
+    refusals = []
+
+    class Retrying(Observer):
+        """Repeats a request at once, while the thread ends."""
+
+        def failed(self, code):
+            with pytest.raises(ServingError, match="restart the server") as refused:
+                Client(engine, request(prompt(3), 5))
+            refusals.append(refused.value.code)
+
+    engine = engine_of(observer=Retrying())
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine._batch.step = lambda tokens: 1 / 0
+    with pytest.raises(ServingError, match="ZeroDivisionError"):
+        Client(engine, request(prompt(3), 5)).wait()
+    engine._thread.join()
+    assert refusals == ["model_failed"]
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
