@@ -483,4 +483,4 @@ def test_a_growing_cache_is_refused_with_what_to_export(tmp_path, tokenizer):
     export_onnx(gentle(), tmp_path / "m", need_tokenizer=False)
     decoder = OnnxDecoder(tmp_path / "m")
     with pytest.raises(InputError, match="its cache grows; export the model with --cache inplace"):
-        plan_memory(decoder, 8, None, None)
+        plan_memory(decoder, 8, None, 1 << 30)
