@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from .source import RunPrecision
+from .text import read_text
 
 if TYPE_CHECKING:
     import socket
 
     from ..serving.models import Models
 
+MAX_KEYS = 1 << 20  # bytes of their file
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -26,7 +27,7 @@ def _size(_: click.Context, option: click.Parameter, value: str | None) -> int |
         return None
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", value)
     if match is None or int(match[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no size: write 512M or 4G", param=option)
+        raise click.BadParameter(f"{value!r} is not a size: write 512M or 4G", param=option)
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -126,12 +127,11 @@ def _keys(path: str | None) -> tuple[bytes, ...]:
 
     if path is None:
         return ()
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(1 << 20)
+    text = read_text(path, MAX_KEYS)
     try:
         return parse_keys(text)
     except ValueError as error:
-        raise click.FileError(os.fspath(path), str(error)) from None
+        raise click.ClickException(f"{path}: {error}") from None
 
 
 def _allowed_hosts(given: tuple[str, ...], local: bool) -> frozenset[str] | None:

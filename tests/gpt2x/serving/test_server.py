@@ -680,8 +680,21 @@ def test_a_directory_or_budget_that_cannot_be_served_is_named(gpt2x, exported, t
     assert_refused(gpt2x("serve", tmp_path / "growing", "--port", 0), "its cache grows", "with --cache inplace")
     keys = tmp_path / "keys"
     keys.write_text("short\n")
-    assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", keys), "fewer than 8 characters")
+    assert_refused(
+        gpt2x("serve", exported, "--port", 0, "--api-key", keys), f"{keys}: line 1: the key has fewer than 8"
+    )
+    keys.write_bytes(b"key-of-ours\n\xff")
+    assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", keys), f"{keys}: not UTF-8 at byte 12")
+    assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", tmp_path / "none"), "none", "No such file")
     assert_refused(gpt2x("serve", exported, "--host", "256.0.0.1", "--port", 0), "256.0.0.1")
+
+
+@pytest.mark.parametrize("size", ["0", "0M", "5X", "1.5G", "-1", "", "9" * 16])
+def test_what_is_not_a_size_is_refused(gpt2x, exported, size):
+    for option in ("--cache-memory", "--max-body"):
+        refused = gpt2x("serve", exported, option, size)
+        assert refused.exit_code == 2
+        assert f"Invalid value for '{option}': {size!r} is not a size: write 512M or 4G" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
