@@ -46,12 +46,6 @@ def models(folder, exported):
 
 
 @pytest.fixture(scope="module")
-def server(models):
-    with in_thread(models) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def task(folder):
     return OnnxTask(folder, threads=1)
 

@@ -49,12 +49,6 @@ def models(exported):
 
 
 @pytest.fixture(scope="module")
-def server(models):
-    with in_thread(models) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def decoder(exported):
     return OnnxDecoder(exported)
 
