@@ -17,6 +17,14 @@ import time
 LIMIT = 60  # seconds that no test takes
 
 
+def wait_for(holds):
+    """Wait until a condition holds."""
+    end = time.monotonic() + LIMIT
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @dataclasses.dataclass
 class Answer:
     status: int
@@ -80,10 +88,7 @@ class Address:
 
     def wait_for(self, holds):
         """Wait until a condition holds."""
-        end = time.monotonic() + LIMIT
-        while not holds():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for(holds)
 
 
 @contextlib.contextmanager

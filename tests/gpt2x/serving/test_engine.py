@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from live_server import LIMIT, wait_for
 
 from converters import CheckpointError
 from gpt2x.generation.config import GenerationConfig
@@ -24,13 +26,11 @@ from gpt2x.serving.observer import Observer
 from gpt2x.serving.prefix_cache import PIECE, PrefixCache
 from gpt2x.serving.requests import Failed, PromptRead, TextEnd, TextPiece, TextRequest
 
-LONG = 60.0  # seconds that no test takes
-
 
 class Client:
     """Submits requests, and collects what comes back."""
 
-    def __init__(self, engine, *requests, limit=LONG):
+    def __init__(self, engine, *requests, limit=LIMIT):
         self.events = queue.Queue()
         self.seen = []
         self.left = sum(request.texts for request in requests)
@@ -41,7 +41,7 @@ class Client:
             self.events.put(event)
 
     def next(self):
-        event = self.events.get(timeout=LONG)
+        event = self.events.get(timeout=LIMIT)
         self.seen.append(event)
         if isinstance(event, Failed):
             raise event.error
@@ -117,6 +117,22 @@ def engine_of(exported, tokenizer):
     yield make
     for engine in made:
         engine.close()
+
+
+@contextlib.contextmanager
+def held(engine, rows=1):
+    """Steps of so many texts or more wait until the end of this block."""
+    step, go_on = engine._batch.step, threading.Event()
+
+    def waiting_step(tokens):
+        assert len(tokens) < rows or go_on.wait(LIMIT)
+        return step(tokens)
+
+    engine._batch.step = waiting_step
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
 def prompt(n, seed=0):
@@ -203,8 +219,10 @@ def test_running_texts_get_a_token_between_two_pieces_of_a_long_prompt(engine_of
 
     engine._read_piece = read_piece
     engine._batch.step = one_step
-    first = Client(engine, request(prompt(5), 200)).wait_for_piece()
-    long = Client(engine, request(prompt(3 * PIECE + 20), 5)).wait()
+    with engine._wake:  # the thread takes neither before both wait
+        first = Client(engine, request(prompt(5), 200))
+        long = Client(engine, request(prompt(3 * PIECE + 20), 5))
+    long.wait()
     assert any(isinstance(event, TextEnd) for event in long.seen)
     first.wait()
     reads = [i for i, what in enumerate(order) if what == "read"]
@@ -223,12 +241,15 @@ def test_a_cancelled_request_frees_its_row_within_a_step(engine_of):
         return step(tokens)
 
     engine._batch.step = one_step
-    stays = Client(engine, request(prompt(5), 240)).wait_for_piece()
-    goes = Client(engine, request(prompt(6), 240)).wait_for_piece()
-    waits = Client(engine, request(prompt(7), 3))
-    (sequence,) = [number for number, slot in engine._running.items() if slot.job is goes.job]
-    engine.cancel(goes.job)
-    begun = len(steps)
+    with held(engine, rows=2):
+        with engine._wake:  # the thread takes none before all wait
+            stays = Client(engine, request(prompt(5), 240))
+            goes = Client(engine, request(prompt(6), 240))
+            waits = Client(engine, request(prompt(7), 3))
+        wait_for(lambda: len(engine._running) == 2)
+        (sequence,) = [number for number, slot in engine._running.items() if slot.job is goes.job]
+        engine.cancel(goes.job)
+        begun = len(steps)
     waits.wait()
     stays.wait()
     assert recorder.cancels.is_set()
@@ -239,10 +260,12 @@ def test_a_cancelled_request_frees_its_row_within_a_step(engine_of):
 
 def test_a_request_that_is_cancelled_while_it_waits_or_is_read(engine_of):
     engine = engine_of(rows=1)
-    first = Client(engine, request(prompt(5), 200)).wait_for_piece()
-    waiting = Client(engine, request(prompt(6), 200))
-    engine.cancel(waiting.job)
-    engine.cancel(first.job)
+    with held(engine):
+        first = Client(engine, request(prompt(5), 200))
+        wait_for(lambda: engine._running)
+        waiting = Client(engine, request(prompt(6), 200))
+        engine.cancel(waiting.job)
+        engine.cancel(first.job)
     assert Client(engine, request(prompt(200), 2)).wait().left == 0
     assert engine.idle and not waiting.seen
 
@@ -304,10 +327,12 @@ def test_a_character_of_several_tokens_is_never_split(engine_of, tokenizer):
 
 def test_a_full_queue_refuses_with_the_seconds_to_wait_and_admits_later(engine_of):
     engine = engine_of(rows=1, max_queue=2)
-    running = Client(engine, request(prompt(5), 200)).wait_for_piece()
-    waiting = [Client(engine, request(prompt(5), 2)) for _ in range(2)]
-    with pytest.raises(ServingError, match="2 texts are waiting") as refused:
-        Client(engine, request(prompt(5), 2))
+    with held(engine):
+        running = Client(engine, request(prompt(5), 200))
+        wait_for(lambda: engine._running)
+        waiting = [Client(engine, request(prompt(5), 2)) for _ in range(2)]
+        with pytest.raises(ServingError, match="2 texts are waiting") as refused:
+            Client(engine, request(prompt(5), 2))
     assert refused.value.code == "queue_full" and 1 <= refused.value.retry_after <= 60
     for client in (running, *waiting):
         client.wait()
@@ -338,14 +363,21 @@ def test_draining_refuses_new_requests_and_finishes_those_that_were_admitted(eng
 
 def test_an_engine_that_is_aborted_or_closed_fails_every_request(engine_of):
     engine = engine_of(rows=1)
-    clients = [Client(engine, request(prompt(5), 250)) for _ in range(3)]
-    engine.abort(ServingError("shutting_down", "too late"))
+    with held(engine):
+        clients = [Client(engine, request(prompt(5), 250)) for _ in range(3)]
+        wait_for(lambda: engine._running)
+        engine.abort(ServingError("shutting_down", "too late"))
     for client in clients:
         with pytest.raises(ServingError, match="too late"):
             client.wait()
     other = engine_of(rows=1)
-    client = Client(other, request(prompt(5), 250))
-    other.close()
+    with held(other):
+        client = Client(other, request(prompt(5), 250))
+        wait_for(lambda: other._running)
+        closing = threading.Thread(target=other.close)
+        closing.start()
+        wait_for(lambda: other._stopped)
+    closing.join()
     with pytest.raises(ServingError, match="shut down"):
         client.wait()
     assert not other.alive
