@@ -25,6 +25,22 @@ def wait_for(holds):
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def held(engine, rows=1):
+    """Steps of so many texts or more wait until the end of this block."""
+    step, go_on = engine._batch.step, threading.Event()
+
+    def waiting_step(tokens):
+        assert len(tokens) < rows or go_on.wait(LIMIT)
+        return step(tokens)
+
+    engine._batch.step = waiting_step
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 @dataclasses.dataclass
 class Answer:
     status: int

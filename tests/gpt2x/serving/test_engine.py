@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import queue
 import threading
@@ -10,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from live_server import LIMIT, wait_for
+from live_server import LIMIT, held, wait_for
 
 from converters import CheckpointError
 from gpt2x.generation.config import GenerationConfig
@@ -117,22 +116,6 @@ def engine_of(exported, tokenizer):
     yield make
     for engine in made:
         engine.close()
-
-
-@contextlib.contextmanager
-def held(engine, rows=1):
-    """Steps of so many texts or more wait until the end of this block."""
-    step, go_on = engine._batch.step, threading.Event()
-
-    def waiting_step(tokens):
-        assert len(tokens) < rows or go_on.wait(LIMIT)
-        return step(tokens)
-
-    engine._batch.step = waiting_step
-    try:
-        yield
-    finally:
-        go_on.set()
 
 
 def prompt(n, seed=0):
