@@ -182,17 +182,16 @@ class Engine(Worker):
         cached = sum(self._batch.length(sequence) for sequence in self._running)
         self.observer.state(len(self._waiting), len(self._running), cached, self.prefix.nbytes)
 
-    def _slots(self) -> list[_Slot]:
-        reading = [self._reading.slot] if self._reading else []
+    def _all(self) -> list[Job]:
         with self._wake:
-            return [*self._running.values(), *reading, *self._waiting]
+            return list(self._jobs)
 
     def _remove_ended(self) -> None:
         """End jobs that are too late, and remove what was cancelled or has failed."""
         now = time.monotonic()
-        for slot in self._slots():
-            if now > slot.job.deadline:
-                self._fail(slot.job, ServingError("generation_timeout", "the texts were not complete in time"))
+        for job in self._all():
+            if now > job.deadline:
+                self._fail(job, ServingError("generation_timeout", "the texts were not complete in time"))
         self._leave()
         with self._wake:
             waiting, self._waiting = self._waiting, deque()
@@ -234,8 +233,8 @@ class Engine(Worker):
         self._send_job(job)
 
     def _end_all(self, error: ServingError) -> None:
-        for slot in self._slots():
-            self._fail(slot.job, error)
+        for job in self._all():
+            self._fail(job, error)
 
     def _fail_running(self, error: ServingError) -> None:
         """Fail what may have been changed by a step that failed, and begin with an empty cache."""
