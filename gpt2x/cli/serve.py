@@ -37,7 +37,13 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
 @click.command(short_help="Serve models with OpenAI's interface.")
 @click.argument("models", metavar="DIR...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for a free port.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 for a free one.",
+)
 @click.option(
     "--precision",
     "precisions",
@@ -46,20 +52,26 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
     help="ONNX model to serve, or a pair such as w8a8+int4 (repeatable; default: fp32).",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model (default: the directory's name).")
-@click.option("--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts at once.")
-@click.option("--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True, help="Waiting texts.")
+@click.option(
+    "--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts that run at once."
+)
+@click.option(
+    "--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True, help="Texts that may wait."
+)
 @click.option("--max-context", type=click.IntRange(min=2), help="Tokens of a text with its prompt.")
 @click.option(
     "--cache-memory",
     callback=_size,
     metavar="SIZE",
-    help="For keys and values (default: half of the machine's memory).",
+    help="Memory for keys and values (default: half of the machine's memory).",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
 @click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one a line.")
 @click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Name in the Host header (repeatable).")
 @click.option("--max-body", callback=_size, metavar="SIZE", default="1M", show_default=True, help="Size of a request.")
-@click.option("--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True)
+@click.option(
+    "--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True, help="Open connections."
+)
 @click.option("--header-timeout", type=SECONDS, default=10, show_default=True, help="Seconds for the headers.")
 @click.option("--body-timeout", type=SECONDS, default=30, show_default=True, help="Seconds for the body.")
 @click.option("--generation-timeout", type=SECONDS, default=600, show_default=True, help="Seconds for the answer.")

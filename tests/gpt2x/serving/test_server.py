@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import assert_refused
 from live_server import LIMIT, held, in_process, in_thread
 from paths import ROOT
 
@@ -691,8 +692,6 @@ def test_ten_thousand_open_sockets(exported):
 
 
 def test_a_directory_or_budget_that_cannot_be_served_is_named(gpt2x, exported, tmp_path):
-    from commands import assert_refused
-
     (tmp_path / "empty").mkdir()
     assert_refused(
         gpt2x("serve", tmp_path / "empty", "--port", 0), "not a directory with an ONNX model", "--cache inplace"
