@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from ..runtimes.task_model import pad_rows
 from .faults import ServingError
 from .observer import Observer
 from .worker import Worker
-
-log = logging.getLogger(__name__)
 
 Vectors = NDArray[np.float32]
 Pooling = Literal["mean", "last"]
@@ -123,16 +120,9 @@ class Embedder(Worker):
         job = self._jobs[0]
         try:
             self._run(job)
-        except MemoryError:
-            log.error("out of memory in a run")
-            self._fail(job, ServingError("out_of_memory", "the server ran out of memory: repeat the request later"))
-        except CheckpointError as error:
-            log.error("a run failed: %s", error)
-            self._fail(job, ServingError("model_failed", "the model failed: the server's log has the reason"))
-        except Exception:
+        except Exception as error:
             # A run changes nothing that others have: whatever its fault is, they go on.
-            log.exception("a run failed")
-            self._fail(job, ServingError("model_failed", "the server failed: its log has the reason"))
+            self._fail(job, self._failure("a run failed", error))
         else:
             self._pass_turn(job)
         self.observer.state(self._waiting(), 0, 0, 0)

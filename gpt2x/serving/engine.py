@@ -172,12 +172,8 @@ class Engine(Worker):
         try:
             self._read_piece()
             self._step()
-        except MemoryError:
-            log.error("out of memory in a step: every running request fails")
-            self._fail_running(ServingError("out_of_memory", "the server ran out of memory: repeat the request later"))
-        except CheckpointError as error:
-            log.error("a step failed: %s", error)
-            self._fail_running(ServingError("model_failed", "the model failed: the server's log has the reason"))
+        except (MemoryError, CheckpointError) as error:
+            self._fail_running(self._failure("a step failed, and with it every running request", error))
         self._send()
         cached = sum(self._batch.length(sequence) for sequence in self._running)
         self.observer.state(len(self._waiting), len(self._running), cached, self.prefix.nbytes)
@@ -347,10 +343,9 @@ class Engine(Worker):
             log.error("%s", error)
             self._fail(slot.job, ServingError("model_failed", str(error)))
             return
-        except Exception:
+        except Exception as error:
             # The choice of a token changes nothing that others have: whatever its fault is, they go on.
-            log.exception("a token could not be chosen")
-            self._fail(slot.job, ServingError("model_failed", "the server failed: its log has the reason"))
+            self._fail(slot.job, self._failure("a token could not be chosen", error))
             return
         self._collect(slot)
 

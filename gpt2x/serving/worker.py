@@ -6,6 +6,8 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 
+from converters import CheckpointError
+
 from .faults import ServingError
 from .observer import Observer
 
@@ -113,6 +115,17 @@ class Worker(ABC):
             self._end_all(ServingError("model_failed", f"the model has failed: {type(error).__name__}"))
             raise
         self._end_all(ServingError("shutting_down", f"the server was shut down before the {self._answer} complete"))
+
+    def _failure(self, what: str, error: Exception) -> ServingError:
+        """Log why a part of the work failed. Returns what its requests are told."""
+        if isinstance(error, MemoryError):
+            log.error("out of memory: %s", what)
+            return ServingError("out_of_memory", "the server ran out of memory: repeat the request later")
+        if isinstance(error, CheckpointError):
+            log.error("%s: %s", what, error)
+            return ServingError("model_failed", "the model failed: the server's log has the reason")
+        log.error("%s", what, exc_info=error)
+        return ServingError("model_failed", "the server failed: its log has the reason")
 
     def _wait(self) -> bool:
         """Wait for work. Returns False at the end."""
