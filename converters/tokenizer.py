@@ -37,9 +37,10 @@ HF_NAMES = ("tokenizer.json", *PAIRS[0], *EXTRA, *OTHERS)
 NAMES = ("tokenizer.json", *PAIRS[0], *PAIRS[1], *EXTRA, *OTHERS)
 MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")  # of a tokenizer.json
 MAX_FILE = 64 << 20
-# The characters that stand for bytes in GPT-2's vocabulary: ``bytes_to_unicode`` in OpenAI's encoder.py.
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
-BYTES = set(map(chr, (*PRINTABLE, *range(256, 512 - len(PRINTABLE)))))
+# The characters of GPT-2's vocabulary, and the bytes that they stand for: ``bytes_to_unicode`` in OpenAI's encoder.py.
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can state one without its other half, which no UTF-8 can
 
 
@@ -198,7 +199,7 @@ def _is_byte_level(merges: list[tuple[str, str]]) -> bool:
 
     GPT-1's and CTRL's, which have files of the same names, begin with characters that end a word: ``e</w>``, ``e@@``.
     """
-    known = set(map("".join, merges)) | BYTES
+    known = {*map("".join, merges), *BYTES}
     return known.issuperset(itertools.chain.from_iterable(merges))
 
 

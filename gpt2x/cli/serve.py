@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from .source import RunPrecision
+from .text import read_text
 
 if TYPE_CHECKING:
     import socket
 
     from ..serving.models import Models
 
+MAX_KEYS = 1 << 20  # bytes of their file
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -26,7 +27,7 @@ def _size(_: click.Context, option: click.Parameter, value: str | None) -> int |
         return None
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", value)
     if match is None or int(match[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no size: write 512M or 4G", param=option)
+        raise click.BadParameter(f"{value!r} is not a size: write 512M or 4G", param=option)
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -36,7 +37,13 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
 @click.command(short_help="Serve models with OpenAI's interface.")
 @click.argument("models", metavar="DIR...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for a free port.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 for a free one.",
+)
 @click.option(
     "--precision",
     "precisions",
@@ -45,20 +52,26 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
     help="ONNX model to serve, or a pair such as w8a8+int4 (repeatable; default: fp32).",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model (default: the directory's name).")
-@click.option("--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts at once.")
-@click.option("--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True, help="Waiting texts.")
+@click.option(
+    "--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts that run at once."
+)
+@click.option(
+    "--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True, help="Texts that may wait."
+)
 @click.option("--max-context", type=click.IntRange(min=2), help="Tokens of a text with its prompt.")
 @click.option(
     "--cache-memory",
     callback=_size,
     metavar="SIZE",
-    help="For keys and values (default: half of the machine's memory).",
+    help="Memory for keys and values (default: half of the machine's memory).",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
 @click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one a line.")
 @click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Name in the Host header (repeatable).")
 @click.option("--max-body", callback=_size, metavar="SIZE", default="1M", show_default=True, help="Size of a request.")
-@click.option("--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True)
+@click.option(
+    "--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True, help="Open connections."
+)
 @click.option("--header-timeout", type=SECONDS, default=10, show_default=True, help="Seconds for the headers.")
 @click.option("--body-timeout", type=SECONDS, default=30, show_default=True, help="Seconds for the body.")
 @click.option("--generation-timeout", type=SECONDS, default=600, show_default=True, help="Seconds for the answer.")
@@ -126,12 +139,11 @@ def _keys(path: str | None) -> tuple[bytes, ...]:
 
     if path is None:
         return ()
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(1 << 20)
+    text = read_text(path, MAX_KEYS)
     try:
         return parse_keys(text)
     except ValueError as error:
-        raise click.FileError(os.fspath(path), str(error)) from None
+        raise click.ClickException(f"{path}: {error}") from None
 
 
 def _allowed_hosts(given: tuple[str, ...], local: bool) -> frozenset[str] | None:

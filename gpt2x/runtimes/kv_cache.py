@@ -73,12 +73,7 @@ class RowCache:
         return had if rows <= had else max(rows, 2 * had)
 
     def _grown_tokens(self, tokens: int) -> int:
-        if tokens <= self.capacity:
-            return self.capacity
-        grown = self.capacity or LEAST
-        while grown < tokens:
-            grown *= 2
-        return min(self.n_ctx, grown)
+        return grown_capacity(self.capacity, tokens, self.n_ctx)
 
     def _grown(self, old: NDArray[Any], rows: int, tokens: int) -> NDArray[Any]:
         # It may have grown already, before memory ran out in an earlier call.
@@ -163,6 +158,16 @@ class RowCache:
                 f"row {row} holds {self.lengths[row]} tokens, and its new positions {_few(positions)} do not follow: "
                 "in a cache in place, a token's slot is its position"
             )
+
+
+def grown_capacity(capacity: int, tokens: int, n_ctx: int) -> int:
+    """The capacity of a cache after it made room for so many tokens in a row."""
+    if tokens <= capacity:
+        return capacity
+    grown = capacity or LEAST
+    while grown < tokens:
+        grown *= 2
+    return min(n_ctx, grown)
 
 
 def _few(numbers: Sequence[int] | NDArray[Any]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,14 +18,12 @@ from ..runtimes.onnx_task import OnnxTask
 from ..runtimes.task_model import pad_rows
 from .faults import ServingError
 from .observer import Observer
-
-log = logging.getLogger(__name__)
+from .worker import Worker
 
 Vectors = NDArray[np.float32]
 Pooling = Literal["mean", "last"]
 OUTPUTS: dict[Pooling, str] = {"mean": "mean_embedding", "last": "last_token_embedding"}
 MAX_RUN_TOKENS = 2048  # with padding: a run has a score for each pair of tokens of a text, and keeps every hidden state
-MAX_RETRY = 60  # seconds
 
 
 @dataclass(eq=False)
@@ -51,7 +47,7 @@ class _Job:
     left: list[int]
 
 
-class Embedder:
+class Embedder(Worker):
     """Embeds texts with one model, in a thread of its own.
 
     Each run has texts of one request, so a failure is its own. After each, the next request has its turn: a short request
@@ -65,30 +61,14 @@ class Embedder:
     """
 
     def __init__(self, model: OnnxTask, max_batch_size: int, max_queue: int, observer: Observer | None = None) -> None:
+        super().__init__("gpt2x-embedder", "embeddings were", max_queue, observer)
         self.model = model
         self.max_batch_size = max_batch_size
-        self.max_queue = max_queue
-        self.observer = observer or Observer()
         self._jobs: deque[_Job] = deque()  # the first has its turn
         self._seconds_per_text = 0.1  # on average
-        self._draining = False
-        self._stopped = False
-        self._abort: ServingError | None = None
-        self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._main, name="gpt2x-embedder", daemon=True)
-        self._thread.start()
+        self._start()
 
     # ------------------------------------------------------------------------------------------- from other threads
-
-    @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes requests."""
-        return self.alive and not self._draining
 
     @property
     def idle(self) -> bool:
@@ -118,59 +98,19 @@ class Embedder:
         return job.result
 
     def _check_admission(self, texts: int) -> None:
-        if self._draining:
-            raise ServingError("shutting_down", "the server is shutting down: send the request to another server")
-        if not self.alive:
-            raise ServingError("model_failed", "the model has failed: restart the server")
+        self._check_ready()
         waiting = self._waiting()
         if waiting and waiting + texts > self.max_queue:
-            raise ServingError(
-                "queue_full",
-                f"{waiting} texts are waiting, and this request has {texts}: the limit is {self.max_queue}",
-                retry_after=max(1, min(MAX_RETRY, round(waiting * self._seconds_per_text))),
-            )
+            raise self._queue_full(waiting, texts, waiting * self._seconds_per_text)
 
     def _waiting(self) -> int:
         with self._wake:
             return sum(len(job.left) for job in self._jobs)
 
-    def drain(self) -> None:
-        """Take no more requests. What was admitted goes on."""
-        with self._wake:
-            self._draining = True
-
-    def abort(self, error: ServingError) -> None:
-        """End every request with an error, before the next run."""
-        with self._wake:
-            self._draining = True
-            self._abort = error
-
-    def close(self) -> None:
-        """End every request and the thread."""
-        with self._wake:
-            self._stopped = True
-            self._draining = True
-            self._wake.notify()
-        self._thread.join()
-
     # ------------------------------------------------------------------------------------------------- in its thread
 
-    def _main(self) -> None:
-        try:
-            while self._wait():
-                self._turn()
-        except BaseException as error:
-            log.exception("the model for embeddings has failed")
-            self._end_all(ServingError("model_failed", f"the model has failed: {type(error).__name__}"))
-            raise
-        self._end_all(ServingError("shutting_down", "the server was shut down before the embeddings were complete"))
-
-    def _wait(self) -> bool:
-        """Wait for work. Returns False at the end."""
-        with self._wake:
-            while not self._stopped and not self._jobs:
-                self._wake.wait()
-            return not self._stopped
+    def _has_work(self) -> bool:
+        return bool(self._jobs)
 
     def _turn(self) -> None:
         """One run, for the request whose turn it is."""
@@ -180,16 +120,9 @@ class Embedder:
         job = self._jobs[0]
         try:
             self._run(job)
-        except MemoryError:
-            log.error("out of memory in a run")
-            self._fail(job, ServingError("out_of_memory", "the server ran out of memory: repeat the request later"))
-        except CheckpointError as error:
-            log.error("a run failed: %s", error)
-            self._fail(job, ServingError("model_failed", "the model failed: the server's log has the reason"))
-        except Exception:
+        except Exception as error:
             # A run changes nothing that others have: whatever its fault is, they go on.
-            log.exception("a run failed")
-            self._fail(job, ServingError("model_failed", "the server failed: its log has the reason"))
+            self._fail(job, self._failure("a run failed", error))
         else:
             self._pass_turn(job)
         self.observer.state(self._waiting(), 0, 0, 0)
@@ -197,8 +130,6 @@ class Embedder:
     def _remove_ended(self) -> None:
         """Remove requests that are too late or not wanted any more."""
         now = time.monotonic()
-        if self._abort:
-            self._end_all(self._abort)
         for job in self._all():
             if job.result.cancelled():
                 self._forget(job)

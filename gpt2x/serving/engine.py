@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,13 +23,12 @@ from .observer import Observer
 from .prefix_cache import PIECE, PrefixCache
 from .requests import Event, Failed, PromptRead, TextEnd, TextPiece, TextRequest
 from .sequence import Sequence as Text
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
 Sink = Callable[[list[Event]], None]
 """Takes the events of a request, from the engine's thread. It must neither block nor raise."""
-
-MAX_RETRY = 60  # seconds
 
 
 @dataclass(eq=False)
@@ -79,7 +77,7 @@ class _Reading:
     scores: list[TokenScores] = field(default_factory=list)
 
 
-class Engine:
+class Engine(Worker):
     """Continues prompts with one model, in a thread of its own.
 
     Each turn of the thread reads at most one piece of a prompt, and then adds a token to every text that runs. So texts
@@ -101,11 +99,10 @@ class Engine:
         self, decoder: OnnxDecoder, tokenizer: TextTokenizer, plan: MemoryPlan, max_queue: int,
         observer: Observer | None = None,
     ) -> None:  # fmt: skip
+        super().__init__("gpt2x-engine", "text was", max_queue, observer)
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.plan = plan
-        self.max_queue = max_queue
-        self.observer = observer or Observer()
         self.prefix = PrefixCache(plan.prefix_bytes)
         self._batch = RunningBatch(decoder)
         self._batch.reserve(plan.rows, plan.context)
@@ -115,24 +112,9 @@ class Engine:
         self._with_events: list[Job] = []  # jobs whose events were not sent yet
         self._jobs: set[Job] = set()  # that have not ended
         self._seconds_per_text = 1.0  # how long a text runs, on average
-        self._draining = False
-        self._stopped = False
-        self._abort: ServingError | None = None
-        self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._main, name="gpt2x-engine", daemon=True)
-        self._thread.start()
+        self._start()
 
     # ------------------------------------------------------------------------------------------- from other threads
-
-    @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes requests."""
-        return self.alive and not self._draining
 
     @property
     def idle(self) -> bool:
@@ -161,23 +143,13 @@ class Engine:
         return job
 
     def _check_admission(self, texts: int) -> None:
-        if self._draining or self._stopped:
-            raise ServingError("shutting_down", "the server is shutting down: send the request to another server")
-        if not self.alive:
-            raise ServingError("model_failed", "the model has failed: restart the server")
+        self._check_ready()
         waiting = len(self._waiting)
         taken = len(self._running) + (self._reading is not None)
         free = max(0, self.plan.rows - taken - waiting)
         if texts > self.max_queue + free - waiting:
-            raise ServingError(
-                "queue_full",
-                f"{waiting} texts are waiting, and this request has {texts}: the limit is {self.max_queue}",
-                retry_after=self._retry_after(waiting),
-            )
-
-    def _retry_after(self, waiting: int) -> int:
-        turns = (waiting + self.plan.rows) / self.plan.rows
-        return max(1, min(MAX_RETRY, round(turns * self._seconds_per_text)))
+            turns = (waiting + self.plan.rows) / self.plan.rows
+            raise self._queue_full(waiting, texts, turns * self._seconds_per_text)
 
     def cancel(self, job: Job) -> None:
         """Give up a job. Its rows are free before the next step."""
@@ -185,75 +157,37 @@ class Engine:
             job.cancelled = True
             self._wake.notify()
 
-    def drain(self) -> None:
-        """Take no more requests. What was admitted goes on."""
-        with self._wake:
-            self._draining = True
-            self._wake.notify()
-
-    def abort(self, error: ServingError) -> None:
-        """End every job with an error, before the next step."""
-        with self._wake:
-            self._draining = True
-            self._abort = error
-            self._wake.notify()
-
     def close(self) -> None:
         """End every job and the thread, and free the cache."""
-        with self._wake:
-            self._stopped = True
-            self._draining = True
-            self._wake.notify()
-        self._thread.join()
+        super().close()
         self._batch.close()
 
     # ------------------------------------------------------------------------------------------------- in its thread
 
-    def _main(self) -> None:
-        try:
-            while self._wait():
-                self._turn()
-        except BaseException as error:
-            log.exception("the engine has failed")
-            self._end_all(ServingError("model_failed", f"the model has failed: {type(error).__name__}"))
-            raise
-        self._end_all(ServingError("shutting_down", "the server was shut down before the text was complete"))
-
-    def _wait(self) -> bool:
-        """Wait for work. Returns False at the end."""
-        with self._wake:
-            while not self._stopped and not self._waiting and not self._running and not self._reading:
-                self._wake.wait()
-            return not self._stopped
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._reading)
 
     def _turn(self) -> None:
         self._remove_ended()
         try:
             self._read_piece()
             self._step()
-        except MemoryError:
-            log.error("out of memory in a step: every running request fails")
-            self._fail_running(ServingError("out_of_memory", "the server ran out of memory: repeat the request later"))
-        except CheckpointError as error:
-            log.error("a step failed: %s", error)
-            self._fail_running(ServingError("model_failed", "the model failed: the server's log has the reason"))
+        except (MemoryError, CheckpointError) as error:
+            self._fail_running(self._failure("a step failed, and with it every running request", error))
         self._send()
         cached = sum(self._batch.length(sequence) for sequence in self._running)
         self.observer.state(len(self._waiting), len(self._running), cached, self.prefix.nbytes)
 
-    def _slots(self) -> list[_Slot]:
-        reading = [self._reading.slot] if self._reading else []
+    def _all(self) -> list[Job]:
         with self._wake:
-            return [*self._running.values(), *reading, *self._waiting]
+            return list(self._jobs)
 
     def _remove_ended(self) -> None:
         """End jobs that are too late, and remove what was cancelled or has failed."""
         now = time.monotonic()
-        if self._abort:
-            self._end_all(self._abort)
-        for slot in self._slots():
-            if now > slot.job.deadline:
-                self._fail(slot.job, ServingError("generation_timeout", "the texts were not complete in time"))
+        for job in self._all():
+            if now > job.deadline:
+                self._fail(job, ServingError("generation_timeout", "the texts were not complete in time"))
         self._leave()
         with self._wake:
             waiting, self._waiting = self._waiting, deque()
@@ -295,8 +229,8 @@ class Engine:
         self._send_job(job)
 
     def _end_all(self, error: ServingError) -> None:
-        for slot in self._slots():
-            self._fail(slot.job, error)
+        for job in self._all():
+            self._fail(job, error)
 
     def _fail_running(self, error: ServingError) -> None:
         """Fail what may have been changed by a step that failed, and begin with an empty cache."""
@@ -362,9 +296,9 @@ class Engine:
             self._add(slot.job, PromptRead(slot.prompt, current.cached, scores))
         self.observer.prompt_read(len(slot.request.prompt), current.cached)
         sequence = self._batch.finish(current.reading)
-        self._start(sequence, slot, logits)
+        self._begin_text(sequence, slot, logits)
         for sibling in self._siblings(slot):
-            self._start(self._batch.fork(sequence), sibling, logits)
+            self._begin_text(self._batch.fork(sequence), sibling, logits)
 
     def _siblings(self, slot: _Slot) -> list[_Slot]:
         found: list[_Slot] = []
@@ -376,7 +310,7 @@ class Engine:
                 found.append(self._waiting.popleft())
         return found
 
-    def _start(self, sequence: int, slot: _Slot, logits: Logits) -> None:
+    def _begin_text(self, sequence: int, slot: _Slot, logits: Logits) -> None:
         self._running[sequence] = slot
         if slot.text.finish is None:
             self._take(slot, logits)
@@ -409,10 +343,9 @@ class Engine:
             log.error("%s", error)
             self._fail(slot.job, ServingError("model_failed", str(error)))
             return
-        except Exception:
+        except Exception as error:
             # The choice of a token changes nothing that others have: whatever its fault is, they go on.
-            log.exception("a token could not be chosen")
-            self._fail(slot.job, ServingError("model_failed", "the server failed: its log has the reason"))
+            self._fail(slot.job, self._failure("a token could not be chosen", error))
             return
         self._collect(slot)
 

@@ -9,7 +9,6 @@ import logging
 import resource
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -233,8 +232,7 @@ def listen(host: str, port: int) -> socket.socket:
     family, _, _, _, address = found[0]
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if sys.platform != "win32":
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
         made.listen(BACKLOG)
     except BaseException:

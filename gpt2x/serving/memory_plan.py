@@ -8,8 +8,8 @@ from pathlib import Path
 
 from converters import ConversionError
 
+from ..runtimes.kv_cache import grown_capacity
 from ..runtimes.onnxruntime import OnnxDecoder
-from .prefix_cache import PIECE
 
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 PREFIX_SHARE = 4  # the prefix cache gets one part of so many
@@ -42,27 +42,20 @@ def bytes_per_token(decoder: OnnxDecoder) -> int:
     return int(2 * config.n_layer * config.n_embd * decoder.in_place_run().model.cache_dtype.itemsize)
 
 
-def plan_memory(decoder: OnnxDecoder, most_rows: int, context: int | None, budget: int | None) -> MemoryPlan:
+def plan_memory(decoder: OnnxDecoder, most_rows: int, context: int | None, budget: int) -> MemoryPlan:
     """Divide a budget between the sequences and the prefix cache.
 
     Args:
         most_rows: sequences that run at once, if memory allows.
         context: tokens of a sequence, at most; None for the model's context.
-        budget: bytes; None for half of this machine's memory.
+        budget: bytes.
 
     Raises:
         BudgetError: if one sequence does not fit.
         InputError: if the model's cache grows.
     """
     context = min(context or decoder.n_ctx, decoder.n_ctx)
-    # The cache allocates powers of two.
-    capacity = PIECE
-    while capacity < context:
-        capacity *= 2
-    per_token = bytes_per_token(decoder)
-    row = min(capacity, decoder.n_ctx) * per_token
-    if budget is None:
-        budget = machine_memory() // 2
+    row = grown_capacity(0, context, decoder.n_ctx) * bytes_per_token(decoder)
     prefix = min(budget // PREFIX_SHARE, most_rows * row)
     rows = min(most_rows, (budget - prefix) // row)
     if rows < 1 and budget >= row:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 from ..tasks import GENERATION
 from ..tokenizer import Tokenizer
@@ -16,30 +16,9 @@ from .embedder import Embedder
 from .engine import Engine
 from .faults import ServingError
 from .token_text import TokenTexts
+from .worker import Worker
 
 EMBEDDINGS = "feature-extraction"
-
-
-class Worker(Protocol):
-    """Runs a model in a thread of its own: ``Engine``, ``Embedder``."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        ...
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes requests."""
-        ...
-
-    def drain(self) -> None:
-        """Take no more requests. What was admitted goes on."""
-        ...
-
-    def abort(self, error: ServingError) -> None:
-        """End every request with an error."""
-        ...
 
 
 @dataclass

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import ConversionError
-from converters.containers.onnx import read_metadata
 
-from .. import contract
 from ..contract import has_onnx
 from ..generation.config import controls_beside
 from ..generation.generate import end_token_of
 from ..runtimes.base import InputError
-from ..runtimes.onnx_model import find_model
 from ..runtimes.onnx_task import OnnxTask
-from ..runtimes.onnxruntime import OnnxDecoder, phases
+from ..runtimes.onnxruntime import OnnxDecoder
+from ..runtimes.opening import task_of_export
 from ..tasks import GENERATION
 from ..tokenizer import Tokenizer
 from .chat import ChatTemplate
@@ -137,7 +135,7 @@ def _open(wanted: Wanted, threads: int | None, resources: ExitStack) -> list[_Op
         raise ConversionError(
             f"{folder}: not a directory with an ONNX model: gpt2x export MODEL --onnx {folder} --cache inplace"
         )
-    task = _task_of(wanted)
+    task = task_of_export(folder, wanted.precision)
     if task not in (GENERATION, EMBEDDINGS):
         raise ConversionError(f"{folder}: a model for {task[:50]}; {GENERATION} and {EMBEDDINGS} can be served")
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -148,12 +146,6 @@ def _open(wanted: Wanted, threads: int | None, resources: ExitStack) -> list[_Op
     for adapter in decoder.adapters:
         found.append(_Opened(f"{name}:{adapter}", folder, decoder.with_adapter(adapter), tokenizer))
     return found
-
-
-def _task_of(wanted: Wanted) -> str:
-    """What a model was exported for, by its metadata."""
-    _, precision = phases(wanted.precision, None, None)
-    return read_metadata(find_model(wanted.folder, precision)).get(contract.TASK, GENERATION)
 
 
 def _serve(opened: _Opened, options: EngineOptions, budget: int, metrics: Metrics, resources: ExitStack) -> ServedModel:

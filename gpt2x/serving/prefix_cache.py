@@ -64,11 +64,6 @@ class PrefixCache:
         self._blocks[key] = block
         self.nbytes += size
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._blocks.clear()
-        self.nbytes = 0
-
 
 def _key(tokens: Sequence[int]) -> bytes:
     # The tokens themselves, not a hash: two prompts never share a key.

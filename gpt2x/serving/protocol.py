@@ -25,7 +25,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(max_length=256)]
 # What OpenAI has and this server does not: accepted where it is null, as some clients send every field.
-Unsupported = Annotated[Any, Field(default=None, description="Not supported: must be null.")]
+NOT_SUPPORTED = "Not supported: must be null."
+Unsupported = Annotated[Any, Field(default=None, description=NOT_SUPPORTED)]
 
 
 class Strict(BaseModel):
@@ -172,7 +173,7 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     except ValidationError as error:
         raise _refusal(error) from None
     for name in found.model_fields_set:
-        if kind.model_fields[name].description == "Not supported: must be null." and getattr(found, name) is not None:
+        if kind.model_fields[name].description == NOT_SUPPORTED and getattr(found, name) is not None:
             raise ServingError("unsupported_value", f"{name} is not supported: leave it out", name)
     return found
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from converters.tokenizer import PRINTABLE
+from converters.tokenizer import BYTES
 
 from ..tokenizer import Tokenizer
-
-OTHER = [byte for byte in range(256) if byte not in PRINTABLE]
-# A character of GPT-2's byte alphabet -> the byte that it stands for.
-BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHER)}
 
 
 class TokenTexts:
@@ -33,8 +29,8 @@ class TokenTexts:
         spelled = self.tokenizer.token(token)
         if spelled is None:
             return b""
-        if all(character in BYTE_OF for character in spelled):
-            return bytes(BYTE_OF[character] for character in spelled)
+        if all(character in BYTES for character in spelled):
+            return bytes(BYTES[character] for character in spelled)
         return spelled.encode()  # an added token
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:

@@ -17,6 +17,30 @@ import time
 LIMIT = 60  # seconds that no test takes
 
 
+def wait_for(holds):
+    """Wait until a condition holds."""
+    end = time.monotonic() + LIMIT
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def held(engine, rows=1):
+    """Steps of so many texts or more wait until the end of this block."""
+    step, go_on = engine._batch.step, threading.Event()
+
+    def waiting_step(tokens):
+        assert len(tokens) < rows or go_on.wait(LIMIT)
+        return step(tokens)
+
+    engine._batch.step = waiting_step
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 @dataclasses.dataclass
 class Answer:
     status: int
@@ -80,10 +104,7 @@ class Address:
 
     def wait_for(self, holds):
         """Wait until a condition holds."""
-        end = time.monotonic() + LIMIT
-        while not holds():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for(holds)
 
 
 @contextlib.contextmanager

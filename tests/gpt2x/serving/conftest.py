@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from live_server import in_thread
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE
@@ -21,3 +22,10 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(exported):
     return Tokenizer.from_pretrained(exported)
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    """A server of the module's models."""
+    with in_thread(models) as address:
+        yield address

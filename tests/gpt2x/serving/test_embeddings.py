@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from commands import assert_refused
-from live_server import LIMIT, in_process, in_thread
+from live_server import LIMIT, in_process, in_thread, wait_for
 from task_models import TASKS, task_model
 
 from converters import CheckpointError, open_checkpoint
@@ -43,12 +43,6 @@ def models(folder, exported):
     )
     yield opened
     opened.close()
-
-
-@pytest.fixture(scope="module")
-def server(models):
-    with in_thread(models) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +203,7 @@ def test_a_short_request_waits_for_one_run_of_a_long_one(models, held):
         result = embedder.submit([[1, 2]] * texts, "mean", ends)
         result.add_done_callback(lambda _, name=name: order.append(name))
     held.set()
-    while len(order) < 2:
-        assert time.monotonic() < ends
-        time.sleep(0.01)
+    wait_for(lambda: len(order) == 2)
     assert order == ["short", "long"]
 
 
@@ -301,8 +293,7 @@ def test_a_model_that_is_closed_fails_what_waits(folder, monkeypatch):
     assert started.wait(LIMIT)
     closing = threading.Thread(target=opened.close)
     closing.start()
-    while not embedder._stopped:
-        time.sleep(0.01)
+    wait_for(lambda: embedder._stopped)
     go_on.set()
     closing.join(LIMIT)
     with pytest.raises(ServingError, match="shut down"):

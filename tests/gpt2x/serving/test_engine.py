@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from live_server import LIMIT, held, wait_for
 
 from converters import CheckpointError
 from gpt2x.generation.config import GenerationConfig
@@ -24,13 +25,11 @@ from gpt2x.serving.observer import Observer
 from gpt2x.serving.prefix_cache import PIECE, PrefixCache
 from gpt2x.serving.requests import Failed, PromptRead, TextEnd, TextPiece, TextRequest
 
-LONG = 60.0  # seconds that no test takes
-
 
 class Client:
     """Submits requests, and collects what comes back."""
 
-    def __init__(self, engine, *requests, limit=LONG):
+    def __init__(self, engine, *requests, limit=LIMIT):
         self.events = queue.Queue()
         self.seen = []
         self.left = sum(request.texts for request in requests)
@@ -41,7 +40,7 @@ class Client:
             self.events.put(event)
 
     def next(self):
-        event = self.events.get(timeout=LONG)
+        event = self.events.get(timeout=LIMIT)
         self.seen.append(event)
         if isinstance(event, Failed):
             raise event.error
@@ -203,8 +202,10 @@ def test_running_texts_get_a_token_between_two_pieces_of_a_long_prompt(engine_of
 
     engine._read_piece = read_piece
     engine._batch.step = one_step
-    first = Client(engine, request(prompt(5), 200)).wait_for_piece()
-    long = Client(engine, request(prompt(3 * PIECE + 20), 5)).wait()
+    with engine._wake:  # the thread takes neither before both wait
+        first = Client(engine, request(prompt(5), 200))
+        long = Client(engine, request(prompt(3 * PIECE + 20), 5))
+    long.wait()
     assert any(isinstance(event, TextEnd) for event in long.seen)
     first.wait()
     reads = [i for i, what in enumerate(order) if what == "read"]
@@ -223,12 +224,15 @@ def test_a_cancelled_request_frees_its_row_within_a_step(engine_of):
         return step(tokens)
 
     engine._batch.step = one_step
-    stays = Client(engine, request(prompt(5), 240)).wait_for_piece()
-    goes = Client(engine, request(prompt(6), 240)).wait_for_piece()
-    waits = Client(engine, request(prompt(7), 3))
-    (sequence,) = [number for number, slot in engine._running.items() if slot.job is goes.job]
-    engine.cancel(goes.job)
-    begun = len(steps)
+    with held(engine, rows=2):
+        with engine._wake:  # the thread takes none before all wait
+            stays = Client(engine, request(prompt(5), 240))
+            goes = Client(engine, request(prompt(6), 240))
+            waits = Client(engine, request(prompt(7), 3))
+        wait_for(lambda: len(engine._running) == 2)
+        (sequence,) = [number for number, slot in engine._running.items() if slot.job is goes.job]
+        engine.cancel(goes.job)
+        begun = len(steps)
     waits.wait()
     stays.wait()
     assert recorder.cancels.is_set()
@@ -239,10 +243,12 @@ def test_a_cancelled_request_frees_its_row_within_a_step(engine_of):
 
 def test_a_request_that_is_cancelled_while_it_waits_or_is_read(engine_of):
     engine = engine_of(rows=1)
-    first = Client(engine, request(prompt(5), 200)).wait_for_piece()
-    waiting = Client(engine, request(prompt(6), 200))
-    engine.cancel(waiting.job)
-    engine.cancel(first.job)
+    with held(engine):
+        first = Client(engine, request(prompt(5), 200))
+        wait_for(lambda: engine._running)
+        waiting = Client(engine, request(prompt(6), 200))
+        engine.cancel(waiting.job)
+        engine.cancel(first.job)
     assert Client(engine, request(prompt(200), 2)).wait().left == 0
     assert engine.idle and not waiting.seen
 
@@ -304,10 +310,12 @@ def test_a_character_of_several_tokens_is_never_split(engine_of, tokenizer):
 
 def test_a_full_queue_refuses_with_the_seconds_to_wait_and_admits_later(engine_of):
     engine = engine_of(rows=1, max_queue=2)
-    running = Client(engine, request(prompt(5), 200)).wait_for_piece()
-    waiting = [Client(engine, request(prompt(5), 2)) for _ in range(2)]
-    with pytest.raises(ServingError, match="2 texts are waiting") as refused:
-        Client(engine, request(prompt(5), 2))
+    with held(engine):
+        running = Client(engine, request(prompt(5), 200))
+        wait_for(lambda: engine._running)
+        waiting = [Client(engine, request(prompt(5), 2)) for _ in range(2)]
+        with pytest.raises(ServingError, match="2 texts are waiting") as refused:
+            Client(engine, request(prompt(5), 2))
     assert refused.value.code == "queue_full" and 1 <= refused.value.retry_after <= 60
     for client in (running, *waiting):
         client.wait()
@@ -338,14 +346,21 @@ def test_draining_refuses_new_requests_and_finishes_those_that_were_admitted(eng
 
 def test_an_engine_that_is_aborted_or_closed_fails_every_request(engine_of):
     engine = engine_of(rows=1)
-    clients = [Client(engine, request(prompt(5), 250)) for _ in range(3)]
-    engine.abort(ServingError("shutting_down", "too late"))
+    with held(engine):
+        clients = [Client(engine, request(prompt(5), 250)) for _ in range(3)]
+        wait_for(lambda: engine._running)
+        engine.abort(ServingError("shutting_down", "too late"))
     for client in clients:
         with pytest.raises(ServingError, match="too late"):
             client.wait()
     other = engine_of(rows=1)
-    client = Client(other, request(prompt(5), 250))
-    other.close()
+    with held(other):
+        client = Client(other, request(prompt(5), 250))
+        wait_for(lambda: other._running)
+        closing = threading.Thread(target=other.close)
+        closing.start()
+        wait_for(lambda: other._stopped)
+    closing.join()
     with pytest.raises(ServingError, match="shut down"):
         client.wait()
     assert not other.alive
@@ -413,6 +428,26 @@ def test_a_fault_in_the_thread_ends_it_and_every_request(engine_of, monkeypatch)
         Client(engine, request(prompt(3), 5))
 
 
+def test_an_engine_that_is_failing_admits_nothing_that_it_would_never_answer(engine_of, monkeypatch):
+    refusals = []
+
+    class Retrying(Observer):
+        """Repeats a request at once, while the thread ends."""
+
+        def failed(self, code):
+            with pytest.raises(ServingError, match="restart the server") as refused:
+                Client(engine, request(prompt(3), 5))
+            refusals.append(refused.value.code)
+
+    engine = engine_of(observer=Retrying())
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine._batch.step = lambda tokens: 1 / 0
+    with pytest.raises(ServingError, match="ZeroDivisionError"):
+        Client(engine, request(prompt(3), 5)).wait()
+    engine._thread.join()
+    assert refusals == ["model_failed"]
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -450,9 +485,9 @@ def test_a_prefix_cache_keeps_to_its_budget_and_forgets_what_was_not_used_for_lo
     assert (len(cache), cache.nbytes) == (2, 2 * size)
     assert cache.has(a) and cache.has(c) and not cache.has(b)
     assert cache.find(a) == []  # its last token is always read
-    PrefixCache(size - 1).add(a, block)
-    cache.clear()
-    assert (len(cache), cache.nbytes) == (0, 0)
+    small = PrefixCache(size - 1)
+    small.add(a, block)
+    assert (len(small), small.nbytes) == (0, 0)
 
 
 def test_a_growing_cache_is_refused_with_what_to_export(tmp_path, tokenizer):
@@ -463,4 +498,4 @@ def test_a_growing_cache_is_refused_with_what_to_export(tmp_path, tokenizer):
     export_onnx(gentle(), tmp_path / "m", need_tokenizer=False)
     decoder = OnnxDecoder(tmp_path / "m")
     with pytest.raises(InputError, match="its cache grows; export the model with --cache inplace"):
-        plan_memory(decoder, 8, None, None)
+        plan_memory(decoder, 8, None, 1 << 30)

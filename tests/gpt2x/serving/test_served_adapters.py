@@ -42,12 +42,6 @@ def models(folder):
     opened.close()
 
 
-@pytest.fixture(scope="module")
-def server(models):
-    with in_thread(models) as address:
-        yield address
-
-
 def expected_text(folder, tokenizer, adapter, prompt="ROMEO:", precision="fp32"):
     decoder = OnnxDecoder(folder, precision=precision, threads=1, adapter=adapter)
     return generate_text(decoder, tokenizer, prompt, 30, 0).removeprefix(prompt)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from live_server import LIMIT, in_process, in_thread
+from commands import assert_refused
+from live_server import LIMIT, held, in_process, in_thread
 from paths import ROOT
 
 from converters import open_checkpoint
@@ -33,6 +34,7 @@ from gpt2x.serving.http import address_of, is_loopback, listen, most_connections
 from gpt2x.serving.metrics import Metrics
 from gpt2x.serving.openapi import PATHS, openapi
 from gpt2x.serving.opening import EngineOptions, Wanted, open_models, wanted_models
+from gpt2x.serving.settings import MAX_HEADERS
 
 KEY = "secret-key-1"
 
@@ -46,12 +48,6 @@ def models(exported):
     )
     yield opened
     opened.close()
-
-
-@pytest.fixture(scope="module")
-def server(models):
-    with in_thread(models) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -435,33 +431,32 @@ def test_a_local_server_answers_only_to_its_own_hosts(models):
             assert (refused.status, refused.code) == (403, "host_not_allowed")
 
 
-def test_a_full_queue_is_429_with_retry_after(server, models, monkeypatch):
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """A step takes 20 ms or more, so that 250 of them take 5 seconds or more on any machine."""
+    step = RunningBatch.step
+
+    def slow_step(self, tokens):
+        time.sleep(0.02)
+        return step(self, tokens)
+
+    monkeypatch.setattr(RunningBatch, "step", slow_step)
+
+
+def test_a_full_queue_is_429_with_retry_after(server, models):
     engine = models.find("gpt2").engine
-    step, go_on = engine._batch.step, threading.Event()
-
-    def waiting_step(tokens):
-        assert go_on.wait(LIMIT)
-        return step(tokens)
-
-    monkeypatch.setattr(engine._batch, "step", waiting_step)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(server.complete, prompt=[1, 2], max_tokens=3, n=28, seed=1)
-        server.wait_for(lambda: engine._running)
-        refused = server.complete(prompt="a", n=28)
-        go_on.set()
+        with held(engine):
+            first = pool.submit(server.complete, prompt=[1, 2], max_tokens=3, n=28, seed=1)
+            server.wait_for(lambda: engine._running)
+            refused = server.complete(prompt="a", n=28)
         assert (refused.status, refused.code) == (429, "queue_full")
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert first.result().status == 200
 
 
-def test_texts_that_are_not_complete_in_time(models, monkeypatch):
-    step = RunningBatch.step
-
-    def slow_step(self, tokens):
-        time.sleep(0.02)  # so that 250 steps take longer than the limit on any machine
-        return step(self, tokens)
-
-    monkeypatch.setattr(RunningBatch, "step", slow_step)
+@pytest.mark.usefixtures("slow_steps")
+def test_texts_that_are_not_complete_in_time(models):
     with in_thread(models, generation_timeout=1) as server:
         refused = server.complete(prompt="a", max_tokens=250, n=10)
         assert (refused.status, refused.code) == (504, "generation_timeout")
@@ -500,6 +495,7 @@ def raw_request(body):
     return head.encode() + data
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_client_that_goes_away_frees_its_rows(server, models):
     engine = models.find("gpt2").engine
     for stream in (True, False):
@@ -522,39 +518,67 @@ def test_a_client_that_reads_nothing_is_cut_off(models):
         server.wait_for(lambda: server.metric("gpt2x_open_connections") == 1)
 
 
-def test_headers_and_bodies_that_arrive_too_slowly(models):
-    with in_thread(models, header_timeout=0.3, body_timeout=0.3) as server:
-        slow = {
-            "nothing": b"",
-            "a line": b"GET /health HTTP/1.1\r\nX-a: b\r\n",
-            "no body": raw_request({"prompt": "a"})[:-3],
-        }
-        clients = {name: server.connect() for name in slow}
-        for name, data in slow.items():
-            clients[name].sendall(data)
+SLOW = (b"", b"GET /health HTTP/1.1\r\nX-a: b\r\n", raw_request({"prompt": "a"})[:-3])
+
+
+@contextlib.contextmanager
+def slow_clients(server):
+    """Clients that send nothing, a line, and no whole body."""
+    with contextlib.ExitStack() as resources:
+        clients = []
+        for data in SLOW:
+            client = resources.enter_context(server.connect())
+            client.sendall(data)
+            clients.append(client)
+        yield clients
+
+
+def test_others_are_served_while_headers_and_bodies_arrive_slowly(models):
+    with in_thread(models, header_timeout=LIMIT, body_timeout=LIMIT) as server, slow_clients(server):
         assert server.complete(prompt="a").status == 200
-        for client in clients.values():
-            with client:
-                answer = read_all(client)
-                assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
-        # An idle connection may begin another request, which then has the same time.
-        with server.connect() as client:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            time.sleep(0.5)
-            client.sendall(b"GET /health")
-            assert b"request_timeout" in read_all(client)
+
+
+def test_headers_and_bodies_that_arrive_too_slowly(models):
+    limits = {"header_timeout": 0.3, "body_timeout": 0.3}
+    with in_thread(models, **limits) as server, slow_clients(server) as clients:
+        for client in clients:
+            answer = read_all(client)
+            assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
+
+
+def test_an_idle_connection_may_begin_another_request_which_has_the_same_time(models, monkeypatch):
+    monkeypatch.setattr("gpt2x.serving.http.KEEP_ALIVE", LIMIT)
+    with in_thread(models, header_timeout=0.3) as server, idle_client(server) as client:
+        time.sleep(0.5)
+        client.sendall(b"GET /health")
+        assert b"request_timeout" in read_all(client)
+
+
+def idle_client(server):
+    """A connection that got its first answer. A machine under load may be too slow at first."""
+    end = time.monotonic() + LIMIT
+    while True:
+        client = server.connect()
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = client.recv(1000)
+        if answer.startswith(b"HTTP/1.1 200"):
+            return client
+        client.close()
+        assert b"request_timeout" in answer and time.monotonic() < end
 
 
 def read_all(client):
+    """What a client gets until the server closes the connection, or resets it as it has closed it before."""
     data = b""
-    while chunk := client.recv(4096):
-        data += chunk
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := client.recv(4096):
+            data += chunk
     return data
 
 
 def test_what_is_not_http_or_has_headers_without_end(server):
-    for data in (b"\x16\x03\x01\x02\x00" * 10 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000):
+    endless = b"GET / HTTP/1.1\r\nX: ".ljust(MAX_HEADERS + 1, b"a")  # no more: what is not read resets the connection
+    for data in (b"\x16\x03\x01\x02\x00" * 10 + b"\r\n\r\n", endless):
         with server.connect() as client:
             client.sendall(data)
             answer = read_all(client)
@@ -562,7 +586,7 @@ def test_what_is_not_http_or_has_headers_without_end(server):
 
 
 def test_more_connections_than_the_limit_are_refused_and_others_go_on(models):
-    with in_thread(models, max_connections=20) as server:
+    with in_thread(models, max_connections=20, header_timeout=LIMIT) as server:
         clients = [server.connect() for _ in range(20)]
         with server.connect() as late:
             answer = read_all(late)
@@ -656,7 +680,7 @@ def test_a_directory_that_vanishes_while_it_is_served(exported, tmp_path):
 @pytest.mark.slow
 def test_ten_thousand_open_sockets(exported):
     wanted = most_connections(10_000)
-    with in_process(exported, "--header-timeout", 60) as server:
+    with in_process(exported, "--header-timeout", 86_400) as server:
         clients = [server.connect() for _ in range(min(wanted, 9_900))]
         try:
             assert server.metric("gpt2x_open_connections") > len(clients)
@@ -668,8 +692,6 @@ def test_ten_thousand_open_sockets(exported):
 
 
 def test_a_directory_or_budget_that_cannot_be_served_is_named(gpt2x, exported, tmp_path):
-    from commands import assert_refused
-
     (tmp_path / "empty").mkdir()
     assert_refused(
         gpt2x("serve", tmp_path / "empty", "--port", 0), "not a directory with an ONNX model", "--cache inplace"
@@ -680,8 +702,21 @@ def test_a_directory_or_budget_that_cannot_be_served_is_named(gpt2x, exported, t
     assert_refused(gpt2x("serve", tmp_path / "growing", "--port", 0), "its cache grows", "with --cache inplace")
     keys = tmp_path / "keys"
     keys.write_text("short\n")
-    assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", keys), "fewer than 8 characters")
+    assert_refused(
+        gpt2x("serve", exported, "--port", 0, "--api-key", keys), f"{keys}: line 1: the key has fewer than 8"
+    )
+    keys.write_bytes(b"key-of-ours\n\xff")
+    assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", keys), f"{keys}: not UTF-8 at byte 12")
+    assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", tmp_path / "none"), "none", "No such file")
     assert_refused(gpt2x("serve", exported, "--host", "256.0.0.1", "--port", 0), "256.0.0.1")
+
+
+@pytest.mark.parametrize("size", ["0", "0M", "5X", "1.5G", "-1", "", "9" * 16])
+def test_what_is_not_a_size_is_refused(gpt2x, exported, size):
+    for option in ("--cache-memory", "--max-body"):
+        refused = gpt2x("serve", exported, option, size)
+        assert refused.exit_code == 2
+        assert f"Invalid value for '{option}': {size!r} is not a size: write 512M or 4G" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
