@@ -26,7 +26,8 @@ from converters.tensors import F32
 from .. import contract
 from ..precisions import PRECISIONS, Precision
 from ..runtimes.adapter_files import AdapterFile, open_adapter_file
-from ..tasks import GENERATION, body_of
+from ..task_heads import body_of
+from ..tasks import GENERATION
 from ..verify.sample_text import sample_ids
 from .adapters import open_adapters
 from .client_files import Checksums, metadata, source_name

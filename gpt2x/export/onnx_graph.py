@@ -31,8 +31,9 @@ from ..contract import Slot
 from ..precisions import Precision
 from ..precisions.graph import ELEMENTS, Graph, Value, Weight
 from ..precisions.stored import Stored
+from ..task_heads import TaskHeads
 from ..task_models import extra_outputs, task_module
-from ..tasks import GENERATION, LOGITS, TaskHeads
+from ..tasks import GENERATION, LOGITS
 from .interface import Interface, InterfaceWithOutputs
 
 OPSETS = range(17, 24)  # LayerNormalization comes with 17

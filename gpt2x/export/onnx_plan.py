@@ -22,7 +22,8 @@ from converters.tokenizer import same_tokenizer
 from .. import contract
 from ..contract import models_in
 from ..precisions import FP32, PRECISIONS
-from ..tasks import GENERATION, LOGITS, TaskHeads, config_json, heads_of
+from ..task_heads import TaskHeads, config_json, heads_of
+from ..tasks import GENERATION, LOGITS
 from .adapters import RunTimeAdapter, changed_projections
 from .client_files import Locations, genai_config, metadata, with_transformers_js
 from .onnx_graph import unknown_opset

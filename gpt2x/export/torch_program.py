@@ -22,8 +22,9 @@ from converters import Checkpoint, DestinationError
 from converters.io.publishing import staged_file
 
 from ..load import model_of
+from ..task_heads import body_of, config_json, heads_of
 from ..task_models import extra_outputs, task_module
-from ..tasks import GENERATION, LOGITS, body_of, check_outputs, config_json, heads_of
+from ..tasks import GENERATION, LOGITS, check_outputs
 from .interface import (
     Interface,
     InterfaceWithOutputs,

@@ -6,7 +6,8 @@ from typing import Any
 
 from converters import Checkpoint
 
-from ..tasks import LOGITS, TASKS, TaskHeads, body_of, heads_of
+from ..task_heads import TaskHeads, body_of, heads_of
+from ..tasks import LOGITS, TASKS
 from .base import Decoder, Ids
 from .task_model import Outputs, TaskModel
 

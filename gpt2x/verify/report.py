@@ -34,7 +34,8 @@ from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder, open_t
 from ..runtimes.reference import ReferenceDecoder
 from ..runtimes.task_model import TaskModel
 from ..runtimes.transformers import Transformers
-from ..tasks import GENERATION, body_of, heads_of
+from ..task_heads import body_of, heads_of
+from ..tasks import GENERATION
 from ..weight_options import WeightOptions, why_weights
 from .checks import Check
 from .metrics import CACHE8, FP32, loosest, measure, widened

@@ -17,7 +17,7 @@ from ..precisions import PRECISIONS, Bounds
 from ..runtimes.base import Decoder
 from ..runtimes.reference import ReferenceTask, apply_head
 from ..runtimes.task_model import Outputs, TaskModel
-from ..tasks import body_of, heads_of
+from ..task_heads import body_of, heads_of
 from .checks import Check
 from .metrics import FP32, widened
 from .sample_text import sample_ids
