@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from commands import assert_refused, done
 from onnx import numpy_helper
+from paths import FIXTURES
 from task_models import (
     LABELS,
     PAD,
@@ -227,6 +229,29 @@ def test_a_classifier_without_a_padding_token_is_exported_with_a_warning(gpt2x, 
     found = OnnxTask(tmp_path / "m").run(ids, mask)["logits"]
     for logits, row in zip(found, rows(), strict=True):
         assert_close(logits, expected(model.eval(), row)["logits"])
+
+
+def test_an_adapter_of_a_classifier_is_exported_with_the_head_that_was_trained_with_it(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, adapter = FIXTURES / "adapters/base", FIXTURES / "adapter_of_classifier"
+    wanted = np.load(adapter / "expected.npz")
+    options = ("--task", "text-classification", "--no-tokenizer", "--adapter", adapter)
+    result = done(gpt2x("export", base, "--onnx", "m", "--torchscript", "m.pt", *options))
+    assert "The same." in result.stdout
+    for model in (OnnxTask("m"), open_task("m.pt")):
+        assert_close(model.run(wanted["ids"])["logits"], wanted["logits"])
+    done(gpt2x("verify", base, "m", "--adapter", adapter))
+    assert_refused(gpt2x("verify", base, "m"), "has no head for text classification")
+
+
+def test_an_adapter_of_a_classifier_whose_labels_do_not_fit_is_refused(gpt2x, tmp_path):
+    shutil.copytree(FIXTURES / "adapters/base", tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "id2label": {"0": "no", "1": "yes"}}))
+    options = ("--task", "text-classification", "--adapter", FIXTURES / "adapter_of_classifier")
+    result = gpt2x("export", tmp_path / "base", "--onnx", tmp_path / "m", "--no-tokenizer", *options)
+    assert_refused(result, "the head has 3 outputs, but id2label has 2 labels")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_model_of_one_task_does_not_go_into_the_directory_of_another(folder, tmp_path):
