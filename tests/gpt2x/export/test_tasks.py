@@ -310,6 +310,13 @@ def test_a_model_whose_metadata_do_not_fit_its_graph_is_refused(folder, tmp_path
         OnnxTask(tmp_path)
 
 
+def test_a_file_of_a_task_with_the_name_of_another_precision_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "text-classification-onnx", tmp_path / "m")
+    (tmp_path / "m" / model_file("int8")).write_bytes((tmp_path / "m" / model_file()).read_bytes())
+    with pytest.raises(FormatError, match="its metadata says fp32, not int8"):
+        OnnxTask(tmp_path / "m", precision="int8")
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_program_in_the_model_card_runs(task, tmp_path):
     """With a tokenizer, in the directory, and without one."""
