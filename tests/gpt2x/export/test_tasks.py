@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -458,6 +459,18 @@ def test_values_with_another_head_do_not_pass(tmp_path):
     report = verify(tmp_path / "model.safetensors", tmp_path / "m")
     failed = [check.name for check in report.checks if check.passed is False]
     assert failed == ["transformers, values", "float64, values"]
+
+
+def test_outputs_of_a_pair_of_precisions_out_of_its_bounds_are_a_difference(tmp_path, monkeypatch):
+    """What a pair loses in exact arithmetic is not measured."""
+    language_model(n_embd=64).save_pretrained(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    options = ExportOptions(("int8", "int4"), cache="inplace", outputs=("logits", "hidden_states"))
+    export_onnx(source, tmp_path / "m", options, need_tokenizer=False)
+    monkeypatch.setattr("gpt2x.verify.tasks.bounds_for", lambda name, bounds: replace(bounds, max_abs_error=0.0))
+    report = verify_export(source, tmp_path / "m", precision="int8+int4")
+    failed = {check.name for check in report.checks if check.passed is False}
+    assert {"transformers, hidden_states", "float64, hidden_states"} <= failed
 
 
 @pytest.mark.parametrize("activation", [None, "tanh"])
