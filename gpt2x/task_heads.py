@@ -3,11 +3,12 @@ nor numpy."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converters import Checkpoint
+from converters import Checkpoint, LazyTensor
 from converters.config import to_hf
 from converters.head_config import Labels, choice_activation, labels_of
 from converters.heads import Layer, head_layers
@@ -30,6 +31,21 @@ class TaskHeads:
 
     parts: dict[str, HeadPart]
     labels: Labels | None = None
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of all heads, in the order of the outputs."""
+        return list(itertools.chain.from_iterable(part.layers for part in self.parts.values()))
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Their tensors, as the file names them: ``score.weight``."""
+        found = {}
+        for layer in self.layers:
+            found[f"{layer.name}.weight"] = layer.weight
+            if layer.bias is not None:
+                found[f"{layer.name}.bias"] = layer.bias
+        return found
 
 
 def heads_of(checkpoint: Checkpoint, task: str = GENERATION, outputs: Sequence[str] = (LOGITS,)) -> TaskHeads:
