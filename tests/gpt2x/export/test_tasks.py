@@ -293,7 +293,20 @@ def test_a_task_checks_its_input_before_it_runs(folder):
     assert model.run(*pad_rows([[1] * 16, [2]], left=True))["logits"].shape == (2, 3)
 
 
-@pytest.mark.parametrize("change", ["output", "task", "labels"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("labels", [None, {}, ["no", "yes"], {"0": 1}, {"5": "no"}])
+def test_a_program_whose_labels_are_damaged_is_refused_in_one_line(folder, tmp_path, labels):
+    export_torchscript(open_checkpoint(folder / "text-classification"), tmp_path / "m.pt", task="text-classification")
+    extra = {"config.json": ""}
+    module = torch.jit.load(tmp_path / "m.pt", _extra_files=extra)
+    config = {**json.loads(extra["config.json"]), "id2label": labels}
+    torch.jit.save(module, tmp_path / "n.pt", _extra_files={"config.json": json.dumps(config)})
+    with pytest.raises(ConfigError, match="id2label") as raised:
+        open_task(tmp_path / "n.pt")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", ["output", "task", "labels", "block"])
 def test_a_model_whose_metadata_do_not_fit_its_graph_is_refused(folder, tmp_path, change):
     model = onnx.load(folder / "text-classification-onnx" / model_file(), load_external_data=False)
     facts = {entry.key: entry for entry in model.metadata_props}
@@ -301,13 +314,17 @@ def test_a_model_whose_metadata_do_not_fit_its_graph_is_refused(folder, tmp_path
         facts["gpt2x.task"].value = "token-classification"
     elif change == "task":
         facts["gpt2x.task"].value = "summarization"
+    elif change == "block":
+        model.metadata_props.add(key="gpt2x.block_size", value="many")
     else:
         facts["gpt2x.config"].value = facts["gpt2x.config"].value.replace('"2": "positive"', '"5": "positive"')
     (tmp_path / "onnx").mkdir()
     data = "onnx/model.onnx_data"
     (tmp_path / data).write_bytes((folder / "text-classification-onnx" / data).read_bytes())
     onnx.save(model, tmp_path / "onnx/model.onnx")
-    with pytest.raises((CheckpointError, FormatError, ConfigError), match=r"other inputs|unknown task|id2label"):
+    with pytest.raises(
+        (CheckpointError, FormatError, ConfigError), match=r"other inputs|unknown task|id2label|block_size"
+    ):
         OnnxTask(tmp_path)
 
 
