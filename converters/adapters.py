@@ -7,6 +7,7 @@ Sources: ``LoraLayer``, ``TrainableTokensLayer`` and ``get_peft_model_state_dict
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from .adapter_config import AdapterConfig
 from .checkpoint import same_bytes
 from .dialects import HF
 from .errors import CheckpointError, short
+from .heads import Head, find_head
 from .tensors import F64, LazyTensor
 
 MAX_NAME = 256
@@ -26,8 +28,6 @@ SAVED, ORIGINAL = "modules_to_save", "original_module"
 MARKS = {**FACTORS, "trainable_tokens_delta": "rows", SAVED: "saved", ORIGINAL: "original"}
 # Parts that PEFT, DataParallel, FSDP and torch.compile put into names.
 WRAPPERS = ("base_layer", "token_adapter", "module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-# Heads of other tasks, which a language model does not have.
-HEADS = ("score.", "classifier.", "v_head.", "multiple_choice_head.")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Adapter:
         rows: name of an embedding -> rows that are replaced.
         replaced: name -> a tensor that replaces the base's (``modules_to_save``, biases, saved embeddings).
         left_out: names of tensors that a language model does not have.
+        heads: those of the tensors in ``left_out`` that are heads, which replace the base's.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Adapter:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     replaced: Mapping[str, LazyTensor] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    heads: tuple[Head, ...] = ()
 
     def summary(self) -> str:
         """What it changes, in a few words."""
@@ -193,6 +195,7 @@ def read_adapter(
         rows=dict(found.rows()),
         replaced=found.replaced,
         left_out=tuple(found.left_out),
+        heads=tuple(itertools.starmap(Head, found.heads.items())),
     )
     if len(found.adapters) > 1:
         names = ", ".join(sorted(name[:60] for name in found.adapters))
@@ -213,6 +216,7 @@ class _Reading:
         self.paths: dict[str, str] = {}  # canonical name -> the module as PEFT names it
         self.replaced: dict[str, LazyTensor] = {}
         self.left_out: list[str] = []
+        self.heads: dict[str, dict[str, LazyTensor]] = {}  # kind -> name in the head -> tensor
         self.adapters: set[str] = set()
         self.faults: list[str] = []
 
@@ -221,7 +225,10 @@ class _Reading:
         part = _part_of(name[:MAX_NAME])
         if part.role == "original":
             return
-        if part.name.startswith(HEADS) or HF.is_extra(part.name, ""):
+        head = find_head(part.name, "")
+        if head:
+            self._put_head(*head, part, name, tensor)
+        if head or HF.is_extra(part.name, ""):
             self.left_out.append(name)
             return
         canonical = _canonical(part.name if part.is_whole else f"{part.name}.weight")
@@ -240,6 +247,14 @@ class _Reading:
         else:
             place, key = self.parts.setdefault(canonical, {}), part.role
             self.paths[canonical] = part.path
+        self._store(place, key, part, name, tensor)
+
+    def _put_head(self, kind: str, path: str, part: _Part, name: str, tensor: LazyTensor) -> None:
+        """Keep a tensor of a head. A change of low rank has a name that no known form of a head has."""
+        key = path if part.is_whole else f"{path}.{part.role}"
+        self._store(self.heads.setdefault(kind, {}), key, part, name, tensor)
+
+    def _store(self, place: dict[str, LazyTensor], key: str, part: _Part, name: str, tensor: LazyTensor) -> None:
         if key in place and not same_bytes(place[key], tensor):
             self.faults.append(f"duplicate {name}: another tensor has this place, and other values")
         place[key] = tensor

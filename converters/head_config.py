@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConfigError
+from .values import all_are
 
 # Keys of config.json that a checkpoint keeps for its heads. They are checked when a head is used.
 KEYS = (
@@ -76,7 +77,7 @@ def _names(id2label: Any, count: int, where: str) -> tuple[str, ...]:
     """The names of ``id2label`` in order."""
     if id2label is None:
         return tuple(f"LABEL_{i}" for i in range(count))
-    if not isinstance(id2label, Mapping) or not all(isinstance(name, str) for name in id2label.values()):
+    if not isinstance(id2label, Mapping) or not all_are(id2label.values(), str):
         raise ConfigError(f"{where}: id2label is not an object of names")
     if len(id2label) != count:
         raise ConfigError(f"{where}: the head has {count} outputs, but id2label has {len(id2label)} labels")

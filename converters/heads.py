@@ -89,8 +89,8 @@ def head_layers(heads: Iterable[Head], kind: str, n_embd: int, where: str) -> tu
     if form is None or len(bare) < len(tensors):
         found = ", ".join(path[:60] for path in tensors)
         raise CheckpointError(f"{where}: gpt2x does not know this {kind} head: it has {found[:300]}")
-    _check_shapes(bare, form, n_embd, f"{where}: {kind} head: {first_part(next(iter(tensors)))}")
     stem = first_part(next(iter(tensors)))
+    _check_shapes(bare, form, n_embd, f"{where}: {kind} head: {stem}")
     return tuple(_layer(stem, name, bare) for name in form if name.endswith("weight"))
 
 

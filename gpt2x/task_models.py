@@ -16,7 +16,8 @@ from converters.heads import Layer
 
 from .load import model_of, tensor_of
 from .model import GPT2
-from .tasks import GENERATION, HeadPart, TaskHeads, heads_of
+from .task_heads import HeadPart, TaskHeads, heads_of
+from .tasks import GENERATION
 
 ACTIVATIONS: Dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh}
 

@@ -45,9 +45,10 @@ def test_the_engine_of_the_server_needs_no_http(tmp_path):
     assert not {"torch", "starlette", "uvicorn", "pydantic", "prometheus_client"} & loaded
 
 
-def test_help_loads_neither_torch_nor_numpy(tmp_path):
-    loaded = modules_after("from gpt2x.cli import main; main(['--help'], standalone_mode=False)", tmp_path)
-    assert not {"torch", "numpy", "rich"} & loaded
+@pytest.mark.parametrize("command", [["--help"], ["export", "--help"]])
+def test_help_loads_neither_torch_numpy_nor_converters(command, tmp_path):
+    loaded = modules_after(f"from gpt2x.cli import main; main({command}, standalone_mode=False)", tmp_path)
+    assert not {"torch", "numpy", "rich", "converters"} & loaded
 
 
 @pytest.mark.parametrize(

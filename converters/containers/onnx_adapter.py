@@ -16,6 +16,7 @@ from ..errors import FormatError
 from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, LazyTensor
+from ..values import are_sizes
 from .container import Container
 
 SUFFIX = ".onnx_adapter"
@@ -135,7 +136,7 @@ def _parameter(table: _Table, where: str) -> tuple[str, LazyTensor]:
     where = f"{where}: {name[:100]!r}"
     begin, rank = table.vector(DIMS, 8, MAX_RANK, "dimensions")
     shape = struct.unpack(f"<{rank}q", file.read(begin, 8 * rank))
-    if not all(0 <= dim < 1 << 40 for dim in shape) or math.prod(shape) >= 1 << 40:
+    if not are_sizes(shape, 1 << 40) or math.prod(shape) >= 1 << 40:
         raise FormatError(f"{where}: invalid shape, {list(shape)}")
     kind = table.number(DATA_TYPE)
     if kind not in TYPES:

@@ -169,6 +169,7 @@ def merge_adapter(
     elif checkpoint.config.tie_word_embeddings and not is_tied:
         is_low_rank = WTE in adapter.factors or LM_HEAD in adapter.factors
         notes.append(UNTIED + UNLIKE_PEFT if is_low_rank else UNTIED)
+    heads = {head.kind: head for head in (*checkpoint.heads, *adapter.heads)}  # the adapter's replace the base's
     config = replace(checkpoint.config, n_vocab=tensors[WTE].shape[0], tie_word_embeddings=is_tied)
     return replace(
         checkpoint,
@@ -176,6 +177,7 @@ def merge_adapter(
         tensors=tensors,
         files=(*checkpoint.files, *adapter.files),
         left_out=(*checkpoint.left_out, *adapter.left_out),
+        heads=tuple(heads.values()),
         notes=(*checkpoint.notes, *notes),
         adapter=adapter.path,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from ..tasks import EXTRAS, GENERATION, LOGITS, TASKS, check_outputs, heads_of
+from ..tasks import EXTRAS, GENERATION, LOGITS, TASKS, check_outputs
 from .source import check_before, local, named_adapter, weight_options, with_local_adapter
 from .text import SAMPLE, need, printable, progress_bar, read_text
 from .verify import table
@@ -327,6 +327,8 @@ def _plan(request: Request) -> Checkpoint:
     """
     from converters import open_checkpoint
     from converters.io.publishing import check_free
+
+    from ..task_heads import heads_of
 
     for target in request.targets:
         check_before(request.src, target, force=request.force, directory=target in request.directories)

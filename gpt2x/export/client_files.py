@@ -17,7 +17,8 @@ from .. import contract
 from .._version import __version__
 from ..precisions import DEFAULT, PRECISIONS, Precision
 from ..precisions.quantize import PAIR
-from ..tasks import GENERATION, LOGITS, config_json
+from ..task_heads import config_json
+from ..tasks import GENERATION, LOGITS
 from .options import ExportOptions
 
 TRANSFORMERS_JS = "transformers.js_config"  # a key of config.json

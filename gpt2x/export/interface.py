@@ -1,4 +1,4 @@
-"""The interface of every export: tokens, attention mask, positions and KV cache in; logits and KV cache out."""
+"""The modules that are exported. For text generation: tokens, attention mask, positions and KV cache in; logits and KV cache out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from converters.spec import GPT2Config
 
 from ..model import GPT2
+from ..task_heads import TaskHeads
+from ..task_models import extra_outputs, task_module
+from ..tasks import GENERATION, LOGITS
 
 
 class Interface(nn.Module):
@@ -55,6 +58,24 @@ class InterfaceWithOutputs(nn.Module):
         for i, module in enumerate(self.outputs):
             found[self.names[i]] = module(x)
         return self.model.logits(x), present, found
+
+
+def exported_module(
+    model: GPT2, task: str, outputs: tuple[str, ...], heads: TaskHeads, *, last: bool = False
+) -> nn.Module:
+    """The module that is exported, around a model.
+
+    Args:
+        task: one of ``gpt2x.tasks.TASKS``.
+        outputs: of text generation.
+        heads: those that the task and its outputs need.
+        last: compute the logits of the last position only.
+    """
+    if task != GENERATION:
+        return task_module(model, task, heads)
+    if outputs == (LOGITS,):
+        return Interface(model, last)
+    return InterfaceWithOutputs(model, extra_outputs(outputs, heads), last)
 
 
 def example_inputs(config: GPT2Config, B: int = 2, T: int = 3, P: int = 4) -> tuple[object, ...]:

@@ -26,7 +26,8 @@ from converters.tensors import F32
 from .. import contract
 from ..precisions import PRECISIONS, Precision
 from ..runtimes.adapter_files import AdapterFile, open_adapter_file
-from ..tasks import GENERATION, body_of
+from ..task_heads import body_of
+from ..tasks import GENERATION
 from ..verify.sample_text import sample_ids
 from .adapters import open_adapters
 from .client_files import Checksums, metadata, source_name
@@ -106,16 +107,11 @@ def _write(stage: Path, source: Checkpoint, request: Request, plan: Plan, checks
 def _for_transformers(source: Checkpoint, request: Request) -> dict[str, LazyTensor]:
     """The weights as transformers' class for the task names them, with those of its head."""
     tensors = HF.write(source.tensors, source.config)
-    parts = request.heads.parts if request.options.task != GENERATION else {}
-    if not parts:
+    heads = request.heads.tensors if request.options.task != GENERATION else {}
+    if not heads:
         return tensors
     named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    for layer in (layer for part in parts.values() for layer in part.layers):
-        weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
-        named[weight] = layer.weight.cast(F32, weight)
-        if layer.bias is not None:
-            named[bias] = layer.bias.cast(F32, bias)
-    return named
+    return {**named, **{name: tensor.cast(F32, name) for name, tensor in heads.items()}}
 
 
 def _listing(stage: Path, path: Path) -> Exported:

@@ -31,15 +31,16 @@ from ..contract import Slot
 from ..precisions import Precision
 from ..precisions.graph import ELEMENTS, Graph, Value, Weight
 from ..precisions.stored import Stored
-from ..task_models import extra_outputs, task_module
-from ..tasks import GENERATION, LOGITS, TaskHeads
-from .interface import Interface, InterfaceWithOutputs
+from ..task_heads import TaskHeads
+from ..tasks import GENERATION, LOGITS
+from .interface import exported_module
 
 OPSETS = range(17, 24)  # LayerNormalization comes with 17
 BLOCKS_OPSET = 21  # the first whose DequantizeLinear has blocks
 ATTENTION_OPSET = 23  # the first with Attention
 MICROSOFT = "com.microsoft"  # the domain of GroupQueryAttention
 Scales = Tuple[NDArray[np.float32], NDArray[np.float32]]
+Cached = Optional[Value]  # keys or values of a cache; None if the model has none
 
 
 @dataclass(frozen=True)
@@ -193,20 +194,13 @@ def attention_as_a_node() -> Iterator[None]:
 def trace(config: GPT2Config, target: Target = TEXT_GENERATION) -> fx.GraphModule:
     """The from-scratch model as a graph of torch's operators, for any batch and any lengths."""
     with torch.device("meta"):
-        model = _module_of_target(definition.GPT2.from_config(config), target).eval()
+        whole = definition.GPT2.from_config(config)
+        model = exported_module(whole, target.task, target.outputs, target.heads, last=target.last).eval()
     with attention_as_a_node():
         if target.task != GENERATION:
             return fx.symbolic_trace(model)
         cache = [(fx.PH, fx.PH)] * config.n_layer  # type: ignore[attr-defined]
         return fx.symbolic_trace(model, concrete_args={"past": cache})
-
-
-def _module_of_target(model: definition.GPT2, target: Target) -> nn.Module:
-    if target.task != GENERATION:
-        return task_module(model, target.task, target.heads)
-    if target.outputs == (LOGITS,):
-        return Interface(model, target.last)
-    return InterfaceWithOutputs(model, extra_outputs(target.outputs, target.heads), target.last)
 
 
 # ------------------------------------------------------------------------------------------------------ translating
@@ -293,7 +287,7 @@ class HeadLayers:
     """
 
     def __init__(self, heads: TaskHeads) -> None:
-        self.layers = iter([layer for part in heads.parts.values() for layer in part.layers])
+        self.layers = iter(heads.layers)
 
     def __call__(self, g: Graph, module: nn.Linear, x: Value) -> Value:
         layer = next(self.layers)  # the trace has them in the order of the outputs
@@ -320,15 +314,7 @@ def _attention_of(config: GPT2Config, cache: str, scales: Sequence[Scales], opse
 
 
 def _attend_growing(
-    g: Graph,
-    q: Value,
-    k: Value,
-    v: Value,
-    mask: Value,
-    key: Optional[Value],
-    value: Optional[Value],
-    n: int,
-    scale: float,
+    g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Cached, value: Cached, n: int, scale: float
 ) -> Any:
     """ONNX's ``Attention``, which appends the new keys and values to the cache, if there is one."""
     options: dict[str, Any] = {"q_num_heads": n, "kv_num_heads": n, "scale": scale}
@@ -341,15 +327,7 @@ def _attend_growing(
 
 
 def _attend_in_steps(
-    g: Graph,
-    q: Value,
-    k: Value,
-    v: Value,
-    mask: Value,
-    key: Optional[Value],
-    value: Optional[Value],
-    n: int,
-    scale: float,
+    g: Graph, q: Value, k: Value, v: Value, mask: Value, key: Cached, value: Cached, n: int, scale: float
 ) -> Any:
     """The same in operators that ONNX Runtime before 1.23 has, too; the softmax in float32."""
     bias = _additive(g, mask, q.dtype)

@@ -22,7 +22,8 @@ from converters.tokenizer import same_tokenizer
 from .. import contract
 from ..contract import models_in
 from ..precisions import FP32, PRECISIONS
-from ..tasks import GENERATION, LOGITS, TaskHeads, config_json, heads_of
+from ..task_heads import TaskHeads, config_json, heads_of
+from ..tasks import EXTRAS, GENERATION, LOGITS
 from .adapters import RunTimeAdapter, changed_projections
 from .client_files import Locations, genai_config, metadata, with_transformers_js
 from .onnx_graph import unknown_opset
@@ -172,6 +173,7 @@ def _check_model(request: Request) -> None:
     if request.need_tokenizer and checkpoint.tokenizer is None:
         raise TokenizerError(NO_TOKENIZER.format(source=checkpoint.source or "the model"))
     _ = request.heads
+    _check_adapter_heads(request)
     if contract.stays(options.cache) and checkpoint.config.head_dim % 8:
         raise ConfigError(
             f"a cache in place (GroupQueryAttention) needs a head dimension that is a multiple of 8, this model has "
@@ -185,6 +187,18 @@ def _check_model(request: Request) -> None:
     for precision in options.chosen:
         if options.opset is not None and options.opset < precision.min_opset:
             raise unknown_opset(precision, options.cache, precision.min_opset, options.opset)
+
+
+def _check_adapter_heads(request: Request) -> None:
+    """Refuse adapters at run time that replace the head of an output: the model has the base's alone."""
+    kinds = {EXTRAS.get(name): name for name in request.options.outputs}
+    for one in request.adapters:
+        for head in one.adapter.heads:
+            if head.kind in kinds:
+                raise ConversionError(
+                    f"{one.adapter.path}: it replaces the head of {kinds[head.kind]}, which cannot be done at run time. "
+                    "Merge the adapter: pass its directory without a name before it"
+                )
 
 
 def check_size(checkpoint: Checkpoint, options: ExportOptions) -> None:

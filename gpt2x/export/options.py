@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .. import contract
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
-from ..tasks import GENERATION, LOGITS, TASKS, TaskHeads, check_outputs
+from ..task_heads import TaskHeads
+from ..tasks import GENERATION, LOGITS, TASKS, check_outputs
 from .onnx_graph import OPSETS, Target
 
 

@@ -73,7 +73,7 @@ CLASSES = """\
 LAST_TOKEN = """\
 - The logits are those of the row's last token whose `attention_mask` is 1{but}.
 """
-PAIR_OPTIMUM = {
+OPTIMUM = {
     "feature-extraction": "ORTModelForFeatureExtraction",
     "text-classification": "ORTModelForSequenceClassification",
     "token-classification": "ORTModelForTokenClassification",
@@ -158,7 +158,7 @@ def task_card(
         client=client(task, first, tokenizer),
         files=file_lines(precisions, locations),
         model=file,
-        optimum=PAIR_OPTIMUM[task],
+        optimum=OPTIMUM[task],
         file_name="" if file == contract.model_file() else f', file_name="{file.removeprefix("onnx/")}"',
         transformers_js=_transformers_js(task, PRECISIONS[first].transformers_js),
         needs="" if tokenizer else ", once a tokenizer is added",

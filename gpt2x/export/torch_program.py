@@ -22,13 +22,12 @@ from converters import Checkpoint, DestinationError
 from converters.io.publishing import staged_file
 
 from ..load import model_of
-from ..task_models import extra_outputs, task_module
-from ..tasks import GENERATION, LOGITS, body_of, check_outputs, config_json, heads_of
+from ..task_heads import body_of, config_json, heads_of
+from ..tasks import GENERATION, LOGITS, check_outputs
 from .interface import (
-    Interface,
-    InterfaceWithOutputs,
     dynamic_shapes,
     example_inputs,
+    exported_module,
     task_dynamic_shapes,
     task_example_inputs,
 )
@@ -132,11 +131,7 @@ def _program_of(checkpoint: Checkpoint, task: str, outputs: Sequence[str]) -> _P
         checkpoint = body_of(checkpoint)
     config, heads = checkpoint.config, heads_of(checkpoint, task, outputs)
     model = model_of(checkpoint)
-    module: nn.Module = Interface(model)
-    if task != GENERATION:
-        module = task_module(model, task, heads)
-    elif outputs != (LOGITS,):
-        module = InterfaceWithOutputs(model, extra_outputs(outputs, heads))
+    module = exported_module(model, task, outputs, heads)
     inputs, shapes = example_inputs(config), dynamic_shapes(config)
     if task != GENERATION:
         inputs, shapes = task_example_inputs(), task_dynamic_shapes()

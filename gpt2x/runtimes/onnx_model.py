@@ -186,11 +186,9 @@ class OnnxModel:
         names = [name for name in contract.outputs_in(self.metadata) if name != LOGITS]
         empty = np.empty((len(ids), self.config.n_head, 0, self.config.head_dim), self.cache_dtype)
         feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
-        try:
-            found = self.session.run(names, {**feed, **dict.fromkeys(self.past_names, empty)}) if names else []
-        except Exception as error:  # the metadata promised what the graph does not do
-            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {one_line(error)}") from None
-        return dict(zip(names, found, strict=True))
+        if not names:
+            return {}
+        return run_session(self.session, self.path, names, {**feed, **dict.fromkeys(self.past_names, empty)})
 
     def run(self, binding: Any, options: ort.RunOptions | None) -> None:
         """Run the model with everything bound.
@@ -200,8 +198,28 @@ class OnnxModel:
         """
         try:
             self.session.run_with_iobinding(binding, options)
-        except Exception as error:  # the metadata promised what the graph does not do
-            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {one_line(error)}") from None
+        except Exception as error:
+            raise _cannot_run(self.path, error) from None
+
+
+def run_session(
+    session: ort.InferenceSession, path: Path, names: list[str], feed: Mapping[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """Run a model on arrays. Returns the outputs of these names.
+
+    Raises:
+        FormatError: if ONNX Runtime fails.
+    """
+    try:
+        found = session.run(names, feed)
+    except Exception as error:
+        raise _cannot_run(path, error) from None
+    return dict(zip(names, found, strict=True))
+
+
+def _cannot_run(path: Path, error: Exception) -> FormatError:
+    """The error for a model whose metadata promised what its graph does not do."""
+    return FormatError(f"{path}: ONNX Runtime cannot run it: {one_line(error)}")
 
 
 def open_model(path: str | Path, precision: str | None, settings: SessionSettings) -> OnnxModel:
@@ -216,23 +234,48 @@ def open_model(path: str | Path, precision: str | None, settings: SessionSetting
     metadata = read_metadata(file)
     if metadata.get(contract.TASK, GENERATION) != GENERATION:
         raise FormatError(f"{file}: a model for {metadata[contract.TASK][:50]}, which generates no text")
-    check_runtime(file, metadata)
-    session = open_session(file, metadata, settings)
-    give_back()  # loading needs a third more memory for a moment, if weights are packed anew
+    loaded = load_file(file, metadata, precision, settings)
     model = OnnxModel(
         path=file,
         metadata=metadata,
-        config=config_in(file, metadata),
-        precision=metadata.get(contract.PRECISION, DEFAULT),
+        config=loaded.config,
+        precision=loaded.precision,
         cache_kind=metadata.get(contract.CACHE, "growing"),
         last_only=metadata.get(contract.LOGITS) == "last",
-        session=session,
+        session=loaded.session,
     )
-    if precision not in (None, model.precision):
-        raise FormatError(f"{file}: its metadata says {model.precision[:50]}, not {precision}")
     check_contract(model)
     log.info("%s: %s, %s cache", file, model.precision, model.cache_kind)
     return model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What every model has, for any task. Its inputs and outputs are not checked yet."""
+
+    config: GPT2Config
+    precision: str
+    session: ort.InferenceSession
+
+
+def load_file(file: Path, metadata: dict[str, str], precision: str | None, settings: SessionSettings) -> Loaded:
+    """Load a file into ONNX Runtime.
+
+    Args:
+        metadata: that of the file.
+        precision: what the user asked for.
+
+    Raises:
+        FormatError: if it cannot be loaded, or has another precision.
+        ConfigError: if it has no configuration.
+    """
+    check_runtime(file, metadata)
+    session = open_session(file, metadata, settings)
+    give_back()  # loading needs a third more memory for a moment, if weights are packed anew
+    config, found = config_in(file, metadata), metadata.get(contract.PRECISION, DEFAULT)
+    if precision not in (None, found):
+        raise FormatError(f"{file}: its metadata says {found[:50]}, not {precision}")
+    return Loaded(config, found, session)
 
 
 # -------------------------------------------------------------------------------------------------------- the file
@@ -459,9 +502,18 @@ def check_contract(model: OnnxModel) -> None:
         *differences("input", model.expected_factor_inputs, model.factor_inputs),
         *differences("output", contract.outputs(model.config, model.last_only, *kind, names), model.outputs),
     ]
+    refuse_differences(model.path, faults)
+
+
+def refuse_differences(path: Path, faults: list[str]) -> None:
+    """Refuse a model with these ``differences``, if there are any.
+
+    Raises:
+        CheckpointError: with all of them.
+    """
     if faults:
         advice = "gpt2x runs models that gpt2x export --onnx wrote, or with the same inputs and outputs."
-        raise CheckpointError.listing(f"{model.path}: other inputs or outputs than gpt2x's", short(faults), advice)
+        raise CheckpointError.listing(f"{path}: other inputs or outputs than gpt2x's", short(faults), advice)
 
 
 def block_size(metadata: Mapping[str, str]) -> int | None:

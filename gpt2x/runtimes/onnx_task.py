@@ -13,24 +13,23 @@ import onnxruntime as ort
 
 from converters import CheckpointError, FormatError
 from converters.containers.onnx import read_metadata
-from converters.errors import short
 from converters.head_config import Labels, head_settings, labels_of
 from converters.io.json import parse_json
 
 from .. import contract
 from ..contract import Slot
-from ..precisions import DEFAULT, PRECISIONS
+from ..precisions import PRECISIONS
 from ..tasks import GENERATION, TASKS
 from .base import Ids
 from .onnx_model import (
     Provider,
     SessionSettings,
-    check_runtime,
-    config_in,
+    block_size,
     differences,
     find_model,
-    one_line,
-    open_session,
+    load_file,
+    refuse_differences,
+    run_session,
     slots,
 )
 from .task_model import Outputs, TaskModel, check_rows
@@ -47,7 +46,7 @@ class OnnxTask(TaskModel):
         providers: ONNX Runtime's execution providers in order of preference; each a name, or a name and its options.
 
     Raises:
-        FormatError: if there is no model, it is damaged, or it is one for text generation.
+        FormatError: if there is no model, it is damaged, has another precision, or is one for text generation.
         CheckpointError: if its inputs and outputs are not the contract's.
         ConfigError: if its configuration or its labels are invalid.
         ValueError: if the number of threads is out of range, or this ONNX Runtime has no such provider.
@@ -68,10 +67,10 @@ class OnnxTask(TaskModel):
         self.path = find_model(path, precision)
         self.metadata = read_metadata(self.path)
         self.task = task_in(self.path, self.metadata)
-        check_runtime(self.path, self.metadata)
-        self.config = config_in(self.path, self.metadata)
-        self.precision = self.metadata.get(contract.PRECISION, DEFAULT)
-        self._session = open_session(self.path, self.metadata, settings)
+        loaded = load_file(self.path, self.metadata, precision, settings)
+        self.config = loaded.config
+        self.precision = loaded.precision
+        self._session = loaded.session
         self.inputs, self.outputs = slots(self._session.get_inputs()), slots(self._session.get_outputs())
         self._check()
         self.labels = self._labels()
@@ -85,24 +84,20 @@ class OnnxTask(TaskModel):
             FormatError: if ONNX Runtime fails.
         """
         ids, mask = check_rows(input_ids, attention_mask, self.config)
-        names = list(self.outputs)
-        try:
-            found = self._session.run(names, {"input_ids": ids, "attention_mask": mask})
-        except Exception as error:  # the metadata promised what the graph does not do
-            raise FormatError(f"{self.path}: ONNX Runtime cannot run it: {one_line(error)}") from None
-        return dict(zip(names, found, strict=True))
+        feed = {"input_ids": ids, "attention_mask": mask}
+        return run_session(self._session, self.path, list(self.outputs), feed)
 
     def _check(self) -> None:
         """Compare inputs and outputs with the contract."""
         if self.precision not in PRECISIONS or self.metadata.get(contract.CONTRACT) != contract.OF_TASKS:
             raise CheckpointError(f"{self.path}: unknown kind of model: a newer gpt2x may have written it")
+        block_size(self.metadata)
         expected = contract.task_outputs(self.task, self.config, self._label_count())
         faults = [
             *differences("input", contract.task_inputs(), self.inputs),
             *differences("output", expected, self.outputs),
         ]
-        if faults:
-            raise CheckpointError.listing(f"{self.path}: other inputs or outputs than gpt2x's", short(faults))
+        refuse_differences(self.path, faults)
 
     def _label_count(self) -> int | str:
         """The size of the last axis of the logits, which the labels must fit."""

@@ -13,7 +13,8 @@ from converters import Checkpoint, LazyTensor
 from converters.arrays import cast_array
 from converters.tensors import F64
 
-from ..tasks import LOGITS, HeadPart, body_of, heads_of
+from ..task_heads import HeadPart, body_of, heads_of
+from ..tasks import LOGITS
 from .base import Decoder, Ids
 from .task_model import Outputs, TaskModel
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converters import ChecksumError, FormatError, GPT2Config
+from converters import ChecksumError, ConfigError, FormatError, GPT2Config
 from converters.config import config_of
 from converters.head_config import Labels, head_settings, labels_of
 from converters.io.json import parse_json
@@ -228,11 +228,16 @@ def _described(module: Any, path: str | Path, text: str | bytes) -> Program:
     where = f"{path}: config.json"
     raw = parse_json(text if isinstance(text, bytes) else text.encode(), where)
     config, task = config_of(raw, where), task_of(raw)
+    return Program(module, config, task, _labels(raw, where) if TASKS[task].head else None)
+
+
+def _labels(raw: Mapping[str, Any], where: str) -> Labels:
+    """The labels of a classifier, as many as are named: the program does not tell how many it has."""
     settings = head_settings(raw)
     names = settings.get("id2label")
-    count = len(names) if isinstance(names, dict) else 0
-    labels = labels_of(settings, count, where) if TASKS[task].head else None
-    return Program(module, config, task, labels)
+    if not isinstance(names, dict) or not names:
+        raise ConfigError(f"{where}: a classifier without id2label, an object of names")
+    return labels_of(settings, len(names), where)
 
 
 def _reordered(past: Past, rows: Tensor) -> list[tuple[Tensor, Tensor]]:

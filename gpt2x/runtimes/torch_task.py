@@ -13,8 +13,9 @@ from converters.head_config import Labels
 
 from ..contract import task_outputs
 from ..model import GPT2
+from ..task_heads import TaskHeads, body_of, heads_of
 from ..task_models import task_model, task_module
-from ..tasks import GENERATION, TaskHeads, body_of, heads_of
+from ..tasks import GENERATION
 from .base import Ids
 from .task_model import Outputs, TaskModel, check_rows
 from .torch import load_program, one_line

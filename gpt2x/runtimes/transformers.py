@@ -6,7 +6,8 @@ from typing import Any
 
 from converters import Checkpoint
 
-from ..tasks import LOGITS, TASKS, TaskHeads, body_of, heads_of
+from ..task_heads import TaskHeads, body_of, heads_of
+from ..tasks import LOGITS, TASKS
 from .base import Decoder, Ids
 from .task_model import Outputs, TaskModel
 
@@ -100,10 +101,7 @@ def _task_model(checkpoint: Checkpoint, task: str, heads: TaskHeads) -> Any:
         model = getattr(transformers, TASKS[task].architecture)(config)
     prefix = "" if task == "feature-extraction" else "transformer."
     state = {f"{prefix}{name}": tensor.float() for name, tensor in state_of(checkpoint).items()}
-    for layer in (layer for part in heads.parts.values() for layer in part.layers):
-        state[f"{layer.name}.weight"] = tensor_of(layer.weight).float()
-        if layer.bias is not None:
-            state[f"{layer.name}.bias"] = tensor_of(layer.bias).float()
+    state |= {name: tensor_of(tensor).float() for name, tensor in heads.tensors.items()}
     model.load_state_dict(state, assign=True, strict=True)
     return model.eval()
 

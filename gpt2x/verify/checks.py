@@ -1,8 +1,8 @@
-"""One check of a report."""
+"""The checks of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,3 +26,8 @@ class Check:
         if not self.passed:
             return "different"
         return "within bounds" if self.details.get("inexact") else "same"
+
+
+def failed(checks: Iterable[Check]) -> bool:
+    """Whether one of the checks failed."""
+    return any(check.passed is False for check in checks)

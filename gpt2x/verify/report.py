@@ -7,7 +7,6 @@ as bytes, without torch. ``gpt2x.verify.scenarios`` runs the models.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import logging
 import math
@@ -34,10 +33,12 @@ from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder, open_t
 from ..runtimes.reference import ReferenceDecoder
 from ..runtimes.task_model import TaskModel
 from ..runtimes.transformers import Transformers
-from ..tasks import GENERATION, body_of, heads_of
+from ..task_heads import body_of, heads_of
+from ..tasks import GENERATION
 from ..weight_options import WeightOptions, why_weights
-from .checks import Check
+from .checks import Check, failed
 from .metrics import CACHE8, FP32, loosest, measure, widened
+from .packages import can_measure, installed
 from .sample_text import sample_ids
 from .scenarios import compare_runs, one_pass
 from .tasks import compare_extras, compare_labels, run_task
@@ -190,7 +191,7 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     if kind_of(b) == "onnx":
         checks += _compare_onnx(a, Path(b), model)
     if not a.config.differences(model.config, TOKEN_SIZES):
-        checks += _run_export(a, b, model, text, faithful=not _failed(checks))
+        checks += _run_export(a, b, model, text, faithful=not failed(checks))
         checks += compare_extras(_with_tokenizer_of(a, b), model, bounds_of(model), text)
     return Report(a.origin, name, checks)
 
@@ -239,7 +240,7 @@ def verify_adapter(
     checks = [compare_configs(base.config, model.config), *_compare_onnx(base, Path(b), model)]
     checks.append(compare_factors(run_time_factors(base, adapter), model.adapter_file(name)))
     if not base.config.differences(model.config, TOKEN_SIZES):
-        checks += _run_export(base, b, model, text, faithful=not _failed(checks), adapter=adapter)
+        checks += _run_export(base, b, model, text, faithful=not failed(checks), adapter=adapter)
     which = f"{precision}, adapter {name}" if precision else f"adapter {name}"
     return Report(f"{base.origin} + {adapter.path}", f"{b} ({which})", checks)
 
@@ -274,12 +275,11 @@ def _run_export(
         adapter: what the export takes at run time, and is merged into the checkpoint.
     """
     merged = a if adapter is None else merge_adapter(a, adapter, "fp32")
-    reference = gpt2x_model(merged) if _installed("torch") else ReferenceDecoder(merged)
+    reference = gpt2x_model(merged) if installed("torch") else ReferenceDecoder(merged)
     tokenizer = a.tokenizer or _tokenizer_of(b)
     checks = _run(reference, model, tokenizer, text)
     inexact = bounds_of(model) != FP32
-    measurable = _installed("torch") and _installed("onnx") and len(precisions_in(model.precision)) == 1
-    if inexact and faithful and measurable and _failed(checks):
+    if inexact and faithful and can_measure(model.precision) and failed(checks):
         from .exact_arithmetic import rounded_model
 
         exact = rounded_model(a, model, adapter)
@@ -336,7 +336,7 @@ def verify_checkpoints(a: Checkpoint, b: Checkpoint, text: str | None = None, ro
     checks += [compare_weights(a, b), compare_tokenizers(a, b)]
     if a.config.differences(b.config, TOKEN_SIZES):
         checks.append(Check("logits", None, "not compared: vocabulary or context length differ"))
-    elif not _installed("torch"):
+    elif not installed("torch"):
         checks.append(Check("logits", None, needs_torch()))
     else:
         checks += _run(gpt2x_model(a), gpt2x_model(b), a.tokenizer, text)
@@ -356,9 +356,9 @@ def _dtypes_differ(a: Checkpoint, b: Checkpoint) -> bool:
 
 def verify_alone(a: Checkpoint, text: str | None = None) -> Report:
     """Compare gpt2x's model of a checkpoint with transformers, or with the float64 reference if that is missing."""
-    if not _installed("torch"):
+    if not installed("torch"):
         return Report(a.origin, "nothing", [Check("logits", None, needs_torch())])
-    if _installed("transformers"):
+    if installed("transformers"):
         return Report(a.origin, "transformers", _run(Transformers(a), gpt2x_model(a), a.tokenizer, text))
     return Report(a.origin, "float64 reference", _run(ReferenceDecoder(a), gpt2x_model(a), a.tokenizer, text))
 
@@ -386,10 +386,6 @@ def _run(
     return [Check("run", None, runtimes), Check("text", None, described), *checks]
 
 
-def _failed(checks: Sequence[Check]) -> bool:
-    return any(check.passed is False for check in checks)
-
-
 def _tokenizer_of(*paths: str | Path) -> TokenizerFiles | None:
     """The first tokenizer in the directories of these paths."""
     for path in map(Path, paths):
@@ -402,10 +398,6 @@ def _tokenizer_of(*paths: str | Path) -> TokenizerFiles | None:
 def needs_torch() -> str:
     """The result of a check that needs torch, if torch is missing."""
     return "not compared: needs torch (pip install 'gpt2x[torch]')"
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def bounds_of(*models: Decoder) -> Bounds:
@@ -471,7 +463,7 @@ def _compare_file(a: Checkpoint, b: Path, path: Path, precision: Precision) -> l
 
 def _compare_stored(a: Checkpoint, path: Path, precision: Precision) -> Check:
     """Compare the rounded weights in an ONNX model with the checkpoint's."""
-    if not _installed("onnx"):
+    if not installed("onnx"):
         return Check("weights", None, "not compared: needs onnx (pip install 'gpt2x[export]')")
     from .quantized_weights import compare_stored
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from ..precisions import PRECISIONS, Bounds
 from ..runtimes.base import Decoder
 from ..runtimes.reference import ReferenceTask, apply_head
 from ..runtimes.task_model import Outputs, TaskModel
-from ..tasks import body_of, heads_of
-from .checks import Check
+from ..task_heads import body_of, heads_of
+from .checks import Check, failed
 from .metrics import FP32, widened
+from .packages import can_measure, installed
 from .sample_text import sample_ids
 from .task_runs import (
     LONGEST,
@@ -59,12 +59,12 @@ def references(a: Checkpoint, task: str, ids: Sequence[int]) -> list[Reference]:
     """The references of a task: transformers' class, or gpt2x's own model if it is missing; and the float64 one."""
     rows = rows_of(ids)
     found = []
-    if _installed("transformers") and _installed("torch"):
+    if installed("transformers") and installed("torch"):
         from ..runtimes.transformers import TransformersTask
 
         theirs = TransformersTask(a, task)
         found.append(Reference("transformers", theirs.runtime, one_row(theirs), [list(ids), *rows]))
-    elif _installed("torch"):
+    elif installed("torch"):
         from ..runtimes.torch_task import TorchTask
 
         ours = TorchTask.of(a, task)
@@ -99,7 +99,7 @@ def run_task(a: Checkpoint, model: TaskModel, text: str | None = None) -> list[C
     expected = {one.name: expected_rows(one.run, one.rows) for one in against}
     bounds = {name: bounds_for(name, base) for name in expected[FLOAT64][0].outputs}
     checks = _compare_all(expected, model, bounds)
-    if base == FP32 or not any(check.passed is False for check in checks) or not _can_measure():
+    if base == FP32 or not failed(checks) or not can_measure(model.precision):
         return [*remarks, *checks]
     bounds = _measured_bounds(a, model, expected[FLOAT64], bounds)
     remark = Check(
@@ -117,10 +117,6 @@ def _compare_all(expected: dict[str, list[Row]], model: TaskModel, bounds: dict[
             checks += compare_task(full, model, bounds, f"{name}: full context", padded=False)
         checks += compare_task(some, model, bounds, name)
     return checks
-
-
-def _can_measure() -> bool:
-    return _installed("torch") and _installed("onnx")
 
 
 def _measured_bounds(a: Checkpoint, model: TaskModel, rows: list[Row], bounds: dict[str, Bounds]) -> dict[str, Bounds]:
@@ -156,17 +152,17 @@ def compare_extras(a: Checkpoint, model: Decoder, bounds: Bounds, text: str | No
         bounds: of its logits. If it is out of them, they are measured on this very model.
     """
     run = model.extra_outputs
-    ids, _ = sample_ids(a.config, a.tokenizer, text)
-    names = tuple(run(np.array([ids[:1]], np.int64)))
+    names = tuple(run(np.zeros((1, 1), np.int64)))
     if not names:
         return []
+    ids, _ = sample_ids(a.config, a.tokenizer, text)
     expected = {
         one.name: _last_of(expected_rows(_extras_of(a, names, one.run), one.rows), model.last_only)
         for one in references(body_of(a), "feature-extraction", ids)
     }
     limits = {name: bounds_for(name, bounds) for name in names}
     checks = _compare_extras(expected, run, limits)
-    if bounds == FP32 or not any(check.passed is False for check in checks) or not _can_measure():
+    if bounds == FP32 or not failed(checks) or not can_measure(model.precision):
         return checks
     exact = one_row(_exact_task(a, model, "feature-extraction"))
     rows = expected[FLOAT64]
@@ -203,7 +199,3 @@ def _extras_of(a: Checkpoint, names: Sequence[str], run: RowRun) -> RowRun:
         return {name: found.get(name, states) for name in names}
 
     return extras
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

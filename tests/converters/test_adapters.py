@@ -14,12 +14,15 @@ from paths import FIXTURES, ROOT
 
 from converters import CheckpointError, ConfigError, ConversionError, FormatError, open_checkpoint, save_checkpoint
 from converters.adapter_config import CONFIG_FILE, read_adapter_config
+from converters.heads import head_layers
 from converters.tensors import DTYPES
-from gpt2x.runtimes.reference import ReferenceDecoder
+from gpt2x.runtimes.reference import ReferenceDecoder, ReferenceTask
 
 ADAPTERS = FIXTURES / "adapters"
 BASE = ADAPTERS / "base"
 EXPECTED = dict(np.load(ADAPTERS / "expected.npz"))
+CLASSIFIER = FIXTURES / "adapter_of_classifier"
+CLASSIFIED = dict(np.load(CLASSIFIER / "expected.npz"))
 CASES = sorted(set(EXPECTED) - {"ids"} - {name for name in EXPECTED if name.endswith("_merged")})
 # peft merges these into the embedding and the tied lm_head, although the adapter changes one of the two.
 MERGED_INTO_TIED = ("dora_embeddings", "embeddings", "lm_head", "tied_pair")
@@ -161,6 +164,58 @@ def test_the_head_of_another_task_is_left_out(copy):
     checkpoint = open_checkpoint(BASE, adapter=folder)
     assert "base_model.model.score.weight" in checkpoint.left_out
     assert_equal_logits(checkpoint, EXPECTED["c_attn"])
+
+
+def classifier_of(checkpoint):
+    """The logits of text classification, [B, N], in float64."""
+    return ReferenceTask(checkpoint, "text-classification").run(CLASSIFIED["ids"])["logits"]
+
+
+def base_with_head(folder):
+    """The base with a head for text classification of its own."""
+    shutil.copytree(BASE, folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    head = {"score.weight": np.ones((3, 16), np.float32)}
+    safetensors.numpy.save_file({**tensors, **head}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_the_head_that_is_trained_with_an_adapter_replaces_that_of_the_base(tmp_path):
+    base = base_with_head(tmp_path / "base")
+    for source in (BASE, base):
+        found = classifier_of(open_checkpoint(source, adapter=CLASSIFIER))
+        assert np.abs(found - CLASSIFIED["logits"]).max() <= 1e-5 * np.abs(CLASSIFIED["logits"]).max()
+    own = classifier_of(open_checkpoint(base, adapter=ADAPTERS / "c_attn"))
+    assert (own[:, 0] == own[:, 1]).all()
+
+
+def test_the_trained_head_in_a_state_dict_that_is_not_merged_replaces_the_original(tmp_path):
+    tensors = safetensors.numpy.load_file(BASE / "model.safetensors")
+    names = {name: f"base_model.model.{name}" for name in tensors}
+    projections = [name for name in tensors if "attn.c_attn" in name]
+    names |= {name: names[name].replace("c_attn.", "c_attn.base_layer.") for name in projections}
+    whole = {names[name]: array for name, array in tensors.items()}
+    whole["base_model.model.score.original_module.weight"] = np.ones((3, 16), np.float32)
+    for name, array in tensors_of(CLASSIFIER).items():
+        stem, _, end = name.rpartition(".")
+        whole[f"{stem}{'.modules_to_save' if 'score' in name else ''}.default.{end}"] = array
+    shutil.copytree(CLASSIFIER, tmp_path / "whole")
+    shutil.copy(BASE / "config.json", tmp_path / "whole")
+    (tmp_path / "whole/adapter_model.safetensors").unlink()
+    safetensors.numpy.save_file(whole, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    found = classifier_of(open_checkpoint(tmp_path / "whole"))
+    assert np.abs(found - CLASSIFIED["logits"]).max() <= 1e-5 * np.abs(CLASSIFIED["logits"]).max()
+
+
+def test_a_head_that_an_adapter_changes_by_low_rank_is_refused_where_it_is_used(copy):
+    folder = copy()
+    factors = {f"v_head.summary.lora_{part}.weight": np.ones((4, 4), np.float32) for part in "AB"}
+    write(folder, {**tensors_of(folder), **{f"base_model.model.{name}": array for name, array in factors.items()}})
+    checkpoint = open_checkpoint(BASE, adapter=folder)
+    assert_equal_logits(checkpoint, EXPECTED["c_attn"])
+    with pytest.raises(CheckpointError, match="does not know this value head: it has v_head.summary.a") as raised:
+        head_layers(checkpoint.heads, "value", 16, "it")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("case", ["c_attn", "named/words"])

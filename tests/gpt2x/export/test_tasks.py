@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ import pytest
 import torch
 from commands import assert_refused, done
 from onnx import numpy_helper
+from paths import FIXTURES
 from task_models import (
     LABELS,
     PAD,
@@ -229,6 +232,29 @@ def test_a_classifier_without_a_padding_token_is_exported_with_a_warning(gpt2x, 
         assert_close(logits, expected(model.eval(), row)["logits"])
 
 
+def test_an_adapter_of_a_classifier_is_exported_with_the_head_that_was_trained_with_it(gpt2x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, adapter = FIXTURES / "adapters/base", FIXTURES / "adapter_of_classifier"
+    wanted = np.load(adapter / "expected.npz")
+    options = ("--task", "text-classification", "--no-tokenizer", "--adapter", adapter)
+    result = done(gpt2x("export", base, "--onnx", "m", "--torchscript", "m.pt", *options))
+    assert "The same." in result.stdout
+    for model in (OnnxTask("m"), open_task("m.pt")):
+        assert_close(model.run(wanted["ids"])["logits"], wanted["logits"])
+    done(gpt2x("verify", base, "m", "--adapter", adapter))
+    assert_refused(gpt2x("verify", base, "m"), "has no head for text classification")
+
+
+def test_an_adapter_of_a_classifier_whose_labels_do_not_fit_is_refused(gpt2x, tmp_path):
+    shutil.copytree(FIXTURES / "adapters/base", tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "id2label": {"0": "no", "1": "yes"}}))
+    options = ("--task", "text-classification", "--adapter", FIXTURES / "adapter_of_classifier")
+    result = gpt2x("export", tmp_path / "base", "--onnx", tmp_path / "m", "--no-tokenizer", *options)
+    assert_refused(result, "the head has 3 outputs, but id2label has 2 labels")
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_model_of_one_task_does_not_go_into_the_directory_of_another(folder, tmp_path):
     task_model("text-classification").save_pretrained(tmp_path / "source")
     source = open_checkpoint(tmp_path / "source")
@@ -267,7 +293,20 @@ def test_a_task_checks_its_input_before_it_runs(folder):
     assert model.run(*pad_rows([[1] * 16, [2]], left=True))["logits"].shape == (2, 3)
 
 
-@pytest.mark.parametrize("change", ["output", "task", "labels"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("labels", [None, {}, ["no", "yes"], {"0": 1}, {"5": "no"}])
+def test_a_program_whose_labels_are_damaged_is_refused_in_one_line(folder, tmp_path, labels):
+    export_torchscript(open_checkpoint(folder / "text-classification"), tmp_path / "m.pt", task="text-classification")
+    extra = {"config.json": ""}
+    module = torch.jit.load(tmp_path / "m.pt", _extra_files=extra)
+    config = {**json.loads(extra["config.json"]), "id2label": labels}
+    torch.jit.save(module, tmp_path / "n.pt", _extra_files={"config.json": json.dumps(config)})
+    with pytest.raises(ConfigError, match="id2label") as raised:
+        open_task(tmp_path / "n.pt")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", ["output", "task", "labels", "block"])
 def test_a_model_whose_metadata_do_not_fit_its_graph_is_refused(folder, tmp_path, change):
     model = onnx.load(folder / "text-classification-onnx" / model_file(), load_external_data=False)
     facts = {entry.key: entry for entry in model.metadata_props}
@@ -275,14 +314,25 @@ def test_a_model_whose_metadata_do_not_fit_its_graph_is_refused(folder, tmp_path
         facts["gpt2x.task"].value = "token-classification"
     elif change == "task":
         facts["gpt2x.task"].value = "summarization"
+    elif change == "block":
+        model.metadata_props.add(key="gpt2x.block_size", value="many")
     else:
         facts["gpt2x.config"].value = facts["gpt2x.config"].value.replace('"2": "positive"', '"5": "positive"')
     (tmp_path / "onnx").mkdir()
     data = "onnx/model.onnx_data"
     (tmp_path / data).write_bytes((folder / "text-classification-onnx" / data).read_bytes())
     onnx.save(model, tmp_path / "onnx/model.onnx")
-    with pytest.raises((CheckpointError, FormatError, ConfigError), match=r"other inputs|unknown task|id2label"):
+    with pytest.raises(
+        (CheckpointError, FormatError, ConfigError), match=r"other inputs|unknown task|id2label|block_size"
+    ):
         OnnxTask(tmp_path)
+
+
+def test_a_file_of_a_task_with_the_name_of_another_precision_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "text-classification-onnx", tmp_path / "m")
+    (tmp_path / "m" / model_file("int8")).write_bytes((tmp_path / "m" / model_file()).read_bytes())
+    with pytest.raises(FormatError, match="its metadata says fp32, not int8"):
+        OnnxTask(tmp_path / "m", precision="int8")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -426,6 +476,18 @@ def test_values_with_another_head_do_not_pass(tmp_path):
     report = verify(tmp_path / "model.safetensors", tmp_path / "m")
     failed = [check.name for check in report.checks if check.passed is False]
     assert failed == ["transformers, values", "float64, values"]
+
+
+def test_outputs_of_a_pair_of_precisions_out_of_its_bounds_are_a_difference(tmp_path, monkeypatch):
+    """What a pair loses in exact arithmetic is not measured."""
+    language_model(n_embd=64).save_pretrained(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    options = ExportOptions(("int8", "int4"), cache="inplace", outputs=("logits", "hidden_states"))
+    export_onnx(source, tmp_path / "m", options, need_tokenizer=False)
+    monkeypatch.setattr("gpt2x.verify.tasks.bounds_for", lambda name, bounds: replace(bounds, max_abs_error=0.0))
+    report = verify_export(source, tmp_path / "m", precision="int8+int4")
+    failed = {check.name for check in report.checks if check.passed is False}
+    assert {"transformers, hidden_states", "float64, hidden_states"} <= failed
 
 
 @pytest.mark.parametrize("activation", [None, "tanh"])

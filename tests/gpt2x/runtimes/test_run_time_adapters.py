@@ -1,14 +1,17 @@
 """LoRA adapters that are chosen for each run of one exported base: equal to the merged models, in every way they are run."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 from paths import FIXTURES
 
-from converters import CheckpointError, DestinationError, FormatError, open_checkpoint
+from converters import CheckpointError, ConversionError, DestinationError, FormatError, open_checkpoint
 from converters.containers.onnx_adapter import open_onnx_adapter, write_onnx_adapter
+from converters.heads import Head
 from converters.io.publishing import new_file
 from converters.tensors import LazyTensor
 from gpt2x import contract
@@ -271,6 +274,19 @@ def test_an_adapter_that_can_only_be_merged_is_refused_before_anything_is_writte
     with pytest.raises(CheckpointError, match="cannot be done at run time"):
         export_onnx(base, tmp_path / "x", ExportOptions(adapters={"a": ADAPTERS / fixture}), need_tokenizer=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_replaces_the_head_of_an_output_is_refused_at_run_time(base, tmp_path):
+    adapter = shutil.copytree(ADAPTERS / "one_layer", tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    head = {"base_model.model.v_head.weight": np.ones((1, 16), np.float32)}
+    safetensors.numpy.save_file({**safetensors.numpy.load_file(file), **head}, file)
+    source = replace(base, heads=(Head("value", {"v_head.weight": LazyTensor.of(np.ones((1, 16), np.float32))}),))
+    options = ExportOptions(adapters={"a": adapter}, outputs=("logits", "values"))
+    with pytest.raises(ConversionError, match="it replaces the head of values, which cannot be done at run time"):
+        export_onnx(source, tmp_path / "x", options, need_tokenizer=False)
+    assert not (tmp_path / "x").exists()
+    export_onnx(source, tmp_path / "x", replace(options, outputs=("logits",)), need_tokenizer=False)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -64,14 +64,14 @@ def test_a_model_alone_is_compared_with_transformers(gpt2x):
 
 
 def test_a_model_alone_is_compared_with_the_reference_where_transformers_is_missing(gpt2x, monkeypatch):
-    monkeypatch.setattr(parity, "_installed", lambda module: module == "torch")
+    monkeypatch.setattr(parity, "installed", lambda module: module == "torch")
     result = gpt2x("verify", "a.safetensors")
     assert result.exit_code == 0, result.output
     assert "against float64 reference" in result.stdout
 
 
 def test_weights_are_compared_without_torch(gpt2x, monkeypatch):
-    monkeypatch.setattr(parity, "_installed", lambda module: False)
+    monkeypatch.setattr(parity, "installed", lambda module: False)
     shutil.copy("a.safetensors", "b.safetensors")
     result = gpt2x("verify", "a.safetensors", "b.safetensors")
     assert result.exit_code == 0, result.output
@@ -219,7 +219,7 @@ def test_verify_reads_each_byte_of_each_file_once(monkeypatch):
         return real(tensor)
 
     monkeypatch.setattr(LazyTensor, "chunks", counting)
-    monkeypatch.setattr(parity, "_installed", lambda module: False)
+    monkeypatch.setattr(parity, "installed", lambda module: False)
     a, b = random_checkpoint(), random_checkpoint()
     assert verify_checkpoints(a, b).passed
     assert set(counts.values()) == {1}
