@@ -185,8 +185,19 @@ class InPlaceRun:
         cache.adapter = self.adapter.name
         return cache
 
-    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, *, last: bool) -> tuple[Logits, RowCache]:
-        """As ``Decoder.run``, for tokens and positions that were checked. Logits (B, 1, V) if ``last``."""
+    def step(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, RowCache]:
+        """The logits after the last token, (B, 1, V)."""
+        return self._forward(ids, attention_mask, positions, cache, last=True)
+
+    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, RowCache]:
+        """As ``Decoder.run``, for tokens and positions that were checked."""
+        last = self.model.last_only or self.prompts.last_only
+        return self._forward(ids, attention_mask, positions, cache, last=last)
+
+    def _forward(
+        self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, *, last: bool
+    ) -> tuple[Logits, RowCache]:
+        """The new tokens of every row. Logits (B, 1 or T, V)."""
         B, T = ids.shape
         cache = self.new_cache(B) if cache is None else self._checked(cache, B)
         real = self._real_slots(attention_mask, cache, T)

@@ -43,12 +43,13 @@ def test_prompts_are_read_in_one_precision_and_decoded_in_another(directory):
 @pytest.mark.parametrize("onnx", [True, False])
 def test_context_fills_the_cache_without_logits(directory, monkeypatch, precision, onnx):
     if not onnx:
-        monkeypatch.setattr("gpt2x.runtimes.onnxruntime.MOST_TWICE", 0)
+        monkeypatch.setattr("gpt2x.runtimes.onnx_context.MOST_TWICE", 0)
     decoder = OnnxDecoder(directory, precision=precision)
     cache = decoder.extend(PROMPT, None, POSITIONS, None)
-    assert (decoder._context is not None) == onnx
-    if decoder._context:
-        assert "logits" not in decoder._context.outputs
+    context = decoder._context.model
+    assert (context is not None) == onnx
+    if context:
+        assert "logits" not in context.outputs
     found, _ = decoder.step(PROMPT[:, :1], None, POSITIONS[:, :1] + 40, cache)
     _, cache = decoder.step(PROMPT, None, POSITIONS, None)
     expected, _ = decoder.step(PROMPT[:, :1], None, POSITIONS[:, :1] + 40, cache)
