@@ -59,11 +59,14 @@ def score_tokens(logits: Logits, tokens: Ids, k: int = 0) -> TokenScores:
     best = np.empty(len(tokens), np.float32)
     normalizers = np.empty(len(tokens), np.float64)
     threads = min(os.cpu_count() or 1, MOST_THREADS, -(-len(tokens) // ROWS))
-    share = -(-len(tokens) // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        starts = range(0, len(tokens), share)
-        for _ in pool.map(lambda at: _normalize(logits[at : at + share], best[at:], normalizers[at:]), starts):
-            pass
+    if threads > 1:
+        share = -(-len(tokens) // threads)
+        with ThreadPoolExecutor(threads) as pool:
+            starts = range(0, len(tokens), share)
+            for _ in pool.map(lambda at: _normalize(logits[at : at + share], best[at:], normalizers[at:]), starts):
+                pass
+    else:  # a thread takes longer to start than a row takes
+        _normalize(logits, best, normalizers)
     chosen = logits[np.arange(len(tokens)), tokens]
     log_probabilities = chosen.astype(np.float64) - normalizers
     if not np.isfinite(log_probabilities).all():
