@@ -17,8 +17,9 @@ from pathlib import Path
 
 import click
 import numpy as np
+from models import random_model
 
-from converters import Checkpoint, GPT2Config, LazyTensor
+from converters import GPT2Config, LazyTensor
 from converters.containers.onnx_adapter import write_onnx_adapter
 from converters.io.publishing import new_file
 from converters.spec import projections
@@ -30,14 +31,6 @@ from gpt2x.precisions import PRECISIONS
 
 PROMPT, NEW, RANK = 128, 48, 16
 RUNS = {"plain": None, "none": None, "chosen": "random"}  # model -> the adapter of its steps
-
-
-def random_model() -> Checkpoint:
-    """Return a model of GPT-2 small's shape with random weights."""
-    config, rng = GPT2Config(), np.random.default_rng(0)
-    shapes = config.shapes().items()
-    arrays = {name: (rng.standard_normal(shape, np.float32) * np.float32(0.02)) for name, shape in shapes}
-    return Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
 
 
 def write_models(folder: Path, precision: str, cache: str) -> None:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import click
 import numpy as np
+from models import random_model
 
-from converters import Checkpoint, GPT2Config, LazyTensor
 from gpt2x import ExportOptions, OnnxDecoder, export_onnx
 
 PRECISIONS = ("fp32", "int8")
@@ -34,14 +34,6 @@ class Times(NamedTuple):
 
     prefill: float  # seconds
     decode: float  # tokens per second
-
-
-def random_model() -> Checkpoint:
-    """Return a model of GPT-2 small's shape with random weights."""
-    config, rng = GPT2Config(), np.random.default_rng(0)
-    shapes = config.shapes().items()
-    arrays = {name: (rng.standard_normal(shape, np.float32) * np.float32(0.02)) for name, shape in shapes}
-    return Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
 
 
 def measure(decoder: OnnxDecoder, prompt: int) -> Times:

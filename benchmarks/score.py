@@ -21,22 +21,15 @@ from typing import Any
 
 import click
 import numpy as np
+from models import random_model
 
-from converters import Checkpoint, GPT2Config, LazyTensor, save_checkpoint
+from converters import GPT2Config, save_checkpoint
 from gpt2x import ExportOptions, OnnxDecoder, export_onnx
 from gpt2x.scoring import spans
 from gpt2x.scoring.score import Encoded, score_encoded
 
 CACHES = ("growing", "inplace")
 Perplexity = Callable[[], float]
-
-
-def random_model() -> Checkpoint:
-    """Return a model of GPT-2 small's shape with random weights."""
-    config, rng = GPT2Config(), np.random.default_rng(0)
-    shapes = config.shapes().items()
-    arrays = {name: (rng.standard_normal(shape, np.float32) * np.float32(0.02)) for name, shape in shapes}
-    return Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
 
 
 def of_transformers(folder: Path, ids: Any, stride: int) -> Perplexity:

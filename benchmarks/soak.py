@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 import click
-import numpy as np
+from models import random_model
 
-from converters import Checkpoint, GPT2Config, LazyTensor
+from converters import GPT2Config
 from gpt2x import ExportOptions, export_onnx
 
 SETTLED = 50  # requests after which memory should not grow
@@ -72,10 +72,7 @@ print(json.dumps(seen))
 def small_model(folder: Path, cache: str) -> Path:
     """Export a model of 14 million parameters. Its cache can be larger than its weights."""
     config = GPT2Config(n_layer=6, n_head=6, n_embd=384, n_ctx=1024, n_vocab=8192, bos_token_id=0, eos_token_id=0)
-    rng = np.random.default_rng(0)
-    arrays = {n: rng.standard_normal(shape, np.float32) * np.float32(0.02) for n, shape in config.shapes().items()}
-    model = Checkpoint(config=config, tensors={name: LazyTensor.of(array) for name, array in arrays.items()})
-    export_onnx(model, folder, ExportOptions(cache=cache), need_tokenizer=False)
+    export_onnx(random_model(config), folder, ExportOptions(cache=cache), need_tokenizer=False)
     return folder
 
 

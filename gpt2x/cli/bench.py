@@ -57,6 +57,8 @@ def bench(
     batches = _numbers(batch)
     if speculate and (plot_file or json_file or batches != [1]):
         raise click.UsageError("--speculate prints figures for a batch of 1: leave out --batch, --json and --plot")
+    if speculate and new < 2:
+        raise click.UsageError("--speculate measures the tokens after the first one: pass --new 2 or more")
     for file in (json_file, plot_file):
         if file not in (None, "-"):
             check_free(Path(str(file)), force, directory=False)

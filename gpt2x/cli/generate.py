@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .controls import controls, given_controls, show_origin
-from .running import Running
+from .running import RUNTIME, THREADS, TOKENIZER, Running
 from .source import RunPrecision, weight_options
 from .text import read_text
 
@@ -37,12 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at once, with --prompts."
 )
-@click.option(
-    "--tokenizer",
-    "tokenizer_dir",
-    metavar="DIR",
-    help="Directory (or GGUF file) with the tokenizer (default: beside the model).",
-)
+@TOKENIZER
 @click.option(
     "--prompt-lookup",
     type=click.IntRange(min=1),
@@ -52,13 +47,13 @@ if TYPE_CHECKING:
     help="Speculative decoding: guess up to N tokens a run (default: 7) from n-grams of the text so far.",
 )
 @click.option("--draft", metavar="MODEL", help="Speculative decoding: guess with a smaller model, same vocabulary.")
-@click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
+@RUNTIME
 @click.option(
     "--precision",
     type=RunPrecision(),
     help="ONNX model of MODEL to run (default: fp32, or the only one), or two: for prompts + decoding.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
+@THREADS
 @weight_options("MODEL")
 def generate(
     model: str, prompt: str | None, prompts_file: str | None, output: str | None, resume: bool, batch_size: int,

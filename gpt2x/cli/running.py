@@ -1,4 +1,4 @@
-"""What commands that run a model share: the model and its tokenizer."""
+"""What commands that run a model share: the model, its tokenizer, and their options."""
 
 from __future__ import annotations
 
@@ -7,12 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from ..weight_options import WeightOptions, why_weights
 from .source import is_remote, runnable, with_local_adapter
 
 if TYPE_CHECKING:
     from ..runtimes.base import Decoder
     from ..tokenizer import Tokenizer
+
+TOKENIZER = click.option(
+    "--tokenizer",
+    "tokenizer_dir",
+    metavar="DIR",
+    help="Directory (or GGUF file) with the tokenizer (default: beside the model).",
+)
+RUNTIME = click.option(
+    "--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX."
+)
+THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core)."
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .running import Running
+from .running import RUNTIME, THREADS, TOKENIZER, Running
 from .source import RunPrecision, weight_options
 from .text import printable, read_text
 
@@ -75,20 +75,15 @@ class Options:
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Texts at once, of a .jsonl FILE."
 )
-@click.option(
-    "--tokenizer",
-    "tokenizer_dir",
-    metavar="DIR",
-    help="Directory (or GGUF file) with the tokenizer (default: beside the model).",
-)
-@click.option("--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX.")
+@TOKENIZER
+@RUNTIME
 @click.option(
     "--precision",
     "precisions",
     type=Precisions(),
     help="ONNX models of MODEL to run, as fp32,int8 (default: fp32, or the only one).",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
+@THREADS
 @weight_options("MODEL")
 def score(
     model: str, file: str, stride: int | None, as_json: bool, tokens_file: str | None, output: str | None, resume: bool,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .running import THREADS
 from .source import RunPrecision
 from .text import read_text
 
@@ -65,7 +66,7 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
     metavar="SIZE",
     help="Memory for keys and values (default: half of the machine's memory).",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core).")
+@THREADS
 @click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one a line.")
 @click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Name in the Host header (repeatable).")
 @click.option("--max-body", callback=_size, metavar="SIZE", default="1M", show_default=True, help="Size of a request.")

@@ -6,8 +6,12 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 SAMPLE = 1 << 20  # bytes of a text that are enough to compare or calibrate a model
 
@@ -44,17 +48,14 @@ def read_text(path: str, limit: int | None = None) -> str:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on stderr if that is a terminal; None otherwise."""
+    """A progress bar of bytes on stderr if that is a terminal; None otherwise."""
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda n: progress.advance(task, n)
+    with _bar(total, DownloadColumn(), TransferSpeedColumn()) as advance:
+        yield advance
 
 
 @contextmanager
@@ -63,10 +64,18 @@ def steps_bar(total: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda n: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _bar(total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(total: int, *counts: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)

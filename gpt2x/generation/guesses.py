@@ -62,7 +62,7 @@ class PromptLookup:
     """Guess that the text continues as it did after an earlier occurrence of its last tokens (an n-gram).
 
     Args:
-        guesses: the largest number of guesses in a run.
+        guesses: the largest number of guesses in a run; more than 31 count as 31.
         ngram: the longest n-gram that is looked up, of 2 tokens or more.
 
     Raises:
@@ -128,7 +128,7 @@ class Draft:
 
     Args:
         decoder: the smaller model, in any runtime that can take its cache back.
-        guesses: the largest number of guesses in a run.
+        guesses: the largest number of guesses in a run; more than 31 count as 31.
 
     Raises:
         ValueError: if the number is too small.

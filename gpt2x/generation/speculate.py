@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..runtimes.base import Decoder, InputError, Logits
+from ..runtimes.base import FEW, Decoder, InputError, Logits
 from .guesses import Guess, Speculate
 from .pace import Pace, Prices
 from .processors import Scores
@@ -116,7 +116,8 @@ class SpeculativeText:
         self.guesser = speculate.start(decoder, choose)
         greedy = choose.sampling.greedy
         # With a seed, a sampled text is the same each time. So only greedy decoding may follow the clock.
-        self.pace = Pace(speculate.guesses, Prices(decoder.several_price, measures=greedy), self.guesser.price)
+        prices = Prices(decoder.several_price, measures=greedy)
+        self.pace = Pace(min(speculate.guesses, FEW - 1), prices, self.guesser.price)
         self.ties = Ties(decoder.near_tie) if greedy else None
         self.probe: list[Logits] = []  # of the last plain steps, until runs of several tokens were checked
         self.cache: Any = None

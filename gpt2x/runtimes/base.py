@@ -15,6 +15,7 @@ from ..precisions import DEFAULT
 Array = NDArray[Any]
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+FEW = 32  # tokens after those in the cache that one run checks at most; a longer run may read them as a prompt
 EMPTY = "the prompt is empty: pass at least one token (<|endoftext|> starts a new text)"
 
 

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .. import contract
-from .base import Ids, InputError, Logits, as_int64, check_mask
+from .base import FEW, Ids, InputError, Logits, as_int64, check_mask
 from .kv_cache import RowCache
 from .onnx_model import NO_ADAPTER, TYPES, ActiveAdapter, OnnxModel
 
@@ -22,7 +22,6 @@ CHUNK = 256  # tokens of a prompt in one run: attention over T tokens computes T
 LOGITS = 32 << 20  # bytes of logits that a run may return where only the last are wanted
 SHRINK = ort.RunOptions()  # frees the memory that only a prompt needs
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-KEPT = 32  # new tokens of one row in a run whose bindings are kept: what speculative decoding runs again and again
 
 
 class GrownCache(list[ort.OrtValue]):
@@ -185,8 +184,19 @@ class InPlaceRun:
         cache.adapter = self.adapter.name
         return cache
 
-    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, *, last: bool) -> tuple[Logits, RowCache]:
-        """As ``Decoder.run``, for tokens and positions that were checked. Logits (B, 1, V) if ``last``."""
+    def step(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, RowCache]:
+        """The logits after the last token, (B, 1, V)."""
+        return self._forward(ids, attention_mask, positions, cache, last=True)
+
+    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, RowCache]:
+        """As ``Decoder.run``, for tokens and positions that were checked."""
+        last = self.model.last_only or self.prompts.last_only
+        return self._forward(ids, attention_mask, positions, cache, last=last)
+
+    def _forward(
+        self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, *, last: bool
+    ) -> tuple[Logits, RowCache]:
+        """The new tokens of every row. Logits (B, 1 or T, V)."""
         B, T = ids.shape
         cache = self.new_cache(B) if cache is None else self._checked(cache, B)
         real = self._real_slots(attention_mask, cache, T)
@@ -246,7 +256,7 @@ class InPlaceRun:
         B, T = shape
         if B == 1 and len(rows) == 1 and len(rows[0].ids) == T:
             new = rows[0]
-            if T <= KEPT and not last and cache.lengths[0]:
+            if T <= FEW and not last and cache.lengths[0]:
                 return self.several(new.ids, new.positions, cache)
             return self.prefill(new.ids, new.positions, cache, new.row, last=last)[None]
         logits = np.zeros((B, 1 if last else T, self.model.config.n_vocab), np.float32)
@@ -305,7 +315,10 @@ class InPlaceRun:
         return logits[:, 0]
 
     def several(self, ids: Ids, positions: Ids, cache: RowCache) -> Logits:
-        """A few more tokens (T,), at consecutive positions (T,), for the only row of the cache. Logits (1, T, V)."""
+        """A few more tokens (T,), at consecutive positions (T,), for the only row of the cache. Logits (1, T, V).
+
+        The model that decodes runs them, and the bindings are kept: speculative decoding runs as many again and again.
+        """
         length = int(positions[-1]) + 1
         cache.reserve(1, length)
         logits = self._bound_step(cache, (1, len(ids)))(ids[None], positions[None])

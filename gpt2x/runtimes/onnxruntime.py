@@ -7,8 +7,6 @@ print(generate_text(decoder, Tokenizer.from_pretrained("gpt2-onnx/"), "ROMEO:", 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from converters import CheckpointError, FormatError
-from converters.containers.onnx import external_files
+from converters import CheckpointError
 
 from .. import contract
 from ..memory import give_back
@@ -26,13 +23,9 @@ from ..precisions import PAIR, PRECISIONS, precisions_in
 from .adapter_files import AdapterFile
 from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
-from .onnx_model import OnnxModel, Provider, SessionSettings, needs_exact_products, open_model
+from .onnx_context import Context
+from .onnx_model import ActiveAdapter, OnnxModel, Provider, SessionSettings, needs_exact_products, open_model
 from .onnx_run import GrowingRun, InPlaceRun
-
-log = logging.getLogger(__name__)
-
-MOST_TWICE = 1 << 30
-"""Bytes of a model that may be in memory twice, so that context needs no logits."""
 
 
 class OnnxDecoder(Decoder):
@@ -88,8 +81,7 @@ class OnnxDecoder(Decoder):
         self._settings = settings
         self._model = model
         self._prompts = prompts
-        self._context: OnnxModel | None = None  # the model for prompts without its logits, once it was needed
-        self._may_have_context = True
+        self._context = Context(prompts or model, settings)
         self.path = model.path
         self.metadata = model.metadata
         self.config = model.config
@@ -113,10 +105,7 @@ class OnnxDecoder(Decoder):
 
     def _run_with(self, adapter: str | None) -> InPlaceRun | GrowingRun:
         """How the model is run with an adapter of this name."""
-        active = self._model.adapter(adapter)
-        return (
-            InPlaceRun(self._model, active, self._prompts) if self._model.in_place else GrowingRun(self._model, active)
-        )
+        return _new_run(self._model, self._model.adapter(adapter), self._prompts)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -166,10 +155,7 @@ class OnnxDecoder(Decoder):
             FormatError: if there is no such adapter.
         """
         ids, positions = self._model.check_tokens(input_ids, position_ids)
-        run = self._chosen(adapter)
-        if isinstance(run, InPlaceRun):
-            return run.run(ids, attention_mask, positions, cache, last=self.last_only)
-        return run.run(ids, attention_mask, positions, cache)
+        return self._chosen(adapter).run(ids, attention_mask, positions, cache)
 
     def step(
         self,
@@ -189,11 +175,7 @@ class OnnxDecoder(Decoder):
             FormatError: if there is no such adapter.
         """
         ids, positions = self._model.check_tokens(input_ids, position_ids)
-        run = self._chosen(adapter)
-        if isinstance(run, InPlaceRun):
-            logits, cache = run.run(ids, attention_mask, positions, cache, last=True)
-        else:
-            logits, cache = run.step(ids, attention_mask, positions, cache)
+        logits, cache = self._chosen(adapter).step(ids, attention_mask, positions, cache)
         return logits[:, -1], cache
 
     def _chosen(self, adapter: str | None) -> InPlaceRun | GrowingRun:
@@ -212,44 +194,20 @@ class OnnxDecoder(Decoder):
         return self._model.extra_outputs(ids, positions)
 
     def extend(self, input_ids: Ids, attention_mask: Ids | None, position_ids: Ids, cache: Any) -> Any:
-        """As ``Decoder.extend``. Where onnx is installed, a model of at most ``MOST_TWICE`` bytes computes no logits for it,
-        in a session that has its weights again.
+        """As ``Decoder.extend``. Where onnx is installed, a model of at most 1 GB computes no logits for it, in a session
+        that has its weights again.
 
         Raises:
             InputError: if the arguments do not fit the model or one another.
         """
         ids, positions = self._model.check_tokens(input_ids, position_ids)
-        run = self._context_run() if ids.shape[1] > 1 else None
-        if run is None:
-            return self.step(ids, attention_mask, positions, cache)[1]
-        if isinstance(run, InPlaceRun):
-            return run.run(ids, attention_mask, positions, cache, last=True)[1]
-        return run.run(ids, attention_mask, positions, cache)[1]
+        run = self._context_run() if ids.shape[1] > 1 else self._run
+        return run.step(ids, attention_mask, positions, cache)[1]
 
-    def _context_run(self) -> InPlaceRun | GrowingRun | None:
-        """The run of the model for prompts, without its logits; None if there is none."""
-        if self._context is None and self._may_have_context:
-            self._context = self._open_context()
-            self._may_have_context = self._context is not None
-        if self._context is None:
-            return None
-        if isinstance(self._run, InPlaceRun):
-            return InPlaceRun(self._context, self._run.adapter)
-        return GrowingRun(self._context, self._run.adapter)
-
-    def _open_context(self) -> OnnxModel | None:
-        model = self._prompts or self._model
-        files = [model.path, *(model.path.with_name(name) for name in external_files(model.path))]
-        size = sum(file.stat().st_size for file in files)
-        if importlib.util.find_spec("onnx") is None or size > MOST_TWICE:
-            return None
-        from .onnx_context import without_logits
-
-        try:
-            return without_logits(model, self._settings)
-        except FormatError as error:  # an older ONNX Runtime
-            log.info("context has logits, too: %s", error)
-            return None
+    def _context_run(self) -> InPlaceRun | GrowingRun:
+        """The run of the model for prompts without its logits; the decoder's own if there is none."""
+        context = self._context.model
+        return self._run if context is None else _new_run(context, self._run.adapter)
 
     def reorder(self, cache: Any, rows: Ids) -> Any:
         """As ``Decoder.reorder``. In a cache in place, only rows that change are copied."""
@@ -300,8 +258,7 @@ class OnnxDecoder(Decoder):
         self._model.session = None
         if self._prompts:
             self._prompts.session = None
-        if self._context:
-            self._context.session = None
+        self._context.close()
         give_back()
 
     def __enter__(self) -> OnnxDecoder:
@@ -309,6 +266,12 @@ class OnnxDecoder(Decoder):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _new_run(model: OnnxModel, adapter: ActiveAdapter, prompts: OnnxModel | None = None) -> InPlaceRun | GrowingRun:
+    if model.in_place:
+        return InPlaceRun(model, adapter, prompts)
+    return GrowingRun(model, adapter)
 
 
 def phases(precision: str | None, prefill: str | None, decode: str | None) -> tuple[str | None, str | None]:

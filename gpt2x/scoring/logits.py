@@ -65,7 +65,7 @@ def score_tokens(logits: Logits, tokens: Ids, k: int = 0) -> TokenScores:
             starts = range(0, len(tokens), share)
             for _ in pool.map(lambda at: _normalize(logits[at : at + share], best[at:], normalizers[at:]), starts):
                 pass
-    else:
+    else:  # a thread takes longer to start than a row takes
         _normalize(logits, best, normalizers)
     chosen = logits[np.arange(len(tokens)), tokens]
     log_probabilities = chosen.astype(np.float64) - normalizers

@@ -50,6 +50,11 @@ def test_speculative_decoding_is_measured_beside_plain_decoding(gpt2x, exported,
     assert gpt2x("bench", exported, "--speculate", "lookup", "--batch", "2").exit_code == 2
 
 
+def test_speculative_decoding_of_a_single_token_is_wrong_usage(gpt2x, exported):
+    result = gpt2x("bench", exported, "--speculate", "lookup", "--new", "1")
+    assert result.exit_code == 2 and "pass --new 2 or more" in result.stderr
+
+
 def test_json_on_the_terminal_is_nothing_else(gpt2x, exported):
     out = done(gpt2x("bench", exported, "--prompt", "3", "--new", "2", "--precision", "int4", "--json", "-")).stdout
     assert [run["precision"] for run in json.loads(out)["runs"]] == ["int4"]

@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import random_checkpoint
 from click.testing import CliRunner
 from commands import assert_refused, done
+from library import open_library, text_of
 
 from converters import open_checkpoint, save_checkpoint
-from gpt2x import SHAKESPEARE, ExportOptions, Tokenizer, export_onnx, from_pretrained, generate_text
+from gpt2x import SHAKESPEARE, ExportOptions, Tokenizer, export_onnx
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +19,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def library() -> tuple[Any, Any]:
-    return from_pretrained(SHAKESPEARE), Tokenizer.from_pretrained(SHAKESPEARE)
-
-
-def text_of(library, *args, **controls) -> Any:
-    model, tokenizer = library
-    generate: Any = generate_text
-    return generate(model, tokenizer, *args, **controls)
+def library():
+    return open_library()
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from commands import assert_refused, done
+from library import open_library
 
 from converters import open_checkpoint
-from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, Score, Tokenizer, export_onnx, from_pretrained, score
+from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, Score, export_onnx, score
 
 TEXT = (SHAKESPEARE.parent / "coriolanus.txt").read_text(encoding="utf-8")[:3000]
 
@@ -22,7 +23,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def library():
-    return from_pretrained(SHAKESPEARE), Tokenizer.from_pretrained(SHAKESPEARE)
+    return open_library()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from gpt2x.generation.loop import Generation
 from gpt2x.generation.pace import Pace, Prices
 from gpt2x.generation.sampling import Chooser, Sampling
 from gpt2x.runtimes.base import Decoder, InputError
+from gpt2x.runtimes.onnx_run import InPlaceRun
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model, open_decoder
 from gpt2x.runtimes.reference import ReferenceDecoder
@@ -77,6 +78,26 @@ def test_greedy_tokens_are_those_of_plain_decoding_in_every_precision_and_cache(
             found = continued(decoder, prompt, 60, guesses=guesses)
             assert found[:2] == expected[:2]
             assert found[2].right > 0
+
+
+def test_of_two_models_the_one_that_decodes_checks_every_guess(exported, prompts, eager, monkeypatch):
+    """The other reads long runs, which are prompts."""
+    monkeypatch.setattr(Pace, "count", lambda self, level, most: min(most, max(self.counts)))
+    decoder = OnnxDecoder(exported / "inplace", precision="w8a8+int4")
+    draft = Draft(OnnxDecoder(exported / "inplace-int8", precision="int4"), 64)
+    expected = continued(decoder, prompts[0], 80)[0]
+    runs_of_decoder = []
+    read = InPlaceRun._prefill_chunk
+
+    def counted(self, ids, *others):
+        if self is decoder.in_place_run():
+            runs_of_decoder.append(len(ids))
+        return read(self, ids, *others)
+
+    monkeypatch.setattr(InPlaceRun, "_prefill_chunk", counted)
+    tokens, _, counts = continued(decoder, prompts[0], 80, guesses=draft)
+    assert tokens == expected and counts.guesses > 0
+    assert runs_of_decoder == [len(prompts[0])]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,10 +1,9 @@
 """Stop strings: found across pieces, never shown, nor the start of one."""
 
-from typing import Any
-
 import pytest
+from library import open_library, text_of
 
-from gpt2x import SHAKESPEARE, Tokenizer, from_pretrained, generate_text
+from gpt2x import SHAKESPEARE
 from gpt2x.generation.stop_strings import StopStrings, cut
 
 
@@ -42,14 +41,8 @@ def test_an_empty_stop_string_and_a_bare_string_are_errors(strings):
 
 
 @pytest.fixture(scope="module")
-def shakespeare() -> tuple[Any, Any]:
-    return from_pretrained(SHAKESPEARE), Tokenizer.from_pretrained(SHAKESPEARE)
-
-
-def text_of(library, *args, **controls) -> Any:
-    model, tokenizer = library
-    generate: Any = generate_text
-    return generate(model, tokenizer, *args, **controls)
+def shakespeare():
+    return open_library()
 
 
 @pytest.mark.parametrize("stop", [[" thee"], ["l t", "rou"], ["\n\n"]], ids=str)

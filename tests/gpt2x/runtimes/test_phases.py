@@ -43,12 +43,13 @@ def test_prompts_are_read_in_one_precision_and_decoded_in_another(directory):
 @pytest.mark.parametrize("onnx", [True, False])
 def test_context_fills_the_cache_without_logits(directory, monkeypatch, precision, onnx):
     if not onnx:
-        monkeypatch.setattr("gpt2x.runtimes.onnxruntime.MOST_TWICE", 0)
+        monkeypatch.setattr("gpt2x.runtimes.onnx_context.MOST_TWICE", 0)
     decoder = OnnxDecoder(directory, precision=precision)
     cache = decoder.extend(PROMPT, None, POSITIONS, None)
-    assert (decoder._context is not None) == onnx
-    if decoder._context:
-        assert "logits" not in decoder._context.outputs
+    context = decoder._context.model
+    assert (context is not None) == onnx
+    if context:
+        assert "logits" not in context.outputs
     found, _ = decoder.step(PROMPT[:, :1], None, POSITIONS[:, :1] + 40, cache)
     _, cache = decoder.step(PROMPT, None, POSITIONS, None)
     expected, _ = decoder.step(PROMPT[:, :1], None, POSITIONS[:, :1] + 40, cache)
@@ -58,10 +59,11 @@ def test_context_fills_the_cache_without_logits(directory, monkeypatch, precisio
 
 
 def test_a_running_batch_takes_a_pair(directory):
-    with RunningBatch(OnnxDecoder(directory, precision="w8a8+int4")) as batch:
+    # One of float32 decodes: a product of two rows in int4 may use other instructions than one of a single row.
+    with RunningBatch(OnnxDecoder(directory, precision="w8a8+fp32")) as batch:
         sequences = [batch.join(PROMPT[0, :20].tolist())[0], batch.join(PROMPT[0].tolist())[0]]
         logits = batch.step({sequences[0]: 5, sequences[1]: 6})
-    alone = OnnxDecoder(directory, precision="w8a8+int4")
+    alone = OnnxDecoder(directory, precision="w8a8+fp32")
     _, cache = alone.step(PROMPT, None, POSITIONS, None)
     expected, _ = alone.step(np.array([[6]]), None, np.array([[40]]), cache)
     np.testing.assert_allclose(logits[sequences[1]], expected[0], atol=1e-4)

@@ -143,6 +143,30 @@ def test_closing_a_decoder_closes_those_that_share_its_memory_in_any_order(folde
     first.close()
 
 
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_context_is_filled_by_one_session_for_all_adapters_which_closes_with_the_model(folder, name):
+    decoder = OnnxDecoder(folder)
+    other = decoder.with_adapter(name)
+    expected = EXPECTED[NAMES[name]] if name else merged(None).run(IDS, None, POSITIONS, None)[0]
+    decoder.extend(IDS[:, :2], None, POSITIONS[:, :2], None)
+    cache = other.extend(IDS[:, :-1], None, POSITIONS[:, :-1], None)
+    logits, _ = other.step(IDS[:, -1:], None, POSITIONS[:, -1:], cache)
+    assert close(logits, expected[:, -1], 1e-5)
+    context = decoder._context.model
+    assert context and context is other._context.model
+    assert context.inputs == decoder._model.inputs and context.factor_inputs == decoder._model.factor_inputs
+    other.close()
+    assert context.session is None
+
+
+def test_context_is_not_continued_with_another_adapter(folder):
+    decoder = OnnxDecoder(folder)
+    cache = decoder.with_adapter("all").extend(IDS[:, :5], None, POSITIONS[:, :5], None)
+    for new in (1, 5):
+        with pytest.raises(InputError, match="computed with the adapter all, and this step has no adapter"):
+            decoder.extend(IDS[:, 5 : 5 + new], None, POSITIONS[:, 5 : 5 + new], cache)
+
+
 # ------------------------------------------------------------------------------------------------------------ caches
 
 
