@@ -1,6 +1,6 @@
 """A decoder's memory does not grow over many requests of mixed lengths and batch sizes. ``benchmarks/soak.py`` runs more."""
 
-import importlib.util
+import importlib
 import sys
 from typing import Any
 
@@ -18,11 +18,9 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memor
 
 @pytest.fixture(scope="module")
 def soak():
-    path = ROOT / "benchmarks" / "soak.py"
-    spec = importlib.util.spec_from_file_location("soak", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("soak")
 
 
 @pytest.mark.slow
