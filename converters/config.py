@@ -113,12 +113,14 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: if it is not a GPT-2's, or has a key that changes or may change the arithmetic.
     """
+    # pytorch-transformers, before transformers 2, wrote no model_type.
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ConfigError(f"{where}: model_type is {raw['model_type']!r}, not 'gpt2'")
     fields: dict[str, Any] = {}
     faults = []
     for key, value in raw.items():
         name = _field_of(key, raw)
+        # transformers writes null for a feed-forward width of 4 x n_embd.
         if not name or (value is None and name == "n_inner"):
             continue
         if fields.setdefault(name, value) != value:
@@ -132,6 +134,7 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         faults += [f"{key} is unknown to gpt2x" for key in unknown]
     if faults:
         raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults, how_to_ignore(refused))
+    # transformers accepts several end tokens. The first one is kept, as all other formats store one.
     for name in ("bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), list):
             fields[name] = fields[name][0] if fields[name] else None
@@ -241,4 +244,5 @@ def to_hf(config: GPT2Config) -> dict[str, Any]:
     values["n_inner"] = None if config.n_inner == 4 * config.n_embd else config.n_inner
     if config.pad_token_id is None:
         del values["pad_token_id"]
+    # transformers no longer reads n_ctx, but convert_hf_to_gguf.py of llama.cpp takes the context length from it.
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": config.n_ctx, **values}

@@ -273,6 +273,7 @@ class Dialect:
 
     def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """The prefixes to try: those that stand before the names outside the blocks, or else the dialect's own."""
+        # Names in the blocks have a number, so that what is before them is not found by comparing ends.
         ends = tuple(place for place in self._rows if "{i}" not in place)
         found: Counter[str] = Counter()
         for name in names:
@@ -455,6 +456,7 @@ class Dialect:
             tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
         written = {}
         for canonical, tensor in tensors.items():
+            # lm_head is beside the GPT-2, not in it.
             prefix = "" if canonical == LM_HEAD else self.prefixes[0]
             layout = self.layout(canonical)
             parts = layout.write(tensor, config)
@@ -874,6 +876,7 @@ def candidates(tensors: Mapping[str, LazyTensor]) -> list[Candidate]:
     pairs = [Candidate(dialect, prefix) for dialect in DIALECTS for prefix in dialect.prefixes_in(tensors)]
     scores = {(pair.dialect.name, pair.prefix): _score(pair, tensors) for pair in pairs}
     pairs.sort(key=lambda pair: scores[pair.dialect.name, pair.prefix], reverse=True)  # stable
+    # Each prefix is one GPT-2, whatever number of dialects knows some of its names.
     best: dict[str, Candidate] = {}
     for pair in pairs:
         best.setdefault(pair.prefix, pair)

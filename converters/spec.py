@@ -79,6 +79,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.n_inner is None:
             object.__setattr__(self, "n_inner", 4 * self.n_embd if _is_int(self.n_embd) else 0)
+        # A file may state 1 for 1.0. Other formats write a float.
         if isinstance(self.layer_norm_epsilon, int) and _is_number(self.layer_norm_epsilon):
             object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         if faults := list(self._faults()):

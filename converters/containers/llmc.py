@@ -56,11 +56,13 @@ def open_llmc(path: Path) -> Container:
     if file.size < HEADER.size:
         raise FormatError(f"{path}: truncated: llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
     magic, version, *numbers = HEADER.unpack(file.read(0, HEADER.size))
+    # The other numbers of the header are not used.
     config = dict(zip(FIELDS, numbers, strict=False))
     if magic != MAGIC or version not in VERSIONS:
         known = ", ".join(f"{n} ({dtype})" for n, dtype in VERSIONS.items())
         raise FormatError(f"{path}: version {version} of llm.c's format; known are {known}")
     faults = [f"{name} is {n}" for name, n in config.items() if n <= 0]
+    # Before the layers are enumerated, which would take memory for as many as a header claims.
     if config["num_layers"] > MAX_LAYERS or config["padded_vocab_size"] < config["vocab_size"]:
         faults += [f"{name} is {config[name]}" for name in ("num_layers", "vocab_size", "padded_vocab_size")]
     if faults:

@@ -262,6 +262,7 @@ class _Files:
                 raise FormatError(f"{self.model.path}: its data is in more than {MAX_FILES} files")
             self.others[name] = File(path)
         numbers = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
+        # int() alone would also take signs, spaces and underscores.
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
             raise FormatError(f"{where}: invalid offset or length in {name}: {numbers}")
         offset, length = map(int, numbers)

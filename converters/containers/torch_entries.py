@@ -94,6 +94,7 @@ def named_tensors(saved: Any, where: str) -> list[NamedTensors]:
     """
     found = []
     seen: set[int] = set()
+    # Breadth first, so that an object with several names is known by the shortest.
     places = deque([Place(saved)])
     while places:
         place = places.popleft()

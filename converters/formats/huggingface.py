@@ -44,6 +44,7 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
         if own.is_file():
             return read_json(own, MAX_JSON)
     config = checkpoint.config
+    # transformers marks a file with this key that it made from config.json itself.
     return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "_from_model_config": True}
 
 

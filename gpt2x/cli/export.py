@@ -330,6 +330,7 @@ def _plan(request: Request) -> Checkpoint:
 
     from ..task_heads import heads_of
 
+    # Destinations first: a download may take an hour, and must not be for nothing.
     for target in request.targets:
         check_before(request.src, target, force=request.force, directory=target in request.directories)
         _check_utf8(target)

@@ -70,6 +70,7 @@ def weight_options(model: str, **adapter: Any) -> Callable[[Callable[..., None]]
             weights = {name: values.pop(name) for name in WeightOptions.__annotations__}
             command(*arguments, weights=weights, **values)
 
+        # Decorators apply from the last to the first, and help lists options in the order of the source.
         for option in reversed(options):
             collecting = option(collecting)
         return collecting

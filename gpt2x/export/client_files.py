@@ -133,6 +133,7 @@ def with_transformers_js(config: bytes, where: Path, locations: Locations, cache
         raise ConfigError(f"{where}: {TRANSFORMERS_JS} is not an object: correct it, or remove it")
     settings = {key: value for key, value in found.items() if key not in MANAGED}
     external = [name for name, file in locations.items() if file == contract.data_file(name)]
+    # true holds for every model that transformers.js loads, a table for those that it names.
     if len(external) == len(locations):
         settings["use_external_data_format"] = True
     elif external:

@@ -75,6 +75,7 @@ class Metrics:
         faults = []
         for name, limit in limits.items():
             value = getattr(self, name)
+            # Not ">", which is false for NaN.
             if not value <= limit:
                 faults.append(f"{name} is {value:.2e} (bound {limit:.2e})")
         near_tie = 2 * limits["max_abs_error"]

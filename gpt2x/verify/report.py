@@ -249,6 +249,7 @@ def compare_factors(expected: Mapping[str, Factors], found: AdapterFile) -> Chec
     """Compare the factors of an adapter with those in a file, by their bytes."""
     tensors = named_factors(expected)
     differing = sorted(tensors.keys() ^ found.tensors.keys())
+    # A name that only one of them has differs already.
     shared = tensors.keys() & found.tensors.keys()
     differing += [name for name in tensors if name in shared and not same_bytes(tensors[name], found.tensors[name])]
     if not differing:
