@@ -199,6 +199,7 @@ class Dialect:
 
     Args:
         table: row of SPEC -> name and layout.
+        formats: names of the formats that its files usually have, for ``gpt2x formats`` and the documents. Any other is read, too.
         lm_head: names of an untied ``lm_head``; the first one is written. Empty if the dialect has none.
         also: other names that some versions use -> the name in the table.
         lm_head_also: other names of ``lm_head`` in the same layout. They count if the shape is the token embedding's.
@@ -217,6 +218,7 @@ class Dialect:
     name: str
     table: Mapping[str, Layout]
     _: KW_ONLY
+    formats: tuple[str, ...]
     lm_head: tuple[Same, ...] = ()
     lm_head_also: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
@@ -550,6 +552,7 @@ OPENAI = Dialect(
         "ln_f.weight": Same("model/ln_f/g"),
         "ln_f.bias": Same("model/ln_f/b"),
     },
+    formats=("tf",),
     extras=("global_step", "beta1_power", "beta2_power"),
     slots=("/Adam", "/Adam_1", "/Momentum"),
     computes=PUBLISHED,
@@ -571,6 +574,7 @@ def _old_names() -> Iterator[tuple[str, str]]:
 HF = Dialect(
     "hf",
     {row: Same(row) for row in SPEC},
+    formats=("hf", "shards", "safetensors", "npz", "bin", "onnx"),
     # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
     lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
     also=dict(_old_names()),
@@ -589,6 +593,7 @@ LINEAR = {
 NANOGPT = Dialect(
     "nanogpt",
     LINEAR,
+    formats=("nanogpt",),
     lm_head=(Same(LM_HEAD),),
     lm_head_also=LM_HEAD_ALSO,
     prefixes=("transformer.", ""),
@@ -611,7 +616,7 @@ BUILD_NANOGPT = replace(
 )
 # karpathy/minGPT: NewGELU in mingpt/model.py. Its lm_head is never tied.
 MINGPT = replace(BUILD_NANOGPT, name="mingpt", copies_wte=False, head_untied=True)
-MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=BUFFERS)
+MLX = Dialect("mlx", LINEAR, formats=("safetensors",), prefixes=("model.",), extras=BUFFERS)
 
 # rasbt/LLMs-from-scratch: GPTModel of ch04.py, with GELU in the tanh form. qkv_bias is false in the book's own training.
 LLMS_FROM_SCRATCH = Dialect(
@@ -646,6 +651,7 @@ LLMS_FROM_SCRATCH = Dialect(
         "ln_f.weight": Same("final_norm.scale"),
         "ln_f.bias": Same("final_norm.shift"),
     },
+    formats=("bin",),
     lm_head=(Same("out_head.weight"),),
     lm_head_also=LM_HEAD_ALSO,
     extras=("trf_blocks.{i}.att.mask", AVERAGED),
@@ -686,6 +692,7 @@ MINGPT_2020 = Dialect(
         "ln_f.weight": Same("ln_f.weight"),
         "ln_f.bias": Same("ln_f.bias"),
     },
+    formats=("bin",),
     lm_head=(Same("head.weight"),),
     lm_head_also=LM_HEAD_ALSO,
     extras=("blocks.{i}.attn.mask", AVERAGED),
@@ -714,6 +721,7 @@ FLASH_ATTN = Dialect(
         "ln_f.weight": Same("ln_f.weight"),
         "ln_f.bias": Same("ln_f.bias"),
     },
+    formats=("bin",),
     lm_head=(Same(LM_HEAD),),
     lm_head_also=LM_HEAD_ALSO,
     prefixes=("transformer.", ""),
@@ -741,6 +749,7 @@ LLMC = Dialect(
         "ln_f.weight": Same("lnfw"),
         "ln_f.bias": Same("lnfb"),
     },
+    formats=("llmc",),
     computes=PUBLISHED,
     any_width=False,
 )
@@ -766,6 +775,7 @@ GGUF = Dialect(
         "ln_f.weight": Same("output_norm.weight"),
         "ln_f.bias": Same("output_norm.bias"),
     },
+    formats=("gguf",),
     lm_head=(Same("output.weight"),),
     computes={name: values for name, values in PUBLISHED.items() if name != "layer_norm_epsilon"},
     head_untied=True,
@@ -792,6 +802,7 @@ KERAS = Dialect(
         "ln_f.weight": Same("ln_f/gamma:0"),
         "ln_f.bias": Same("ln_f/beta:0"),
     },
+    formats=("hdf5",),
     also={"wte/embeddings:0": "wte/weight:0", "wpe/weight:0": "wpe/embeddings:0"},
     prefixes=("transformer/tfgp_t2lm_head_model/transformer/",),
 )
@@ -830,6 +841,7 @@ KERAS_HUB = Dialect(
         "ln_f.weight": Same("layer_normalization/vars/0"),
         "ln_f.bias": Same("layer_normalization/vars/1"),
     },
+    formats=("hdf5",),
     prefixes=("layers/",),
     computes=PUBLISHED,
 )
@@ -855,6 +867,7 @@ FLAX = Dialect(
         "ln_f.weight": Same("ln_f/scale"),
         "ln_f.bias": Same("ln_f/bias"),
     },
+    formats=("msgpack",),
     lm_head=(Transposed("lm_head/kernel"),),
     prefixes=("transformer/", ""),
 )

@@ -317,7 +317,6 @@ GGUF = Format(
     name="gguf",
     what="llama.cpp",
     files="`.gguf`",
-    dialects=("gguf",),
     reads=(*FLOATS, *(kind.name for kind in QUANTIZED)),
     writes=("F32", "F16", "BF16", "Q8_0"),
     ask="`NAME.gguf`",

@@ -198,7 +198,6 @@ NANOGPT = Format(
     name="nanogpt",
     what="nanoGPT's train.py",
     files="`ckpt.pt`",
-    dialects=("nanogpt", "build-nanogpt", "mingpt"),
     reads=FLOATS,
     writes=FLOATS,
     ask="`--to nanogpt`",

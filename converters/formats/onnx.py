@@ -36,7 +36,6 @@ ONNX = Format(
     name="onnx",
     what="optimum, torch.onnx and gpt2x",
     files="`.onnx`, with its data beside it",
-    dialects=("hf",),
     reads=FLOATS,
     configuration="in its metadata (gpt2x's)",
     openers=(Opener(_matches, _open, uncertain=True),),

@@ -47,7 +47,6 @@ SAFETENSORS = Format(
     name="safetensors",
     what="Hugging Face, and MLX (mlx-lm)",
     files="`.safetensors`",
-    dialects=("hf", "mlx"),
     reads=FLOATS,
     writes=FLOATS,
     ask="`NAME.safetensors`",

@@ -83,7 +83,6 @@ TF = Format(
     name="tf",
     what="OpenAI's TensorFlow checkpoint (V2)",
     files="directory, prefix, `.index` or `.data`",
-    dialects=("openai",),
     reads=FLOATS,
     writes=FLOATS,
     ask="`--to tf`",

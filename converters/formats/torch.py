@@ -81,7 +81,6 @@ BIN = Format(
     name="bin",
     what="PyTorch, since 1.6 (zip) and before (legacy)",
     files="`.bin`, `.pt`, `.pth`, `rust_model.ot`",
-    dialects=("hf", "llms-from-scratch", "mingpt-2020", "flash-attn"),
     reads=FLOATS,
     writes=FLOATS,
     ask="`NAME.bin`",
