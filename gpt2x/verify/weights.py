@@ -31,12 +31,18 @@ def compare_files(
         try:
             found.append(open_weights(path).cast(F32))
         except ConversionError as error:
-            return _not_compared(error)
+            return not_compared(error)
     return compare_weights(*found)
 
 
-def _not_compared(error: ConversionError) -> Check:
-    return Check("weights", None, f"not compared: {str(error).splitlines()[0]}")
+def not_compared(error: ConversionError) -> Check:
+    """The check of weights that cannot be opened."""
+    return Check("weights", None, f"not compared: {first_line(error)}")
+
+
+def first_line(error: ConversionError) -> str:
+    """The headline of an error, which may list faults below it."""
+    return str(error).splitlines()[0]
 
 
 def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
