@@ -441,32 +441,36 @@ class Dialect:
         Raises:
             CheckpointError: if the dialect cannot represent the model.
         """
-        faults = list(self._beyond(config))
-        if faults:
-            tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
-            advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
-            raise CheckpointError.listing(
-                f"this model cannot be written as {self.name}, whose code computes something else",
-                faults,
-                advice if tanh else "",
-            )
+        self._check_writable(config)
         if self.copies_wte:
-            if LM_HEAD in tensors:
-                raise CheckpointError(
-                    f"an untied lm_head cannot be written as {self.name}, whose code ties it to the token embedding"
-                )
-            tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
+            tensors = self._with_copied_wte(tensors)
         written = {}
         for canonical, tensor in tensors.items():
             # lm_head is beside the GPT-2, not in it.
             prefix = "" if canonical == LM_HEAD else self.prefixes[0]
-            layout = self.layout(canonical)
-            parts = layout.write(tensor, config)
+            parts = self.layout(canonical).write(tensor, config)
             if isinstance(parts, LazyTensor):
                 parts = [parts]
             for name, part in zip(self.names(canonical), parts, strict=True):
                 written[prefix + name] = part
         return written
+
+    def _check_writable(self, config: GPT2Config) -> None:
+        """Refuse a model that the dialect's code would not compute."""
+        faults = list(self._beyond(config))
+        if not faults:
+            return
+        tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
+        advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
+        headline = f"this model cannot be written as {self.name}, whose code computes something else"
+        raise CheckpointError.listing(headline, faults, advice if tanh else "")
+
+    def _with_copied_wte(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        if LM_HEAD in tensors:
+            raise CheckpointError(
+                f"an untied lm_head cannot be written as {self.name}, whose code ties it to the token embedding"
+            )
+        return {**tensors, LM_HEAD: tensors["wte.weight"]}
 
     def _beyond(self, config: GPT2Config) -> Iterator[str]:
         """What the dialect's code does not compute, one line each."""

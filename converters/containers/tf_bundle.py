@@ -51,9 +51,10 @@ def open_bundle(prefix: Path) -> Container:
             f"{where}: an object-based TensorFlow 2 or Keras checkpoint; GPT-2's is name-based. Save it with tf.compat.v1.train.Saver"
         )
     parsed = {key: Entry.parse(value, f"{where}: {_text(key)}") for key, value in entries.items()}
-    shards = _Shards(prefix, header.num_shards)
     # The keys of slices begin with a zero byte (see slice_key).
     whole = {key: entry for key, entry in parsed.items() if not key.startswith(b"\0")}
+    _check_strays(parsed, whole, where)
+    shards = _Shards(prefix, header.num_shards)
     for key, entry in parsed.items():
         if not entry.slices:
             shards.claim(entry, f"{where}: {_text(key)}")
@@ -66,9 +67,6 @@ def open_bundle(prefix: Path) -> Container:
             left_out.append(name)
         else:
             tensors[name] = _tensor(key, entry, parsed, shards, where)
-    used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
-    if strays := sorted(set(parsed) - set(whole) - used):
-        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
     return Container(
         "tf",
         prefix,
@@ -76,6 +74,14 @@ def open_bundle(prefix: Path) -> Container:
         left_out=tuple(left_out),
         parts=tuple(file.path for file in shards.files.values()),
     )
+
+
+def _check_strays(parsed: Mapping[bytes, Entry], whole: Mapping[bytes, Entry], where: str) -> None:
+    """Refuse a slice that no variable lists."""
+    used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
+    strays = sorted(set(parsed) - set(whole) - used)
+    if strays:
+        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
 
 
 def _name(key: bytes, where: str) -> str:

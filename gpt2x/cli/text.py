@@ -29,6 +29,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def warn(sentence: str) -> None:
+    """Print a warning to stderr."""
+    click.echo(printable(f"Warning: {sentence}"), err=True)
+
+
 def read_text(path: str, limit: int | None = None) -> str:
     """The text in a file, or its first ``limit`` bytes; ``-`` is standard input.
 
