@@ -199,7 +199,8 @@ class Dialect:
 
     Args:
         table: row of SPEC -> name and layout.
-        formats: names of the formats that its files usually have, for ``gpt2x formats`` and the documents. Any other is read, too.
+        formats: names of the formats that its files usually have, beside those that name it as theirs (``Format.dialect``): for
+            ``gpt2x formats`` and the documents. It is read in every format.
         lm_head: names of an untied ``lm_head``; the first one is written. Empty if the dialect has none.
         also: other names that some versions use -> the name in the table.
         lm_head_also: other names of ``lm_head`` in the same layout. They count if the shape is the token embedding's.
@@ -218,7 +219,7 @@ class Dialect:
     name: str
     table: Mapping[str, Layout]
     _: KW_ONLY
-    formats: tuple[str, ...]
+    formats: tuple[str, ...] = ()
     lm_head: tuple[Same, ...] = ()
     lm_head_also: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
@@ -556,7 +557,6 @@ OPENAI = Dialect(
         "ln_f.weight": Same("model/ln_f/g"),
         "ln_f.bias": Same("model/ln_f/b"),
     },
-    formats=("tf",),
     extras=("global_step", "beta1_power", "beta2_power"),
     slots=("/Adam", "/Adam_1", "/Momentum"),
     computes=PUBLISHED,
@@ -578,7 +578,6 @@ def _old_names() -> Iterator[tuple[str, str]]:
 HF = Dialect(
     "hf",
     {row: Same(row) for row in SPEC},
-    formats=("hf", "shards", "safetensors", "npz", "bin", "onnx"),
     # torch's exporter to ONNX folds the transpose of the output into a constant without a name of its own.
     lm_head=(Same(LM_HEAD), Transposed("onnx::MatMul_{i}")),
     also=dict(_old_names()),
@@ -597,7 +596,6 @@ LINEAR = {
 NANOGPT = Dialect(
     "nanogpt",
     LINEAR,
-    formats=("nanogpt",),
     lm_head=(Same(LM_HEAD),),
     lm_head_also=LM_HEAD_ALSO,
     prefixes=("transformer.", ""),
@@ -613,6 +611,7 @@ NANOGPT = Dialect(
 BUILD_NANOGPT = replace(
     NANOGPT,
     name="build-nanogpt",
+    formats=("nanogpt",),
     assumes={"activation_function": "gelu_new"},
     unless="",
     computes=PUBLISHED,
@@ -753,7 +752,6 @@ LLMC = Dialect(
         "ln_f.weight": Same("lnfw"),
         "ln_f.bias": Same("lnfb"),
     },
-    formats=("llmc",),
     computes=PUBLISHED,
     any_width=False,
 )
@@ -779,7 +777,6 @@ GGUF = Dialect(
         "ln_f.weight": Same("output_norm.weight"),
         "ln_f.bias": Same("output_norm.bias"),
     },
-    formats=("gguf",),
     lm_head=(Same("output.weight"),),
     computes={name: values for name, values in PUBLISHED.items() if name != "layer_norm_epsilon"},
     head_untied=True,
@@ -806,7 +803,6 @@ KERAS = Dialect(
         "ln_f.weight": Same("ln_f/gamma:0"),
         "ln_f.bias": Same("ln_f/beta:0"),
     },
-    formats=("hdf5",),
     also={"wte/embeddings:0": "wte/weight:0", "wpe/weight:0": "wpe/embeddings:0"},
     prefixes=("transformer/tfgp_t2lm_head_model/transformer/",),
 )
@@ -871,7 +867,6 @@ FLAX = Dialect(
         "ln_f.weight": Same("ln_f/scale"),
         "ln_f.bias": Same("ln_f/bias"),
     },
-    formats=("msgpack",),
     lm_head=(Transposed("lm_head/kernel"),),
     prefixes=("transformer/", ""),
 )

@@ -30,6 +30,7 @@ MSGPACK = Format(
     name="msgpack",
     what="Flax, through transformers 4",
     files="`flax_model.msgpack`",
+    dialect="flax",
     reads=FLOATS,
     openers=(Opener(_matches, _open, uncertain=True),),
     file_names=("flax_model.msgpack",),

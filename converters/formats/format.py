@@ -94,6 +94,7 @@ class Format:
         name: its name in ``--to``, and in what ``inspect`` and ``convert`` print.
         what: who writes it.
         files: its usual file names, for people.
+        dialect: the name of the dialect that is most usual in it. Others name the format (``Dialect.formats``).
         reads: the dtypes that are read. Quantized ones are read as float32.
         writes: the dtypes that are written; empty without a writer.
         ask: how a user asks for it on the command line.
@@ -121,6 +122,7 @@ class Format:
     name: str
     what: str
     files: str
+    dialect: str
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
     ask: str = ""
@@ -146,8 +148,9 @@ class Format:
 
     @property
     def dialects(self) -> tuple[str, ...]:
-        """The names of the dialects that are usual in it."""
-        return tuple(dialect.name for dialect in (*DIALECTS, *SAME_NAMES) if self.name in dialect.formats)
+        """The names of the dialects that are usual in it, its own first."""
+        others = (dialect.name for dialect in (*DIALECTS, *SAME_NAMES) if self.name in dialect.formats)
+        return (self.dialect, *others)
 
 
 def starts_with(*beginnings: bytes) -> Callable[[bytes, int], bool]:

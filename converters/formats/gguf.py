@@ -317,6 +317,7 @@ GGUF = Format(
     name="gguf",
     what="llama.cpp",
     files="`.gguf`",
+    dialect="gguf",
     reads=(*FLOATS, *(kind.name for kind in QUANTIZED)),
     writes=("F32", "F16", "BF16", "Q8_0"),
     ask="`NAME.gguf`",

@@ -150,6 +150,7 @@ HDF5 = Format(
     name="hdf5",
     what="Keras, through transformers 4 and KerasHub",
     files="`tf_model.h5`, `.weights.h5`, `model.weights.json`",
+    dialect="keras",
     reads=("F64", "F32", "F16"),
     untied=False,
     openers=(Opener(starts_with(b"\x89HDF\r\n\x1a\n"), _open),),

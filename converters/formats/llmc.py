@@ -68,6 +68,7 @@ LLMC = Format(
     name="llmc",
     what="llm.c, versions 3 and 5",
     files="`.bin`",
+    dialect="llmc",
     reads=("F32", "BF16"),
     writes=("F32", "BF16"),
     ask="`--to llmc`",

@@ -198,6 +198,7 @@ NANOGPT = Format(
     name="nanogpt",
     what="nanoGPT's train.py",
     files="`ckpt.pt`",
+    dialect="nanogpt",
     reads=FLOATS,
     writes=FLOATS,
     ask="`--to nanogpt`",

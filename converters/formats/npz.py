@@ -28,6 +28,7 @@ NPZ = Format(
     name="npz",
     what="NumPy's savez",
     files="`.npz`",
+    dialect="hf",
     reads=("F64", "F32", "F16"),
     checksums="CRC-32 of every member",
     openers=(Opener(_is_npz, _open),),

@@ -36,6 +36,7 @@ ONNX = Format(
     name="onnx",
     what="optimum, torch.onnx and gpt2x",
     files="`.onnx`, with its data beside it",
+    dialect="hf",
     reads=FLOATS,
     configuration="in its metadata (gpt2x's)",
     openers=(Opener(_matches, _open, uncertain=True),),

@@ -47,6 +47,7 @@ SAFETENSORS = Format(
     name="safetensors",
     what="Hugging Face, and MLX (mlx-lm)",
     files="`.safetensors`",
+    dialect="hf",
     reads=FLOATS,
     writes=FLOATS,
     ask="`NAME.safetensors`",

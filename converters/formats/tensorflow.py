@@ -83,6 +83,7 @@ TF = Format(
     name="tf",
     what="OpenAI's TensorFlow checkpoint (V2)",
     files="directory, prefix, `.index` or `.data`",
+    dialect="openai",
     reads=FLOATS,
     writes=FLOATS,
     ask="`--to tf`",

@@ -81,6 +81,7 @@ BIN = Format(
     name="bin",
     what="PyTorch, since 1.6 (zip) and before (legacy)",
     files="`.bin`, `.pt`, `.pth`, `rust_model.ot`",
+    dialect="hf",
     reads=FLOATS,
     writes=FLOATS,
     ask="`NAME.bin`",

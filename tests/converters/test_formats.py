@@ -536,10 +536,10 @@ def test_every_writer_is_in_the_list_and_on_the_command_line(gpt2x):
     assert {*DTYPES, "fp64"} == set(NAMES)
 
 
-def test_every_dialect_names_formats_that_exist():
+def test_every_dialect_is_usual_in_a_format_that_exists():
     every = (*DIALECTS, *SAME_NAMES)
     assert {name for f in FORMATS for name in f.dialects} == {d.name for d in every}
-    assert {name for d in every for name in d.formats} == {f.name for f in FORMATS}
+    assert {name for d in every for name in d.formats} <= {f.name for f in FORMATS}
 
 
 # ------------------------------------------------------------------------------------------- what newcomers ran into
