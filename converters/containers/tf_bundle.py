@@ -53,7 +53,6 @@ def open_bundle(prefix: Path) -> Container:
     parsed = {key: Entry.parse(value, f"{where}: {_text(key)}") for key, value in entries.items()}
     # The keys of slices begin with a zero byte (see slice_key).
     whole = {key: entry for key, entry in parsed.items() if not key.startswith(b"\0")}
-    _check_strays(parsed, whole, where)
     shards = _Shards(prefix, header.num_shards)
     for key, entry in parsed.items():
         if not entry.slices:
@@ -67,6 +66,7 @@ def open_bundle(prefix: Path) -> Container:
             left_out.append(name)
         else:
             tensors[name] = _tensor(key, entry, parsed, shards, where)
+    _check_strays(parsed, whole, where)
     return Container(
         "tf",
         prefix,
