@@ -20,6 +20,7 @@ from .values import is_list_of
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"  # the types that are merged
+# A real file has about 1 kB. The limits keep a stranger's from taking memory.
 MAX_JSON = 1 << 20
 MAX_RANK = 1 << 16
 
@@ -110,6 +111,7 @@ def _is_plain(pattern: str) -> bool:
 
     Patterns come with the file. Others could take exponential time.
     """
+    # A repeated group, as in (a*)*, and neighbouring repetitions are what takes exponential time.
     is_known = re.fullmatch(r"[\w.^$|()\[\]*+\\-]{1,200}", pattern)
     repeated = len(re.findall(r"[*+]", pattern))
     if not is_known or repeated > 2 or re.search(r"\)[*+]|\\[^.dw]|[*+][*+]", pattern):
@@ -139,6 +141,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     if kind != LORA:
         return config
     _check_known(path, raw)
+    # Settings that are missing have LoraConfig's defaults: 8 for both rank and alpha.
     ranks = _mapping(path, raw, "rank_pattern")
     alphas = _mapping(path, raw, "alpha_pattern")
     return replace(
@@ -169,6 +172,7 @@ def _check_known(path: Path, raw: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights is {init[:60]!r}, which changes the base before training, so that the adapter does not fit the base as published.\n"
             "Save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it with peft"
         )
+    # A setting that is off changes nothing, whatever it is: peft writes every field of its version, most of them null.
     faults = [key for key, value in raw.items() if value and key not in READ and key not in INERT]
     if faults:
         raise ConfigError(
@@ -185,6 +189,7 @@ def _rank(path: Path, key: str, value: Any) -> int:
 
 def _number(path: Path, key: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Not ">= 1e30", which is false for NaN.
     if not is_number or not abs(value) < 1e30:
         raise ConfigError(f"{path}: alpha in {key[:60]!r} is {str(value)[:60]}, not a finite number")
     return float(value)

@@ -129,6 +129,7 @@ class _Part:
 def _part_of(name: str) -> _Part:
     """What a name of PEFT's says: ``base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight``."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
+    # get_peft_model wraps a model once more each time it is called.
     while parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
     for i, part in enumerate(parts):
@@ -223,6 +224,7 @@ class _Reading:
     def add(self, name: str, tensor: LazyTensor) -> None:
         """Sort one tensor."""
         part = _part_of(name[:MAX_NAME])
+        # A saved module has a copy of the base's weights beside its own, which PEFT does not compute with.
         if part.role == "original":
             return
         head = find_head(part.name, "")
@@ -255,6 +257,7 @@ class _Reading:
         self._store(self.heads.setdefault(kind, {}), key, part, name, tensor)
 
     def _store(self, place: dict[str, LazyTensor], key: str, part: _Part, name: str, tensor: LazyTensor) -> None:
+        # A tensor may stand under two names, such as with and without the part of a wrapper.
         if key in place and not same_bytes(place[key], tensor):
             self.faults.append(f"duplicate {name}: another tensor has this place, and other values")
         place[key] = tensor
@@ -325,6 +328,7 @@ def _indices(stated: Any, path: str) -> tuple[int, ...] | None:
     if isinstance(stated, dict):
         names = [name for name in stated if path == name or path.endswith(f".{name}")]
         stated = stated[names[0]] if names else next(iter(stated.values()), None)
+    # type, not isinstance: True would be the index 1.
     if not isinstance(stated, list) or not all(type(index) is int and index >= 0 for index in stated):
         return None
     return tuple(stated) if len(set(stated)) == len(stated) else None
@@ -338,6 +342,7 @@ def _with_all_outputs(change: LowRank, enabled: tuple[bool, ...]) -> LowRank:
     a, b = change.a.shape, change.b.shape
     count = sum(enabled)
     is_known = len(a) == 2 and len(b) == 3 and b[2] == 1 and a[0] == count * b[1] and b[0] % count == 0
+    # As it is, so that the fault names the shapes of the file.
     if not is_known:
         return change
     rank, outputs = b[1], b[0] // count

@@ -22,6 +22,7 @@ DECODER = "added_tokens_decoder"  # a key of tokenizer_config.json
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Ids are below this. GPT-2 has 50,257 tokens, and the largest vocabularies in use about 260,000.
 MAX_ID = 1_000_000
 
 
@@ -117,6 +118,7 @@ def read_added_tokens(
         FormatError: if a file is not valid JSON.
     """
     found = _Collection(vocabulary)
+    # The order of the files is transformers': what a later one states of a token's flags counts.
     for entry in _list_of(entries, where):
         _add_stated(found, entry, entry.get("id"), f"{where}: invalid added_tokens")
     config = _read(directory / CONFIG)
@@ -161,6 +163,7 @@ def _add_stated(found: _Collection, entry: Any, id: Any, fault: str) -> None:
 def _add_decoder(found: _Collection, decoder: Mapping[str, Any], where: Path) -> None:
     """``added_tokens_decoder``: id -> token with flags."""
     fault = f"{where}: invalid {DECODER}"
+    # int() alone would take " 1" and "1_0", too.
     if not all(key.isdecimal() and len(key) < 10 for key in decoder):
         raise TokenizerError(fault)
     for key in sorted(decoder, key=int):

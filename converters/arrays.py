@@ -34,6 +34,7 @@ def cast_array(values: Array, source: DType, target: DType, name: str) -> Array:
         ConversionError: if a finite value becomes infinite.
     """
     wide = _widened(values) if source == BF16 else values
+    # numpy would warn of an overflow. It is looked for below, and the error names the tensor.
     with np.errstate(over="ignore", invalid="ignore"):
         result = _to_bfloat16(wide.astype(np.float32)) if target == BF16 else wide.astype(target.numpy)
     lost = np.isfinite(wide) & ~is_finite(result, target)
@@ -62,11 +63,13 @@ def is_finite(values: Array, dtype: DType) -> NDArray[np.bool_]:
 
 
 def _widened(bfloat16: Array) -> NDArray[np.float32]:
+    # A bfloat16 is the upper half of a float32.
     return (bfloat16.astype(np.uint32) << 16).view(np.float32)
 
 
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view(np.uint32)
+    # To nearest-even: add just less than half of the last bit that stays, and that bit itself.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet = (bits >> 16) | 0x40  # a NaN stays a NaN for any payload
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
@@ -80,6 +83,7 @@ def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
     """
     blocks = values.reshape(-1, 32)
     result = np.empty(len(blocks), np.dtype([("scale", "<f2"), ("values", "i1", 32)]))
+    # float32 throughout, as in ggml: in float64, some values would be rounded to another integer.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scale = np.abs(blocks).max(axis=1) / np.float32(127)
         result["scale"] = scale
@@ -88,6 +92,7 @@ def to_q8_0(values: NDArray[np.float32], name: str) -> bytes:
                 f"{name}: holds NaN, infinity, or a magnitude that Q8_0 cannot represent; choose another --dtype"
             )
         inverse = np.float32(1) / scale
+        # A block of zeros has no inverse scale; ggml takes 0.
         scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))[:, None]
     size = np.abs(scaled)
     whole = np.floor(size)

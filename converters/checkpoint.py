@@ -50,6 +50,7 @@ class Checkpoint:
         faults += [f"unknown   {name}" for name in self.tensors if name not in shapes]
         if faults:
             raise CheckpointError.listing(f"{self.source or 'checkpoint'}: not a complete GPT-2", short(faults))
+        # Writers store tensors in this order, so that equal models give equal files, whatever they were read from.
         object.__setattr__(self, "tensors", {name: self.tensors[name] for name in shapes})
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ Sources: ``configuration_gpt2.py`` and ``configuration_utils.py`` of transformer
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError
@@ -113,16 +113,11 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: if it is not a GPT-2's, or has a key that changes or may change the arithmetic.
     """
+    # pytorch-transformers, before transformers 2, wrote no model_type.
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ConfigError(f"{where}: model_type is {raw['model_type']!r}, not 'gpt2'")
     fields: dict[str, Any] = {}
-    faults = []
-    for key, value in raw.items():
-        name = _field_of(key, raw)
-        if not name or (value is None and name == "n_inner"):
-            continue
-        if fields.setdefault(name, value) != value:
-            faults.append(f"{key} is {value!r}, but another key states {fields[name]!r}")
+    faults = list(_collect(raw, fields))
     refused = [key for key in raw if _changes_arithmetic(key, raw)]
     for key in refused:
         faults.append(f"{key} is {str(raw[key])[:60]!r}: it changes the arithmetic, and gpt2x does not support it")
@@ -132,13 +127,32 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         faults += [f"{key} is unknown to gpt2x" for key in unknown]
     if faults:
         raise ConfigError.listing(f"{where}: {UNSUPPORTED}", faults, how_to_ignore(refused))
+    return with_inner(_in_our_spelling(fields))
+
+
+def _collect(raw: Mapping[str, Any], fields: dict[str, Any]) -> Iterator[str]:
+    """Put what the keys state into ``fields``. Two that contradict each other are a fault."""
+    for key, value in raw.items():
+        name = _field_of(key, raw)
+        # transformers writes null for a feed-forward width of 4 x n_embd.
+        if not name or (value is None and name == "n_inner"):
+            continue
+        if fields.setdefault(name, value) != value:
+            yield f"{key} is {value!r}, but another key states {fields[name]!r}"
+
+
+def _in_our_spelling(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same fields with one end token, and the usual name of the activation function."""
+    spelled = dict(fields)
+    # transformers accepts several end tokens. The first one is kept, as all other formats store one.
     for name in ("bos_token_id", "eos_token_id"):
-        if isinstance(fields.get(name), list):
-            fields[name] = fields[name][0] if fields[name] else None
+        ids = fields.get(name)
+        if isinstance(ids, list):
+            spelled[name] = ids[0] if ids else None
     activation = fields.get("activation_function")
     if isinstance(activation, str):
-        fields["activation_function"] = SAME_FUNCTION.get(activation, activation)
-    return with_inner(fields)
+        spelled["activation_function"] = SAME_FUNCTION.get(activation, activation)
+    return spelled
 
 
 def notes_on_hf(raw: Mapping[str, Any], where: str) -> list[str]:
@@ -241,4 +255,5 @@ def to_hf(config: GPT2Config) -> dict[str, Any]:
     values["n_inner"] = None if config.n_inner == 4 * config.n_embd else config.n_inner
     if config.pad_token_id is None:
         del values["pad_token_id"]
+    # transformers no longer reads n_ctx, but convert_hf_to_gguf.py of llama.cpp takes the context length from it.
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": config.n_ctx, **values}

@@ -199,6 +199,8 @@ class Dialect:
 
     Args:
         table: row of SPEC -> name and layout.
+        formats: names of the formats that its files usually have, beside those that name it as theirs (``Format.dialect``): for
+            ``gpt2x formats`` and the documents. It is read in every format.
         lm_head: names of an untied ``lm_head``; the first one is written. Empty if the dialect has none.
         also: other names that some versions use -> the name in the table.
         lm_head_also: other names of ``lm_head`` in the same layout. They count if the shape is the token embedding's.
@@ -217,6 +219,7 @@ class Dialect:
     name: str
     table: Mapping[str, Layout]
     _: KW_ONLY
+    formats: tuple[str, ...] = ()
     lm_head: tuple[Same, ...] = ()
     lm_head_also: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
@@ -273,6 +276,7 @@ class Dialect:
 
     def prefixes_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """The prefixes to try: those that stand before the names outside the blocks, or else the dialect's own."""
+        # Names in the blocks have a number, so that what is before them is not found by comparing ends.
         ends = tuple(place for place in self._rows if "{i}" not in place)
         found: Counter[str] = Counter()
         for name in names:
@@ -438,31 +442,36 @@ class Dialect:
         Raises:
             CheckpointError: if the dialect cannot represent the model.
         """
-        faults = list(self._beyond(config))
-        if faults:
-            tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
-            advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
-            raise CheckpointError.listing(
-                f"this model cannot be written as {self.name}, whose code computes something else",
-                faults,
-                advice if tanh else "",
-            )
+        self._check_writable(config)
         if self.copies_wte:
-            if LM_HEAD in tensors:
-                raise CheckpointError(
-                    f"an untied lm_head cannot be written as {self.name}, whose code ties it to the token embedding"
-                )
-            tensors = {**tensors, LM_HEAD: tensors["wte.weight"]}
+            tensors = self._with_copied_wte(tensors)
         written = {}
         for canonical, tensor in tensors.items():
+            # lm_head is beside the GPT-2, not in it.
             prefix = "" if canonical == LM_HEAD else self.prefixes[0]
-            layout = self.layout(canonical)
-            parts = layout.write(tensor, config)
+            parts = self.layout(canonical).write(tensor, config)
             if isinstance(parts, LazyTensor):
                 parts = [parts]
             for name, part in zip(self.names(canonical), parts, strict=True):
                 written[prefix + name] = part
         return written
+
+    def _check_writable(self, config: GPT2Config) -> None:
+        """Refuse a model that the dialect's code would not compute."""
+        faults = list(self._beyond(config))
+        if not faults:
+            return
+        tanh = config.activation_function == "gelu" and "gelu_new" in self.computes.get("activation_function", ())
+        advice = "If no configuration states the activation function, and it is the tanh form, pass --activation-function gelu_new"
+        headline = f"this model cannot be written as {self.name}, whose code computes something else"
+        raise CheckpointError.listing(headline, faults, advice if tanh else "")
+
+    def _with_copied_wte(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        if LM_HEAD in tensors:
+            raise CheckpointError(
+                f"an untied lm_head cannot be written as {self.name}, whose code ties it to the token embedding"
+            )
+        return {**tensors, LM_HEAD: tensors["wte.weight"]}
 
     def _beyond(self, config: GPT2Config) -> Iterator[str]:
         """What the dialect's code does not compute, one line each."""
@@ -602,6 +611,7 @@ NANOGPT = Dialect(
 BUILD_NANOGPT = replace(
     NANOGPT,
     name="build-nanogpt",
+    formats=("nanogpt",),
     assumes={"activation_function": "gelu_new"},
     unless="",
     computes=PUBLISHED,
@@ -609,7 +619,7 @@ BUILD_NANOGPT = replace(
 )
 # karpathy/minGPT: NewGELU in mingpt/model.py. Its lm_head is never tied.
 MINGPT = replace(BUILD_NANOGPT, name="mingpt", copies_wte=False, head_untied=True)
-MLX = Dialect("mlx", LINEAR, prefixes=("model.",), extras=BUFFERS)
+MLX = Dialect("mlx", LINEAR, formats=("safetensors",), prefixes=("model.",), extras=BUFFERS)
 
 # rasbt/LLMs-from-scratch: GPTModel of ch04.py, with GELU in the tanh form. qkv_bias is false in the book's own training.
 LLMS_FROM_SCRATCH = Dialect(
@@ -644,6 +654,7 @@ LLMS_FROM_SCRATCH = Dialect(
         "ln_f.weight": Same("final_norm.scale"),
         "ln_f.bias": Same("final_norm.shift"),
     },
+    formats=("bin",),
     lm_head=(Same("out_head.weight"),),
     lm_head_also=LM_HEAD_ALSO,
     extras=("trf_blocks.{i}.att.mask", AVERAGED),
@@ -684,6 +695,7 @@ MINGPT_2020 = Dialect(
         "ln_f.weight": Same("ln_f.weight"),
         "ln_f.bias": Same("ln_f.bias"),
     },
+    formats=("bin",),
     lm_head=(Same("head.weight"),),
     lm_head_also=LM_HEAD_ALSO,
     extras=("blocks.{i}.attn.mask", AVERAGED),
@@ -712,6 +724,7 @@ FLASH_ATTN = Dialect(
         "ln_f.weight": Same("ln_f.weight"),
         "ln_f.bias": Same("ln_f.bias"),
     },
+    formats=("bin",),
     lm_head=(Same(LM_HEAD),),
     lm_head_also=LM_HEAD_ALSO,
     prefixes=("transformer.", ""),
@@ -828,6 +841,7 @@ KERAS_HUB = Dialect(
         "ln_f.weight": Same("layer_normalization/vars/0"),
         "ln_f.bias": Same("layer_normalization/vars/1"),
     },
+    formats=("hdf5",),
     prefixes=("layers/",),
     computes=PUBLISHED,
 )
@@ -874,6 +888,7 @@ def candidates(tensors: Mapping[str, LazyTensor]) -> list[Candidate]:
     pairs = [Candidate(dialect, prefix) for dialect in DIALECTS for prefix in dialect.prefixes_in(tensors)]
     scores = {(pair.dialect.name, pair.prefix): _score(pair, tensors) for pair in pairs}
     pairs.sort(key=lambda pair: scores[pair.dialect.name, pair.prefix], reverse=True)  # stable
+    # Each prefix is one GPT-2, whatever number of dialects knows some of its names.
     best: dict[str, Candidate] = {}
     for pair in pairs:
         best.setdefault(pair.prefix, pair)

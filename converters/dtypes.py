@@ -49,6 +49,7 @@ def whole_items(chunks: Iterator[bytes], itemsize: int) -> Iterator[bytes]:
     """The same bytes, in chunks of whole values."""
     rest = b""
     for chunk in chunks:
+        # A value may lie across the border of two chunks.
         data = rest + chunk if rest else chunk
         cut = len(data) - len(data) % itemsize
         rest = data[cut:]

@@ -100,6 +100,7 @@ def choice_activation(settings: Mapping[str, Any], where: str) -> str | None:
         "summary_activation": ("tanh", None),
     }
     for key, values in expected.items():
+        # GPT2Config's defaults are the first values, but for the activation, which is None.
         value = settings.get(key, values[0] if key != "summary_activation" else None)
         if value not in values:
             raise ConfigError(f"{where}: {key} is {str(value)[:50]!r}; gpt2x supports {' and '.join(map(str, values))}")

@@ -154,6 +154,7 @@ def find_head(name: str, prefix: str) -> tuple[str, str] | None:
     """
     for path in paths_under(name, prefix):
         kind = KINDS.get(first_part(path))
+        # A head is a module, so that its tensors have a name after its own.
         if kind and path != first_part(path):
             return kind, path
     return None

@@ -62,6 +62,7 @@ def changed(name: str, tensor: LazyTensor, adapter: Adapter, dtype: DType | None
     bias_of = adapter.factors.get(name.removesuffix(".bias") + ".weight") if name.endswith(".bias") else None
     if name in adapter.replaced:
         replacement = adapter.replaced[name]
+        # It is rounded once, after the change.
         tensor = replacement if change else replacement.cast(wanted, name)
     if rows:
         tensor = with_rows(tensor, rows, wanted, name)

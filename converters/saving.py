@@ -194,6 +194,7 @@ def _watched(name: str, tensor: LazyTensor, progress: Progress | None, warn: War
         if not finite and warn:
             warn(f"{name} holds NaN or infinity")
 
+    # A format of the other layout reads the tensor that this one is the transpose of.
     origin = _watched(name, tensor.transpose_of, progress, warn) if tensor.transpose_of else None
     return replace(tensor, stream=stream, transpose_of=origin)
 

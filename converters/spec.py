@@ -79,6 +79,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.n_inner is None:
             object.__setattr__(self, "n_inner", 4 * self.n_embd if _is_int(self.n_embd) else 0)
+        # A file may state 1 for 1.0. Other formats write a float.
         if isinstance(self.layer_norm_epsilon, int) and _is_number(self.layer_norm_epsilon):
             object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         if faults := list(self._faults()):
@@ -89,12 +90,7 @@ class GPT2Config:
                 object.__setattr__(self, name, None)
 
     def _faults(self) -> Iterator[str]:
-        for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner"):
-            value = getattr(self, name)
-            if not (_is_int(value) and 0 < value < 2**31):
-                yield f"{name} is {value!r}, not a positive integer"
-        if _is_int(self.n_layer) and self.n_layer > MAX_LAYERS:
-            yield f"n_layer is {self.n_layer}, which exceeds the limit of {MAX_LAYERS}"
+        yield from self._faults_of_sizes()
         for name in (*SWITCHES, "tie_word_embeddings"):
             kind = type(getattr(GPT2Config, name))
             if kind is bool and not isinstance(getattr(self, name), bool):
@@ -103,6 +99,17 @@ class GPT2Config:
             yield f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
         if self.activation_function not in ACTIVATIONS:
             yield f"activation_function is {self.activation_function!r}; gpt2x supports {', '.join(ACTIVATIONS)}"
+        yield from self._faults_of_numbers()
+
+    def _faults_of_sizes(self) -> Iterator[str]:
+        for name in SIZES:
+            value = getattr(self, name)
+            if not (_is_int(value) and 0 < value < 2**31):
+                yield f"{name} is {value!r}, not a positive integer"
+        if _is_int(self.n_layer) and self.n_layer > MAX_LAYERS:
+            yield f"n_layer is {self.n_layer}, which exceeds the limit of {MAX_LAYERS}"
+
+    def _faults_of_numbers(self) -> Iterator[str]:
         if not (_is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
             yield f"layer_norm_epsilon is {self.layer_norm_epsilon!r}, not a positive number"
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

@@ -65,6 +65,7 @@ class LazyTensor:
             return checksum.over(chunks) if checksum else chunks
 
         def mapped() -> Any:
+            # A checksum is of the whole tensor, and a map is read page by page: it is verified before.
             if checksum:
                 for _ in stream():
                     pass

@@ -16,7 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .added_tokens import ADDED, CONFIG, DECODER, END_OF_TEXT, SPECIAL_MAP, AddedToken, read_added_tokens, usual_token
+from .added_tokens import (
+    ADDED,
+    CONFIG,
+    DECODER,
+    END_OF_TEXT,
+    MAX_ID,
+    SPECIAL_MAP,
+    AddedToken,
+    read_added_tokens,
+    usual_token,
+)
 from .errors import ConversionError, OtherTokenizerError, TokenizerError
 from .io.json import read_json
 from .io.reading import File, files_in
@@ -254,8 +264,8 @@ def _ids(raw: Any, where: Path) -> dict[str, int]:
         raise TokenizerError(f"{where}: not a valid table of tokens and ids")
     if len(set(raw.values())) != len(raw):
         raise TokenizerError(f"{where}: duplicate token id")
-    if max(raw.values()) >= 1_000_000:
-        raise TokenizerError(f"{where}: a token id of {max(raw.values())}, which exceeds the limit of 1000000")
+    if max(raw.values()) >= MAX_ID:
+        raise TokenizerError(f"{where}: a token id of {max(raw.values())}, which exceeds the limit of {MAX_ID}")
     return dict(raw)
 
 

@@ -62,6 +62,7 @@ def from_pretrained(path: str | Path, **options: Unpack[WeightOptions]) -> GPT2:
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> GPT2:
     """Return a model in eval mode with the weights of an open checkpoint."""
+    # Without memory for weights that are replaced at once.
     with torch.device("meta"):
         model = GPT2(checkpoint.config).to(dtype)
     return fill(model, checkpoint, torch.device("cpu")).eval()
@@ -71,6 +72,7 @@ def fill(model: GPT2, checkpoint: Checkpoint, device: torch.device | None = None
     """Put the weights of a checkpoint with the same shapes into a model."""
     like = model.wte.weight
     state = {name: tensor.to(device or like.device, like.dtype) for name, tensor in state_of(checkpoint).items()}
+    # The tensors become the parameters, so that a mapped file is not copied.
     model.load_state_dict(state, assign=True)
     return model
 

@@ -10,6 +10,8 @@ Sources: "Language Models are Unsupervised Multitask Learners" (2019); OpenAI's 
 from __future__ import annotations
 
 import math
+
+# TorchScript reads typing's forms, and not list[...] or X | None.
 from typing import Any, List, Optional, Tuple, overload
 
 import torch
@@ -101,6 +103,7 @@ def attention(
     if past is not None:
         k = torch.cat((past[0], k), dim=2)  # (B, H, S, D)
         v = torch.cat((past[1], v), dim=2)
+    # A single token attends to everything before it. torch's own causal mask would let it see the first slot only.
     causal = mask is None and T > 1
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal, scale=scale)
     return y.transpose(1, 2).reshape(B, T, C), (k, v)
@@ -254,6 +257,7 @@ class GPT2(nn.Module):
         for name, parameter in self.named_parameters():
             if name == "wpe.weight":
                 nn.init.normal_(parameter, std=std / 2)
+            # Each block ends two residuals: attention and feed-forward.
             elif name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:

@@ -6,6 +6,8 @@ Shapes in comments: B batch, T tokens, C width, N labels. Source: ``modeling_gpt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+
+# TorchScript reads typing's forms, and not list[...] or X | None.
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -37,6 +39,7 @@ def last_token(input_ids: Tensor, attention_mask: Tensor, pad_token_id: Optional
     rank = torch.arange(1, T + 1, device=input_ids.device).unsqueeze(0)  # (1, T)
     if pad_token_id is not None:
         rank = rank * (input_ids != pad_token_id).long()
+    # + 1: a token with the padding's id (rank 0) still counts more than a slot that the mask leaves out.
     return ((rank + 1) * (attention_mask != 0).long()).argmax(1)  # the first of several maxima
 
 

@@ -24,6 +24,7 @@ from .container import Container
 from .gguf_types import PLAIN, Q8_0, TYPES, UNREAD, TensorType
 
 MAGIC = b"GGUF"
+# Version 1 had lengths of 32 bits. llama.cpp does not read it any more, either.
 VERSIONS = (2, 3)
 ALIGNMENT = 32
 MAX_ITEMS = 1_000_000  # of metadata, tensors and arrays, as there are tokens in the largest vocabularies
@@ -54,6 +55,7 @@ def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None
     cursor = Cursor(file)
     magic, version = cursor.take(4), cursor.number("<I")
     if magic != MAGIC or version not in VERSIONS:
+        # In a big-endian file, the bytes of the version are reversed.
         swapped = version in (v << 24 for v in VERSIONS)
         raise FormatError(f"{path}: {'big-endian GGUF' if swapped else f'GGUF of version {version}'}; 2 and 3 are read")
     n_tensors, n_metadata = cursor.number("<Q"), cursor.number("<Q")
@@ -62,6 +64,7 @@ def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None
         check(metadata, str(path))
     infos = [_info(cursor) for _ in range(_count(n_tensors, cursor))]
     alignment = metadata.get("general.alignment", ALIGNMENT)
+    # ggml allows powers of two.
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise FormatError(f"{path}: general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
@@ -78,6 +81,7 @@ def _notes(infos: Sequence[_Info]) -> Iterator[str]:
 
 
 def _count(count: int, cursor: Cursor) -> int:
+    # An item has at least one byte, so a list is never longer than the rest of the file.
     if count > min(MAX_ITEMS, cursor.end - cursor.position):
         raise FormatError(
             f"{cursor.file.path}: truncated: {count} items needed after byte {cursor.position}, the file has {cursor.end}"
@@ -146,6 +150,7 @@ def _info(cursor: Cursor) -> _Info:
             f"{where}: the type {UNREAD.get(number, f'number {number}')} is not supported; run 'gpt2x formats' for a list. "
             "Convert the file that it was made from"
         )
+    # The 1558M model has fewer than 2**31 values. Larger numbers are refused before anything is computed from them.
     if math.prod(shape) >= 2**40:
         raise FormatError(f"{where}: invalid shape, {list(shape)}")
     if shape[-1] % kind.values:
@@ -163,6 +168,7 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
     if not infos:
         raise FormatError(f"{file.path}: no tensors in it")
     end = start
+    # By size, too: an empty tensor has the offset of the one after it.
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
         begin = start + info.offset
         if info.offset % alignment or begin != -(-end // alignment) * alignment:
@@ -261,6 +267,7 @@ def _typed(value: Any) -> bytes:
         return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _packed(value)
+    # Before int: in Python, a bool is one.
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     return struct.pack("<II", UINT32, value) if isinstance(value, int) else struct.pack("<If", FLOAT32, value)

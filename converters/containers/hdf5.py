@@ -21,6 +21,7 @@ from ..tensors import LazyTensor
 from ..values import are_sizes
 from .container import Container
 
+# The process limits its own CPU time. This limit is for one that waits, as for a disk that does not answer.
 SECONDS = 60
 MAX_RANK = 8
 MAX_ERROR = 2000  # characters
@@ -48,8 +49,11 @@ def _datasets(path: Path) -> list[Any]:
     if specs[0] is None:
         raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
     program = Path(__file__).with_name("hdf5_listing.py")
+    # -I: Python then imports nothing from the current folder, where a stranger's h5py.py may lie, nor from folders of
+    # the user's. So the folders of both packages are passed.
     command = [sys.executable, "-I", "-W", "ignore", str(program), str(path.absolute())]
     command += [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+    # OpenBLAS reserves memory for each thread, which the process may not have. Locks fail on some network disks.
     environment = {"OPENBLAS_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
     try:
         done = subprocess.run(

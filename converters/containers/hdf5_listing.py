@@ -25,6 +25,7 @@ class Refused(Exception):
 
 def main(path: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    # Not RLIMIT_AS, which also counts what libraries and stacks reserve without using it.
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     result: dict[str, Any]
     try:
@@ -47,6 +48,7 @@ def walk(h5py: Any, group: Any, above: str, depth: int, seen: set[int]) -> Itera
         raise Refused(f"groups are nested more than {MAX_DEPTH} deep")
     for key in group:
         name = f"{above}{key}"
+        # The link before the item: to open an external link is to open the file that it names.
         link = group.get(key, getlink=True)
         if not isinstance(link, h5py.HardLink):
             raise Refused(f"{name!r} is a link to another place ({type(link).__name__})")
@@ -76,6 +78,7 @@ def describe(h5py: Any, name: str, dataset: Any) -> list[Any]:
     if offset is None:
         raise Refused(f"{name!r} has no data")
     dtype = dataset.dtype
+    # HDF5 also describes values with padding or fewer significant bits, for which h5py returns the plain dtype.
     if dtype.kind in "fiu" and not dataset.get_type().equal(h5py.h5t.py_create(dtype)):
         raise Refused(f"{name!r} stores its values in a custom layout")
     size = dtype.itemsize

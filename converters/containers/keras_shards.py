@@ -56,6 +56,7 @@ def _weight_map(raw: Mapping[str, Any], path: Path) -> dict[str, list[str]]:
         listed = [files] if isinstance(files, str) else files
         if not is_list_of(listed, str) or not listed:
             raise FormatError(f"{path}: no valid weight_map of groups to files: {group[:100]!r}")
+        # The names in the files have no slash at either end.
         result[group.strip("/")] = listed
     return result
 

@@ -53,25 +53,14 @@ def open_llmc(path: Path) -> Container:
         FormatError: if the header is invalid, or the file does not have exactly the length that it needs.
     """
     file = File(path)
-    if file.size < HEADER.size:
-        raise FormatError(f"{path}: truncated: llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
-    magic, version, *numbers = HEADER.unpack(file.read(0, HEADER.size))
-    config = dict(zip(FIELDS, numbers, strict=False))
-    if magic != MAGIC or version not in VERSIONS:
-        known = ", ".join(f"{n} ({dtype})" for n, dtype in VERSIONS.items())
-        raise FormatError(f"{path}: version {version} of llm.c's format; known are {known}")
-    faults = [f"{name} is {n}" for name, n in config.items() if n <= 0]
-    if config["num_layers"] > MAX_LAYERS or config["padded_vocab_size"] < config["vocab_size"]:
-        faults += [f"{name} is {config[name]}" for name in ("num_layers", "vocab_size", "padded_vocab_size")]
-    if faults:
-        raise FormatError.listing(f"{path}: invalid header", faults)
+    config, dtype = _header(file)
     position = HEADER.size
-    end = position + sum(math.prod(shape) for _, shape in _layout(config)) * VERSIONS[version].itemsize
+    end = position + sum(math.prod(shape) for _, shape in _layout(config)) * dtype.itemsize
     if end != file.size:
         raise FormatError(f"{path}: {file.size} bytes, but its header needs {end}")
     tensors = {}
     for name, shape in _layout(config):
-        tensors[name] = LazyTensor.in_file(file, position, VERSIONS[version], shape)
+        tensors[name] = LazyTensor.in_file(file, position, dtype, shape)
         position += tensors[name].nbytes
     padding = tensors["wte"]
     tensors["wte"] = padding.first_rows(config["vocab_size"])
@@ -79,6 +68,29 @@ def open_llmc(path: Path) -> Container:
     used = any(chunk.count(0) != len(chunk) for chunk in behind)
     note = "the padding rows of the token embedding are not zero; they are dropped, as llm.c ignores them"
     return Container("llmc", path, tensors, config, notes=(note,) if used else ())
+
+
+def _header(file: File) -> tuple[dict[str, int], DType]:
+    """The sizes, and the dtype of all arrays.
+
+    Raises:
+        FormatError: if the header is invalid.
+    """
+    if file.size < HEADER.size:
+        raise FormatError(f"{file.path}: truncated: llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
+    magic, version, *numbers = HEADER.unpack(file.read(0, HEADER.size))
+    if magic != MAGIC or version not in VERSIONS:
+        known = ", ".join(f"{n} ({dtype})" for n, dtype in VERSIONS.items())
+        raise FormatError(f"{file.path}: version {version} of llm.c's format; known are {known}")
+    # The other numbers of the header are not used.
+    config = dict(zip(FIELDS, numbers, strict=False))
+    faults = [f"{name} is {n}" for name, n in config.items() if n <= 0]
+    # Before the layers are enumerated, which would take memory for as many as a header claims.
+    if config["num_layers"] > MAX_LAYERS or config["padded_vocab_size"] < config["vocab_size"]:
+        faults += [f"{name} is {config[name]}" for name in ("num_layers", "vocab_size", "padded_vocab_size")]
+    if faults:
+        raise FormatError.listing(f"{file.path}: invalid header", faults)
+    return config, VERSIONS[version]
 
 
 def _layout(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -67,6 +67,7 @@ class _Reader:
         if depth > MAX_DEPTH or self.items > MAX_ITEMS:
             raise self._fault(f"nested too deeply, or more than {MAX_ITEMS} values")
         code = self.cursor.take(1)[0]
+        # Here the byte is the number itself, from -32 to 127. Short maps, lists and strings have their length in it.
         if code < 0x80 or code >= 0xE0:
             return code if code < 0x80 else code - 256
         if code in CONSTANTS:
@@ -119,9 +120,11 @@ class _Reader:
             raise self._fault(f"extension type {code}, which is not an array")
         end = self.cursor.position + size
         header, outer_end = self.cursor.take(1), self.cursor.end
+        # 0x93 is a list of three: shape, dtype and bytes.
         if header != b"\x93" or end > outer_end:
             raise self._fault("an invalid array")
         self.cursor.end = end
+        # At this depth only a flat list can follow.
         shape, kind = self.value(MAX_DEPTH - 1), self._name()
         tensor = self._bytes(shape, kind)
         if self.cursor.position != end:

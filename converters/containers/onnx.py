@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,32 +51,17 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
         UnsafeError: if it keeps data outside its folder.
         CheckpointError: if its weights are quantized.
     """
-    where = str(path)
     files = _Files(File(path))
     metadata: dict[str, str] = {}
-    found: dict[str, LazyTensor] = {}
-    for number, part in _fields(Cursor(files.model)):
-        if number == METADATA and isinstance(part, Cursor):
-            key, value = _entry(part, where, MAX_METADATA)
+    for part in _parts(Cursor(files.model), METADATA):
+        if isinstance(part, Cursor):
+            key, value = _entry(part, str(path), MAX_METADATA)
             if key in keep:
                 metadata[key] = value
-        elif number == GRAPH and isinstance(part, Cursor):
-            for inner, tensor_part in _fields(part):
-                if inner == INITIALIZER and isinstance(tensor_part, Cursor):
-                    tensor = _tensor(tensor_part, where)
-                    tensor.name = MERGED.sub("", tensor.name)
-                    if tensor.name in found or len(found) > MAX_INITIALIZERS:
-                        raise FormatError(
-                            f"{path}: duplicate initializer {tensor.name[:100]!r}, or more than {MAX_INITIALIZERS} of them"
-                        )
-                    found[tensor.name] = files.lazy(tensor)
+    found = _initializers(files)
     files.check_overlaps()
-    if not found:
-        raise CheckpointError(f"{path}: an ONNX model without weights, or not an ONNX model")
-    if quantized := next((name for name in found if name.endswith(QUANTIZED)), None):
-        raise CheckpointError(
-            f"{path}: a quantized model (it holds {quantized[:100]}): its weights are rounded; convert the model that it was made from"
-        )
+    _check_weights(found, path)
+    # A single float is a constant of the graph, such as the epsilon of a norm.
     weights = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float and tensor.size > 1}
     # An empty tensor is the default of an optional input.
     others = (name for name, tensor in found.items() if name not in weights and tensor.size)
@@ -88,6 +73,35 @@ def open_onnx(path: Path, keep: Collection[str] = ()) -> Container:
         tuple(name for name in others if not name.startswith(CONSTANT)),
         parts=(path, *(other.path for other in files.others.values())),
     )
+
+
+def _initializers(files: _Files) -> dict[str, LazyTensor]:
+    """The initializers of the graph by name."""
+    path = files.model.path
+    found: dict[str, LazyTensor] = {}
+    for graph in _parts(Cursor(files.model), GRAPH):
+        for part in _parts(graph, INITIALIZER):
+            if not isinstance(part, Cursor):
+                continue
+            tensor = _tensor(part, str(path))
+            tensor.name = MERGED.sub("", tensor.name)
+            if tensor.name in found or len(found) > MAX_INITIALIZERS:
+                raise FormatError(
+                    f"{path}: duplicate initializer {tensor.name[:100]!r}, or more than {MAX_INITIALIZERS} of them"
+                )
+            found[tensor.name] = files.lazy(tensor)
+    return found
+
+
+def _check_weights(found: Mapping[str, LazyTensor], path: Path) -> None:
+    """Refuse a model without weights, and one with rounded ones."""
+    if not found:
+        raise CheckpointError(f"{path}: an ONNX model without weights, or not an ONNX model")
+    quantized = next((name for name in found if name.endswith(QUANTIZED)), None)
+    if quantized:
+        raise CheckpointError(
+            f"{path}: a quantized model (it holds {quantized[:100]}): its weights are rounded; convert the model that it was made from"
+        )
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -182,28 +196,39 @@ class _Tensor:
 
 
 def _tensor(cursor: Cursor, where: str) -> _Tensor:
-    tensor = _Tensor()
-    for number, part in _fields(Cursor(cursor.file, cursor.position, cursor.end)):
-        if number == NAME:  # first, so that errors can name the tensor
-            tensor.name = _text(part, where)
+    tensor = _Tensor(_name_of(cursor, where))
     where = f"{where}: {tensor.name[:100]!r}"
     for number, part in _fields(cursor):
-        if number == DIMS:
-            tensor.shape += _numbers(part, where)
-        elif number in (TYPE, LOCATION) and isinstance(part, int):
-            setattr(tensor, "kind" if number == TYPE else "is_external", part)
-        elif number == EXTERNAL:
-            key, value = _entry(part, where)
-            if key in tensor.external:
-                raise FormatError(f"{where} has a duplicate key in its external data: {key[:100]}")
-            tensor.external[key] = value
-        elif number in DATA and isinstance(part, Cursor):
-            tensor.data.append((number, part))
-        elif number not in (NAME, *IGNORED):
-            raise FormatError(f"{where} stores its values in field {number}, which gpt2x does not read")
+        _add_field(tensor, number, part, where)
         if len(tensor.shape) > MAX_RANK or len(tensor.data) > 1 or len(tensor.external) > 8:
             raise FormatError(f"{where} is not a valid ONNX tensor")
     return tensor
+
+
+def _name_of(cursor: Cursor, where: str) -> str:
+    """The name of a tensor, wherever it is among the fields: read first, so that errors can state it."""
+    name = ""
+    for part in _parts(Cursor(cursor.file, cursor.position, cursor.end), NAME):
+        name = _text(part, where)
+    return name
+
+
+def _add_field(tensor: _Tensor, number: int, part: Any, where: str) -> None:
+    if number == DIMS:
+        tensor.shape += _numbers(part, where)
+    elif number == TYPE and isinstance(part, int):
+        tensor.kind = part
+    elif number == LOCATION and isinstance(part, int):
+        tensor.is_external = bool(part)
+    elif number == EXTERNAL:
+        key, value = _entry(part, where)
+        if key in tensor.external:
+            raise FormatError(f"{where} has a duplicate key in its external data: {key[:100]}")
+        tensor.external[key] = value
+    elif number in DATA and isinstance(part, Cursor):
+        tensor.data.append((number, part))
+    elif number not in (NAME, *IGNORED):
+        raise FormatError(f"{where} stores its values in field {number}, which gpt2x does not read")
 
 
 def _numbers(part: Any, where: str) -> list[int]:
@@ -262,6 +287,7 @@ class _Files:
                 raise FormatError(f"{self.model.path}: its data is in more than {MAX_FILES} files")
             self.others[name] = File(path)
         numbers = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
+        # int() alone would also take signs, spaces and underscores.
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
             raise FormatError(f"{where}: invalid offset or length in {name}: {numbers}")
         offset, length = map(int, numbers)

@@ -57,6 +57,7 @@ def open_onnx_adapter(path: Path) -> Container:
         if name in tensors:
             raise FormatError(f"{path}: duplicate parameter {name[:100]!r}")
         tensors[name] = tensor
+    # Each of them is inside the file. Many references to the same bytes would be a small file with a large model.
     if sum(tensor.nbytes for tensor in tensors.values()) > message.file.size:
         raise FormatError(f"{path}: its parameters overlap")
     return Container("onnx_adapter", path, tensors)
@@ -97,6 +98,7 @@ class _Table:
     def __init__(self, message: _Message, place: int) -> None:
         self.message = message
         self.place = place
+        # A vtable lies anywhere before or after its tables, which may share it: the distance has a sign.
         self.vtable = place - message.number("<i", place)
         self.size = message.number("<H", self.vtable)
 
@@ -195,6 +197,8 @@ def _layout(tensors: Mapping[str, LazyTensor]) -> list[_Places]:
     texts = []
     for name, tensor in tensors.items():
         start = _aligned(position, 4)
+        # A string ends with a zero byte that its length does not count. Numbers of 8 bytes are aligned, not the count
+        # before them.
         dims = _aligned(start + 4 + len(name.encode()) + 1 + 4, 8) - 4
         texts.append((start, dims))
         position = dims + 4 + 8 * len(tensor.shape)

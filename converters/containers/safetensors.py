@@ -45,6 +45,7 @@ def open_safetensors(path: Path) -> Container:
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
+    # The length, and at least "{}".
     if file.size < 10:
         raise FormatError(f"{file.path}: truncated: safetensors needs 10 bytes, the file has {file.size}")
     size = struct.unpack("<Q", file.read(0, 8))[0]
@@ -57,6 +58,7 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
     data = file.read(8, size)
     if data[:1] != b"{":
         raise FormatError(f"{file.path}: the header does not begin with '{{'")
+    # Writers pad the header with spaces, which align the tensors.
     return parse_json(data.rstrip(b" "), f"{file.path}: header"), 8 + size
 
 

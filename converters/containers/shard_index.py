@@ -44,6 +44,7 @@ def shard_sets(directory: Path) -> list[ShardSet]:
         if match and file.is_file():
             count = int(match["count"])
             pattern = f"{match['stem']}-{{:05d}}-of-{match['count']}{match['suffix']}"
+            # False is sorted before True.
             key = (match["suffix"] != ".safetensors", pattern, count)
             sets.setdefault(key, set()).add(file.name)
     return [_shard_set(directory, *key[1:], names) for key, names in sorted(sets.items())]
@@ -99,6 +100,7 @@ def _check_files(path: Path, names: Sequence[str]) -> None:
     """Check that an index names files beside it, and that all of them are there."""
     files = [beside(path.parent, name, str(path)) for name in names]
     for name in names:
+        # Otherwise an index could name itself, or another one, without end.
         if name.endswith((".json", ".index")):
             raise FormatError(f"{path}: points to {name!r}, which is not a file of weights")
     missing = [file for file in files if not file.is_file()]

@@ -51,8 +51,9 @@ def open_bundle(prefix: Path) -> Container:
             f"{where}: an object-based TensorFlow 2 or Keras checkpoint; GPT-2's is name-based. Save it with tf.compat.v1.train.Saver"
         )
     parsed = {key: Entry.parse(value, f"{where}: {_text(key)}") for key, value in entries.items()}
-    shards = _Shards(prefix, header.num_shards)
+    # The keys of slices begin with a zero byte (see slice_key).
     whole = {key: entry for key, entry in parsed.items() if not key.startswith(b"\0")}
+    shards = _Shards(prefix, header.num_shards)
     for key, entry in parsed.items():
         if not entry.slices:
             shards.claim(entry, f"{where}: {_text(key)}")
@@ -65,9 +66,7 @@ def open_bundle(prefix: Path) -> Container:
             left_out.append(name)
         else:
             tensors[name] = _tensor(key, entry, parsed, shards, where)
-    used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
-    if strays := sorted(set(parsed) - set(whole) - used):
-        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
+    _check_strays(parsed, whole, where)
     return Container(
         "tf",
         prefix,
@@ -75,6 +74,14 @@ def open_bundle(prefix: Path) -> Container:
         left_out=tuple(left_out),
         parts=tuple(file.path for file in shards.files.values()),
     )
+
+
+def _check_strays(parsed: Mapping[bytes, Entry], whole: Mapping[bytes, Entry], where: str) -> None:
+    """Refuse a slice that no variable lists."""
+    used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
+    strays = sorted(set(parsed) - set(whole) - used)
+    if strays:
+        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
 
 
 def _name(key: bytes, where: str) -> str:
@@ -98,6 +105,7 @@ def _header(value: bytes | None, where: str) -> _Header:
     if fields.number(2) != 0:
         raise FormatError(f"{where}: big-endian tensors; only little-endian ones are read")
     version = Fields(fields.bytes(3), f"{where}: header version")
+    # min_consumer and bad_consumers of TensorFlow's VersionDef.
     if version.number(2) > 1 or 1 in version.numbers(3):
         raise FormatError(f"{where}: written for readers of version {version.number(2)}; gpt2x reads version 1")
     num_shards = fields.signed(1)
@@ -143,6 +151,7 @@ class Entry:
     def serialize(self) -> bytes:
         """The message in bytes, as TensorFlow writes it: fields in order, zeros omitted."""
         dims = b"".join(_field_bytes(2, _field_number(1, n)) for n in self.shape)
+        # 0x35 is the tag of field 6, a number of four bytes.
         crc = b"\x35" + struct.pack("<I", self.crc) if self.crc else b""
         return (
             _field_number(1, self.dtype)
@@ -296,12 +305,16 @@ def _code_number(value: int) -> bytes:
 
 
 def _code_string(value: bytes) -> bytes:
+    # A zero byte becomes 00 FF, and FF becomes FF 00, so that 00 01 can only be the end. FE keeps the two replacements
+    # apart.
     return value.replace(b"\xff", b"\xff\xfe").replace(b"\0", b"\0\xff").replace(b"\xff\xfe", b"\xff\0") + b"\0\x01"
 
 
 def _code_signed(value: int) -> bytes:
     bits = (~value if value < 0 else value).bit_length()
     n = bits // 7 + 1
+    # As in UTF-8, the leading ones of the header count the bytes. A negative number, which begins with ones itself,
+    # inverts them, so that it is sorted before a positive one.
     header = (0xFF00 >> n & 0xFF) << 8 if n <= 8 else 0xFF00 | (0xFF00 >> (n - 8) & 0xFF)
     data = bytearray((value & (1 << 80) - 1).to_bytes(10, "big")[10 - n :])
     data[0] ^= header >> 8

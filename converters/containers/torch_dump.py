@@ -13,6 +13,9 @@ from .torch_values import TensorRef
 
 def dump_pickle(value: Any) -> bytes:
     """The pickle of dicts, OrderedDicts, str, bool, int, float and TensorRef, as ``torch.save`` writes it."""
+    # The opcodes here are those of protocol 2, as pickletools describes them: c names a global, ( marks, t makes a
+    # tuple of what follows the mark, u sets items, R calls, Q refers to a storage, X, J, G and \x8a are a string and
+    # numbers.
     return b"\x80\x02" + _pickled(value) + b"."
 
 
@@ -22,6 +25,7 @@ def _pickled(value: Any) -> bytes:
     if isinstance(value, dict):
         empty = b"ccollections\nOrderedDict\n)R" if isinstance(value, OrderedDict) else b"}"
         return empty + b"(" + b"".join(_str(key) + _pickled(item) for key, item in value.items()) + b"u"
+    # Before numbers: in Python, a bool is an int.
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
     if isinstance(value, float):

@@ -94,6 +94,7 @@ def named_tensors(saved: Any, where: str) -> list[NamedTensors]:
     """
     found = []
     seen: set[int] = set()
+    # Breadth first, so that an object with several names is known by the shortest.
     places = deque([Place(saved)])
     while places:
         place = places.popleft()
@@ -102,20 +103,26 @@ def named_tensors(saved: Any, where: str) -> list[NamedTensors]:
         seen.add(id(place.value))
         if is_module(place.value):
             tensors = _tensors_of_module(place.value, where)
-            if tensors:
-                found.append(NamedTensors(place, tensors))
-            continue
-        tensors = {}
-        for key, value in _members(place.value):
-            if isinstance(value, TensorRef | UnreadTensor) and isinstance(key, str):
-                tensors[key] = value
-            elif isinstance(value, dict | list | tuple | Opaque):
-                places.append(Place(value, str(key), place, place.depth + 1))
+        else:
+            tensors, inner = _divided(place)
+            places += inner
         if tensors:
             found.append(NamedTensors(place, tensors))
     if not found:
         raise _no_tensors(saved, where)
     return found
+
+
+def _divided(place: Place) -> tuple[dict[str, TensorRef | UnreadTensor], list[Place]]:
+    """The tensors that a value holds by name, and the values in it that may hold more."""
+    tensors: dict[str, TensorRef | UnreadTensor] = {}
+    inner = []
+    for key, value in _members(place.value):
+        if isinstance(value, TensorRef | UnreadTensor) and isinstance(key, str):
+            tensors[key] = value
+        elif isinstance(value, dict | list | tuple | Opaque):
+            inner.append(Place(value, str(key), place, place.depth + 1))
+    return tensors, inner
 
 
 def _members(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -110,6 +110,7 @@ def is_harmful(module: str, name: str) -> bool:
     if is_private or package in sys.stdlib_module_names or package in OTHER_VERSIONS:
         return True
     parts = name.split(".")
+    # Python resolves a name with dots attribute by attribute: os.system of torch is that of the standard library.
     if DOORS & {*module.split("."), *parts}:
         return True
     if any(part in sys.stdlib_module_names for part in parts[:-1]):

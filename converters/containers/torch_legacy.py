@@ -28,6 +28,7 @@ def open_torch_legacy(path: Path) -> Container:
     """Open a ``.bin`` in the format before PyTorch 1.6. Raises as ``open_torch_zip`` does."""
     file = File(path)
     where = str(path)
+    # Read as a stream: where a pickle ends is known only when it is parsed.
     with open(path, "rb") as raw:
         if load_pickle(raw, where) != MAGIC:
             raise FormatError(f"{where}: not a file of torch.save (wrong magic number)")

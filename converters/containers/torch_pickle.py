@@ -93,6 +93,7 @@ class _Bounded(io.RawIOBase):
         return self._take(self.stream.read(n))
 
     def readline(self, size: int | None = -1) -> bytes:
+        # Some instructions of protocol 0 end with a newline; pickletools reads these by lines.
         return self._take(self.stream.readline(65536))
 
     def tell(self) -> int:
@@ -109,6 +110,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: Any) -> Any:
+        # genops parses instructions, and neither imports nor builds anything.
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 if len(self.stack) != 1:

@@ -29,6 +29,7 @@ from .torch_pickle import MAX_PICKLE, load_pickle
 from .torch_values import Opaque, Storage, TensorRef
 from .zip_members import LOCAL, Member, check_stored, crc32, read_members
 
+# kFieldAlignment of PyTorch's inline_container.cc.
 ALIGNMENT = 64
 CONSTANTS = "constants.pkl"
 KERAS_WEIGHTS = "model.weights.h5"  # a member that only Keras's archives have
@@ -198,6 +199,7 @@ def write_torch_zip(
         (name, TensorRef(Storage(keys[id(t)], t.dtype, t.size, t.size), 0, t.shape)) for name, t in tensors.items()
     )
     saved = refs if beside is None else {"model": refs, **beside}
+    # Members in PyTorch's order.
     writer.add("data.pkl", LazyTensor.of_bytes(dump_pickle(saved)))
     writer.add("byteorder", LazyTensor.of_bytes(b"little"))
     for name, data in (records or {}).items():
@@ -223,6 +225,8 @@ class _ZipWriter:
         wide = struct.pack("<2H2Q", 1, 16, size, size) if large else b""
         gap = -(header + LOCAL.size + len(path) + len(wide) + 4) % ALIGNMENT
         extra = wide + struct.pack("<2H", 0x4246, gap) + b"Z" * gap  # PyTorch's own padding field
+        # The version of the zip format that a reader needs: 4.5 has zip64. The date 0x21 is 1 January 1980, the first
+        # that the format has, so that equal models give equal files.
         version = 45 if large else 20
         self.out.write(
             LOCAL.pack(b"PK\x03\x04", version, 0, 0, 0, 0x21, 0, short, short, len(path), len(extra)) + path + extra

@@ -90,6 +90,7 @@ def _central_directory(file: File) -> tuple[list[zipfile.ZipInfo], int]:
             comment = archive.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, UnicodeDecodeError) as error:
         raise FormatError(f"{file.path}: not a valid zip archive: {error}") from None
+    # The end record has 22 bytes. If more follow, programs differ in which of several directories they take.
     if file.read(file.size - 22, 4) != b"PK\x05\x06":
         raise FormatError(f"{file.path}: extra bytes after the end of the zip archive")
     if comment:
@@ -119,6 +120,7 @@ def _check_gap(file: File, end: int, begin: int, allowed: int) -> None:
 
 def _member(file: File, info: zipfile.ZipInfo) -> Member:
     """Check a member's own header against the archive's directory."""
+    # Some programs trust this header, others the directory: two that disagree would be two different files.
     where = f"{file.path}: the member {info.orig_filename!r}"
     fields = LOCAL.unpack(file.read(info.header_offset, LOCAL.size))
     signature, compression = fields[0], fields[3]
@@ -126,6 +128,7 @@ def _member(file: File, info: zipfile.ZipInfo) -> Member:
     if signature != b"PK\x03\x04" or compression != info.compress_type:
         raise FormatError(f"{where} has an invalid header")
     name = file.read(info.header_offset + LOCAL.size, name_length)
+    # Bits of the flags: 11 is a name in UTF-8, 3 a descriptor after the data, 0 encryption.
     encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
     if name != info.orig_filename.encode(encoding):
         raise FormatError(f"{where} has another name in its own header")

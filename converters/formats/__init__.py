@@ -27,6 +27,7 @@ INDEXES = {suffix: open_index for entry in FORMATS for suffix, open_index in ent
 
 def _codecs(name: str) -> tuple[Codec, ...]:
     found = [entry.codec for entry in FORMATS if entry.config_file == name and entry.codec]
+    # A codec that takes any spelling comes last, as it would hide those after it.
     return tuple(sorted(found, key=lambda codec: codec.applies is None))
 
 

@@ -12,6 +12,7 @@ LARGE_MAPS = {b"\xde": 3, b"\xdf": 5}  # leading byte -> bytes before the first 
 
 def _matches(head: bytes, size: int) -> bool:
     """Whether it is a map of MessagePack whose first key is a string."""
+    # MessagePack has no magic number. Flax's outermost value is a map, whose first key is a short string.
     first = head[:1]
     is_small_map = b"\x81" <= first <= b"\x8f"
     start = LARGE_MAPS.get(first, 1)
@@ -29,7 +30,7 @@ MSGPACK = Format(
     name="msgpack",
     what="Flax, through transformers 4",
     files="`flax_model.msgpack`",
-    dialects=("flax",),
+    dialect="flax",
     reads=FLOATS,
     openers=(Opener(_matches, _open, uncertain=True),),
     file_names=("flax_model.msgpack",),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..containers.container import Container
+from ..dialects import DIALECTS, SAME_NAMES
 from ..spec import GPT2Config
 from ..tokenizer import Vocabulary
 
@@ -93,7 +94,7 @@ class Format:
         name: its name in ``--to``, and in what ``inspect`` and ``convert`` print.
         what: who writes it.
         files: its usual file names, for people.
-        dialects: names of the dialects that are usual in it.
+        dialect: the name of the dialect that is most usual in it. Others name the format (``Dialect.formats``).
         reads: the dtypes that are read. Quantized ones are read as float32.
         writes: the dtypes that are written; empty without a writer.
         ask: how a user asks for it on the command line.
@@ -121,7 +122,7 @@ class Format:
     name: str
     what: str
     files: str
-    dialects: tuple[str, ...]
+    dialect: str
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
     ask: str = ""
@@ -144,6 +145,12 @@ class Format:
     is_directory: bool = False
     casts: bool = False
     shards: bool = False
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """The names of the dialects that are usual in it, its own first."""
+        others = (dialect.name for dialect in (*DIALECTS, *SAME_NAMES) if self.name in dialect.formats)
+        return (self.dialect, *others)
 
 
 def starts_with(*beginnings: bytes) -> Callable[[bytes, int], bool]:

@@ -44,6 +44,7 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
         if own.is_file():
             return read_json(own, MAX_JSON)
     config = checkpoint.config
+    # transformers marks a file with this key that it made from config.json itself.
     return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "_from_model_config": True}
 
 
@@ -110,7 +111,7 @@ HF = Format(
     name="hf",
     what="Hugging Face's directory",
     files="`config.json`, `model.safetensors`, tokenizer",
-    dialects=("hf",),
+    dialect="hf",
     reads=FLOATS,
     writes=FLOATS,
     ask="a name without a known suffix",
@@ -128,7 +129,7 @@ SHARDS = Format(
     name="shards",
     what="one checkpoint in several files",
     files="`*.index.json`",
-    dialects=("hf",),
+    dialect="hf",
     reads=FLOATS,
     writes=FLOATS,
     ask="`--max-shard-size 5GB`",

@@ -14,6 +14,7 @@ from ..tensors import BF16, F32
 from .format import Codec, Embedded, Format, Job, Opener, Written, starts_with
 from .notes import refuse_float64
 
+# Stated again in the container, which is imported only when a file is opened.
 MAGIC = (20240326).to_bytes(4, "little")
 
 # llm.c's GPT2Config -> ours
@@ -55,6 +56,7 @@ def _write(job: Job) -> Written:
     config = job.checkpoint.config
     dtypes = {tensor.dtype for tensor in job.checkpoint.tensors.values()}
     refuse_float64(job.checkpoint, "llmc")
+    # llm.c has no float16, whose values float32 holds exactly.
     dtype = BF16 if dtypes == {BF16} else F32
     tensors = DIALECT.write(job.checkpoint.cast(dtype).tensors, config)
     with new_file(job.path, job.force) as out:
@@ -66,7 +68,7 @@ LLMC = Format(
     name="llmc",
     what="llm.c, versions 3 and 5",
     files="`.bin`",
-    dialects=("llmc",),
+    dialect="llmc",
     reads=("F32", "BF16"),
     writes=("F32", "BF16"),
     ask="`--to llmc`",

@@ -14,6 +14,8 @@ CONFIG_KEY = "gpt2x.config"  # of metadata_props
 
 def _matches(head: bytes, size: int) -> bool:
     """Whether field 1, the version of ONNX's format, is a small integer, and another field follows."""
+    # 0x08 is the tag of field 1 (ir_version), a number, which writers put first. After it comes a number or text: wire
+    # type 0 or 2.
     return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] <= 32 and head[2] & 7 in (0, 2)
 
 
@@ -34,7 +36,7 @@ ONNX = Format(
     name="onnx",
     what="optimum, torch.onnx and gpt2x",
     files="`.onnx`, with its data beside it",
-    dialects=("hf",),
+    dialect="hf",
     reads=FLOATS,
     configuration="in its metadata (gpt2x's)",
     openers=(Opener(_matches, _open, uncertain=True),),

@@ -18,6 +18,7 @@ from .notes import NO_TOKENIZER, not_stored, token_roles, tokenizer_notes, vocab
 
 HPARAMS_KEYS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 PREFIX = "model.ckpt"
+# TensorFlow's CheckpointState as text, by which tf.train.latest_checkpoint finds the prefix.
 STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
 
 
@@ -77,11 +78,12 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     return notes
 
 
+# It has no openers: a checkpoint is a prefix of several files, which opening/find.py looks for.
 TF = Format(
     name="tf",
     what="OpenAI's TensorFlow checkpoint (V2)",
     files="directory, prefix, `.index` or `.data`",
-    dialects=("openai",),
+    dialect="openai",
     reads=FLOATS,
     writes=FLOATS,
     ask="`--to tf`",

@@ -81,14 +81,16 @@ BIN = Format(
     name="bin",
     what="PyTorch, since 1.6 (zip) and before (legacy)",
     files="`.bin`, `.pt`, `.pth`, `rust_model.ot`",
-    dialects=("hf", "llms-from-scratch", "mingpt-2020", "flash-attn"),
+    dialect="hf",
     reads=FLOATS,
     writes=FLOATS,
     ask="`NAME.bin`",
     configuration="in an extra record that `torch.load` ignores",
     checksums="CRC-32 of every member (zip)",
     openers=(
+        # The second is an archive without members, which the reader refuses by name.
         Opener(starts_with(b"PK\x03\x04", b"PK\x05\x06"), _open_zip),
+        # The first pickle is torch.save's magic number: protocol 2, an integer of ten bytes.
         Opener(starts_with(b"\x80\x02\x8a\x0a"), _open_legacy),
     ),
     file_names=("pytorch_model.bin", "pytorch_model.bin.index.json"),

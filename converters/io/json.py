@@ -40,6 +40,7 @@ def parse_value(data: bytes, where: str) -> Any:
         FormatError: for anything else.
     """
     try:
+        # Decoded here, as json.loads would also guess UTF-16 and UTF-32.
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_whole_number)
         if isinstance(value, dict | list):
             _check_depth(value)

@@ -11,6 +11,7 @@ from ..values import is_list_of
 def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
     """An unsigned varint of at most 64 bits, and the position after it."""
     value = 0
+    # Ten bytes of seven bits hold 64 bits.
     for shift in range(0, 70, 7):
         if position >= len(data):
             raise FormatError(f"{where}: truncated number")
@@ -58,6 +59,7 @@ class Fields:
         return [v for v in values if isinstance(v, int)]
 
     def number(self, field: int) -> int:
+        # Of a field that is there several times, protobuf takes the last. One that is not there is 0.
         value = self.values.get(field, [0])[-1]
         if not isinstance(value, int):
             raise FormatError(f"{self.where}: field {field} is not a number")
@@ -101,6 +103,7 @@ def varint(value: int) -> bytes:
 
 
 def _field_number(field: int, value: int) -> bytes:
+    # proto3 leaves out a field that is 0.
     return varint(field << 3) + varint(value) if value else b""
 
 

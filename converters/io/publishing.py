@@ -88,6 +88,7 @@ class Output:
     def _write(self, offset: int, data: bytes) -> None:
         view = memoryview(data)
         while len(view):
+            # It may write less than it is given, as on a disk that is nearly full.
             n = os.pwrite(self._fd, view, offset)
             view, offset = view[n:], offset + n
         self._written = max(self._written, offset)
@@ -146,6 +147,7 @@ def new_file(path: Path, force: bool = False) -> Iterator[Output]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # O_EXCL: never through a link that somebody has put there. The umask narrows 0o666, as for any new file.
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             output = Output(fd)
             try:
@@ -197,6 +199,7 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
     ``path`` that would be read as part of the result: if one of them would be kept, nothing is written.
     """
     check_free(path, force, directory=True)
+    # "." has no name that a temporary folder beside it could have.
     path = Path(os.path.abspath(path))
     stage = _beside(path)
     try:
@@ -205,6 +208,7 @@ def new_directory(path: Path, force: bool = False, rivals: Callable[[Path], list
             stage.mkdir()
         yield stage
         with writing(path):
+            # The files before the rename: after a crash, no name may lead to a file without its contents.
             for part in [*stage.rglob("*"), stage]:
                 _sync(part)
             new = set(map(Path.as_posix, _files(stage)))
@@ -356,6 +360,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
+    # File names have 255 bytes at most. A character that is cut in two is left out.
     start = os.fsdecode(os.fsencode(path.name)[:100]).encode("utf-8", "ignore").decode("utf-8", "ignore")
     return path.with_name(f".{start}.{os.urandom(4).hex()}.tmp")
 

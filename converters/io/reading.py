@@ -45,6 +45,7 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path):
+            # Before it is opened: opening a named pipe would wait for a writer.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise FormatError(f"{path}: not a regular file")
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -72,6 +73,7 @@ class File:
                 raise self._changed()
             yield chunk
             offset += len(chunk)
+        # At the end: what was read may be of two versions of the file.
         if self._stamp() != self._identity:
             raise self._changed()
 
@@ -165,6 +167,7 @@ def beside(directory: Path, name: str, where: str) -> Path:
         UnsafeError: if the name leads out of the directory, or through a directory that is a link to another place. (The
             file itself may be a link, as in the Hub's cache.)
     """
+    # On Windows a backslash separates folders, and the name may come from there.
     leaves = not name or name.startswith("/") or "\\" in name or re.search(r"(^|/)\.\.?(/|$)", name)
     if not leaves and name.isprintable() and len(name) <= 200:
         path = directory / name

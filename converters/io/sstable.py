@@ -39,12 +39,15 @@ def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
         raise FormatError(f"{where}: not a TensorFlow index (no table magic at its end)")
     meta, position = _handle(footer, 0, where)
     index, position = _handle(footer, position, where)
+    # The footer has two handles, zeros up to byte 40, and the magic number.
     if position > 40 or any(footer[position:40]):
         raise FormatError(f"{where}: the footer's padding is not zero")
+    # TensorFlow's meta block has no entries that matter; reading it verifies its checksum.
     list(_block(data, meta, where))
     previous, names = None, 0
     for _, value in _block(data, index, where):
         for key, entry in _block(data, _handle(value, 0, where)[0], where):
+            # TensorFlow finds a name by binary search: it would not see one that is out of order.
             if previous is not None and key <= previous:
                 fault = "duplicate name" if key == previous else "name out of order"
                 raise FormatError(f"{where}: {fault} {_text(key)}")
@@ -149,6 +152,7 @@ def write_index(out: Output, entries: Mapping[bytes, bytes], header: bytes = HEA
         size += len(key) + len(value)
     blocks.append((_write_block(out, pending), pending[-1][0], None))
     meta = _write_block(out, [])
+    # LevelDB shares no prefixes in the block that lists the others.
     index = _write_block(out, [(_separator(last, following), handle) for handle, last, following in blocks], interval=1)
     out.write((meta + index).ljust(40, b"\0") + struct.pack("<Q", MAGIC))
 

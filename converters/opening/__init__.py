@@ -56,6 +56,7 @@ def open_checkpoint(
     source = find(path)
     with reading(source.path), explained(source.subject):
         container = open_container(source, entry)
+    # From here on, a refusal is explained by the tensors of the file, no longer by its first bytes.
     with reading(source.path), explained(source.subject, container):
         opened = open_adapter(source, container, adapter)
         stated = read_configuration(source, opened.base, activation_function, ignore_config_keys)

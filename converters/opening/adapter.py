@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,15 +160,11 @@ def merge_adapter(
     for name in _touched(adapter):
         if name in tensors and name not in (WTE, LM_HEAD):
             tensors[name] = changed(name, tensors[name], adapter, dtype)
-    notes = [f"merged {described(adapter.config.kind)}, {adapter.path}: {adapter.summary()}"]
     embeddings = _embeddings(checkpoint, adapter, dtype, tie)
-    tensors |= embeddings
     is_tied = LM_HEAD not in embeddings
+    tensors |= embeddings
     if tie:
         tensors.pop(LM_HEAD, None)
-    elif checkpoint.config.tie_word_embeddings and not is_tied:
-        is_low_rank = WTE in adapter.factors or LM_HEAD in adapter.factors
-        notes.append(UNTIED + UNLIKE_PEFT if is_low_rank else UNTIED)
     heads = {head.kind: head for head in (*checkpoint.heads, *adapter.heads)}  # the adapter's replace the base's
     config = replace(checkpoint.config, n_vocab=tensors[WTE].shape[0], tie_word_embeddings=is_tied)
     return replace(
@@ -178,9 +174,17 @@ def merge_adapter(
         files=(*checkpoint.files, *adapter.files),
         left_out=(*checkpoint.left_out, *adapter.left_out),
         heads=tuple(heads.values()),
-        notes=(*checkpoint.notes, *notes),
+        notes=(*checkpoint.notes, *_notes(checkpoint, adapter, is_untied=not is_tied and not tie)),
         adapter=adapter.path,
     )
+
+
+def _notes(checkpoint: Checkpoint, adapter: Adapter, is_untied: bool) -> Iterator[str]:
+    """What was merged, and what that means for ``lm_head``."""
+    yield f"merged {described(adapter.config.kind)}, {adapter.path}: {adapter.summary()}"
+    if is_untied and checkpoint.config.tie_word_embeddings:
+        is_low_rank = WTE in adapter.factors or LM_HEAD in adapter.factors
+        yield UNTIED + UNLIKE_PEFT if is_low_rank else UNTIED
 
 
 def _touched(adapter: Adapter) -> set[str]:
@@ -234,6 +238,14 @@ def _misfits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> It
     for name in _touched(adapter):
         if name not in shapes:
             yield f"it changes {name}, which the base with {checkpoint.config.n_layer} layers does not have"
+    # Whole embeddings first: what else the adapter changes of them has their new number of rows.
+    yield from _misfits_of_whole(adapter, shapes, is_truncated)
+    yield from _misfits_of_factors(adapter, shapes)
+    yield from _misfits_of_rows(adapter, shapes)
+
+
+def _misfits_of_whole(adapter: Adapter, shapes: dict[str, tuple[int, ...]], is_truncated: bool) -> Iterator[str]:
+    """Whole tensors of another shape. An embedding may have more rows, which ``shapes`` then has, too."""
     for name, tensor in adapter.replaced.items():
         expected = shapes.get(name)
         is_embedding = name in (WTE, LM_HEAD) and len(tensor.shape) == 2
@@ -241,11 +253,19 @@ def _misfits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> It
             shapes[name] = tensor.shape
         elif expected and tensor.shape != expected:
             yield f"its {name} is {list(tensor.shape)}, the base's is {list(expected)}"
+
+
+def _misfits_of_factors(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     for name, change in adapter.factors.items():
         shape = change.shape[::-1] if name == LM_HEAD else change.shape
         if name in shapes and shape != shapes[name]:
             yield f"it changes a {list(shape)} {name}, the base's is {list(shapes[name])}"
+
+
+def _misfits_of_rows(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     for name, rows in adapter.rows.items():
-        is_inside = name in shapes and max(rows.indices, default=0) < shapes[name][0]
-        if name in shapes and (rows.values.shape[1:] != shapes[name][1:] or not is_inside):
-            yield f"it replaces rows of {name} up to {max(rows.indices, default=0)}, the base's is {list(shapes[name])}"
+        if name not in shapes:
+            continue
+        shape, last = shapes[name], max(rows.indices, default=0)
+        if rows.values.shape[1:] != shape[1:] or last >= shape[0]:
+            yield f"it replaces rows of {name} up to {last}, the base's is {list(shape)}"

@@ -91,6 +91,8 @@ def _in_directory(path: Path, depth: int = 0) -> Source:
 
 def _weights_in(path: Path) -> Source | None:
     """The weights in a directory itself; None if there are none."""
+    # A folder may hold several. Hugging Face's own files count before a checkpoint of TensorFlow, and both before what
+    # was made of them for other programs.
     for name in WEIGHTS:
         if (path / name).is_file():
             return Source(path, path / name, False, path)
@@ -259,6 +261,7 @@ def _numbered(path: Path, pattern: str) -> Iterator[Path]:
     for folder in path.iterdir():
         match = re.match(pattern, folder.name)
         if match and folder.is_dir():
+            # int() takes long for thousands of digits.
             numbers[folder] = int(match[1][:20])
     yield from sorted(numbers, key=numbers.__getitem__)
 

@@ -50,6 +50,8 @@ def _open_any(path: Path) -> Container:
     file = File(path)
     head = file.read(0, min(file.size, HEAD))
     opener = _opener(head, file.size)
+    # The order matters: an opener that is not certain would take files that are no weights, or damaged ones of other
+    # formats.
     if opener and not opener.uncertain:
         return opener.open(path)
     advice = advice_on_file(file, head)
@@ -80,6 +82,7 @@ def _opener_of_suffix(path: Path) -> Opener | None:
 
 
 def _open_bundle(prefix: Path) -> Container:
+    # Git LFS and web pages leave text in place of a file, which the readers below would call damaged.
     name = glob.escape(prefix.name)
     for path in sorted([*prefix.parent.glob(f"{name}.index"), *prefix.parent.glob(f"{name}.data-*")]):
         if path.is_file():

@@ -141,6 +141,7 @@ def _read(container: Container, candidate: Candidate, others: Sequence[Candidate
     prefix, names = candidate.prefix, container.tensors
     prefixes = tuple(other.prefix for other in others if not prefix.startswith(other.prefix))
     outputs = {other.dialect.lm_head_name(names, other.prefix) for other in others}
+    # An lm_head around several models belongs to the chosen one, too.
     outputs.discard(candidate.dialect.lm_head_name(names, prefix))
     tensors, apart = {}, []
     for name, tensor in container.tensors.items():

@@ -51,6 +51,7 @@ def resolve(parameters: Parameters, stated: Stated, n_head: int | None = None) -
         unless = f"; {dialect.unless}" if dialect.unless else ""
         notes.append(f"{key} is {value}, as in {dialect.name}'s code{unless}")
     try:
+        # Sizes last: the shapes show them, and what contradicts them was refused above.
         config = GPT2Config(**{**fields, **assumed, **sizes})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -671,6 +671,7 @@ def explained(path: Path, container: Container | None = None) -> Iterator[None]:
     """
     try:
         yield
+    # Their messages state the cause, which no row of the table knows better.
     except (ChecksumError, DestinationError, TokenizerError, UnknownHeadsError, UnsafeError):
         raise
     except ConversionError as error:
@@ -683,6 +684,7 @@ def explained(path: Path, container: Container | None = None) -> Iterator[None]:
 
 
 def _advice(rows: tuple[Situation, ...], seen: Evidence) -> str | None:
+    # The first row that fits is shown, so special cases come before general ones.
     for row in rows:
         if row.test(seen):
             return message(row, seen)

@@ -20,7 +20,7 @@ from .generate import generate
 from .inspect import inspect
 from .score import score
 from .serve import serve
-from .text import printable
+from .text import printable, warn
 from .verify import verify
 
 
@@ -30,6 +30,7 @@ class Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        # click prints these itself, each with its own exit code.
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -80,7 +81,7 @@ def main() -> None:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one line, without the line of code that it came from."""
-    click.echo(printable(f"Warning: {message}"), err=True)
+    warn(str(message))
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -75,6 +75,7 @@ OPTIONS = (
 
 def controls(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of all controls to a command."""
+    # Decorators apply from the last to the first, and help lists options in the order of the source.
     for option in reversed(OPTIONS):
         command = option(command)
     return command

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .source import check_before, is_remote, local, weight_options, with_local_adapter
-from .text import printable, progress_bar
+from .text import printable, progress_bar, warn
 
 if TYPE_CHECKING:
+    from converters import Checkpoint
+    from converters.saving import Saved
+
     from ..weight_options import WeightOptions
 
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
@@ -88,7 +91,6 @@ def convert(
     selects any other format. Every checksum in SRC is verified. DST appears whole, or not at all.
     """
     from converters import open_checkpoint, save_checkpoint
-    from converters.config import to_hf
 
     if no_tokenizer and tokenizer_dir:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
@@ -121,20 +123,13 @@ def convert(
     facts = {
         "source": src,
         "destination": dst,
-        "format_from": f"{checkpoint.format} ({checkpoint.dialect})",
-        "format_to": saved.format,
-        "config": to_hf(checkpoint.config),
-        "tensors": len(checkpoint.tensors),
-        "parameters": checkpoint.parameters,
-        "bytes": saved.bytes,
-        "left_out": list(checkpoint.left_out),
-        "checksums_verified": checkpoint.checksummed,
+        **_facts(checkpoint, saved),
         "seconds": round(time.perf_counter() - start, 3),
         "notes": [*checkpoint.notes, *saved.notes],
         "warnings": warnings,
     }
     for warning in warnings:
-        click.echo(printable(f"Warning: {warning}"), err=True)
+        warn(warning)
     click.echo(json.dumps(facts, indent=2) if as_json else printable(summary(facts)))
 
 
@@ -151,6 +146,22 @@ def _check_destination(
     _, kind = check_destination(dst, to, dtype, max_shard_size)
     if is_remote(src):
         check_before(src, dst, force=force, directory=BY_NAME[kind].is_directory)
+
+
+def _facts(checkpoint: Checkpoint, saved: Saved) -> dict[str, Any]:
+    """What was read, and what was written."""
+    from converters.config import to_hf
+
+    return {
+        "format_from": f"{checkpoint.format} ({checkpoint.dialect})",
+        "format_to": saved.format,
+        "config": to_hf(checkpoint.config),
+        "tensors": len(checkpoint.tensors),
+        "parameters": checkpoint.parameters,
+        "bytes": saved.bytes,
+        "left_out": list(checkpoint.left_out),
+        "checksums_verified": checkpoint.checksummed,
+    }
 
 
 def summary(facts: dict[str, Any]) -> str:

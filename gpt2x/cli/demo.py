@@ -43,6 +43,7 @@ def demo(ctx: click.Context) -> None:
         try:
             for step in STEPS:
                 click.secho(f"\n$ gpt2x {step}", bold=True)
+                # Not standalone: click then returns, and does not end this process after the first command.
                 code = group.main(shlex.split(step), prog_name="gpt2x", standalone_mode=False)
                 if code:
                     ctx.exit(code)

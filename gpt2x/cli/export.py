@@ -16,7 +16,7 @@ import click
 from ..precisions import BLOCK, BLOCKS, DEFAULT, PRECISIONS, Precision
 from ..tasks import EXTRAS, GENERATION, LOGITS, TASKS, check_outputs
 from .source import check_before, local, named_adapter, weight_options, with_local_adapter
-from .text import SAMPLE, need, printable, progress_bar, read_text
+from .text import SAMPLE, need, printable, progress_bar, read_text, warn
 from .verify import table
 
 if TYPE_CHECKING:
@@ -261,21 +261,49 @@ def _check_usage(request: Request) -> None:
         raise click.UsageError("--adapter NAME=DIR applies to --onnx only; --adapter DIR merges an adapter")
     if request.task != GENERATION:
         _check_task_usage(request)
-    if request.triton and (request.task != GENERATION or request.outputs != (LOGITS,)):
+    if request.triton:
+        _check_triton_usage(request)
+    _check_quantization(request)
+    if request.push is not None and request.no_verify:
+        raise click.UsageError("--push uploads only what was compared with SRC: remove --no-verify")
+    _check_names(request)
+
+
+def _check_triton_usage(request: Request) -> None:
+    """Refuse options that a repository for Triton does not have.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if request.task != GENERATION or request.outputs != (LOGITS,):
         raise click.UsageError("--triton serves text generation: leave out --task and --outputs")
+    if len(request.names) > 1:
+        raise click.UsageError("--triton takes one --precision: export each to a repository of its own")
+    if request.no_tokenizer:
+        raise click.UsageError("--triton needs the tokenizer: remove --no-tokenizer")
+
+
+def _check_quantization(request: Request) -> None:
+    """Refuse options that none of the precisions has.
+
+    Raises:
+        UsageError: naming the option.
+    """
     if request.block_size and not any(precision.block_sizes for precision in request.chosen):
         raise click.UsageError(f"--block-size applies to {BLOCKWISE} only")
     if request.calibrate and not any(precision.bits for precision in request.chosen) and not _has_int8_cache(request):
         raise click.UsageError(f"--calibrate applies to {QUANTIZED} and an int8 cache only")
-    if request.triton and len(request.names) > 1:
-        raise click.UsageError("--triton takes one --precision: export each to a repository of its own")
-    if request.triton and request.no_tokenizer:
-        raise click.UsageError("--triton needs the tokenizer: remove --no-tokenizer")
+
+
+def _check_names(request: Request) -> None:
+    """Refuse destinations with the name of something else.
+
+    Raises:
+        UsageError: with the name that is expected.
+    """
     if request.onnx and Path(request.onnx).suffix == ".onnx":
         name = request.onnx.removesuffix(".onnx")
         raise click.UsageError(f"--onnx takes a directory (the model will be {name}/onnx/model.onnx)")
-    if request.push is not None and request.no_verify:
-        raise click.UsageError("--push uploads only what was compared with SRC: remove --no-verify")
     if request.pt2 and Path(request.pt2).suffix != ".pt2":
         raise click.UsageError("--pt2 takes a file name that ends in .pt2")
 
@@ -330,6 +358,7 @@ def _plan(request: Request) -> Checkpoint:
 
     from ..task_heads import heads_of
 
+    # Destinations first: a download may take an hour, and must not be for nothing.
     for target in request.targets:
         check_before(request.src, target, force=request.force, directory=target in request.directories)
         _check_utf8(target)
@@ -343,7 +372,7 @@ def _plan(request: Request) -> Checkpoint:
     checkpoint = _with_tokenizer(checkpoint, request)
     heads_of(checkpoint, request.task, request.outputs)
     if request.task == "text-classification" and checkpoint.config.pad_token_id is None:
-        _warn(NO_PADDING)
+        warn(NO_PADDING)
     _check_apart(request.targets)
     for file in (request.torchscript, request.pt2):
         if file:
@@ -454,12 +483,8 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
     if max(ids) >= checkpoint.config.n_vocab:
         raise ConversionError(f"{path}: has token id {max(ids)}; the model's vocabulary is {checkpoint.config.n_vocab}")
     if len(ids) < checkpoint.config.n_ctx:
-        _warn(f"{path} has {len(ids)} tokens; calibration needs some thousands")
+        warn(f"{path} has {len(ids)} tokens; calibration needs some thousands")
     return ids
-
-
-def _warn(sentence: str) -> None:
-    click.echo(printable(f"Warning: {sentence}"), err=True)
 
 
 def _export_onnx(request: Request, checkpoint: Checkpoint, options: ExportOptions) -> int:
@@ -474,7 +499,7 @@ def _export_onnx(request: Request, checkpoint: Checkpoint, options: ExportOption
             force=request.force,
             need_tokenizer=not request.no_tokenizer,
             progress=advance,
-            warn=_warn,
+            warn=warn,
         )
     return exported.bytes
 
@@ -485,7 +510,7 @@ def _export_triton(request: Request, checkpoint: Checkpoint) -> int:
     assert request.triton is not None
     options = replace(_onnx_options(request, checkpoint), safetensors=False, adapters={})
     with progress_bar(4 * checkpoint.parameters) as advance:
-        exported = export_triton(checkpoint, request.triton, options, force=request.force, progress=advance, warn=_warn)
+        exported = export_triton(checkpoint, request.triton, options, force=request.force, progress=advance, warn=warn)
     return exported.bytes
 
 

@@ -141,6 +141,7 @@ def lines_done(work: Work, file: BinaryIO, output: Path, source: Path, results: 
     groups = [_Group(0, "")]
     offset = 0
     for data in lines_of(file):
+        # Cut off while it was written.
         if not data.endswith(b"\n"):
             break
         try:
@@ -176,6 +177,8 @@ def _check_same(work: Work, output: Path, source: Path, group: _Group) -> None:
     with source.open("rb") as file:
         data = next(islice(lines_of(file), group.line - 1, None), b"")
     try:
+        # The last line that is done shows whether it is the same source: comparing all would take as long as reading
+        # both.
         same = parse_line(data, work.key)[work.key] == group.text
     except ValueError:
         same = False

@@ -10,7 +10,7 @@ import click
 
 from ..precisions import PRECISIONS, precisions_in
 from ..weight_options import WeightOptions
-from .text import printable, progress_bar
+from .text import progress_bar, warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,6 +70,7 @@ def weight_options(model: str, **adapter: Any) -> Callable[[Callable[..., None]]
             weights = {name: values.pop(name) for name in WeightOptions.__annotations__}
             command(*arguments, weights=weights, **values)
 
+        # Decorators apply from the last to the first, and help lists options in the order of the source.
         for option in reversed(options):
             collecting = option(collecting)
         return collecting
@@ -93,7 +94,7 @@ def local(source: str, want: Want = "weights") -> str:
         return source
     from ..download.fetch import fetch
 
-    return str(fetch(source, want=want, progress=progress_bar, warn=_warn))
+    return str(fetch(source, want=want, progress=progress_bar, warn=warn))
 
 
 def _check_meant(source: str) -> None:
@@ -168,7 +169,3 @@ def check_before(source: str, target: str, *, force: bool, directory: bool) -> N
 
     if is_remote(source):
         check_free(Path(target), force, directory)
-
-
-def _warn(sentence: str) -> None:
-    click.echo(printable(f"Warning: {sentence}"), err=True)

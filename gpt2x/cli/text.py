@@ -25,7 +25,13 @@ def need(*modules: str, extra: str) -> None:
 
 def printable(text: str) -> str:
     """Escape control characters, which may come from a file."""
+    # A name in a file could hold a sequence that moves the cursor or changes what the terminal shows.
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def warn(sentence: str) -> None:
+    """Print a warning to stderr."""
+    click.echo(printable(f"Warning: {sentence}"), err=True)
 
 
 def read_text(path: str, limit: int | None = None) -> str:
@@ -40,6 +46,7 @@ def read_text(path: str, limit: int | None = None) -> str:
         data: bytes = file.read() if limit is None else file.read(limit)
         complete = limit is None or not file.read(1)
     try:
+        # A limit may cut the last character in two.
         return data.decode("utf-8", "strict" if complete else "ignore")
     except UnicodeDecodeError as error:
         name = "standard input" if path == "-" else path

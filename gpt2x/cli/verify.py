@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,45 @@ if TYPE_CHECKING:
     from ..verify.checks import Check
     from ..verify.report import Report
     from ..weight_options import WeightOptions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed."""
+
+    a: str
+    b: str | None
+    against: str | None
+    text_file: str | None
+    json_file: str | None
+    html_file: str | None
+    force: bool
+    runtime: str | None
+    precision: str | None
+    rounded: bool
+    weights: WeightOptions
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the report is written to."""
+        return [file for file in (self.json_file, self.html_file) if file and file != "-"]
+
+    @property
+    def stored_adapter(self) -> str | None:
+        """The name of the adapter beside B, if --adapter gives one.
+
+        Raises:
+            UsageError: if it is not a valid name.
+        """
+        named = named_adapter(self.weights.get("adapter"))
+        return named[0] if named else None
+
+    @property
+    def adapter(self) -> str | Path | None:
+        """The adapter of PEFT, in either form of --adapter."""
+        given = self.weights.get("adapter")
+        named = named_adapter(given)
+        return named[1] if named else given
 
 
 @click.command(short_help="Prove that two models are the same.")
@@ -41,11 +80,7 @@ if TYPE_CHECKING:
     help="PEFT adapter (LoRA) to merge into the weights of A; with NAME=, B is an ONNX model that takes it at run time.",
 )
 @click.pass_context
-def verify(
-    ctx: click.Context, a: str, b: str | None, against: str | None, text_file: str | None, json_file: str | None,
-    html_file: str | None, force: bool, runtime: str | None, precision: str | None, rounded: bool,
-    weights: WeightOptions,
-) -> None:  # fmt: skip
+def verify(ctx: click.Context, /, **options: Any) -> None:
     """Prove that A and B are the same GPT-2: the same weights, the same logits, the same greedy tokens.
 
     \b
@@ -63,57 +98,91 @@ def verify(
     (ORT_ENABLE_ALL), and once without (ORT_DISABLE_ALL). Without B, gpt2x's model of A is compared with transformers, or with
     a float64 reference if transformers is missing. The exit code is 1 if anything differs.
     """
-    from converters import open_checkpoint
-    from converters.io.publishing import check_free
-
-    from ..runtimes.opening import NAMES, kind_of
-    from ..verify import report as parity
-
-    if b and against:
-        raise click.UsageError("B and --against exclude each other")
-    for option, given in (("--runtime", runtime), ("--precision", precision), ("--rounded", rounded)):
-        if given and not b:
-            raise click.UsageError(f"{option} applies to B, which is missing")
-    for file in (json_file, html_file):
-        if file not in (None, "-"):
-            check_free(Path(str(file)), force, directory=False)
-    if json_file and json_file == html_file:
-        raise click.UsageError("--json and --report must be different files")
-    if html_file:
-        need("matplotlib", extra="verify")  # before the models run
-    at_run_time = named_adapter(weights.get("adapter"))
-    if at_run_time and (rounded or runtime == "torch" or not b):
-        raise click.UsageError(
-            "--adapter NAME=DIR compares with B, an ONNX model, without --rounded or --runtime torch"
-        )
-    if at_run_time:
-        weights["adapter"] = at_run_time[1]
-    text = read_text(text_file, SAMPLE) if text_file else None
-    named = {name: typed for name, typed in (("a", a), ("b", b)) if typed and is_remote(typed)}
-    a, b = local(a), runnable(b, runtime, precision) if b else None
-    if weights.get("adapter") and "a" in named:
-        named["a"] += f" + {weights['adapter']}"
-    weights = with_local_adapter(weights)
-    if against:
-        report = parity.verify_release(open_checkpoint(a, **weights))
-    elif b and at_run_time:
-        folder = str(weights.pop("adapter"))
-        report = parity.verify_adapter(open_checkpoint(a, **weights), folder, b, at_run_time[0], text, precision)
-    elif b:
-        report = parity.verify(a, b, text=text, runtime=runtime, precision=precision, rounded=rounded, **weights)
-    else:
-        if (kind := kind_of(a)) != "weights" and not Path(a).is_dir():
-            raise click.UsageError(f"{a} is {NAMES[kind]}: pass B, the model to compare it with")
-        report = parity.verify_alone(open_checkpoint(a, **weights), text)
-    report = replace(report, a=named.get("a", report.a), b=named.get("b", report.b))
-    show(report, json_file, html_file, force)
+    request = Request(**options)
+    _check_usage(request)
+    report = _named_as_typed(_compare(request), request)
+    _show(report, request)
     ctx.exit(0 if report.passed else 1)
 
 
-def show(report: Report, json_file: str | None, html_file: str | None, force: bool) -> None:
+def _check_usage(request: Request) -> None:
+    """Refuse options that do not go together, and files that cannot be written.
+
+    Raises:
+        UsageError: naming the options.
+        DestinationError: if a file exists.
+    """
+    from converters.io.publishing import check_free
+
+    of_second = {"--runtime": request.runtime, "--precision": request.precision, "--rounded": request.rounded}
+    if request.b and request.against:
+        raise click.UsageError("B and --against exclude each other")
+    for option, given in of_second.items():
+        if given and not request.b:
+            raise click.UsageError(f"{option} applies to B, which is missing")
+    for file in request.files:
+        check_free(Path(file), request.force, directory=False)
+    if request.json_file and request.json_file == request.html_file:
+        raise click.UsageError("--json and --report must be different files")
+    if request.html_file:
+        need("matplotlib", extra="verify")  # before the models run
+    is_plain = request.b and not request.rounded and request.runtime != "torch"
+    if request.stored_adapter and not is_plain:
+        raise click.UsageError(
+            "--adapter NAME=DIR compares with B, an ONNX model, without --rounded or --runtime torch"
+        )
+
+
+def _compare(request: Request) -> Report:
+    """Open both models, of which URLs are downloaded first, and compare them.
+
+    Raises:
+        ConversionError: if one of them cannot be opened.
+    """
+    from converters import open_checkpoint
+
+    from ..verify import report as parity
+
+    text = read_text(request.text_file, SAMPLE) if request.text_file else None
+    a = local(request.a)
+    b = runnable(request.b, request.runtime, request.precision) if request.b else None
+    weights = with_local_adapter({**request.weights, "adapter": request.adapter})
+    if request.against:
+        return parity.verify_release(open_checkpoint(a, **weights))
+    if b is None:
+        _check_alone(a)
+        return parity.verify_alone(open_checkpoint(a, **weights), text)
+    if request.stored_adapter:
+        base = open_checkpoint(a, **{**weights, "adapter": None})
+        return parity.verify_adapter(base, str(weights["adapter"]), b, request.stored_adapter, text, request.precision)
+    return parity.verify(
+        a, b, text=text, runtime=request.runtime, precision=request.precision, rounded=request.rounded, **weights
+    )
+
+
+def _check_alone(path: str) -> None:
+    """Refuse a program without a second model: only weights have references of their own."""
+    from ..runtimes.opening import NAMES, kind_of
+
+    kind = kind_of(path)
+    if kind != "weights" and not Path(path).is_dir():
+        raise click.UsageError(f"{path} is {NAMES[kind]}: pass B, the model to compare it with")
+
+
+def _named_as_typed(report: Report, request: Request) -> Report:
+    """The report with the URLs that were typed, in place of paths in a cache."""
+    if is_remote(request.a):
+        report = replace(report, a=f"{request.a} + {request.adapter}" if request.adapter else request.a)
+    if request.b and is_remote(request.b):
+        report = replace(report, b=request.b)
+    return report
+
+
+def _show(report: Report, request: Request) -> None:
     """Print the table, and write the files of --json and --report."""
     from converters.io.publishing import new_file
 
+    json_file, html_file, force = request.json_file, request.html_file, request.force
     click.echo(report.to_json() if json_file == "-" else printable(table(report)))
     if json_file not in (None, "-"):
         with new_file(Path(str(json_file)), force) as out:

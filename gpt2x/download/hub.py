@@ -29,6 +29,7 @@ from ..precisions import PRECISIONS
 from .common import SCHEMES, Want, Warn, cache_home
 from .hub_errors import UnreachableError, translated
 
+# Names become paths of this machine: only plain characters, and none that hides a file.
 PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
 PATH = rf"{PART}(?:/{PART})*"
 ADDRESS = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>(?:refs/(?:pr|convert)/)?{PART}))?(?:/(?P<path>{PATH}))?/?")  # fmt: skip
@@ -307,6 +308,7 @@ def _view(
         link = view / bases.get(name, name.removeprefix(choice.folder))
         with writing(link):
             link.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed into place, as another process may make the same link, and a link cannot be replaced otherwise.
             new = link.with_name(f".{os.urandom(4).hex()}.tmp")
             new.symlink_to(target.absolute())
             os.replace(new, link)
@@ -338,6 +340,7 @@ def _online(address: Address) -> Snapshot:
     with translated(address.source):
         info = api.model_info(address.repo, revision=address.revision)
     commit = str(info.sha)
+    # It becomes the name of a folder in the cache.
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise ConversionError(f"{address.source}: the server's answer is not the Hub's: check HF_ENDPOINT")
 

@@ -75,6 +75,7 @@ def _locked(folder: Path, warn: Warn) -> Iterator[None]:
     lock = filelock.FileLock(folder / LOCK)
     with writing(folder / LOCK):
         try:
+            # Without waiting at first, so that the user is told before a long wait.
             lock.acquire(blocking=False)
         except filelock.Timeout:
             warn(f"another process is downloading into {folder}; waiting for it")

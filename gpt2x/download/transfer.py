@@ -107,6 +107,7 @@ def http_client() -> Iterator[httpx2.Client]:
     Raises:
         ConversionError: if these cannot be used. A proxy's address is not shown, as it can hold a password.
     """
+    # A compressed body would have other lengths and offsets than the file.
     headers = {"User-Agent": f"gpt2x/{__version__}", "Accept-Encoding": "identity"}
     try:
         client = httpx2.Client(headers=headers, timeout=TIMEOUT)
@@ -184,6 +185,7 @@ def _attempt(client: httpx2.Client, target: Target, part: PartialFile, report: R
     report(start)
     if target.exact and start == target.max_bytes:
         return
+    # With If-Range, the server sends the whole file (200, not 206) if it has another version.
     headers = {"Range": f"bytes={start}-", "If-Range": part.version} if start else {}
     with _response(client, target.url, headers) as response:
         if response.status_code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:

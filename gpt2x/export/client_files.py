@@ -41,31 +41,38 @@ def metadata(
         lora: the projections that take factors of adapters.
         labels: of a classifier.
     """
+    is_generation = options.task == GENERATION
+    config = to_hf(checkpoint.config) if is_generation else config_json(checkpoint, options.task, labels)
     facts = {
-        contract.CONTRACT: contract.CACHES[options.cache],
+        contract.CONTRACT: contract.CACHES[options.cache] if is_generation else contract.OF_TASKS,
         contract.WRITER: __version__,
         contract.SOURCE: source_name(checkpoint),
         contract.CHECKSUMS: json.dumps(checksums, sort_keys=True),
-        contract.CONFIG: json.dumps(to_hf(checkpoint.config), sort_keys=True),
+        contract.CONFIG: json.dumps(config, sort_keys=True),
         contract.PRECISION: precision.name,
-        contract.CACHE: options.cache,
-        contract.LOGITS: "last" if options.last else "all",
+        **(_of_generation(options) if is_generation else {contract.TASK: options.task}),
+        **_of_precision(precision, options),
     }
-    if options.task != GENERATION:
-        config = config_json(checkpoint, options.task, labels)
-        facts |= {contract.CONTRACT: contract.OF_TASKS, contract.TASK: options.task}
-        facts[contract.CONFIG] = json.dumps(config, sort_keys=True)
-        del facts[contract.CACHE], facts[contract.LOGITS]
-    elif options.outputs != (LOGITS,):
+    if lora:
+        facts[contract.LORA] = json.dumps(list(lora))
+    return facts
+
+
+def _of_generation(options: ExportOptions) -> dict[str, str]:
+    facts = {contract.CACHE: options.cache, contract.LOGITS: "last" if options.last else "all"}
+    if options.outputs != (LOGITS,):
         facts[contract.OUTPUTS] = ",".join(options.outputs)
+    return facts
+
+
+def _of_precision(precision: Precision, options: ExportOptions) -> dict[str, str]:
+    facts = {}
     if precision.block_sizes:
         facts[contract.BLOCK] = str(options.block)
     if precision.integer_products:
         facts[contract.PAIRS] = str(PAIR)
     if precision.bits:
         facts[contract.ROUNDING] = "calibrated" if options.calibration else "nearest"
-    if lora:
-        facts[contract.LORA] = json.dumps(list(lora))
     return facts
 
 
@@ -133,6 +140,7 @@ def with_transformers_js(config: bytes, where: Path, locations: Locations, cache
         raise ConfigError(f"{where}: {TRANSFORMERS_JS} is not an object: correct it, or remove it")
     settings = {key: value for key, value in found.items() if key not in MANAGED}
     external = [name for name, file in locations.items() if file == contract.data_file(name)]
+    # true holds for every model that transformers.js loads, a table for those that it names.
     if len(external) == len(locations):
         settings["use_external_data_format"] = True
     elif external:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+# TorchScript reads typing's forms, and not list[...] or X | None.
 from typing import Dict, List, Tuple
 
 import torch
@@ -78,6 +80,7 @@ def exported_module(
     return InterfaceWithOutputs(model, extra_outputs(outputs, heads), last)
 
 
+# The sizes differ, and none is 0 or 1, which torch.export takes for constants.
 def example_inputs(config: GPT2Config, B: int = 2, T: int = 3, P: int = 4) -> tuple[object, ...]:
     """Inputs of the right shapes and dtypes, on torch's default device."""
     size = (B, config.n_head, P, config.head_dim)

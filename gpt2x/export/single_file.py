@@ -41,6 +41,7 @@ def write_single_file(out: Output, model: onnx.ModelProto, data: Path, name: str
     size = len(graph) + sum(len(head) + length for head, _, length in tensors)
     if len(rest) + size + 16 > MAX_SINGLE_FILE:
         raise too_large(name, size)
+    # A message may have its fields in any order. So the weights come last, and the size of the graph counts them.
     out.write(rest + GRAPH + varint(size) + graph)
     for head, offset, length in tensors:
         out.write(head)
@@ -65,6 +66,7 @@ def _parts(tensor: TensorProto) -> tuple[bytes, int, int]:
     inline.ClearField("data_location")
     head = inline.SerializeToString(deterministic=True)
     if place:
+        # raw_data without its bytes, which are copied behind it.
         head += RAW_DATA + varint(length)
     return INITIALIZER + varint(len(head) + length) + head, offset, length
 

@@ -123,6 +123,7 @@ class TritonPythonModel:
         for token in self._tokens(self._prompt(text, controls), controls):
             pending.append(token)
             piece = self.tokenizer.decode(pending, skip_special_tokens=False)
+            # U+FFFD at the end: the last token has only some bytes of a character, and the next ones complete it.
             if not piece.endswith("\ufffd"):
                 yield piece
                 pending, piece = [], ""
@@ -172,6 +173,7 @@ def choose(logits: Any, controls: Controls, random: np.random.Generator) -> int:
     if controls.temperature == 0:
         return int(logits.argmax())
     scores = logits.astype(np.float64)
+    # Dividing by a smaller temperature would give infinity, and NaN for the largest.
     scores = (scores - scores.max()) / max(controls.temperature, 1e-300)
     if 0 < controls.top_k < len(scores):
         scores[scores < np.partition(scores, -controls.top_k)[-controls.top_k]] = -np.inf

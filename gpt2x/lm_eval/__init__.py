@@ -132,6 +132,7 @@ class GPT2XLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each context, up to a stop string, an end token or the limit."""
         results = [""] * len(requests)
+        # Controls are dicts, which can be neither sorted nor compared by groupby; equal ones have the same text.
         order = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
         for _, same_controls in groupby(order, key=lambda i: repr(requests[i].args[1])):
             numbers = list(same_controls)

@@ -32,6 +32,7 @@ def _rounding_hook(rounded: Rounding, after_gelu: bool) -> Callable[[object, tup
 def by_row(x: Tensor, after_gelu: bool) -> Tensor:
     """8 bits, one scale for each row: as ``gpt2x.precisions.w8a8`` does in the graph."""
     if after_gelu:
+        # The numbers of w8a8.py, which says where they come from.
         zero, levels = 16, 239
         largest = x.amax(-1, keepdim=True).clamp(min=levels / 94)
     else:

@@ -36,6 +36,7 @@ def hessians(checkpoint: Checkpoint, ids: Sequence[int]) -> Iterator[Hessians]:
             sums: dict[str, Tensor] = {}
             hooks = _hooks_on_projections(block, f"h.{i}", sums)
             states = [block(x, None, None, False)[0] for x in states]
+            # A hook holds the sums of its block, which would stay in memory with the model.
             for hook in hooks:
                 hook.remove()
             yield _means(sums, n)

@@ -27,6 +27,7 @@ class Fp16(Precision):
         for name, tensor in checkpoint.tensors.items():
             array = tensor.read()
             check_finite(name, array, self.name)
+            # Norms are computed in float32, and their weights are small.
             if ".ln_" in name or name.startswith("ln_"):
                 stored[name] = writer.add("float32", array.shape, array)
             else:

@@ -69,6 +69,7 @@ class Graph:
         Returns:
             Its output, or a list of ``n`` outputs.
         """
+        # Names of modules show in tools such as Netron where a node comes from. Names must be unique.
         path = f"{self.scope}/{kind}" if self.scope else kind
         self._names[path] += 1
         name = path if self._names[path] == 1 else f"{path}_{self._names[path] - 1}"

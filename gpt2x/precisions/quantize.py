@@ -27,6 +27,7 @@ TRIED = {
 PAIR = 128  # the largest sum of two adjacent values: 255 times it fits into int16
 SLICE = 512  # columns at a time, so that they fit into a processor's cache
 LAZY = 128  # rows whose errors are compensated among themselves first, and then in all later rows at once
+# The default of the authors' own code (percdamp).
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 
 

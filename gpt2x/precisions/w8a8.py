@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..model import GPT2
     from .graph import Graph, Value
 
+# 255 x 127 x 65536 is below 2**31.
 LONGEST = 65536  # products of 8 by 8 bits whose sum int32 holds
 
 

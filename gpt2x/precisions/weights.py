@@ -83,6 +83,7 @@ def with_hessians(
     checkpoint: Checkpoint, calibration: Sequence[int] | None
 ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32] | None]]:
     """Each weight's name, values and Hessian (None without calibration): blocks in order, then the rest."""
+    # The order in which Hessians come: the blocks, and last what the logits are computed with.
     in_order = sorted(checkpoint.tensors, key=lambda name: not name.startswith("h."))
     if not calibration:
         for name in in_order:

@@ -75,6 +75,7 @@ class Metrics:
         faults = []
         for name, limit in limits.items():
             value = getattr(self, name)
+            # Not ">", which is false for NaN.
             if not value <= limit:
                 faults.append(f"{name} is {value:.2e} (bound {limit:.2e})")
         near_tie = 2 * limits["max_abs_error"]
@@ -98,27 +99,25 @@ def measure(expected: Array, found: Array, targets: Sequence[int] | None = None)
         targets: the next tokens of the first positions, for the perplexity.
     """
     parts = [_Part.of(expected[i : i + BLOCK], found[i : i + BLOCK]) for i in range(0, len(expected), BLOCK)]
-    error, mean, largest, kl, gap1, gap5, same1, same5 = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in _Part.__dataclass_fields__
-    )
-    scale = np.where(largest > 0, largest, 1)
+    whole = _Part.joined(parts)
+    scale = np.where(whole.largest > 0, whole.largest, 1)
     with np.errstate(invalid="ignore"):
-        relative, mean_relative = error / scale, mean / scale
+        relative, mean_relative = whole.error / scale, whole.mean / scale
     metrics = Metrics(
         positions=len(expected),
-        max_logit=float(largest.max()),
-        max_abs_error=float(error.max()),
-        mean_abs_error=float(mean.mean()),
+        max_logit=float(whole.largest.max()),
+        max_abs_error=float(whole.error.max()),
+        mean_abs_error=float(whole.mean.mean()),
         max_rel_error=float(relative.max()),
         mean_rel_error=float(mean_relative.mean()),
-        kl_divergence=float(kl.mean()),
-        max_kl_divergence=float(kl.max()),
-        top1_agreement=float(same1.mean()),
-        top5_agreement=float(same5.mean()),
-        top1_gap=float(gap1[~same1].max(initial=0)),
-        top5_gap=float(gap5[~same5].max(initial=0)),
-        error_by_position=_rounded(error),
-        kl_by_position=_rounded(kl),
+        kl_divergence=float(whole.kl.mean()),
+        max_kl_divergence=float(whole.kl.max()),
+        top1_agreement=float(whole.same1.mean()),
+        top5_agreement=float(whole.same5.mean()),
+        top1_gap=float(whole.gap1[~whole.same1].max(initial=0)),
+        top5_gap=float(whole.gap5[~whole.same5].max(initial=0)),
+        error_by_position=_rounded(whole.error),
+        kl_by_position=_rounded(whole.kl),
     )
     if targets is not None and len(targets):
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -157,6 +156,12 @@ class _Part:
         same1 = best[:, 0] == other[:, 0]
         same5 = (np.sort(best[:, :5], 1) == np.sort(other[:, :5], 1)).all(1)
         return cls(difference.max(1), difference.mean(1), np.abs(x).max(1), kl, gap1, gap5, same1, same5)
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Part]) -> _Part:
+        """The metrics of all positions."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def _gap(logits: Array, k: int) -> Array:

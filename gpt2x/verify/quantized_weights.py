@@ -53,6 +53,8 @@ def read_stored(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
         FormatError: if the file of weights is truncated.
     """
     model = onnx.load(path, load_external_data=False)
+    # Beside an untied lm_head, a 4-bit wte is only looked up, so that the graph has its pairs alone. A tied one is there
+    # twice, and counts under its own name.
     initializers = {tensor.name.removesuffix("_pairs"): tensor for tensor in model.graph.initializer}
     initializers |= {tensor.name: tensor for tensor in model.graph.initializer}
     given = block_size({entry.key: entry.value for entry in model.metadata_props})

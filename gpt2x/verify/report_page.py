@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from .._version import __version__
@@ -143,37 +144,38 @@ Plot = Callable[[Any], None]
 
 def _plots(measured: list[Check]) -> list[Plot]:
     longest = max(measured, key=lambda check: check.details["positions"])
+    return [partial(_plot_errors, longest), partial(_plot_divergence, longest), partial(_plot_agreement, measured)]
 
-    def errors(axes: Any) -> None:
-        axes.plot(longest.details["error_by_position"], linewidth=0.8)
-        axes.set(title=f"Error by position ({longest.name})", xlabel="position", ylabel="largest error of a logit")
-        bound = longest.details["limits"]["max_abs_error"]
-        axes.axhline(bound, color="red", linestyle=":", label="bound")
-        axes.set_yscale("symlog", linthresh=1e-8)
-        axes.set_ylim(bottom=0)
-        axes.legend()
 
-    def divergence(axes: Any) -> None:
-        import numpy as np
+def _plot_errors(check: Check, axes: Any) -> None:
+    axes.plot(check.details["error_by_position"], linewidth=0.8)
+    axes.set(title=f"Error by position ({check.name})", xlabel="position", ylabel="largest error of a logit")
+    axes.axhline(check.details["limits"]["max_abs_error"], color="red", linestyle=":", label="bound")
+    # Linear near 0, which a logarithmic axis does not have: errors of equal logits are 0.
+    axes.set_yscale("symlog", linthresh=1e-8)
+    axes.set_ylim(bottom=0)
+    axes.legend()
 
-        exponents = np.log10(np.maximum(longest.details["kl_by_position"], 1e-18))
-        axes.hist(exponents[np.isfinite(exponents)], bins=40)
-        axes.axvline(np.log10(longest.details["limits"]["kl_divergence"]), color="red", linestyle=":", label="bound")
-        axes.legend()
-        label = "log10 of nats (-18: zero)"
-        axes.set(title=f"KL divergence ({longest.name})", xlabel=label, ylabel="positions")
 
-    def agreement(axes: Any) -> None:
-        names = [check.name for check in measured]
-        for shift, key, label in ((-0.2, "top1_agreement", "top-1"), (0.2, "top5_agreement", "top-5")):
-            shares = [100 * check.details[key] for check in measured]
-            axes.barh([i + shift for i in range(len(names))], shares, height=0.4, label=label)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set(title="Agreement", xlabel="percent of positions", xlim=(0, 100))
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def _plot_divergence(check: Check, axes: Any) -> None:
+    import numpy as np
 
-    return [errors, divergence, agreement]
+    exponents = np.log10(np.maximum(check.details["kl_by_position"], 1e-18))
+    axes.hist(exponents[np.isfinite(exponents)], bins=40)
+    axes.axvline(np.log10(check.details["limits"]["kl_divergence"]), color="red", linestyle=":", label="bound")
+    axes.legend()
+    axes.set(title=f"KL divergence ({check.name})", xlabel="log10 of nats (-18: zero)", ylabel="positions")
+
+
+def _plot_agreement(measured: list[Check], axes: Any) -> None:
+    names = [check.name for check in measured]
+    for shift, key, label in ((-0.2, "top1_agreement", "top-1"), (0.2, "top5_agreement", "top-5")):
+        shares = [100 * check.details[key] for check in measured]
+        axes.barh([i + shift for i in range(len(names))], shares, height=0.4, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(title="Agreement", xlabel="percent of positions", xlim=(0, 100))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _svg(plot: Plot) -> str:

@@ -158,6 +158,7 @@ def _in_pieces(model: Decoder, text: Text, sizes: Sequence[int]) -> Found:
 def _batch(model: Decoder, text: Text) -> Found:
     """Rows of equal lengths from different places of the text in one batch."""
     n = max(1, min(16, len(text.ids) // 3))
+    # Rows of a short text overlap: they are taken from its beginning again.
     starts = [i * n % (len(text.ids) - n + 1) for i in range(ROWS)]
     rows = [text.row(start, n) for start in starts]
     ids = np.array([row.ids for row in rows])

@@ -17,9 +17,9 @@ from ..runtimes.base import Decoder
 from ..runtimes.reference import ReferenceTask, apply_head
 from ..runtimes.task_model import Outputs, TaskModel
 from ..task_heads import body_of, heads_of
+from . import packages
 from .checks import Check, failed
 from .metrics import FP32, widened
-from .packages import can_measure, installed
 from .sample_text import sample_ids
 from .task_runs import (
     LONGEST,
@@ -59,12 +59,12 @@ def references(a: Checkpoint, task: str, ids: Sequence[int]) -> list[Reference]:
     """The references of a task: transformers' class, or gpt2x's own model if it is missing; and the float64 one."""
     rows = rows_of(ids)
     found = []
-    if installed("transformers") and installed("torch"):
+    if packages.installed("transformers") and packages.installed("torch"):
         from ..runtimes.transformers import TransformersTask
 
         theirs = TransformersTask(a, task)
         found.append(Reference("transformers", theirs.runtime, one_row(theirs), [list(ids), *rows]))
-    elif installed("torch"):
+    elif packages.installed("torch"):
         from ..runtimes.torch_task import TorchTask
 
         ours = TorchTask.of(a, task)
@@ -99,7 +99,7 @@ def run_task(a: Checkpoint, model: TaskModel, text: str | None = None) -> list[C
     expected = {one.name: expected_rows(one.run, one.rows) for one in against}
     bounds = {name: bounds_for(name, base) for name in expected[FLOAT64][0].outputs}
     checks = _compare_all(expected, model, bounds)
-    if base == FP32 or not failed(checks) or not can_measure(model.precision):
+    if base == FP32 or not failed(checks) or not packages.can_measure(model.precision):
         return [*remarks, *checks]
     bounds = _measured_bounds(a, model, expected[FLOAT64], bounds)
     remark = Check(
@@ -162,7 +162,7 @@ def compare_extras(a: Checkpoint, model: Decoder, bounds: Bounds, text: str | No
     }
     limits = {name: bounds_for(name, bounds) for name in names}
     checks = _compare_extras(expected, run, limits)
-    if bounds == FP32 or not failed(checks) or not can_measure(model.precision):
+    if bounds == FP32 or not failed(checks) or not packages.can_measure(model.precision):
         return checks
     exact = one_row(_exact_task(a, model, "feature-extraction"))
     rows = expected[FLOAT64]

@@ -31,12 +31,18 @@ def compare_files(
         try:
             found.append(open_weights(path).cast(F32))
         except ConversionError as error:
-            return _not_compared(error)
+            return not_compared(error)
     return compare_weights(*found)
 
 
-def _not_compared(error: ConversionError) -> Check:
-    return Check("weights", None, f"not compared: {str(error).splitlines()[0]}")
+def not_compared(error: ConversionError) -> Check:
+    """The check of weights that cannot be opened."""
+    return Check("weights", None, f"not compared: {first_line(error)}")
+
+
+def first_line(error: ConversionError) -> str:
+    """The headline of an error, which may list faults below it."""
+    return str(error).splitlines()[0]
 
 
 def rounded_like(a: Checkpoint, b: Checkpoint) -> Checkpoint:
@@ -99,6 +105,7 @@ def _count_differences(a: LazyTensor, b: LazyTensor) -> tuple[int, float]:
     count, largest = 0, 0.0
     size = a.dtype.itemsize
     for x, y in zip_chunks(whole_items(a.chunks(), size), whole_items(b.chunks(), size)):
+        # Equal bytes are most of all: they are compared without numpy.
         if x == y:
             continue
         differs = (np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)).reshape(-1, size).any(1)

@@ -534,7 +534,12 @@ def test_every_writer_is_in_the_list_and_on_the_command_line(gpt2x):
     assert set(WRITERS) == {f.name for f in FORMATS if f.writes} - {"shards"}
     assert {d for f in FORMATS for d in f.writes} == set(NAMES.values())
     assert {*DTYPES, "fp64"} == set(NAMES)
-    assert {name for f in FORMATS for name in f.dialects} == {d.name for d in (*DIALECTS, *SAME_NAMES)}
+
+
+def test_every_dialect_is_usual_in_a_format_that_exists():
+    every = (*DIALECTS, *SAME_NAMES)
+    assert {name for f in FORMATS for name in f.dialects} == {d.name for d in every}
+    assert {name for d in every for name in d.formats} <= {f.name for f in FORMATS}
 
 
 # ------------------------------------------------------------------------------------------- what newcomers ran into

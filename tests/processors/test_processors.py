@@ -29,7 +29,7 @@ from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.torch import TorchDecoder
 from gpt2x.verify.exact_arithmetic import rounded_model
 from gpt2x.verify.metrics import measure, widened
-from gpt2x.verify.report import bounds_of, times_exact
+from gpt2x.verify.running import bounds_of, times_exact
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-processors"

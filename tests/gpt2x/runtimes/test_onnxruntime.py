@@ -543,8 +543,8 @@ def test_verify_of_what_has_no_peer_asks_for_one(gpt2x, tiny):
 
 
 def test_verify_without_torch_compares_onnx_with_the_float64_reference(gpt2x, tiny, monkeypatch):
-    monkeypatch.setattr("gpt2x.verify.report.installed", lambda module: False)
-    monkeypatch.setattr("gpt2x.verify.report.gpt2x_model", None)
+    monkeypatch.setattr("gpt2x.verify.packages.installed", lambda module: False)
+    monkeypatch.setattr("gpt2x.verify.running.gpt2x_model", None)
     out = done(gpt2x("verify", tiny, tiny)).stdout
     assert "model.onnx in ONNX Runtime" in out
     assert "against gpt2x's reference in float64" in out

@@ -7,7 +7,7 @@ from commands import assert_refused, done
 from converters import CheckpointError, open_checkpoint
 from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, export_onnx
 from gpt2x.runtimes.batching import RunningBatch
-from gpt2x.verify.report import bounds_of
+from gpt2x.verify.running import bounds_of
 
 PROMPT = np.arange(300, 340)[None]
 POSITIONS = np.arange(40)[None]

@@ -14,7 +14,8 @@ from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model
 from gpt2x.verify.exact_arithmetic import rounded_model
 from gpt2x.verify.metrics import measure
-from gpt2x.verify.report import bounds_of, verify_export
+from gpt2x.verify.report import verify_export
+from gpt2x.verify.running import bounds_of
 from gpt2x.verify.sample_text import sample_ids
 from gpt2x.verify.scenarios import Text as RunText
 from gpt2x.verify.scenarios import compare_logits, one_pass

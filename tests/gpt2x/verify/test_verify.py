@@ -14,8 +14,8 @@ from paths import RELEASE, needs_shared
 from converters import Checkpoint, GPT2Config, LazyTensor, open_checkpoint, save_checkpoint
 from converters.tensors import F16
 from gpt2x import SHAKESPEARE
+from gpt2x.verify import packages, weights
 from gpt2x.verify import report as parity
-from gpt2x.verify import weights
 from gpt2x.verify.checks import Check
 from gpt2x.verify.report import verify_checkpoints
 from gpt2x.verify.report_page import page
@@ -64,14 +64,14 @@ def test_a_model_alone_is_compared_with_transformers(gpt2x):
 
 
 def test_a_model_alone_is_compared_with_the_reference_where_transformers_is_missing(gpt2x, monkeypatch):
-    monkeypatch.setattr(parity, "installed", lambda module: module == "torch")
+    monkeypatch.setattr(packages, "installed", lambda module: module == "torch")
     result = gpt2x("verify", "a.safetensors")
     assert result.exit_code == 0, result.output
     assert "against float64 reference" in result.stdout
 
 
 def test_weights_are_compared_without_torch(gpt2x, monkeypatch):
-    monkeypatch.setattr(parity, "installed", lambda module: False)
+    monkeypatch.setattr(packages, "installed", lambda module: False)
     shutil.copy("a.safetensors", "b.safetensors")
     result = gpt2x("verify", "a.safetensors", "b.safetensors")
     assert result.exit_code == 0, result.output
@@ -219,7 +219,7 @@ def test_verify_reads_each_byte_of_each_file_once(monkeypatch):
         return real(tensor)
 
     monkeypatch.setattr(LazyTensor, "chunks", counting)
-    monkeypatch.setattr(parity, "installed", lambda module: False)
+    monkeypatch.setattr(packages, "installed", lambda module: False)
     a, b = random_checkpoint(), random_checkpoint()
     assert verify_checkpoints(a, b).passed
     assert set(counts.values()) == {1}
