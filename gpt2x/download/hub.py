@@ -177,6 +177,8 @@ def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) 
     for model in map(contract.model_file, PRECISIONS):
         if model in here:
             files += _file(folder + model, names).files
+        if contract.lora_file(model) in here:
+            files.append(folder + contract.lora_file(model))
     adapters = sorted(name for name in here if ADAPTER.fullmatch(name))
     return Choice(folder, (*files, *(folder + name for name in adapters)), folder) if files else None
 
