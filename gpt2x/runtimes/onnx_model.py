@@ -385,6 +385,17 @@ def _choose(directory: Path, found: dict[str, Path], precision: str | None) -> P
     return next(iter(found.values()))
 
 
+def stated_config(path: str | Path, precision: str | None) -> GPT2Config:
+    """The configuration of the ONNX model that a path means, without loading the model.
+
+    Raises:
+        FormatError: if there is no model, or it is damaged.
+        ConfigError: if it has no configuration.
+    """
+    file = find_model(path, precision)
+    return config_in(file, read_metadata(file))
+
+
 def check_runtime(path: Path, metadata: Mapping[str, str]) -> None:
     """Refuse a model whose metadata asks for a newer ONNX Runtime than the installed one.
 

@@ -84,6 +84,7 @@ class OnnxDecoder(Decoder):
         self._prompts = prompts
         self._context = Context(prompts or model, settings)
         self.path = model.path
+        self.threads = threads
         self.metadata = model.metadata
         self.config = model.config
         self.precision = f"{prompts.precision}{PAIR}{model.precision}" if prompts else model.precision
