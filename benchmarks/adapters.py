@@ -1,15 +1,17 @@
-"""What optional inputs for LoRA adapters cost: decoding with GPT-2 small's shape and random weights.
+"""What LoRA adapters at run time cost: decoding with GPT-2 small's shape and random weights.
 
     python benchmarks/adapters.py [--threads 2] [--rounds 15] [--precision int8] [--cache inplace]
 
-Three models are measured alternately in one process: an export without adapters ("plain"), the same with inputs for all 48
-projections where no adapter is chosen ("none"), and with an adapter of rank 16 chosen ("chosen"). Each round creates new
-sessions, because two sessions of the same file can differ by a tenth, depending on where their weights are in memory. It
-prints medians of tokens per second, and the medians of each round's speed relative to "plain". Below 1, the inputs cost time.
+Four runs are measured alternately in one process: an export without adapters ("plain"), one with an adapter of rank 16 for
+all 48 projections where none is chosen ("none"), the same in the graph that has inputs for adapters ("inputs"), which other
+clients and a decoder that has changed adapters use, and with the adapter ("chosen"). Each round creates new sessions, because
+two sessions of the same file can differ by a tenth, depending on where their weights are in memory. It prints medians of
+tokens per second, and the medians of each round's speed relative to "plain". Below 1, it costs time.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -20,42 +22,46 @@ import numpy as np
 from models import random_model
 
 from converters import GPT2Config, LazyTensor
-from converters.containers.onnx_adapter import write_onnx_adapter
+from converters.containers.safetensors import write_safetensors
 from converters.io.publishing import new_file
 from converters.spec import projections
-from converters.tensors import F32
 from gpt2x import ExportOptions, OnnxDecoder, contract, export_onnx
-from gpt2x.export.client_files import metadata
-from gpt2x.export.onnx_graph import Target, to_onnx
 from gpt2x.precisions import PRECISIONS
 
 PROMPT, NEW, RANK = 128, 48, 16
-RUNS = {"plain": None, "none": None, "chosen": "random"}  # model -> the adapter of its steps
+NAME = "random"  # of the adapter
 
 
-def write_models(folder: Path, precision: str, cache: str) -> None:
-    """Write an export, and beside its model a second one with optional inputs, which has the same weights."""
-    model, options = random_model(), ExportOptions((precision,), cache)
-    export_onnx(model, folder, options, need_tokenizer=False)
-    chosen = PRECISIONS[precision]
-    names = projections(model.config.n_layer)
-    with tempfile.TemporaryDirectory() as scratch, new_file(Path(scratch, "weights")) as out:
-        stored = chosen.store(out, model, options.block, None)
-    facts = metadata(model, {}, chosen, options, names)
-    graph = to_onnx(model.config, chosen, stored, facts, Target(cache=cache), lora=names)
-    (folder / "onnx" / "with_inputs.onnx").write_bytes(graph.SerializeToString())
-    with new_file(folder / "onnx" / f"random{contract.ADAPTER_SUFFIX}") as out:
-        write_onnx_adapter(out, random_adapter(model.config, names))
+def write_models(folder: Path, precision: str, cache: str) -> dict[str, tuple[Path, str | None]]:
+    """Export a model without and with an adapter. Returns the path and the adapter of each run."""
+    model = random_model()
+    write_adapter(folder / NAME, model.config)
+    plain, adapted = folder / "plain", folder / "adapted"
+    export_onnx(model, plain, ExportOptions((precision,), cache), need_tokenizer=False)
+    options = ExportOptions((precision,), cache, adapters={NAME: folder / NAME})
+    export_onnx(model, adapted, options, need_tokenizer=False)
+    return {
+        "plain": (plain, None),
+        "none": (adapted, None),
+        "inputs": (adapted / contract.lora_file(contract.model_file(precision)), None),
+        "chosen": (adapted, NAME),
+    }
 
 
-def random_adapter(config: GPT2Config, names: list[str]) -> dict[str, LazyTensor]:
-    """Return random factors for every projection."""
+def write_adapter(folder: Path, config: GPT2Config) -> None:
+    """Write an adapter of PEFT with random factors for every projection."""
     rng = np.random.default_rng(2)
     factors = {}
-    for name, slot in contract.factor_slots(config, names).items():
-        shape = [size if isinstance(size, int) else RANK for size in slot.shape]
-        factors[name] = LazyTensor.of(rng.standard_normal(shape, np.float32) * np.float32(0.02), F32)
-    return factors
+    for name in projections(config.n_layer):
+        inputs, outputs = config.shapes()[f"{name}.weight"]
+        for letter, shape in {"A": (RANK, inputs), "B": (outputs, RANK)}.items():
+            values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
+            factors[f"base_model.model.transformer.{name}.lora_{letter}.weight"] = LazyTensor.of(values)
+    folder.mkdir()
+    with new_file(folder / "adapter_model.safetensors") as out:
+        write_safetensors(out, factors)
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "fan_in_fan_out": True}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def decode(decoder: OnnxDecoder) -> float:
@@ -69,14 +75,13 @@ def decode(decoder: OnnxDecoder) -> float:
     return NEW / (time.perf_counter() - start)
 
 
-def measure(folder: Path, precision: str, threads: int | None, rounds: int) -> dict[str, list[float]]:
+def measure(runs: dict[str, tuple[Path, str | None]], threads: int | None, rounds: int) -> dict[str, list[float]]:
     """Tokens per second of each run in each round, in turns."""
-    files = {"plain": folder / contract.model_file(precision)}
-    found: dict[str, list[float]] = {run: [] for run in RUNS}
+    found: dict[str, list[float]] = {run: [] for run in runs}
     for turn in range(rounds):
-        for run in list(RUNS) if turn % 2 else list(RUNS)[::-1]:
-            path = files.get(run, folder / "onnx" / "with_inputs.onnx")
-            with OnnxDecoder(path, threads=threads, adapter=RUNS[run]) as decoder:
+        for run in list(runs) if turn % 2 else list(runs)[::-1]:
+            path, adapter = runs[run]
+            with OnnxDecoder(path, threads=threads, adapter=adapter) as decoder:
                 decode(decoder)  # warm-up
                 found[run].append(decode(decoder))
     return found
@@ -89,17 +94,15 @@ def measure(folder: Path, precision: str, threads: int | None, rounds: int) -> d
 @click.option("--cache", type=click.Choice(list(contract.CACHES)), default="inplace", show_default=True)
 def main(threads: int | None, rounds: int, precisions: tuple[str, ...], cache: str) -> None:
     """Compare decoding with and without inputs for adapters."""
-    print(f"| precision | {' | '.join(RUNS)} | none / plain | chosen / plain |\n" + "| --- " * 6 + "|")
+    print("| precision | plain, tokens/s | none / plain | inputs / plain | chosen / plain |\n" + "| --- " * 5 + "|")
     for precision in precisions:
         with tempfile.TemporaryDirectory(prefix="gpt2x-adapters-") as name:
-            write_models(Path(name) / "x", precision, cache)
-            found = measure(Path(name) / "x", precision, threads, rounds)
-        speeds = [f"{statistics.median(times):.1f} tokens/s" for times in found.values()]
-        ratios = []
-        for run in ("none", "chosen"):
+            found = measure(write_models(Path(name), precision, cache), threads, rounds)
+        cells = [f"{statistics.median(found['plain']):.1f}"]
+        for run in ("none", "inputs", "chosen"):
             pairs = zip(found[run], found["plain"], strict=True)
-            ratios.append(f"{statistics.median(mine / plain for mine, plain in pairs):.3f}")
-        print(f"| {precision} | {' | '.join([*speeds, *ratios])} |", flush=True)
+            cells.append(f"{statistics.median(mine / plain for mine, plain in pairs):.3f}")
+        print(f"| {precision} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ LOGITS = "gpt2x.logits"
 BLOCK = "gpt2x.block_size"  # how many weights share a scale, in precisions with a choice
 ROUNDING = "gpt2x.rounding"  # of quantized precisions: "nearest", or "calibrated" on a text
 PAIRS = "gpt2x.pair_sums"  # of integer products: the largest sum of two adjacent weights; up to 128, int16 holds it
-LORA = "gpt2x.lora"  # the projections that take factors of adapters, as a JSON list; left out if none does
+LORA = "gpt2x.lora"  # the projections that adapters change, as a JSON list; left out if there are none
 RUNTIME = "gpt2x.onnxruntime"  # the first version of ONNX Runtime that runs the model
 
 TASK = "gpt2x.task"  # absent for text generation
@@ -61,6 +61,7 @@ CLIENTS = {
     "transformers.js": {"growing": "3.4.2", "inplace": "3.4.2", "inplace-int8": "4.3.0"},
 }
 
+ONNX_SUFFIX = ".onnx"
 ADAPTER_SUFFIX = ".onnx_adapter"
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -82,6 +83,14 @@ def model_file(precision: str = DEFAULT) -> str:
 def data_file(precision: str = DEFAULT) -> str:
     """The name of the file of weights beside it."""
     return PRECISIONS[precision].data_file
+
+
+def lora_file(model: str) -> str:
+    """The name of the graph beside a model that also has inputs for adapters: ``model_lora.onnx`` for ``model.onnx``.
+
+    Both use the same file of weights.
+    """
+    return f"{model.removesuffix(ONNX_SUFFIX)}_lora{ONNX_SUFFIX}"
 
 
 def inputs(config: GPT2Config, precision: str = DEFAULT, cache: str = "growing") -> dict[str, Slot]:

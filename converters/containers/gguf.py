@@ -27,6 +27,7 @@ MAGIC = b"GGUF"
 # Version 1 had lengths of 32 bits. llama.cpp does not read it any more, either.
 VERSIONS = (2, 3)
 ALIGNMENT = 32
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 MAX_ITEMS = 1_000_000  # of metadata, tensors and arrays, as there are tokens in the largest vocabularies
 MAX_STRING = 1 << 20
 MAX_RANK = 4
@@ -41,7 +42,7 @@ UINT32, FLOAT32, INT32 = 4, 6, 5
 
 
 def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None = None) -> Container:
-    """Open a GGUF file.
+    """Open a GGUF file, which may be one part of several (``gguf_split.py``).
 
     Args:
         path: the file.
@@ -68,13 +69,20 @@ def open_gguf(path: Path, check: Callable[[Mapping[str, Any], str], None] | None
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise FormatError(f"{path}: general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
-    _check_places(file, infos, start, alignment)
+    if infos or not is_part(metadata):  # the first part may hold metadata only
+        _check_places(file, infos, start, alignment)
     tensors = {info.name: _tensor(file, start, info) for info in infos}
-    return Container("gguf", path, tensors, metadata, notes=tuple(_notes(infos)))
+    return Container("gguf", path, tensors, metadata, notes=tuple(notes_on(tensors)))
 
 
-def _notes(infos: Sequence[_Info]) -> Iterator[str]:
-    counts = Counter(info.kind.name for info in infos if info.kind.is_quantized)
+def is_part(metadata: Mapping[str, Any]) -> bool:
+    """Whether a file is one of several that were split."""
+    return bool(metadata.get(SPLIT_COUNT, 1) != 1)
+
+
+def notes_on(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
+    """What the user should know of the types of tensors."""
+    counts = Counter(tensor.stored[0] for tensor in tensors.values() if tensor.stored)
     if counts:
         types = ", ".join(f"{count} x {name}" for name, count in counts.items())
         yield f"{counts.total()} tensors are quantized ({types}): they are read as F32: the rounded values that they store"

@@ -21,6 +21,9 @@ from .container import Container
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
 
 
+GGUF_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """The files of one checkpoint, by their names.
@@ -55,6 +58,22 @@ def _shard_set(directory: Path, pattern: str, count: int, names: set[str]) -> Sh
     files = tuple(directory / name for name in expected if name in names)
     missing = tuple(name for name in expected if name not in names)
     return ShardSet(files, missing, count)
+
+
+def without_later_parts(files: Sequence[Path]) -> list[Path]:
+    """Files without those that belong to a split file whose first part, or else an earlier one, is among them."""
+    kept: list[Path] = []
+    seen: set[tuple[Path, str, str]] = set()
+    for file in sorted(files):
+        match = GGUF_PART.fullmatch(file.name)
+        if match is None:
+            kept.append(file)
+            continue
+        key = (file.parent, match["stem"], match["count"])
+        if key not in seen:
+            kept.append(file)
+        seen.add(key)
+    return kept
 
 
 def open_shards(paths: Sequence[Path], open_file: Callable[[Path], Container]) -> Container:

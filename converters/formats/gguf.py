@@ -98,9 +98,9 @@ CODEC = Codec(from_gguf, to_gguf)
 
 
 def _open(path: Path) -> Container:
-    from ..containers.gguf import open_gguf
+    from ..containers.gguf_split import open_whole
 
-    return open_gguf(path, check=_check_architecture)
+    return open_whole(path, check=_check_architecture)
 
 
 def _check_architecture(metadata: Mapping[str, Any], where: str) -> None:
@@ -316,7 +316,7 @@ def _tokenizer_notes(checkpoint: Checkpoint) -> list[str]:
 GGUF = Format(
     name="gguf",
     what="llama.cpp",
-    files="`.gguf`",
+    files="`.gguf`, also split (`-00001-of-00003.gguf`)",
     dialect="gguf",
     reads=(*FLOATS, *(kind.name for kind in QUANTIZED)),
     writes=("F32", "F16", "BF16", "Q8_0"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapter_config import lone_adapter
-from ..containers.shard_index import shard_sets
+from ..containers.shard_index import shard_sets, without_later_parts
 from ..containers.tf_bundle import V1
 from ..errors import FormatError
 from ..formats import FORMATS, MODELS, OTHERS, SUFFIXES, WEIGHTS
@@ -131,7 +131,7 @@ def _only_file(path: Path) -> Source | None:
     if error:
         raise error
     candidates = [file for file in sorted(path.iterdir()) if not NO_WEIGHTS.match(file.name) and file.is_file()]
-    files = [file for file in candidates if file.suffix in SUFFIXES]
+    files = without_later_parts([file for file in candidates if file.suffix in SUFFIXES])
     if not files:
         files = [file for file in candidates if file.suffix in UNUSUAL_SUFFIXES and _is_recognised(file)]
     if len(files) == 1:

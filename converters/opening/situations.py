@@ -33,7 +33,7 @@ MAX_MEMBERS = 1000  # of an archive
 MAX_HEADER = 16 << 20  # of a safetensors file
 MAX_JSON = 1 << 20
 MAX_ANSWER = 500  # bytes of a server's answer in plain text
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.gguf)$")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(\.safetensors|\.bin)$")
 DOWNLOAD = "'gpt2x inspect hf://OWNER/NAME'"
 ORIGIN = "convert the model that it was made from, for example with 'gpt2x convert hf://OWNER/NAME model.safetensors'"
 LINKS = "copy the whole folder of the cache, or copy it with 'cp -rL', which copies files in place of links"
@@ -195,8 +195,7 @@ def _is_ctranslate2(seen: Evidence) -> bool:
 
 
 def _is_one_shard(seen: Evidence) -> bool:
-    match = SHARD.match(seen.path.name)
-    return match is not None and match["suffix"] != ".gguf"
+    return SHARD.match(seen.path.name) is not None
 
 
 def _architecture(seen: Evidence) -> str:
@@ -538,13 +537,6 @@ FILES = (
         "one shard of several, which does not hold the whole model; pass its folder, {folder}",
     ),
     Situation(
-        "a part of a GGUF file that was split: `gpt2-00001-of-00003.gguf`",
-        _named("*-of-[0-9][0-9][0-9][0-9][0-9].gguf"),
-        "a part of a GGUF file that was split",
-        "llama-gguf-split --merge {first_part} {joined}",
-        "{joined}",
-    ),
-    Situation(
         "a GGUF file of another architecture",
         lambda seen: _architecture(seen) not in ("", "gpt2"),
         "a model of the architecture '{architecture}', not 'gpt2'; run it with llama.cpp, for example with "
@@ -706,17 +698,12 @@ def message(row: Situation, seen: Evidence) -> str:
 def _fields(seen: Evidence) -> dict[str, str]:
     """What sentences and commands name. Paths are quoted for a shell."""
     path, folder = seen.path, seen.path.parent
-    shard = SHARD.match(path.name)
-    stem = shard["stem"] if shard else ""
-    first = f"{stem}-00001-of-{shard['count']}.gguf" if shard else ""
     cached = sorted(fnmatch.filter(seen.names, "models--*"))
     paths = {
         "path": path,
         "name": path.name,
         "folder": folder,
         "parent": folder,
-        "first_part": folder / first,
-        "joined": folder / f"{stem}.gguf",
         "cached": cached[0] if cached else "",
     }
     words = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..containers.container import Container
+from ..containers.shard_index import without_later_parts
 from ..dialects import OPENAI
 from ..errors import TokenizerError
 from ..formats import BY_NAME
@@ -115,8 +116,8 @@ def tokenizer_in(path: Path) -> TokenizerFiles:
 
 
 def _carrier(path: Path) -> Path | None:
-    """The file itself, or the only one in a directory, if it is a GGUF file."""
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    """The file itself, or the only one in a directory (the first part, if it was split), if it is a GGUF file."""
+    files = [path] if path.is_file() else without_later_parts(list(path.glob("*.gguf")))
     if len(files) != 1:
         return None
     file = File(files[0])

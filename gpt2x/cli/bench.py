@@ -52,7 +52,8 @@ def bench(
 
     from .. import bench as measuring
     from .. import contract
-    from ..runtimes.onnxruntime import OnnxDecoder
+    from ..precisions import PAIR
+    from ..runtimes.onnx_model import stated_config
 
     batches = _numbers(batch)
     if speculate and (plot_file or json_file or batches != [1]):
@@ -67,7 +68,8 @@ def bench(
     model = local(model, "onnx")
     here: list[str | None] = [*contract.models_in(Path(model))] if Path(model).is_dir() else []
     kinds = [RunPrecision()(part.strip()) for part in precision.split(",")] if precision else here or [None]
-    n_ctx = min(OnnxDecoder(model, precision=kind, optimize=False).n_ctx for kind in kinds)
+    singles = [name for kind in kinds for name in (kind.split(PAIR) if kind else [None])]
+    n_ctx = min(stated_config(model, name).n_ctx for name in singles)
     if prompt + new > n_ctx:
         raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
     if speculate:

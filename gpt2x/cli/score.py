@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..contract import has_onnx
+from ..precisions import PAIR
 from .running import RUNTIME, THREADS, TOKENIZER, Running
 from .source import RunPrecision, weight_options
 from .text import printable, read_text
@@ -22,12 +24,17 @@ if TYPE_CHECKING:
 
 
 class Precisions(click.ParamType[tuple[str, ...]]):
-    """Names of precisions, separated by commas."""
+    """Names of precisions, separated by commas. Pairs of two are refused."""
 
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         names = tuple(RunPrecision().convert(name, param, ctx) for name in value.split(","))
+        for name in names:
+            if PAIR in name:
+                from ..scoring.spans import pair_refused
+
+                self.fail(pair_refused(name), param, ctx)
         if len(set(names)) < len(names):
             self.fail(f"{value!r} names a precision twice", param, ctx)
         return names
@@ -165,9 +172,13 @@ def _text(file: str) -> str:
 
 
 def _opened(options: Options, precisions: Sequence[str | None]) -> Iterator[Decoder]:
-    """The models of all precisions. All are opened once before the first is used: a missing one is said at once."""
-    for precision in precisions[1:]:
-        options.open(precision)
+    """The models of all precisions, one after another. A missing one is reported before the first is opened."""
+    model = options.running.model
+    if len(precisions) > 1 and has_onnx(model):
+        from ..runtimes.onnx_model import find_model
+
+        for precision in precisions:
+            find_model(model, precision)
     for precision in precisions:
         yield options.open(precision)
 

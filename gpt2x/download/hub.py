@@ -16,6 +16,7 @@ from pathlib import Path
 
 from converters import ConversionError, UnsafeError
 from converters.adapter_config import CONFIG_FILE, WEIGHT_FILES
+from converters.containers.shard_index import GGUF_PART, without_later_parts
 from converters.formats import INDEXES, OTHERS, WEIGHTS
 from converters.io.json import read_json
 from converters.io.publishing import writing
@@ -158,7 +159,8 @@ def _weights(address: Address, folder: str, here: set[str], names: frozenset[str
     prefix = _tensorflow_prefix(address, folder, direct, names)
     if prefix:
         return _tensorflow(folder + prefix, names)
-    gguf = _only(address, [name for name in direct if name.endswith(".gguf")])
+    files = without_later_parts([Path(name) for name in direct if name.endswith(".gguf")])
+    gguf = _only(address, [file.name for file in files])
     other = gguf or _first(OTHERS, here)
     return _file(folder + other, names) if other else None
 
@@ -178,6 +180,8 @@ def _onnx(address: Address, folder: str, here: set[str], names: frozenset[str]) 
     for model in map(contract.model_file, PRECISIONS):
         if model in here:
             files += _file(folder + model, names).files
+        if contract.lora_file(model) in here:
+            files.append(folder + contract.lora_file(model))
     adapters = sorted(name for name in here if ADAPTER.fullmatch(name))
     return Choice(folder, (*files, *(folder + name for name in adapters)), folder) if files else None
 
@@ -203,6 +207,10 @@ def _file(name: str, names: frozenset[str]) -> Choice:
     if prefix:
         return _tensorflow(prefix[1], names)
     folder = name[: name.rfind("/") + 1]
+    part = GGUF_PART.fullmatch(name)
+    if part:
+        beside = re.compile(rf"{re.escape(part['stem'])}-\d{{5}}-of-{part['count']}\.gguf")
+        return Choice(folder, tuple(sorted(filter(beside.fullmatch, names))), name)
     if not name.endswith(".onnx"):
         return Choice(folder, (name,), name)
     data = {f"{name}_data", f"{name}.data"}

@@ -15,7 +15,7 @@ from converters.saving import to_json
 
 from .. import contract
 from .._version import __version__
-from ..precisions import DEFAULT, PRECISIONS, Precision
+from ..precisions import PRECISIONS, Precision
 from ..precisions.quantize import PAIR
 from ..task_heads import config_json
 from ..tasks import GENERATION, LOGITS
@@ -84,13 +84,12 @@ def source_name(checkpoint: Checkpoint) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def genai_config(
-    config: GPT2Config, precision: str = DEFAULT, cache: str = "growing", *, lora: bool = False
-) -> dict[str, Any]:
+def genai_config(config: GPT2Config, model: str, cache: str = "growing", *, lora: bool = False) -> dict[str, Any]:
     """The ``genai_config.json`` of onnxruntime-genai, which refuses unknown keys.
 
     Args:
-        lora: whether the model has optional inputs for adapters. ONNX Runtime warns of each.
+        model: the path of the ONNX file in the directory.
+        lora: whether it has optional inputs for adapters. ONNX Runtime warns of each.
     """
     end = config.eos_token_id if config.eos_token_id is not None else config.n_vocab - 1
     begin = config.bos_token_id if config.bos_token_id is not None else end
@@ -100,7 +99,7 @@ def genai_config(
         session_options["log_severity_level"] = 3  # errors
     decoder = {
         "session_options": session_options,
-        "filename": contract.model_file(precision),
+        "filename": model,
         "head_size": config.head_dim,
         "hidden_size": config.n_embd,
         "num_attention_heads": config.n_head,

@@ -69,8 +69,8 @@ TRANSFORMERS = "| transformers | `AutoModelForCausalLM.from_pretrained(directory
 ADAPTERS = """
 ## Adapters
 
-LoRA adapters are chosen for each run. Without one, the model computes what it computes without these optional inputs:
-{modules}, for example, takes `{a}`, float32 `[{inputs}, rank]`, and `{b}`, `[rank, {outputs}]`.
+LoRA adapters are chosen for each run of `{model}`, which has optional inputs for them and needs ONNX Runtime 1.20:
+{modules}, for example, takes `{a}`, float32 `[{inputs}, rank]`, and `{b}`, `[rank, {outputs}]`. {where}
 
 | adapter | file | changes |
 | --- | --- | --- |
@@ -100,6 +100,8 @@ print(logits[0, -1].argmax())
 - gpt2x: `gpt2x generate DIR "..." --adapter {name}`.
 
 """
+WITHOUT_INPUTS = """Every precision has such a graph beside it, `*_lora.onnx`, which
+shares its file of weights. Without an adapter, both compute the same, and the graph without these inputs is faster."""
 FROM_BYTES = {
     True: "; or from the file's bytes",
     False: """; from bytes: `options.add_external_initializers_from_files_in_memory(["{data}"], [data], [len(data)])`, then \
@@ -219,6 +221,7 @@ def model_card(
     locations: Mapping[str, str | None],
     safetensors: bool = False,
     adapters: Sequence[AdapterFile] = (),
+    adapter_model: str = "",
     outputs: Sequence[str] = (LOGITS,),
 ) -> str:
     """Return the README.md of an exported directory.
@@ -230,6 +233,7 @@ def model_card(
         locations: precision -> the file in ``onnx/`` that has its weights; None if they are inside the model.
         safetensors: whether the directory has ``model.safetensors``, which ``transformers`` loads.
         adapters: those in the directory.
+        adapter_model: the path of the ONNX file that takes them, of the first precision.
         outputs: the logits, and any of ``EXTRAS``.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
@@ -258,7 +262,7 @@ def model_card(
         single="" if growing else ", one prompt at a time (batches are padded on the left)",
         needs="" if tokenizer else ", once a tokenizer is added",
         transformers=TRANSFORMERS if safetensors else "",
-        adapters=_adapters(config, adapters, first, cache),
+        adapters=_adapters(config, adapters, adapter_model, first, cache),
         version=__version__,
         source=as_markdown(source),
     )
@@ -301,7 +305,7 @@ def _file_line(precision: str, location: str | None) -> str:
     return f"`{model}` is the graph; its weights are in `{data}` (by offset), which must stay in the same folder.\n"
 
 
-def _adapters(config: GPT2Config, adapters: Sequence[AdapterFile], precision: str, cache: str) -> str:
+def _adapters(config: GPT2Config, adapters: Sequence[AdapterFile], model: str, precision: str, cache: str) -> str:
     """The section on adapters; nothing if there are none."""
     if not adapters:
         return ""
@@ -316,7 +320,8 @@ def _adapters(config: GPT2Config, adapters: Sequence[AdapterFile], precision: st
         inputs=inputs,
         outputs=outputs,
         rows="".join(f"| {one.name} | `onnx/{one.path.name}` | {one.summary()} |\n" for one in adapters),
-        model=contract.model_file(precision),
+        model=model,
+        where=WITHOUT_INPUTS if model != contract.model_file(precision) else "",
         file=f"onnx/{first.path.name}",
         name=first.name,
         n_head=config.n_head,

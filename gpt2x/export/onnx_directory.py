@@ -133,27 +133,29 @@ def _write_model(
     checksums: Checksums,
     scales: Sequence[Scales],
 ) -> None:
-    """Write the file of weights first, then the graph, which gives their places in it."""
+    """Write the file of weights first, then the graph, which gives their places in it, and the one for adapters."""
     options = request.options
     data = stage / "onnx" / precision.data_file
     with new_file(data) as out:
         stored = precision.store(out, checkpoint, options.block, options.calibration)
     precision.check_activations(checkpoint, partial(_sample, checkpoint))
-    model = to_onnx(
-        checkpoint.config,
-        precision,
-        stored,
-        metadata(checkpoint, checksums, precision, options, request.lora, request.heads.labels),
-        options.target(request.heads),
-        scales=scales,
-        opset=options.opset,
-        lora=request.lora,
-    )
-    with new_file(stage / precision.model_file) as out:
-        if options.single_file:
-            write_single_file(out, model, data, precision.model_file)
-        else:
-            out.write(model.SerializeToString(deterministic=True))
+    facts = metadata(checkpoint, checksums, precision, options, request.lora, request.heads.labels)
+    for file, lora in request.graphs(precision).items():
+        model = to_onnx(
+            checkpoint.config,
+            precision,
+            stored,
+            facts,
+            options.target(request.heads),
+            scales=scales,
+            opset=options.opset,
+            lora=lora,
+        )
+        with new_file(stage / file) as out:
+            if options.single_file:
+                write_single_file(out, model, data, file)
+            else:
+                out.write(model.SerializeToString(deterministic=True))
     if options.single_file:
         data.unlink()
 
@@ -193,6 +195,7 @@ def _card(stage: Path, request: Request, plan: Plan) -> bytes:
         "last": options.last,
         "outputs": options.outputs,
         "adapters": _adapters_in(stage, request, plan),
+        "adapter_model": request.adapter_model(precisions[0]),
     }
     return model_card(checkpoint.config, **generation, **facts).encode()
 

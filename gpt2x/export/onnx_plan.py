@@ -21,7 +21,7 @@ from converters.tokenizer import same_tokenizer
 
 from .. import contract
 from ..contract import models_in
-from ..precisions import FP32, PRECISIONS
+from ..precisions import FP32, PRECISIONS, Precision
 from ..task_heads import TaskHeads, config_json, heads_of
 from ..tasks import EXTRAS, GENERATION, LOGITS
 from .adapters import RunTimeAdapter, changed_projections
@@ -71,6 +71,21 @@ class Request:
     def lora(self) -> list[str]:
         """The projections that take factors of adapters."""
         return changed_projections(self.checkpoint, self.adapters)
+
+    def graphs(self, precision: Precision) -> dict[str, list[str]]:
+        """The ONNX files of a precision -> the projections that have inputs for adapters.
+
+        Without an adapter, these inputs would cost time at each token: the model itself has none, and a second graph has
+        them. A file that also holds the weights is not written twice.
+        """
+        model = precision.model_file
+        if self.options.single_file or not self.lora:
+            return {model: self.lora}
+        return {model: [], contract.lora_file(model): self.lora}
+
+    def adapter_model(self, precision: str) -> str:
+        """The ONNX file that takes adapters; the model itself if there are none."""
+        return list(self.graphs(PRECISIONS[precision]))[-1]
 
     @cached_property
     def heads(self) -> TaskHeads:
@@ -323,7 +338,9 @@ def _small_files(request: Request, others: list[str], kept: bool) -> dict[str, b
     files[CONFIG] = with_transformers_js(config, there, locations(request, others), options.cache)
     if options.task == GENERATION:
         files[GENAI] = to_json(
-            genai_config(checkpoint.config, options.precisions[0], options.cache, lora=bool(request.lora))
+            genai_config(
+                checkpoint.config, request.adapter_model(options.precisions[0]), options.cache, lora=bool(request.lora)
+            )
         )
     if not kept:
         return files
@@ -342,7 +359,7 @@ def _is_renewed(file: Path, data: bytes, others: list[str]) -> bool:
 def _large_files(request: Request, kept: bool) -> list[str]:
     """The names of the models, and of the weights for ``transformers`` unless a directory that is kept has some."""
     options = request.options
-    names = [precision.model_file for precision in options.chosen]
+    names = [name for precision in options.chosen for name in request.graphs(precision)]
     if not options.single_file:
         names += [f"onnx/{precision.data_file}" for precision in options.chosen]
     has_weights = kept and any(os.path.lexists(request.path / name) for name in WEIGHTS)
@@ -374,6 +391,9 @@ def _superseded(request: Request, there: Mapping[str, Path]) -> list[str]:
     options, checkpoint, path = request.options, request.checkpoint, request.path
     names = []
     for precision in options.precisions:
+        graph = contract.lora_file(contract.model_file(precision))
+        if graph not in request.graphs(PRECISIONS[precision]):
+            names.append(graph)
         old = weights_of(there[precision], precision) if precision in there else None
         if old and old != options.location(PRECISIONS[precision]):
             names.append(f"onnx/{old}")

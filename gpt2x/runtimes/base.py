@@ -45,6 +45,8 @@ class Decoder(Protocol):
     """What a step does with the cache: a key of ``gpt2x.contract.CACHES``."""
     last_only: bool = False
     """Whether ``run`` returns only the logits of the last position."""
+    threads: int | None = None
+    """Threads of each operator; None for one for each core."""
     can_truncate: bool = False
     """Whether ``truncate`` can take a cache back, as speculative decoding needs."""
     near_tie: float = 3e-5

@@ -24,6 +24,8 @@ MOST_TWICE = 1 << 30
 class Context:
     """A model with no outputs but those of the cache, in a session of its own, which has its weights again.
 
+    It has the inputs for adapters that the whole model has when it is first needed, or after ``close``.
+
     Args:
         whole: the model with its logits.
         settings: how the session is made.
@@ -39,7 +41,7 @@ class Context:
 
         None where onnx is not installed, the model has more than ``MOST_TWICE`` bytes, or ONNX Runtime cannot load it.
         """
-        path, metadata = self.whole.path, self.whole.metadata
+        path, metadata = self.whole.graph, self.whole.metadata
         files = [path, *(path.with_name(name) for name in external_files(path))]
         size = sum(file.stat().st_size for file in files)
         if importlib.util.find_spec("onnx") is None or size > MOST_TWICE:
@@ -53,7 +55,7 @@ class Context:
 
     def close(self) -> None:
         """Free its memory, if it was opened."""
-        opened = vars(self).get("model")
+        opened = vars(self).pop("model", None)
         if opened:
             opened.session = None
 
@@ -62,7 +64,7 @@ def _without_logits(model: OnnxModel) -> bytes:
     """The graph with all its inputs, and what the outputs of the cache need. Its weights stay in their file."""
     import onnx
 
-    whole = onnx.load(model.path, load_external_data=False)
+    whole = onnx.load(model.graph, load_external_data=False)
     graph = whole.graph
     outputs = [output for output in graph.output if output.name in set(model.present_names)]
     # An input for factors of an adapter is optional because there is an initializer of its name.

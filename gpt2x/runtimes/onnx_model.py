@@ -20,12 +20,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from converters import CheckpointError, ConfigError, FormatError, GPT2Config
+from converters import CheckpointError, ConfigError, ConversionError, FormatError, GPT2Config
 from converters.config import config_of
 from converters.containers.onnx import external_files, read_metadata
 from converters.containers.safetensors import open_safetensors
 from converters.errors import short
-from converters.io.json import parse_json, read_json
+from converters.io.json import parse_json, parse_value, read_json
 from converters.io.reading import File, check_name
 from converters.spec import projections
 
@@ -102,9 +102,17 @@ NO_ADAPTER = ActiveAdapter()
 
 @dataclass
 class OnnxModel:
-    """An ONNX model in a session, after its inputs and outputs were checked."""
+    """An ONNX model in a session, after its inputs and outputs were checked.
+
+    Args:
+        path: the model's file.
+        graph: the file in the session: the model's, or the one beside it with inputs for adapters.
+        settings: how the session is made.
+    """
 
     path: Path
+    graph: Path
+    settings: SessionSettings
     metadata: dict[str, str]
     config: GPT2Config
     precision: str
@@ -118,12 +126,48 @@ class OnnxModel:
         self.present_names = contract.present_names(self.config.n_layer)
         self.inputs = slots(self.session.get_inputs())
         self.outputs = slots(self.session.get_outputs())
-        self.factor_inputs = self._factor_inputs()
+        loaded = self._loaded_factor_inputs()
+        self.has_inputs = bool(loaded) or contract.LORA not in self.metadata
+        self.factor_inputs = loaded if self.has_inputs else self._stated_factor_inputs()
         self.adapters = contract.adapters_in(self.path.parent) if self.factor_inputs else {}
         self._opened: dict[str, ActiveAdapter] = {}
 
-    def _factor_inputs(self) -> dict[str, Slot]:
-        """The optional inputs for factors of adapters."""
+    def _stated_factor_inputs(self) -> dict[str, Slot]:
+        """Those of the graph beside the model, which is not loaded."""
+        names = parse_value(self.metadata[contract.LORA].encode(), f"{self.path}: its metadata: {contract.LORA}")
+        if not isinstance(names, list):
+            raise CheckpointError(f"{self.path}: its metadata: {contract.LORA} is not a list")
+        return contract.factor_slots(self.config, [name for name in projections(self.config.n_layer) if name in names])
+
+    def take_adapters(self) -> None:
+        """Load the graph with inputs for adapters in place of the one without, whose memory is freed first.
+
+        Raises:
+            FormatError: if it is missing or cannot be loaded; the model then is as before.
+            CheckpointError: if it is of another model, or its inputs and outputs are not the contract's.
+        """
+        self.session = None
+        give_back()
+        try:
+            other = load_graph(self.path, self.path.with_name(contract.lora_file(self.path.name)), self.settings)
+            self._check_same(other)
+        except ConversionError:
+            self.session = load_graph(self.path, self.graph, self.settings).session
+            raise
+        self.session = other.session
+        self.graph = other.graph
+        self.factor_inputs = other.factor_inputs
+        self.has_inputs = True
+
+    def _check_same(self, other: OnnxModel) -> None:
+        """Refuse a graph of another model: only the version of ONNX Runtime that both need may differ."""
+        version = {contract.RUNTIME: ""}
+        same = {**self.metadata, **version} == {**other.metadata, **version}
+        if not same or self.factor_inputs.keys() != other.factor_inputs.keys():
+            raise CheckpointError(f"{other.graph}: not of the same export as {self.path.name}: export the model again")
+
+    def _loaded_factor_inputs(self) -> dict[str, Slot]:
+        """The optional inputs for factors of adapters in the session."""
         optional = slots(self.session.get_overridable_initializers())
         names = [name for module in projections(self.config.n_layer) for name in contract.factor_names(module)]
         return {name: optional[name] for name in names if name in optional}
@@ -222,8 +266,13 @@ def _cannot_run(path: Path, error: Exception) -> FormatError:
     return FormatError(f"{path}: ONNX Runtime cannot run it: {one_line(error)}")
 
 
-def open_model(path: str | Path, precision: str | None, settings: SessionSettings) -> OnnxModel:
+def open_model(
+    path: str | Path, precision: str | None, settings: SessionSettings, *, with_inputs: bool = False
+) -> OnnxModel:
     """Open the ONNX model that a path means.
+
+    Args:
+        with_inputs: load the graph with inputs for adapters, if there are two.
 
     Raises:
         FormatError: if there is no model, it is damaged, or its file of weights is incomplete.
@@ -231,12 +280,27 @@ def open_model(path: str | Path, precision: str | None, settings: SessionSetting
         ConfigError: if it has no configuration.
     """
     file = find_model(path, precision)
-    metadata = read_metadata(file)
+    beside = file.with_name(contract.lora_file(file.name))
+    graph = beside if with_inputs and beside.is_file() else file
+    model = load_graph(file, graph, settings, precision)
+    log.info("%s: %s, %s cache", graph, model.precision, model.cache_kind)
+    return model
+
+
+def load_graph(path: Path, graph: Path, settings: SessionSettings, precision: str | None = None) -> OnnxModel:
+    """Load a model from its file, or from the graph beside it with inputs for adapters.
+
+    Raises:
+        FormatError, CheckpointError, ConfigError: as ``open_model``.
+    """
+    metadata = read_metadata(graph)
     if metadata.get(contract.TASK, GENERATION) != GENERATION:
-        raise FormatError(f"{file}: a model for {metadata[contract.TASK][:50]}, which generates no text")
-    loaded = load_file(file, metadata, precision, settings)
+        raise FormatError(f"{graph}: a model for {metadata[contract.TASK][:50]}, which generates no text")
+    loaded = load_file(graph, metadata, precision, settings)
     model = OnnxModel(
-        path=file,
+        path=path,
+        graph=graph,
+        settings=settings,
         metadata=metadata,
         config=loaded.config,
         precision=loaded.precision,
@@ -245,7 +309,6 @@ def open_model(path: str | Path, precision: str | None, settings: SessionSetting
         session=loaded.session,
     )
     check_contract(model)
-    log.info("%s: %s, %s cache", file, model.precision, model.cache_kind)
     return model
 
 
@@ -320,6 +383,17 @@ def _choose(directory: Path, found: dict[str, Path], precision: str | None) -> P
             f"{directory}: several models in this directory; it holds {here}: choose one (--precision, or precision=)"
         )
     return next(iter(found.values()))
+
+
+def stated_config(path: str | Path, precision: str | None) -> GPT2Config:
+    """The configuration of the ONNX model that a path means, without loading the model.
+
+    Raises:
+        FormatError: if there is no model, or it is damaged.
+        ConfigError: if it has no configuration.
+    """
+    file = find_model(path, precision)
+    return config_in(file, read_metadata(file))
 
 
 def check_runtime(path: Path, metadata: Mapping[str, str]) -> None:
@@ -502,7 +576,7 @@ def check_contract(model: OnnxModel) -> None:
         *differences("input", model.expected_factor_inputs, model.factor_inputs),
         *differences("output", contract.outputs(model.config, model.last_only, *kind, names), model.outputs),
     ]
-    refuse_differences(model.path, faults)
+    refuse_differences(model.graph, faults)
 
 
 def refuse_differences(path: Path, faults: list[str]) -> None:

@@ -326,7 +326,7 @@ class InPlaceRun:
         return logits
 
     def _bound_step(self, cache: RowCache, shape: tuple[int, int]) -> _Step:
-        key = id(self.model), self.adapter.name, shape
+        key = id(self.model), self.model.graph, self.adapter.name, shape
         step: _Step | None = cache.bound.get(key)
         if step is None:
             step = _Step(self.model, self.adapter, cache, shape)

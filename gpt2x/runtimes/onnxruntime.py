@@ -73,8 +73,9 @@ class OnnxDecoder(Decoder):
     ) -> None:
         settings = SessionSettings(threads, optimize, tuple(providers))
         for_prompts, for_tokens = phases(precision, prefill, decode)
-        model = open_model(path, for_tokens, settings)
-        prompts = None if for_prompts is None else open_model(path, for_prompts, settings)
+        has_adapter = adapter is not None
+        model = open_model(path, for_tokens, settings, with_inputs=has_adapter)
+        prompts = None if for_prompts is None else open_model(path, for_prompts, settings, with_inputs=has_adapter)
         if prompts:
             check_pair(prompts, model)
         self._source = Path(path)
@@ -83,6 +84,7 @@ class OnnxDecoder(Decoder):
         self._prompts = prompts
         self._context = Context(prompts or model, settings)
         self.path = model.path
+        self.threads = threads
         self.metadata = model.metadata
         self.config = model.config
         self.precision = f"{prompts.precision}{PAIR}{model.precision}" if prompts else model.precision
@@ -105,7 +107,21 @@ class OnnxDecoder(Decoder):
 
     def _run_with(self, adapter: str | None) -> InPlaceRun | GrowingRun:
         """How the model is run with an adapter of this name."""
-        return _new_run(self._model, self._model.adapter(adapter), self._prompts)
+        chosen = self._model.adapter(adapter)
+        if adapter is not None:
+            self._take_adapters()
+        return _new_run(self._model, chosen, self._prompts)
+
+    def _take_adapters(self) -> None:
+        """Load the graphs with inputs for adapters, where those without are loaded.
+
+        Raises:
+            FormatError, CheckpointError: as ``OnnxModel.take_adapters``.
+        """
+        for model in filter(None, (self._model, self._prompts)):
+            if not model.has_inputs:
+                self._context.close()  # its graph has no such inputs
+                model.take_adapters()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -114,6 +130,10 @@ class OnnxDecoder(Decoder):
 
     def with_adapter(self, name: str | None) -> OnnxDecoder:
         """The same model with another adapter in every run; without a name, with none. They share the model's memory.
+
+        The first adapter replaces the graph that was loaded by the one with inputs for adapters, which takes the time of
+        opening the model. No other thread may use the decoder meanwhile. From then on, steps without an adapter take a
+        little longer, too. ``OnnxDecoder(path, adapter=...)`` loads that graph at once.
 
         Raises:
             FormatError: if there is no such adapter, or its file is invalid.
@@ -148,7 +168,8 @@ class OnnxDecoder(Decoder):
         """As ``Decoder.run``, in one run of the model.
 
         Args:
-            adapter: the name of an adapter beside the model; by default the decoder's.
+            adapter: the name of an adapter beside the model; by default the decoder's. The first one has the effect that
+                ``with_adapter`` describes.
 
         Raises:
             InputError: if the arguments do not fit the model or one another, or the cache is of another adapter.
@@ -168,7 +189,8 @@ class OnnxDecoder(Decoder):
         """As ``Decoder.step``. A long prompt is split into chunks.
 
         Args:
-            adapter: the name of an adapter beside the model; by default the decoder's.
+            adapter: the name of an adapter beside the model; by default the decoder's. The first one has the effect that
+                ``with_adapter`` describes.
 
         Raises:
             InputError: if the arguments do not fit the model or one another, or the cache is of another adapter.

@@ -135,6 +135,12 @@ def open_decoder(
         import torch
 
         torch.set_num_threads(threads)
+    decoder = _open_in_torch(path, kind, options)
+    decoder.threads = threads
+    return decoder
+
+
+def _open_in_torch(path: str | Path, kind: str, options: WeightOptions) -> Decoder:
     if kind == "weights":
         return gpt2x_model(open_checkpoint(path, **options))
     from .torch import ModuleDecoder

@@ -47,18 +47,19 @@ class TokenScores:
     alternatives: Alternatives | None = None
 
 
-def score_tokens(logits: Logits, tokens: Ids, k: int = 0) -> TokenScores:
+def score_tokens(logits: Logits, tokens: Ids, k: int = 0, threads: int | None = None) -> TokenScores:
     """Score tokens (n,) with the logits (n, V) of their positions.
 
     Args:
         k: how many alternatives are returned.
+        threads: at most so many, and at most ``MOST_THREADS``; by default one for each core.
 
     Raises:
         CheckpointError: if the logits contain NaN or infinity.
     """
     best = np.empty(len(tokens), np.float32)
     normalizers = np.empty(len(tokens), np.float64)
-    threads = min(os.cpu_count() or 1, MOST_THREADS, len(tokens) // ROWS)
+    threads = min(threads or os.cpu_count() or 1, MOST_THREADS, len(tokens) // ROWS)
     if threads > 1:
         share = -(-len(tokens) // threads)
         with ThreadPoolExecutor(threads) as pool:

@@ -59,8 +59,8 @@ def score(
         log_probabilities: also return those of the single tokens.
 
     Raises:
-        InputError: if the text is empty or does not fit the model, the stride is below 1, or the model returns only the
-            last logits.
+        InputError: if the text is empty or does not fit the model, the stride is below 1, the model returns only the last
+            logits, or it is a pair of precisions.
         CheckpointError: if the logits contain NaN or infinity.
     """
     decoder = as_decoder(model)

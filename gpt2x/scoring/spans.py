@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..memory import give_back
+from ..precisions import PAIR
 from ..runtimes.base import Decoder, Ids, InputError
 from .logits import TokenScores, joined, score_tokens
 
@@ -29,11 +30,15 @@ class Span:
 
 
 def check_can_score(decoder: Decoder) -> None:
-    """Refuse a model that does not return the logits of every position.
+    """Refuse a model that does not return the logits of every position, and a pair of precisions.
+
+    Of a pair, a short run takes the model that decodes, and a long one the other: a text would be scored by both.
 
     Raises:
-        InputError: with the way to export one that does.
+        InputError: with what to do instead.
     """
+    if PAIR in decoder.precision:
+        raise InputError(pair_refused(decoder.precision))
     if decoder.last_only:
         raise InputError(
             f"{decoder.path or decoder.runtime}: returns only the last logits, and scoring needs all: export it "
@@ -41,11 +46,20 @@ def check_can_score(decoder: Decoder) -> None:
         )
 
 
+def pair_refused(pair: str) -> str:
+    """What is wrong with a pair of precisions, and what to do instead."""
+    first, second = pair.split(PAIR)
+    return (
+        f"{pair} is a pair of precisions, and a score is that of one: choose {first} or {second}. "
+        f"gpt2x score compares them: --precision {first},{second}"
+    )
+
+
 def score_spans(decoder: Decoder, spans: Iterable[Span], alternatives: int = 0) -> Iterator[TokenScores]:
     """Score spans in order. Spans that follow one another run together: those of similar lengths waste least.
 
     Raises:
-        InputError: if the model returns only the last logits.
+        InputError: if the model returns only the last logits, or is a pair of precisions.
         CheckpointError: if the logits contain NaN or infinity.
     """
     check_can_score(decoder)
@@ -103,7 +117,8 @@ def _score_batch(decoder: Decoder, batch: list[Span], alternatives: int) -> list
             last = min(len(span.tokens) - 1, end)
             if first < last:
                 targets = span.tokens[first + 1 : last + 1]
-                parts[row].append(score_tokens(logits[row, first - start : last - start], targets, alternatives))
+                scored = logits[row, first - start : last - start]
+                parts[row].append(score_tokens(scored, targets, alternatives, decoder.threads))
     del cache
     give_back()
     return [joined(part) for part in parts]

@@ -282,7 +282,7 @@ class Engine(Worker):
         request = current.slot.request
         targets = np.array(request.prompt[start + 1 : start + 1 + len(logits)])
         if len(targets):
-            scores = score_tokens(logits[: len(targets)], targets, request.logprobs or 0)
+            scores = score_tokens(logits[: len(targets)], targets, request.logprobs or 0, self.decoder.threads)
             current.scores.append(scores)
 
     def _finish_reading(self, current: _Reading, logits: Logits) -> None:

@@ -259,6 +259,8 @@ def _llmc(folder: Path) -> None:
 def _gguf(folder: Path) -> None:
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         _fixture(folder, f"gguf/{kind}.gguf", f"{kind}.gguf")
+    parts = tuple(f"wide-{number:05d}-of-00003.gguf" for number in (1, 2, 3))
+    _fixture(folder, "gguf_split/plain", parts[0], parts)
     from quantized import MATRICES, write_quantized
 
     kinds = ("MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "TQ1_0")  # small ones

@@ -71,6 +71,11 @@ def test_what_cannot_be_measured_is_said_before_anything_is(gpt2x, exported, tmp
         assert gpt2x("bench", exported, "--batch", batch).exit_code == 2
 
 
+def test_no_model_is_loaded_to_learn_its_context(gpt2x, exported, monkeypatch):
+    monkeypatch.setattr("onnxruntime.InferenceSession", None)
+    assert_refused(gpt2x("bench", exported, "--prompt", "250"), "exceed the context of 256 tokens")
+
+
 def test_a_process_that_fails_is_one_error(tmp_path):
     from converters import ConversionError
 

@@ -5,7 +5,7 @@ pointer of Git LFS in place of weights); huggingface/transformers#13605 and Ganj
 browser unpacks); huggingface/huggingface_hub#1388 (links of the cache that lead nowhere); nuwandda/
 stable-diffusion-aging-time-lapse#1 and d3vilh/stable-diffusion-howto#1 (a server's answer in place of a file);
 pytorch/torchtitan#307 and huggingface/accelerate#2772 (``.distcp``); hyn2028/llm-cxr#5 (a ZeRO-3 run);
-NVIDIA/Megatron-LM#37 (Megatron's names); ggml-org/llama.cpp#6135 (split GGUF); the specification of AppleDouble (RFC 1740).
+NVIDIA/Megatron-LM#37 (Megatron's names); the specification of AppleDouble (RFC 1740).
 """
 
 import gzip
@@ -169,17 +169,6 @@ def shard(path):
     return sorted((path / "hf").glob("model-*.safetensors"))[0]
 
 
-def split_gguf(path):
-    writer = gguf.GGUFWriter(str(path / "m.gguf"), "gpt2", split_max_tensors=1)
-    for name in ("token_embd.weight", "position_embd.weight"):
-        writer.add_tensor(name, np.ones((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path / "m-00001-of-00002.gguf"
-
-
 def other_gguf(path):
     writer = gguf.GGUFWriter(str(path / "m.gguf"), "llama")
     writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
@@ -289,7 +278,6 @@ CASES = {
     "a Core ML model": file("gpt2.mlmodel"),
     "one file of a TensorRT": file("rank0.engine"),
     "one shard of several": shard,
-    "a part of a GGUF": split_gguf,
     "a GGUF file of another": other_gguf,
     "a TensorFlow checkpoint without its index": without(".index"),
     "a TensorFlow checkpoint without its data": without(".data-"),

@@ -11,6 +11,7 @@ from library import open_library
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, Score, export_onnx, score
+from gpt2x.scoring import logits as gpt2x_logits
 
 TEXT = (SHAKESPEARE.parent / "coriolanus.txt").read_text(encoding="utf-8")[:3000]
 
@@ -154,12 +155,47 @@ def test_a_missing_precision_is_refused_before_the_first_runs(gpt2x, onnx, monke
     assert_refused(gpt2x("score", onnx, "book.txt", "--precision", "fp32,int4"), "int4")
 
 
+def test_each_precision_is_opened_once(gpt2x, onnx, monkeypatch):
+    opened = []
+    original = OnnxDecoder.__init__
+
+    def noted(self, path, **options):
+        opened.append(options)
+        original(self, path, **options)
+
+    monkeypatch.setattr(OnnxDecoder, "__init__", noted)
+    done(gpt2x("score", onnx, "book.txt", "--precision", "fp32,int8"))
+    assert [options["precision"] for options in opened] == ["fp32", "int8"]
+
+
+@pytest.mark.parametrize("model", ["weights", "onnx"])
+def test_a_score_takes_as_many_threads_as_asked_for(gpt2x, onnx, monkeypatch, model):
+    used = set()
+    original = gpt2x_logits.score_tokens
+
+    def noted(logits, tokens, k=0, threads=None):
+        used.add(threads)
+        return original(logits, tokens, k, threads)
+
+    monkeypatch.setattr("gpt2x.scoring.spans.score_tokens", noted)
+    done(gpt2x("score", SHAKESPEARE if model == "weights" else onnx, "book.txt", "--threads", 1))
+    assert used == {1}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["book.txt", "--stride", 0], "x>=1"),
         (["book.txt", "--precision", "fp32,fp3"], "'fp3' is not one of fp32"),
         (["book.txt", "--precision", "fp32,fp32"], "twice"),
+        (
+            ["book.txt", "--precision", "w8a8+int4"],
+            "choose w8a8 or int4. gpt2x score compares them: --precision w8a8,int4",
+        ),
+        (
+            ["book.txt", "--precision", "fp32,w8a8+int4"],
+            "w8a8+int4 is a pair of precisions, and a score is that of one",
+        ),
         (["book.txt", "--output", "out.jsonl"], "for a .jsonl FILE"),
         (["book.txt", "--resume"], "for a .jsonl FILE"),
         (["in.jsonl"], "needs --output"),

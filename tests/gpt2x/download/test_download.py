@@ -907,6 +907,17 @@ def test_weights_are_chosen_in_the_order_in_which_a_directory_is_opened():
         every.remove(name)
 
 
+@pytest.mark.parametrize(("folder", "path"), [("", ""), ("q8/", "/q8"), ("q8/", "/q8/m-00002-of-00003.gguf")])
+def test_all_parts_of_a_gguf_file_that_was_split_are_downloaded(folder, path):
+    from gpt2x.download.hub import _choose
+
+    parts = tuple(f"{folder}m-{number:05d}-of-00003.gguf" for number in (1, 2, 3))
+    others = {"README.md", "other/m-00001-of-00002.gguf", f"{folder}m-00001-of-00002.bin"}
+    choice = _choose(parse(f"hf://o/n{path}", f"o/n{path}"), frozenset({*parts, *others}), "weights")
+    assert choice.files == parts
+    assert choice.opened in parts
+
+
 @pytest.mark.parametrize(
     ("source", "library"), [("hf://a/b", "huggingface_hub"), ("openai://124M", "httpx2"), ("openai://124M", "filelock")]
 )

@@ -5,7 +5,8 @@ import pytest
 from commands import assert_refused, done
 
 from converters import CheckpointError, open_checkpoint
-from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, export_onnx
+from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, Tokenizer, export_onnx, score
+from gpt2x.runtimes.base import InputError
 from gpt2x.runtimes.batching import RunningBatch
 from gpt2x.verify.running import bounds_of
 
@@ -69,8 +70,13 @@ def test_a_running_batch_takes_a_pair(directory):
     np.testing.assert_allclose(logits[sequences[1]], expected[0], atol=1e-4)
 
 
+def test_a_pair_is_refused_where_a_text_is_scored(directory):
+    decoder = OnnxDecoder(directory, prefill="w8a8", decode="int4")
+    with pytest.raises(InputError, match="choose w8a8 or int4"):
+        score(decoder, Tokenizer.from_pretrained(SHAKESPEARE), "My lord")
+
+
 def test_closing_closes_both(directory):
-    from gpt2x.runtimes.base import InputError
 
     decoder = OnnxDecoder(directory, precision="int8+int4")
     decoder.close()

@@ -130,6 +130,54 @@ def test_one_model_in_memory_takes_all_adapters(folder):
     )
 
 
+def test_the_graph_with_inputs_is_loaded_when_the_first_adapter_is_chosen(folder):
+    decoder = OnnxDecoder(folder)
+    before, _ = decoder.step(IDS, None, POSITIONS, None)
+    assert decoder._model.graph == folder / contract.model_file()
+    assert not decoder._model.session.get_overridable_initializers()
+    with pytest.raises(FormatError, match="no adapter 'none'"):
+        decoder.with_adapter("none")
+    assert decoder._model.graph == folder / contract.model_file()
+    other = decoder.with_adapter("all")
+    assert decoder._model.graph == with_inputs(folder)
+    session = decoder._model.session
+    other.with_adapter("ranks").step(IDS, None, POSITIONS, None)
+    assert decoder._model.session is session
+    assert close(decoder.step(IDS, None, POSITIONS, None)[0], before, 1e-5)
+
+
+def test_a_decoder_of_an_adapter_loads_only_the_graph_with_inputs(folder):
+    assert OnnxDecoder(folder, adapter="all")._model.graph == with_inputs(folder)
+
+
+def test_a_cache_of_the_base_is_continued_after_an_adapter_is_chosen(folder):
+    expected, _ = OnnxDecoder(folder).step(IDS, None, POSITIONS, None)
+    decoder = OnnxDecoder(folder)
+    _, cache = decoder.step(IDS[:, :4], None, POSITIONS[:, :4], None)
+    for i in range(4, IDS.shape[1]):
+        logits, cache = decoder.step(IDS[:, i : i + 1], None, POSITIONS[:, i : i + 1], cache)
+        decoder.step(IDS, None, POSITIONS, None, adapter="all")
+    assert close(logits, expected, 1e-5)
+
+
+def test_two_models_that_share_a_cache_both_take_an_adapter(base, tmp_path):
+    path = export(base, tmp_path / "x", cache="inplace", precisions=("w8a8", "fp32"))
+    logits, _ = OnnxDecoder(path, prefill="w8a8", decode="fp32").step(IDS[:1], None, POSITIONS[:1], None, adapter="all")
+    expected, _ = OnnxDecoder(path, precision="w8a8", adapter="all").step(IDS[:1], None, POSITIONS[:1], None)
+    assert logits.tobytes() == expected.tobytes()
+
+
+def test_an_export_whose_model_takes_adapters_itself_is_read(folder, tmp_path):
+    """As in a single file: the second graph is missing, and not needed."""
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    (folder / contract.model_file()).write_bytes(with_inputs(folder).read_bytes())
+    with_inputs(folder).unlink()
+    decoder = OnnxDecoder(folder)
+    logits, _ = decoder.run(IDS, None, POSITIONS, None, adapter="ranks")
+    assert close(logits, EXPECTED["patterns"], 1e-5)
+    assert decoder._model.graph == folder / contract.model_file()
+
+
 @pytest.mark.parametrize("base_first", [True, False])
 def test_closing_a_decoder_closes_those_that_share_its_memory_in_any_order(folder, base_first):
     decoder = OnnxDecoder(folder)
@@ -222,13 +270,20 @@ def test_a_running_batch_has_the_adapter_of_its_decoder(base, tmp_path):
 # ------------------------------------------------------------------------------------------------------- the export
 
 
-def graph_of(folder, precision="fp32"):
-    return onnx.load(folder / contract.model_file(precision), load_external_data=False).graph
+def graph_of(file):
+    return onnx.load(file, load_external_data=False).graph
+
+
+def with_inputs(folder, precision="fp32"):
+    """The graph that takes adapters."""
+    return folder / contract.lora_file(contract.model_file(precision))
 
 
 def test_only_projections_that_an_adapter_changes_have_inputs(base, tmp_path):
     export(base, tmp_path / "x", names=("upper",))
-    assert [i.name for i in graph_of(tmp_path / "x").input][-2:] == list(contract.factor_names("h.1.attn.c_attn"))
+    assert [i.name for i in graph_of(with_inputs(tmp_path / "x")).input][-2:] == list(
+        contract.factor_names("h.1.attn.c_attn")
+    )
     assert OnnxDecoder(tmp_path / "x").metadata[contract.LORA] == '["h.1.attn.c_attn"]'
 
 
@@ -239,11 +294,26 @@ def test_the_inputs_that_a_model_requires_are_the_same_with_adapters(base, growi
 
 def test_three_nodes_are_added_for_each_projection(base, growing, tmp_path):
     export(base, tmp_path / "x", names=())
-    assert len(graph_of(growing).node) == len(graph_of(tmp_path / "x").node) + 3 * 8
+    plain = graph_of(tmp_path / "x" / contract.model_file())
+    assert len(graph_of(with_inputs(growing)).node) == len(plain.node) + 3 * 8
 
 
-def test_a_model_with_adapters_needs_the_onnx_runtime_that_has_them(growing):
-    assert OnnxDecoder(growing).metadata[contract.RUNTIME] == "1.20.0"
+def test_the_model_itself_has_the_graph_that_it_has_without_adapters(base, folder, tmp_path):
+    export(base, tmp_path / "x", names=(), cache=folder.name, precisions=tuple(PRECISIONS))
+    for precision in PRECISIONS:
+        file = contract.model_file(precision)
+        assert graph_of(folder / file) == graph_of(tmp_path / "x" / file)
+
+
+def test_only_the_graph_with_inputs_needs_the_onnx_runtime_that_has_adapters(growing):
+    assert OnnxDecoder(with_inputs(growing)).metadata[contract.RUNTIME] == "1.20.0"
+    assert OnnxDecoder(growing).metadata[contract.RUNTIME] == "1.17.0"
+
+
+def test_a_single_file_holds_the_inputs_for_adapters_itself(base, tmp_path):
+    path = export(base, tmp_path / "x", single_file=True)
+    assert [file.name for file in (path / "onnx").glob("*.onnx")] == ["model.onnx"]
+    assert OnnxDecoder(path)._model.has_inputs
 
 
 def test_more_precisions_are_added_with_the_same_adapters_only(base, tmp_path):
@@ -381,11 +451,40 @@ def test_a_truncated_adapter_is_refused_in_one_line(copy, end):
     assert "\n" not in str(raised.value) and str(file) in str(raised.value)
 
 
-def test_a_model_whose_optional_input_has_another_width_is_refused(copy):
+def test_a_missing_graph_with_inputs_is_named_and_the_base_still_runs(copy):
+    with_inputs(copy).unlink()
+    decoder = OnnxDecoder(copy)
+    for use in (lambda: decoder.with_adapter("all"), lambda: OnnxDecoder(copy, adapter="all")):
+        with pytest.raises(FormatError, match="model_lora.onnx: no such file"):
+            use()
+    decoder.step(IDS, None, POSITIONS, None)
+
+
+def test_a_graph_with_inputs_of_another_model_is_refused_and_the_base_still_runs(copy, base, tmp_path):
+    export(base, tmp_path / "x", names=("upper",))
+    shutil.copy(with_inputs(tmp_path / "x"), with_inputs(copy))
+    decoder = OnnxDecoder(copy)
+    before, _ = decoder.step(IDS, None, POSITIONS, None)
+    with pytest.raises(CheckpointError, match="model_lora.onnx: not of the same export as model.onnx"):
+        decoder.with_adapter("all")
+    assert decoder.step(IDS, None, POSITIONS, None)[0].tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("text", ["", "1", "{}", '"h.0.attn.c_attn"', "[", "[" * 9999])
+def test_metadata_that_name_no_list_of_projections_are_refused(copy, text):
     model = onnx.load(copy / "onnx/model.onnx", load_external_data=False)
+    next(entry for entry in model.metadata_props if entry.key == contract.LORA).value = text
+    onnx.save(model, copy / "onnx/model.onnx")
+    with pytest.raises(ConversionError, match="gpt2x.lora"):
+        OnnxDecoder(copy)
+
+
+def test_a_model_whose_optional_input_has_another_width_is_refused(copy):
+    model = onnx.load(with_inputs(copy), load_external_data=False)
     for value in (*model.graph.input, *model.graph.initializer):
         if value.name == A and isinstance(value, onnx.ValueInfoProto):
             value.type.tensor_type.shape.dim[1].dim_value = 0
-    onnx.save(model, copy / "onnx/model.onnx")
-    with pytest.raises(CheckpointError, match=r"lora_A.weight is float32 \[16, 0\]"):
-        OnnxDecoder(copy)
+    onnx.save(model, with_inputs(copy))
+    for use in (lambda: OnnxDecoder(copy, adapter="all"), lambda: OnnxDecoder(copy).with_adapter("all")):
+        with pytest.raises(CheckpointError, match=r"lora_A.weight is float32 \[16, 0\]"):
+            use()

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -289,3 +290,20 @@ def _disjoint(model, ids, context) -> tuple[float, int]:
             total += float(logits.gather(2, inputs[:, 1:, None]).double().sum())
             count += inputs[:, 1:].numel()
     return total, count
+
+
+@pytest.mark.parametrize(("threads", "pools"), [(1, []), (3, [3]), (100, [4])])
+def test_logits_are_scored_in_so_many_threads(monkeypatch, threads, pools):
+    logits = np.random.default_rng(0).standard_normal((64, 9)).astype(np.float32)
+    tokens = np.arange(64) % 9
+    expected = score_tokens(logits, tokens)
+    made = []
+
+    def pool(count):
+        made.append(count)
+        return ThreadPoolExecutor(count)
+
+    monkeypatch.setattr("gpt2x.scoring.logits.ThreadPoolExecutor", pool)
+    found = score_tokens(logits, tokens, threads=threads)
+    assert made == pools
+    np.testing.assert_array_equal(found.log_probabilities, expected.log_probabilities)
