@@ -40,17 +40,17 @@ def continue_many(
 ) -> Iterator[Done]:
     """Continue any number of prompts, ``batch`` at a time. Results come as they are complete.
 
-    Where the cache stays in place, a prompt joins as soon as another one ends (continuous batching). Otherwise, and for
-    beam search, a batch ends as a whole. A text does not depend on the others of its batch, nor on their number, but for
-    rounding.
+    Where the cache stays in place, a prompt joins as soon as others have ended (continuous batching). Otherwise, and for
+    beam search, a batch ends as a whole. In both, a prompt is read once, however many texts continue it. A text does not
+    depend on the others of its batch, nor on their number, but for rounding.
 
     Raises:
         InputError: if a control names a token outside the vocabulary.
     """
     check_tokens(decoder, config.sampling, end_tokens_of(decoder, tokenizer, config))
     joins = isinstance(decoder, OnnxDecoder) and decoder.in_place
-    alone = config.speculate is not None and batch == 1
-    if joins and not alone and not config.beams and config.num_return_sequences == 1:
+    alone = config.speculate is not None and batch == 1 and config.num_return_sequences == 1
+    if joins and not alone and not config.beams:
         yield from _joining(decoder, tokenizer, iter(jobs), config, batch)  # type: ignore[arg-type]
         return
     remaining = iter(jobs)
@@ -102,10 +102,12 @@ def seed_of(config: GenerationConfig, number: int) -> np.random.SeedSequence:
 def _joining(
     decoder: OnnxDecoder, tokenizer: TextTokenizer, jobs: Iterator[Job], config: GenerationConfig, batch: int
 ) -> Iterator[Done]:
-    active: dict[int, _Text] = {}  # by the number of its sequence in the batch
+    most = batch * config.num_return_sequences  # texts at a time
+    active: list[_Texts] = []
     with RunningBatch(decoder) as running:
         while True:
-            taken = list(islice(jobs, batch - len(active)))
+            free = most - sum(len(texts) for texts in active)
+            taken = list(islice(jobs, free // config.num_return_sequences))
             if not taken and not active:
                 return
             for job in taken:
@@ -114,34 +116,78 @@ def _joining(
                 except PromptError as error:
                     yield Done(job.number, [], str(error))
                     continue
-                text = _Text(job.number, prompt, decoder, tokenizer, config)
-                if text.finish:
-                    yield text.done()
-                    continue
-                sequence, logits = running.join(text.tokens)
-                text.take(logits)
-                active[sequence] = text
-            for sequence in [number for number, text in active.items() if text.finish]:
+                texts = _Texts(job.number, prompt, decoder, tokenizer, config)
+                texts.join(running)
+                active.append(texts)
+            for texts in active:
+                texts.leave(running)
+                if not texts:
+                    yield texts.done()
+            active = [texts for texts in active if texts]
+            logits_of = running.step({key: token for texts in active for key, token in texts.last_tokens().items()})
+            for texts in active:
+                texts.take(logits_of)
+
+
+class _Texts:
+    """The texts of one prompt in a running batch. Its length is the number of those that go on."""
+
+    def __init__(
+        self, number: int, prompt: list[int], decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig
+    ) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.all = []
+        for seed in _seeds(config, number):
+            self.all.append(_Text(list(prompt), decoder, tokenizer, config, np.random.default_rng(seed)))
+        self.active: dict[int, _Text] = {}  # by the number of its sequence in the batch
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    def join(self, running: RunningBatch) -> None:
+        """Read the prompt once for all texts, and choose the first token of each. Without room for one, do nothing."""
+        if self.all[0].finish:
+            return
+        first, logits = running.join(self.prompt)
+        sequences = [first, *(running.fork(first) for _ in self.all[1:])]
+        self.active = dict(zip(sequences, self.all, strict=True))
+        for text in self.all:
+            text.take(logits)
+
+    def last_tokens(self) -> dict[int, int]:
+        """The last token of each sequence."""
+        return {sequence: text.tokens[-1] for sequence, text in self.active.items()}
+
+    def take(self, logits_of: dict[int, Logits]) -> None:
+        """Choose the next token of each text, from the logits (V,) of its sequence."""
+        for sequence, text in self.active.items():
+            text.take(logits_of[sequence])
+
+    def leave(self, running: RunningBatch) -> None:
+        """Remove the sequences of texts that have ended."""
+        for sequence, text in list(self.active.items()):
+            if text.finish:
                 running.leave(sequence)
-                yield active.pop(sequence).done()
-            logits_of = running.step({sequence: text.tokens[-1] for sequence, text in active.items()})
-            for sequence, text in active.items():
-                text.take(logits_of[sequence])
+                del self.active[sequence]
+
+    def done(self) -> Done:
+        """The result, once all have ended."""
+        return Done(self.number, [text.done() for text in self.all])
 
 
 class _Text:
     """A text that is continued in a running batch."""
 
     def __init__(
-        self, number: int, prompt: list[int], decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig
-    ) -> None:
-        self.number = number
+        self, prompt: list[int], decoder: Decoder, tokenizer: TextTokenizer, config: GenerationConfig,
+        generator: np.random.Generator,
+    ) -> None:  # fmt: skip
         self.tokens = prompt
         self.prompt_length = len(self.tokens)
         self.end_tokens = end_tokens_of(decoder, tokenizer, config)
         self.limit = config.new_tokens(self.prompt_length)
         self.n_ctx = decoder.n_ctx
-        generator = np.random.default_rng(seed_of(config, number))
         self.choose = Chooser(config.sampling, self.prompt_length, self.end_tokens, generator)
         self.pieces = TextPieces(tokenizer, config.stop_strings)
         self.text = ""
@@ -167,8 +213,8 @@ class _Text:
         elif len(self.tokens) >= self.n_ctx:
             self.finish = "context"
 
-    def done(self) -> Done:
+    def done(self) -> Continuation:
         """The result, once it has ended."""
         assert self.finish
         text = self.text + self.pieces.push(None)
-        return Done(self.number, [Continuation(text, self.tokens[self.prompt_length :], self.finish)])
+        return Continuation(text, self.tokens[self.prompt_length :], self.finish)
