@@ -7,9 +7,10 @@ MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_ve
 CLIENTS := tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/peers/test_task_clients.py
 # Debian's browser, where it can be installed. Elsewhere the tests say what they skip.
 CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+BENCH := $(BIN)/python benchmarks
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-score bench-soak bench-plot clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -71,13 +72,30 @@ corpora: $(VENV)/.ready ## files of others that must be refused: downloads them 
 	$(BIN)/python tests/fuzz/corpora.py $(VENV)/corpora
 	GPT2X_CORPORA=$(abspath $(VENV)/corpora) $(BIN)/python -m pytest -rs tests/fuzz/test_corpora.py
 
-bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## speed and memory beside peers; takes 20 GB of disk and an hour
-	$(BIN)/python benchmarks/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x)
-	$(BIN)/python benchmarks/export.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) \
-		--optimum $(abspath $(VENV)-optimum/bin/optimum-cli) --mobius $(abspath $(VENV)-mobius/bin/mobius)
-	$(BIN)/python benchmarks/decode.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) --transformers $(abspath $(BIN)/python) \
+bench: bench-convert bench-export bench-decode ## speed and memory next to peers; takes 20 GB of disk and an hour. Each part by itself: make bench-score, and others below
+
+bench-convert: $(VENV)/.ready $(VENV)-bench/.ready ## conversions next to cp; ARGS='--rounds 9' of this and all other parts are options of the script
+	$(BENCH)/convert.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) $(ARGS)
+
+bench-export: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius/.ready ## exports to ONNX, and decoding in fp32
+	$(BENCH)/export.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) \
+		--optimum $(abspath $(VENV)-optimum/bin/optimum-cli) --mobius $(abspath $(VENV)-mobius/bin/mobius) $(ARGS)
+
+bench-decode: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## every precision next to other programs
+	$(BENCH)/decode.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) --transformers $(abspath $(BIN)/python) \
 		--optimum $(abspath $(VENV)-optimum/bin/python) --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) \
-		--llama $(abspath $(VENV)-llama/bin/python)
+		--llama $(abspath $(VENV)-llama/bin/python) $(ARGS)
+
+bench-speculate: $(VENV)/.ready ## guesses next to plain decoding, with the shipped model; CACHE=inplace-int8 for another cache
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/gpt2x export gpt2x/shakespeare --onnx "$$folder/onnx" --precision fp32,int8,w8a8 --cache $(or $(CACHE),inplace) && \
+	$(BENCH)/speculate.py "$$folder/onnx" $(ARGS)
+
+bench-fidelity: $(VENV)/.ready $(VENV)-llama/.ready ## accuracy of each precision next to llama.cpp's; TEXT=FILE for another text
+	$(BENCH)/fidelity.py --text $(or $(TEXT),gpt2x/coriolanus.txt) --llama $(abspath $(VENV)-llama/bin/python) $(ARGS)
+
+bench-adapters bench-attention bench-score bench-soak bench-plot: bench-%: $(VENV)/.ready ## LoRA inputs; two graphs; scoring; memory; the plot of docs/benchmarks.md
+	$(BENCH)/$*.py $(ARGS)
 
 %/$(MADE):
 	rm -rf $*
@@ -149,7 +167,7 @@ $(VENV)-executorch/.ready: pyproject.toml constraints.txt $(VENV)-executorch/$(M
 	$(VENV)-executorch/bin/python $(PIP) --editable . pytest executorch==1.5.1
 	touch $@
 
-# A peer of make bench alone.
+# A peer of make bench-export alone.
 $(VENV)-mobius/.ready: constraints.txt $(VENV)-mobius/$(MADE)
 	$(VENV)-mobius/bin/python $(PIP) torch transformers mobius-onnx
 	touch $@

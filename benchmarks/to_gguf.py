@@ -7,9 +7,9 @@ requested type; positions, biases and norms are float32. The file has no vocabul
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import click
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -28,7 +28,12 @@ NAMES = {
 }
 
 
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("kind")
 def main(source: Path, target: Path, kind: str) -> None:
+    """Write SOURCE, a directory, as the GGUF file TARGET. KIND is a type of GGUF, such as F32 or Q8_0."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
     writer = gguf.GGUFWriter(target, "gpt2")
@@ -61,4 +66,4 @@ def main(source: Path, target: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main()

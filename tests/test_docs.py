@@ -76,7 +76,8 @@ def test_every_command_of_the_page_on_scoring_runs(gpt2x, tmp_path, monkeypatch)
 
 
 def test_the_two_commands_of_the_readme_are_those_of_the_makefile():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    rules = re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.M)
+    targets = {target for rule in rules for target in rule.split()}
     made = re.findall(r"(?:^\$ |`)make ([\w-]+)", "".join(path.read_text() for path in DOCS), re.M)
     assert {"demo", "test"} <= set(made) <= targets
 
@@ -126,10 +127,19 @@ def test_the_error_that_the_readme_shows_is_the_real_one(gpt2x, tmp_path, monkey
     assert gpt2x("convert", "model.safetensors", "out.bin").stderr == shown
 
 
+def anchors(path):
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_leads_somewhere():
     for path in DOCS:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            page = path.parent / name if name else path
+            assert page.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(page), f"{path.name}: {target}"
 
 
 def test_every_file_that_a_document_names_is_there():
