@@ -20,7 +20,6 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from converters import save_checkpoint
 from gpt2x import GPT2, SHAKESPEARE, Tokenizer, checkpoint_of
@@ -29,7 +28,7 @@ from gpt2x.verify.sample_text import default_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from train_shakespeare import batch, held_out_loss, loss_of, optimizer_of, schedule  # noqa: E402
+from train_shakespeare import batch, held_out_loss, loss_of, optimizer_of, schedule
 
 RESOLUTION = 1000  # the learning rate follows the time that has passed, in so many parts
 WARMUP = 20  # steps
