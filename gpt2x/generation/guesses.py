@@ -12,7 +12,6 @@ from ..runtimes.base import Decoder, InputError
 from .processors import Scores
 from .sampling import Chooser
 
-SHORTEST = 2  # an n-gram of one token predicts little
 Ngram = tuple[int, ...]
 
 
@@ -29,18 +28,22 @@ class Guess:
     q: Scores | None = None
 
 
+MODEL = 0
+"""The level of a draft model's guesses. Other levels are the lengths of n-grams, and cost nothing."""
+
+
 class Guesser(Protocol):
     """Makes the guesses for one text."""
 
     price: float
-    """What a guess costs, as a share of a step of the model."""
+    """What a guess of the level ``MODEL`` costs, as a share of a step of the model: a first estimate."""
 
-    def level(self, tokens: Sequence[int]) -> int | None:
-        """How good the guesses after the tokens so far will be: a number for guesses that are alike; None for no guess."""
+    def levels(self, tokens: Sequence[int]) -> list[int]:
+        """The kinds of guesses that can be made after the tokens so far, each a number; none for no guess."""
         ...
 
-    def guess(self, tokens: Sequence[int], count: int) -> list[Guess]:
-        """At most ``count`` guesses of the tokens that follow. ``level`` was called for the same tokens."""
+    def guess(self, level: int, tokens: Sequence[int], count: int) -> list[Guess]:
+        """At most ``count`` guesses of the tokens that follow. ``levels`` was called for the same tokens."""
         ...
 
 
@@ -63,19 +66,19 @@ class PromptLookup:
 
     Args:
         guesses: the largest number of guesses in a run; more than 31 count as 31.
-        ngram: the longest n-gram that is looked up, of 2 tokens or more.
+        ngram: the longest n-gram that is looked up, of 1 token or more.
 
     Raises:
         ValueError: if a number is too small.
     """
 
     guesses: int = 7
-    ngram: int = 4
+    ngram: int = 6
 
     def __post_init__(self) -> None:
         check_count(self.guesses)
-        if self.ngram < SHORTEST:
-            raise ValueError(f"ngram is {self.ngram}; it must be {SHORTEST} or more")
+        if self.ngram < 1:
+            raise ValueError(f"ngram is {self.ngram}; it must be 1 or more")
 
     def check(self, decoder: Decoder) -> None:
         """Every model can be guessed for."""
@@ -91,24 +94,25 @@ class Lookup(Guesser):
     price = 0.0
 
     def __init__(self, ngram: int) -> None:
-        self.sizes = range(ngram, SHORTEST - 1, -1)
+        self.sizes = range(ngram, 0, -1)
         self.follows: dict[Ngram, int] = {}  # n-gram -> the index of the token after it
         self.read = 0
         self._found = 0
 
-    def level(self, tokens: Sequence[int]) -> int | None:
+    def levels(self, tokens: Sequence[int]) -> list[int]:
         """The length of the longest n-gram that the text ends with and that occurred before."""
         self._read(tokens)
         for size in self.sizes:
             found = self.follows.get(tuple(tokens[-size:]))
             if found is not None:
                 self._found = found
-                return size
-        return None
+                return [size]
+        return []
 
-    def guess(self, tokens: Sequence[int], count: int) -> list[Guess]:
-        """The tokens that followed."""
-        return [Guess(token) for token in tokens[self._found : self._found + count]]
+    def guess(self, level: int, tokens: Sequence[int], count: int) -> list[Guess]:
+        """The tokens that followed. Where they end, the text repeats itself, and they are repeated, too."""
+        period = len(tokens) - self._found
+        return [Guess(tokens[self._found + i % period]) for i in range(count)]
 
     def _read(self, tokens: Sequence[int]) -> None:
         """Remember every n-gram that a token follows. The last one of the text has none yet."""
@@ -124,7 +128,7 @@ class Lookup(Guesser):
 
 @dataclass(frozen=True)
 class Draft:
-    """Guess with a smaller model of the same vocabulary.
+    """Guess with a smaller model of the same vocabulary, or as ``PromptLookup`` does, whichever is expected to gain more.
 
     Args:
         decoder: the smaller model, in any runtime that can take its cache back.
@@ -161,22 +165,28 @@ class Draft:
 
 
 class Drafter(Guesser):
-    """The guesses of a smaller model for one text. Its cache follows the text."""
+    """The guesses of a smaller model for one text, and those of prompt lookup. The model's cache follows the text."""
 
     def __init__(self, decoder: Decoder, choose: Chooser, price: float) -> None:
         self.decoder = decoder
         self.choose = choose
         self.price = price
+        self.lookup = Lookup(PromptLookup.ngram)
         self.cache: Any = None
         self.held: list[int] = []  # the tokens in the cache
         self.agreed = 0  # so many of them belonged to the text when it was last seen
 
-    def level(self, tokens: Sequence[int]) -> int | None:
-        """All guesses of a model are alike. There are none beyond its context."""
-        return 0 if len(tokens) <= self.decoder.n_ctx else None
+    def levels(self, tokens: Sequence[int]) -> list[int]:
+        """The level of prompt lookup, and ``MODEL`` within the context of the model."""
+        found = self.lookup.levels(tokens)
+        if len(tokens) <= self.decoder.n_ctx:
+            found.append(MODEL)
+        return found
 
-    def guess(self, tokens: Sequence[int], count: int) -> list[Guess]:
+    def guess(self, level: int, tokens: Sequence[int], count: int) -> list[Guess]:
         """Continue the text, with the controls of the text."""
+        if level != MODEL:
+            return self.lookup.guess(level, tokens, count)
         text = list(tokens)
         self._take_back(text)
         guesses: list[Guess] = []

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..runtimes.base import FEW, Decoder, InputError, Logits
-from .guesses import Guess, Speculate
+from .guesses import MODEL, Guess, Speculate
 from .pace import Pace, Prices
 from .processors import Scores
 from .sampling import Chooser
@@ -32,7 +32,11 @@ PROBE = 4  # tokens that are run both ways to see whether a model returns the sa
 TIES_WEIGHT = 20.0  # how many positions the expected share of near ties counts for, before any was seen
 TIES_SHARE = 10.0  # that share, as a multiple of ``Decoder.near_tie``
 RISK = 0.15  # near ties that may be expected in the rest of the text: after each, its steps are made again
+HOPELESS = 10 * RISK  # from here on, near ties are not even counted
 AGREES: WeakKeyDictionary[Decoder, bool] = WeakKeyDictionary()  # what the check of ``same_in_runs`` found
+PRICES: WeakKeyDictionary[Decoder, WeakKeyDictionary[Speculate, Prices]] = (
+    WeakKeyDictionary()
+)  # what earlier texts measured
 
 
 def check_speculation(decoder: Decoder, speculate: Speculate) -> None:
@@ -49,6 +53,14 @@ def check_speculation(decoder: Decoder, speculate: Speculate) -> None:
     if not decoder.can_truncate:
         raise InputError(f"{decoder.runtime} cannot take its cache back, as speculative decoding needs")
     speculate.check(decoder)
+
+
+def prices_of(decoder: Decoder, speculate: Speculate, guess_price: float, greedy: bool) -> Prices:
+    """Return what runs and guesses cost. For greedy decoding, they are measured, over all texts of a model."""
+    fresh = Prices(decoder.several_price, guess_price, measures=greedy)
+    if not greedy:  # with a seed, a sampled text is the same each time, so it must not follow the clock
+        return fresh
+    return PRICES.setdefault(decoder, WeakKeyDictionary()).setdefault(speculate, fresh)
 
 
 @dataclass
@@ -115,9 +127,8 @@ class SpeculativeText:
         self.counts = Counts()
         self.guesser = speculate.start(decoder, choose)
         greedy = choose.sampling.greedy
-        # With a seed, a sampled text is the same each time. So only greedy decoding may follow the clock.
-        prices = Prices(decoder.several_price, measures=greedy)
-        self.pace = Pace(min(speculate.guesses, FEW - 1), prices, self.guesser.price)
+        prices = prices_of(decoder, speculate, self.guesser.price, greedy)
+        self.pace = Pace(min(speculate.guesses, FEW - 1), prices)
         self.ties = Ties(decoder.near_tie) if greedy else None
         self.probe: list[Logits] = []  # of the last plain steps, until runs of several tokens were checked
         self.cache: Any = None
@@ -155,9 +166,16 @@ class SpeculativeText:
             return self._add(self.choose.draw(self.choose.sampling.probabilities(scores)))
         if self._must_probe():
             self.probe = [*self.probe[1 - PROBE :], logits]
-        elif not self._same_bits() and self.ties.check(logits, scores) and not is_plain:
+        elif self._must_check(is_plain) and self.ties.check(logits, scores) and not is_plain:
             scores = self._decide()
         return self._add(int(scores.argmax()))
+
+    def _must_check(self, is_plain: bool) -> bool:
+        """Whether a step is checked for a near tie: to decide it, or, after a plain cache, to count it."""
+        assert self.ties is not None
+        if self._same_bits():
+            return False
+        return not is_plain or self.ties.risk(self._room()) <= HOPELESS
 
     def _single(self) -> Logits:
         """Run the next token alone. Logits (V,)."""
@@ -190,21 +208,24 @@ class SpeculativeText:
     # ---------------------------------------------------------------------------------------------------- guesses
 
     def _guesses(self) -> tuple[int, list[Guess]]:
-        """Guesses of the next tokens, and how good they are; none where a plain step is expected to be better."""
-        level = self.guesser.level(self.tokens)
-        room = self.end - len(self.tokens) - 1  # the run itself adds a token
-        if level is None or room < 1 or not self._may_speculate(room):
-            return 0, []
-        count = self.pace.count(level, room)
+        """Guesses of the next tokens, and their level; none where a plain step is expected to be better."""
+        room = self._room()
+        if room < 1 or not self._may_speculate(room):
+            return MODEL, []
+        level, count = self.pace.choose(self.guesser.levels(self.tokens), room)
         if not count:
-            return 0, []
+            return level, []
         start = time.perf_counter()
-        guesses = self.guesser.guess(self.tokens, count)
-        self.pace.guessed(len(guesses), time.perf_counter() - start)
+        guesses = self.guesser.guess(level, self.tokens, count)
+        self.pace.guessed(level, len(guesses), time.perf_counter() - start)
         for i, guess in enumerate(guesses):
             if guess.token in self.end_tokens:
                 return level, guesses[: i + 1]
         return level, guesses
+
+    def _room(self) -> int:
+        """How many guesses may follow: the run itself adds a token."""
+        return self.end - len(self.tokens) - 1
 
     def _may_speculate(self, room: int) -> bool:
         if self.ties is None or self._same_bits():

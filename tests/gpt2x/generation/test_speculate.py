@@ -17,10 +17,11 @@ from gpt2x.export.torch_program import export_pt2, export_torchscript
 from gpt2x.generation import speculate
 from gpt2x.generation.config import GenerationConfig
 from gpt2x.generation.generate import continuations
-from gpt2x.generation.guesses import Draft, Drafter, Lookup, PromptLookup
+from gpt2x.generation.guesses import MODEL, Draft, Drafter, Lookup, PromptLookup
 from gpt2x.generation.loop import Generation
 from gpt2x.generation.pace import Pace, Prices
 from gpt2x.generation.sampling import Chooser, Sampling
+from gpt2x.generation.speculate import prices_of
 from gpt2x.runtimes.base import Decoder, InputError
 from gpt2x.runtimes.onnx_run import InPlaceRun
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
@@ -36,8 +37,12 @@ CORIOLANUS = SHAKESPEARE.parent / "coriolanus.txt"
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Guesses are always made, also where they fail or near ties are likely."""
-    monkeypatch.setattr(Pace, "count", lambda self, level, most: min(most, 5))
+    """Guesses are always made, of each kind in turn, also where they fail or near ties are likely."""
+
+    def choose(self, levels, most):
+        return (levels[most % len(levels)], min(most, 5)) if levels else (MODEL, 0)
+
+    monkeypatch.setattr(Pace, "choose", choose)
     monkeypatch.setattr(Pace, "checked", lambda self, level, guesses, right: None)
     monkeypatch.setattr(speculate, "RISK", np.inf)
 
@@ -82,7 +87,7 @@ def test_greedy_tokens_are_those_of_plain_decoding_in_every_precision_and_cache(
 
 def test_of_two_models_the_one_that_decodes_checks_every_guess(exported, prompts, eager, monkeypatch):
     """The other reads long runs, which are prompts."""
-    monkeypatch.setattr(Pace, "count", lambda self, level, most: min(most, max(self.counts)))
+    monkeypatch.setattr(Pace, "choose", lambda self, levels, most: (MODEL, min(most, max(self.counts))))
     decoder = OnnxDecoder(exported / "inplace", precision="w8a8+int4")
     draft = Draft(OnnxDecoder(exported / "inplace-int8", precision="int4"), 64)
     expected = continued(decoder, prompts[0], 80)[0]
@@ -377,11 +382,11 @@ def account_after(pace, steps, right):
     """Make steps in which ``right(guesses)`` of the guesses are right. Returns tokens and their price."""
     tokens, price = 0, 0.0
     while tokens < steps:
-        guesses = pace.count(0, 50)
+        level, guesses = pace.choose([MODEL], 50)
         if guesses:
             hit = right(guesses)
-            pace.checked(0, guesses, hit)
-            price += pace.price(guesses)
+            pace.checked(level, guesses, hit)
+            price += pace.price(level, guesses)
             tokens += hit + 1
         else:
             pace.step()
@@ -393,31 +398,70 @@ def account_after(pace, steps, right):
 @pytest.mark.parametrize("slope", [0.05, 0.15, 0.5, 0.9])
 @pytest.mark.parametrize("guess_price", [0.0, 0.1, 0.3, 1.0])
 def test_guesses_that_fail_cost_less_than_three_percent(slope, guess_price):
-    tokens, price = account_after(Pace(7, Prices(slope, measures=False), guess_price), 200, lambda guesses: 0)
+    tokens, price = account_after(Pace(7, Prices(slope, guess_price, measures=False)), 200, lambda guesses: 0)
     assert price <= tokens / 0.97
 
 
 def test_guesses_that_are_right_are_made_in_great_numbers():
-    tokens, price = account_after(Pace(7, Prices(0.15, measures=False), 0.0), 200, lambda guesses: guesses)
+    tokens, price = account_after(Pace(7, Prices(0.15, 0.0, measures=False)), 200, lambda guesses: guesses)
     assert price < 0.35 * tokens
 
 
 def test_a_bad_stretch_ends_the_guesses_and_a_good_one_begins_them_again():
-    pace = Pace(7, Prices(0.15, measures=False), 0.0)
+    pace = Pace(7, Prices(0.15, 0.0, measures=False))
     account_after(pace, 100, lambda guesses: 0)
     tokens, price = account_after(pace, 400, lambda guesses: guesses)
     assert price < 0.6 * tokens
 
 
+def test_of_two_kinds_of_guesses_the_one_that_gains_more_is_made():
+    pace = Pace(7, Prices(0.1, 0.1, measures=False))
+    for _ in range(5):
+        pace.checked(MODEL, 7, 7)
+        pace.checked(3, 7, 1)
+    assert pace.choose([3, MODEL], 50) == (MODEL, 7)
+    for _ in range(20):
+        pace.checked(3, 7, 7)
+    assert pace.choose([3, MODEL], 50) == (3, 7), "looking up costs nothing"
+    assert pace.choose([], 50) == (MODEL, 0)
+
+
 def test_prices_are_measured_and_carried_over_to_other_numbers_of_tokens():
-    prices = Prices(0.15, measures=True)
-    for tokens, seconds in [(1, 9), (1, 1), (1, 1), (5, 99), (5, 3)]:
-        prices.measured(tokens, seconds)
-    assert prices.of(5) == pytest.approx(3)
-    assert prices.of(3) == pytest.approx(2)
-    unmeasured = Prices(0.15, measures=False)
-    unmeasured.measured(5, 3)
-    assert unmeasured.of(5) == pytest.approx(1.6)
+    prices = Prices(0.15, 0.1, measures=True)
+    prices.measured(1, 9)  # the first one does not count
+    prices.measured(5, 99)
+    assert prices.of(5) == pytest.approx(1.6)
+    for _ in range(50):
+        prices.measured(1, 1)
+        prices.measured(5, 3)
+        prices.guessed(2, 0.6)
+    assert prices.of(5) == pytest.approx(3, abs=0.01)
+    assert prices.of(3) == pytest.approx(2, abs=0.01)
+    assert prices.guess == pytest.approx(0.3, abs=0.01)
+    unmeasured = Prices(0.15, 0.1, measures=False)
+    for _ in range(3):
+        unmeasured.measured(1, 1)
+        unmeasured.measured(5, 3)
+        unmeasured.guessed(2, 0.6)
+    assert (unmeasured.of(5), unmeasured.guess) == (pytest.approx(1.6), 0.1)
+
+
+def test_one_run_that_was_delayed_does_not_end_the_guesses():
+    prices = Prices(0.15, 0.0, measures=True)
+    for seconds in (1, 1, 1, 1000, 1):
+        prices.measured(1, seconds)
+        prices.measured(4, seconds)
+    assert prices.of(4) < 2
+
+
+def test_prices_stay_for_the_next_text_unless_it_is_sampled(exported, prompts):
+    decoder = OnnxDecoder(exported / "inplace", precision="fp32")
+    guesses = PromptLookup()
+    continued(decoder, prompts[0], 40, guesses=guesses)
+    measured = prices_of(decoder, guesses, 0.0, greedy=True)
+    assert measured is prices_of(decoder, guesses, 0.0, greedy=True)
+    assert measured.slope != decoder.several_price
+    assert prices_of(decoder, guesses, 0.0, greedy=False).slope == decoder.several_price
 
 
 # ------------------------------------------------------------------------------------------------------ the guesses
@@ -426,12 +470,19 @@ def test_prices_are_measured_and_carried_over_to_other_numbers_of_tokens():
 def test_the_longest_ngram_is_looked_up_and_its_latest_occurrence_counts():
     lookup = Lookup(3)
     text = [1, 2, 3, 7, 8, 2, 3, 9, 9, 1, 2, 3]
-    assert lookup.level(text) == 3
-    assert [guess.token for guess in lookup.guess(text, 2)] == [7, 8]
+    assert lookup.levels(text) == [3]
+    assert [guess.token for guess in lookup.guess(3, text, 2)] == [7, 8]
     text += [5, 2, 3]
-    assert lookup.level(text) == 2
-    assert [guess.token for guess in lookup.guess(text, 9)] == [5, 2, 3]
-    assert lookup.level([*text, 4]) is None
+    assert lookup.levels(text) == [2]
+    assert [guess.token for guess in lookup.guess(2, text, 3)] == [5, 2, 3]
+    assert lookup.levels([*text, 4]) == []
+
+
+def test_a_text_that_repeats_itself_is_guessed_beyond_its_end():
+    lookup = Lookup(3)
+    text = [9, 1, 2, 1, 2, 1, 2]
+    assert lookup.levels(text) == [3]
+    assert [guess.token for guess in lookup.guess(3, text, 5)] == [1, 2, 1, 2, 1]
 
 
 class Recorded(Markov):
@@ -451,11 +502,11 @@ def test_a_draft_model_runs_each_token_once_but_those_that_were_refused():
     seen = decoder.seen
     drafter = Drafter(decoder, Chooser(GREEDY, 0, (), np.random.default_rng()), 0.1)
     text = [0, 1, 2]
-    first = [guess.token for guess in drafter.guess(text, 3)]
+    first = [guess.token for guess in drafter.guess(MODEL, text, 3)]
     assert seen == [[0, 1, 2], [first[0]], [first[1]]]
     seen.clear()
     text += [first[0], (first[1] + 1) % 5]
-    drafter.guess(text, 1)
+    drafter.guess(MODEL, text, 1)
     assert seen == [[text[-1]]], "the accepted guess is in the cache"
 
 
@@ -484,7 +535,7 @@ def test_what_cannot_be_guessed_for_is_refused_in_one_line(tmp_path):
         Generation(plain, [[1, 2]], 3, GREEDY, speculate=PromptLookup())
     with pytest.raises(InputError, match="cannot take its cache back"):
         Generation(Markov(0), [[1, 2]], 3, GREEDY, speculate=Draft(plain))
-    for wrong in (lambda: PromptLookup(0), lambda: PromptLookup(ngram=1), lambda: Draft(plain, 0)):
+    for wrong in (lambda: PromptLookup(0), lambda: PromptLookup(ngram=0), lambda: Draft(plain, 0)):
         with pytest.raises(ValueError, match="it must be"):
             wrong()
     with pytest.raises(ValueError, match="beam search"):
