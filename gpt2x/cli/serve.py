@@ -11,7 +11,7 @@ import click
 
 from .running import THREADS
 from .source import RunPrecision
-from .text import read_text
+from .text import read_whole_text
 
 if TYPE_CHECKING:
     import socket
@@ -90,9 +90,10 @@ def serve(
       gpt2x serve gpt2-onnx/ --port 8000
       gpt2x serve gpt2=gpt2-onnx/ tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ --precision fp32 --precision w8a8
+      gpt2x serve gpt2=gpt2-onnx/onnx/model_int8.onnx tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ embed=gpt2-embeddings-onnx/
 
-    DIR can be NAME=DIR. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
+    DIR can be NAME=DIR, or a model in it, for a precision of its own. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
     """
     from ..serving.app import Server
     from ..serving.http import is_loopback, listen
@@ -140,7 +141,7 @@ def _keys(path: str | None) -> tuple[bytes, ...]:
 
     if path is None:
         return ()
-    text = read_text(path, MAX_KEYS)
+    text = read_whole_text(path, MAX_KEYS)
     try:
         return parse_keys(text)
     except ValueError as error:

@@ -49,8 +49,29 @@ def read_text(path: str, limit: int | None = None) -> str:
         # A limit may cut the last character in two.
         return data.decode("utf-8", "strict" if complete else "ignore")
     except UnicodeDecodeError as error:
-        name = "standard input" if path == "-" else path
-        raise FormatError(f"{name}: not UTF-8 at byte {error.start}") from None
+        raise FormatError(f"{_name(path)}: not UTF-8 at byte {error.start}") from None
+
+
+def read_whole_text(path: str, most: int) -> str:
+    """The text in a file of at most so many bytes; ``-`` is standard input.
+
+    Raises:
+        FormatError: if it is larger, or not UTF-8.
+    """
+    from converters import FormatError
+
+    with click.open_file(path, "rb") as file:
+        data: bytes = file.read(most + 1)
+    if len(data) > most:
+        raise FormatError(f"{_name(path)}: exceeds the limit of {most} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{_name(path)}: not UTF-8 at byte {error.start}") from None
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == "-" else path
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ ALL_RULED_OUT = (
     "vocabulary"
 )
 NO_TOKENS: Ids = np.empty(0, np.int64)
+MARGIN = 1e-9
+"""Relative; more than what rounding in float64 can change."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,53 @@ class Sampling:
 
     def probabilities(self, logits: Scores) -> Scores:
         """The distribution (V,) to sample from, after ``penalties`` were applied."""
-        return softmax(apply(self.warpers(), NO_TOKENS, logits.astype(np.float64)))
+        found = self.candidates(logits)
+        p = np.zeros(len(logits))
+        p[found.ids] = found.p
+        return p
+
+    def candidates(self, logits: Scores) -> Candidates:
+        """The tokens to sample from, of logits (V,) after ``penalties`` were applied."""
+        ids = np.arange(len(logits))
+        least = self._least(logits)
+        if least > NEVER:
+            ids = np.flatnonzero(logits >= least)
+            logits = logits[ids]
+        warped = apply(self.warpers(), NO_TOKENS, logits.astype(np.float64))
+        possible = warped > NEVER
+        if not possible.all():
+            kept = np.flatnonzero(possible)
+            ids = ids[kept]
+            warped = warped[kept]
+        return Candidates(ids, softmax(warped))
+
+    def _least(self, logits: Scores) -> float:
+        """A logit below which no token is sampled, so that the float64 arithmetic can leave these out.
+
+        It is a little lower than necessary, because ``TopK`` and ``MinP`` decide, and logits that differ may be tied
+        after the temperature is applied, by rounding.
+        """
+        best = float(logits.max())
+        if self.top_k and self.top_k < len(logits):
+            least = float(np.partition(logits, -self.top_k)[-self.top_k])
+            return least - MARGIN * (best - least)
+        if self.min_p and self.top_p in (None, 1):
+            least = best + self.temperature * math.log(self.min_p)
+            return least - MARGIN * (abs(best) + abs(least) + self.temperature)
+        return NEVER
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that may be sampled: all others have a probability of 0.
+
+    Attributes:
+        ids: (n,), in rising order.
+        p: their probabilities (n,), float64.
+    """
+
+    ids: Ids
+    p: Scores
 
 
 class Chooser:
@@ -214,7 +263,8 @@ class Chooser:
         scores = self.scores(tokens, logits)
         if self.sampling.greedy:
             return int(scores.argmax())
-        return self.draw(self.sampling.probabilities(scores))
+        found = self.sampling.candidates(scores)
+        return int(found.ids[self.draw(found.p)])
 
     def scores(self, tokens: Sequence[int] | Ids, logits: Logits) -> Scores:
         """The logits (V,) after the penalties.
@@ -232,8 +282,16 @@ class Chooser:
         return scores
 
     def draw(self, p: Scores) -> int:
-        """Draw a token from a distribution (V,)."""
-        return int(self.generator.choice(len(p), p=p))
+        """Draw an index of a distribution (n,): the one that ``Generator.choice`` draws, which checks more and takes twice as long.
+
+        Raises:
+            ValueError: if it contains NaN.
+        """
+        cumulative = np.cumsum(p, dtype=np.float64)
+        if not cumulative[-1] > 0:
+            raise ValueError("the probabilities contain NaN")
+        cumulative /= cumulative[-1]
+        return int(cumulative.searchsorted(self.generator.random(), side="right"))
 
 
 def check_finite(logits: Logits) -> None:

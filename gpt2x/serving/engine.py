@@ -146,8 +146,9 @@ class Engine(Worker):
         self._check_ready()
         waiting = len(self._waiting)
         taken = len(self._running) + (self._reading is not None)
-        free = max(0, self.plan.rows - taken - waiting)
-        if texts > self.max_queue + free - waiting:
+        # A text that waits only until its prompt is read, because a row is free for it, does not count.
+        free = self.plan.rows - taken
+        if waiting + texts > self.max_queue + free:
             turns = (waiting + self.plan.rows) / self.plan.rows
             raise self._queue_full(waiting, texts, turns * self._seconds_per_text)
 

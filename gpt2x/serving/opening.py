@@ -11,9 +11,10 @@ from pathlib import Path
 
 from converters import ConversionError
 
-from ..contract import has_onnx
+from ..contract import has_onnx, model_file
 from ..generation.config import controls_beside
 from ..generation.generate import end_token_of
+from ..precisions import PRECISIONS
 from ..runtimes.base import InputError
 from ..runtimes.onnx_task import OnnxTask
 from ..runtimes.onnxruntime import OnnxDecoder
@@ -29,6 +30,7 @@ from .models import EMBEDDINGS, EmbeddingModel, Models, ServedModel, TextModel
 
 log = logging.getLogger(__name__)
 
+MODEL_FILES = {model_file(precision): precision for precision in PRECISIONS}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
@@ -69,6 +71,8 @@ class EngineOptions:
 def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str | None) -> list[Wanted]:
     """The models that arguments mean: each ``DIR`` or ``NAME=DIR``, in each of the precisions.
 
+    In the place of a directory can be one of its models, such as ``DIR/onnx/model_int8.onnx``: that precision (w8a8) alone.
+
     Raises:
         ValueError: if a name is not valid, or two are the same.
     """
@@ -78,8 +82,11 @@ def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str |
     for source in sources:
         before, equals, after = source.partition("=")
         named = bool(equals) and not Path(source).is_dir()
-        folder = Path(after if named else source)
+        folder, own = _directory_of(Path(after if named else source))
         base = name or (before if named else folder.resolve().name)
+        if own is not None:
+            found.append(Wanted(base, folder, own))
+            continue
         for precision in precisions or [None]:  # type: ignore[list-item]
             whole = f"{base}-{precision}" if len(precisions) > 1 else base
             found.append(Wanted(whole, folder, precision))
@@ -88,6 +95,14 @@ def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str |
             raise ValueError(f"{one.name[:60]!r} is no valid name of a model: use letters, digits, and . _ : / + -")
     _check_differ([one.name for one in found])
     return found
+
+
+def _directory_of(path: Path) -> tuple[Path, str | None]:
+    """The directory that a path means, and its precision if it is the file of a model in it."""
+    precision = MODEL_FILES.get(f"{path.parent.name}/{path.name}")
+    if precision is None:
+        return path, None
+    return path.parent.parent, precision
 
 
 def _check_differ(names: Sequence[str]) -> None:

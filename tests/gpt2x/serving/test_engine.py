@@ -322,6 +322,19 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait_and_admits_later(engine_o
     assert Client(engine, request(prompt(5), 2)).wait().left == 0
 
 
+def test_texts_that_have_a_free_row_take_no_place_in_the_queue(engine_of):
+    engine = engine_of(rows=4, max_queue=2)
+    with held(engine):
+        clients = [Client(engine, request(prompt(5), 200))]
+        wait_for(lambda: engine._running)
+        # Three more rows are free, and two texts may wait.
+        clients += [Client(engine, request(prompt(5), 2)) for _ in range(5)]
+        with pytest.raises(ServingError, match="5 texts are waiting"):
+            Client(engine, request(prompt(5), 2))
+    for client in clients:
+        client.wait()
+
+
 def test_a_request_that_is_late_fails_and_the_others_go_on(engine_of):
     engine = engine_of(rows=2)
     other = Client(engine, request(prompt(4), 100))

@@ -205,6 +205,13 @@ def test_the_names_of_several_models():
     for sources, words in ((["a/b", "c/b"], "two models are called b"), (["é=b"], "no valid name")):
         with pytest.raises(ValueError, match=words):
             wanted_models(sources, [], None)
+    mixed = wanted_models(["a=b/onnx/model_int8.onnx", "c/onnx/model.onnx", "d"], ["int8", "int4"], None)
+    assert [(one.name, str(one.folder), one.precision) for one in mixed] == [
+        ("a", "b", "w8a8"),
+        ("c", "c", "fp32"),
+        ("d-int8", "d", "int8"),
+        ("d-int4", "d", "int4"),
+    ]
     with pytest.raises(ValueError, match="--model-name is for one directory"):
         wanted_models(["a", "b"], [], "gpt2")
 
@@ -507,15 +514,28 @@ def test_a_client_that_goes_away_frees_its_rows(server, models):
 
 
 @pytest.mark.slow
-def test_a_client_that_reads_nothing_is_cut_off(models):
+def test_a_client_that_reads_nothing_is_cut_off(models, monkeypatch):
     engine = models.find("gpt2").engine
+    monkeypatch.setattr("gpt2x.serving.http.listen", listen_with_small_buffers)
     with in_thread(models, write_timeout=0.2) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.settimeout(LIMIT)
         client.connect(("127.0.0.1", server.port))
         client.sendall(raw_request({"prompt": "a", "max_tokens": 250, "n": 24, "stream": True, "logprobs": 20}))
         server.wait_for(lambda: engine._running)
         server.wait_for(lambda: engine.idle)
+        # The connection that asks for the metric is the only one.
         server.wait_for(lambda: server.metric("gpt2x_open_connections") == 1)
+        # What was sent before the cut is still read, and not the end of the answer.
+        answer = read_all(client)
+        assert answer.startswith(b"HTTP/1.1 200") and b"[DONE]" not in answer
+
+
+def listen_with_small_buffers(host, port):
+    """A socket whose connections hold a few kilobytes that the client has not read. The answer is longer."""
+    listener = listen(host, port)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return listener
 
 
 SLOW = (b"", b"GET /health HTTP/1.1\r\nX-a: b\r\n", raw_request({"prompt": "a"})[:-3])
@@ -707,6 +727,10 @@ def test_a_directory_or_budget_that_cannot_be_served_is_named(gpt2x, exported, t
     )
     keys.write_bytes(b"key-of-ours\n\xff")
     assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", keys), f"{keys}: not UTF-8 at byte 12")
+    keys.write_text("key-of-ours\n" * (1 << 17))
+    assert_refused(
+        gpt2x("serve", exported, "--port", 0, "--api-key", keys), f"{keys}: exceeds the limit of 1048576 bytes"
+    )
     assert_refused(gpt2x("serve", exported, "--port", 0, "--api-key", tmp_path / "none"), "none", "No such file")
     assert_refused(gpt2x("serve", exported, "--host", "256.0.0.1", "--port", 0), "256.0.0.1")
 
