@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, ConfigError
-from .io.json import read_json
+from .io.json import MAX_CONFIG, read_json
 from .io.reading import files_in, names_of
 from .values import is_list_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"  # the types that are merged
-# A real file has about 1 kB. The limits keep a stranger's from taking memory.
-MAX_JSON = 1 << 20
 MAX_RANK = 1 << 16
 
 # These add inputs, or choose among adapters for each token: no weights of a GPT-2 compute the same.
@@ -130,7 +128,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         ConfigError: if it is not PEFT's, or states something that changes the arithmetic and is not supported.
         FormatError: if it is not valid JSON.
     """
-    raw = read_json(path, MAX_JSON)
+    raw = read_json(path, MAX_CONFIG)
     kind = raw.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Z0-9_]{1,40}", kind):
         raise ConfigError(f"{path}: {_foreign(raw)}")

@@ -29,8 +29,6 @@ FFN_DIM = 3072
 MAX_LEN = 1024
 DROP_RATE = 0.1
 
-Cache = List[Tuple[Tensor, Tensor]]  # one (key, value) a layer, each (B, H, P, D)
-
 
 class GeluFast(nn.Module):
     """``gelu_fast`` of transformers: the tanh approximation with rounded constants."""

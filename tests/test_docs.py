@@ -162,6 +162,21 @@ def test_the_tables_of_the_formats_are_those_of_the_code(monkeypatch):
     del sys.modules["make_formats"]
 
 
+def test_the_measures_count_comments_alone_in_their_line_and_follow_a_reader_for_two_levels(monkeypatch):
+    import sys
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import measure_code
+
+    text = "# one\nx = 1  # beside code\nif x:\n    # two\n    y = '# no comment'\n"
+    assert measure_code.own_comments(text) == 2
+    path = measure_code.path_of(lambda: open_checkpoint(SHAKESPEARE))
+    assert path[:2] == ["converters.opening", "converters.opening.find"]
+    assert "converters.opening.select_entry" in path  # called by the step that opens the container
+    assert "converters.containers.tf_bundle" not in path  # the third level
+    del sys.modules["measure_code"]
+
+
 def test_every_command_is_in_the_readme():
     from gpt2x.cli import main
 

@@ -9,6 +9,11 @@ from typing import Any
 
 from ..tensors import LazyTensor
 
+# Limits of the shape that a file may state, which is refused before anything is computed from it. GPT-2 has matrices, in
+# Keras's files three axes, and fewer than 2**31 values in the 1558M model.
+MAX_RANK = 8
+MAX_VALUES = 2**40
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -20,7 +20,7 @@ from ..io.publishing import Output
 from ..io.reading import Cursor, File
 from ..tensors import F32, LazyTensor
 from ..values import is_list_of
-from .container import Container
+from .container import MAX_VALUES, Container
 from .gguf_types import PLAIN, Q8_0, TYPES, UNREAD, TensorType
 
 MAGIC = b"GGUF"
@@ -158,8 +158,7 @@ def _info(cursor: Cursor) -> _Info:
             f"{where}: the type {UNREAD.get(number, f'number {number}')} is not supported; run 'gpt2x formats' for a list. "
             "Convert the file that it was made from"
         )
-    # The 1558M model has fewer than 2**31 values. Larger numbers are refused before anything is computed from them.
-    if math.prod(shape) >= 2**40:
+    if math.prod(shape) >= MAX_VALUES:
         raise FormatError(f"{where}: invalid shape, {list(shape)}")
     if shape[-1] % kind.values:
         raise FormatError(

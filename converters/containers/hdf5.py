@@ -19,11 +19,10 @@ from ..errors import FormatError
 from ..io.reading import File
 from ..tensors import LazyTensor
 from ..values import are_sizes
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 
 # The process limits its own CPU time. This limit is for one that waits, as for a disk that does not answer.
 SECONDS = 60
-MAX_RANK = 8
 MAX_ERROR = 2000  # characters
 
 
@@ -89,7 +88,7 @@ def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> 
     dtype = BY_NUMPY.get(kind)
     if dtype is None:
         raise FormatError(f"{where}: data type {kind!r}, which gpt2x does not read")
-    if len(shape) > MAX_RANK or math.prod(shape) >= 2**40 or not name.isprintable():
+    if len(shape) > MAX_RANK or math.prod(shape) >= MAX_VALUES or not name.isprintable():
         raise FormatError(f"{where}: invalid name or shape, {shape[:9]}")
     if offset + math.prod(shape) * dtype.itemsize > file.size:
         raise FormatError(f"{where}: truncated: it ends after the file, which has {file.size} bytes")

@@ -15,14 +15,13 @@ from ..errors import CheckpointError, FormatError
 from ..io.reading import Cursor, File
 from ..tensors import DTYPES, LazyTensor
 from ..values import are_sizes
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 
 NDARRAY, SCALAR = 1, 3  # extension types of Flax
 CHUNKED = "__msgpack_chunked_array__"
 MAX_DEPTH = 16
 MAX_ITEMS = 1_000_000
 MAX_STRING = 256
-MAX_RANK = 8
 TYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
@@ -156,7 +155,7 @@ class _Reader:
 
 def _sizes(shape: Any, where: str) -> tuple[int, ...]:
     sound = isinstance(shape, list) and len(shape) <= MAX_RANK and are_sizes(shape)
-    if not sound or math.prod(shape) >= 2**40:
+    if not sound or math.prod(shape) >= MAX_VALUES:
         raise FormatError(f"{where}: invalid shape, {str(shape)[:100]}")
     return tuple(shape)
 

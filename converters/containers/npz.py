@@ -16,14 +16,13 @@ from ..dtypes import BY_NUMPY
 from ..errors import FormatError, UnsafeError
 from ..io.reading import File
 from ..tensors import DType, LazyTensor
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 from .zip_members import Member, check_stored, read_members
 
 SUFFIX = ".npy"
 MAGIC = b"\x93NUMPY"
 LENGTHS = {1: 2, 2: 4, 3: 4}  # version -> bytes of the header's length
 MAX_HEADER = 10_000  # bytes, as numpy.load's own limit
-MAX_RANK = 8
 HEADER = re.compile(
     rb"\{'descr': '([^'\\]{2,20})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,19}(?:, ?|(?=\))))*)\), \} *\n"
 )
@@ -113,7 +112,7 @@ def _dtype(descriptor: bytes, where: str) -> DType:
 
 def _shape(sizes: bytes, where: str, order: bytes) -> tuple[int, ...]:
     shape = tuple(int(size) for size in re.findall(rb"\d+", sizes))
-    if len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
+    if len(shape) > MAX_RANK or math.prod(shape) >= MAX_VALUES:
         raise FormatError(f"{where}: invalid shape, {list(shape)[:9]}")
     if order == b"True" and len(shape) > 2:
         raise FormatError(

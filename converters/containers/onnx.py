@@ -18,7 +18,7 @@ from ..errors import CheckpointError, FormatError
 from ..io.protobuf import read_varint
 from ..io.reading import Cursor, File, beside
 from ..tensors import DTYPES, LazyTensor
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 
 # Numbers of fields.
 GRAPH, METADATA = 7, 14  # of ModelProto
@@ -39,7 +39,6 @@ MAX_NAME = 4096
 MAX_METADATA = 1 << 20
 MAX_ENTRIES = 1000  # of metadata
 MAX_INITIALIZERS = 20_000  # of GPT-2's 1558M: less than a thousand, with constants
-MAX_RANK = 8
 MAX_FILES = 64
 
 
@@ -261,7 +260,7 @@ class _Files:
         if tensor.kind not in TYPES:
             raise FormatError(f"{where}: data type {tensor.kind}, which gpt2x does not read")
         dtype, shape = DTYPES[TYPES[tensor.kind]], tuple(tensor.shape)
-        if math.prod(shape) >= 2**40:
+        if math.prod(shape) >= MAX_VALUES:
             raise FormatError(f"{where}: invalid shape, {list(shape)}")
         size = math.prod(shape) * dtype.itemsize
         file, offset, length = self._external(tensor, where, size) if tensor.is_external else self._inside(tensor)

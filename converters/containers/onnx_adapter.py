@@ -17,7 +17,7 @@ from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, LazyTensor
 from ..values import are_sizes
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 
 SUFFIX = ".onnx_adapter"
 IDENTIFIER = b"TORT"
@@ -28,7 +28,6 @@ NAME, DIMS, DATA_TYPE, RAW_DATA = 0, 1, 2, 3
 TYPES = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}  # TensorProto.DataType -> ours
 MAX_PARAMETERS = 20_000
 MAX_NAME = 1024
-MAX_RANK = 8
 MAX_FILE = (1 << 31) - 1  # bytes of a FlatBuffers message
 TABLE = 20  # bytes of a table of either kind: a reference to the vtable, and four fields
 VTABLE = struct.pack("<6H", 12, TABLE, 4, 8, 12, 16)  # its size, that of the table, and where the fields are in it
@@ -138,7 +137,7 @@ def _parameter(table: _Table, where: str) -> tuple[str, LazyTensor]:
     where = f"{where}: {name[:100]!r}"
     begin, rank = table.vector(DIMS, 8, MAX_RANK, "dimensions")
     shape = struct.unpack(f"<{rank}q", file.read(begin, 8 * rank))
-    if not are_sizes(shape, 1 << 40) or math.prod(shape) >= 1 << 40:
+    if not are_sizes(shape, MAX_VALUES) or math.prod(shape) >= MAX_VALUES:
         raise FormatError(f"{where}: invalid shape, {list(shape)}")
     kind = table.number(DATA_TYPE)
     if kind not in TYPES:

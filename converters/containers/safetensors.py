@@ -20,10 +20,9 @@ from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, LazyTensor
 from ..values import all_are, are_sizes
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 
 MAX_HEADER = 100_000_000  # the library's limit
-MAX_RANK = 8
 CONFIG_KEY = "config"  # of __metadata__
 OTHER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64")
 
@@ -72,7 +71,7 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         hint = ": gpt2x does not read quantized weights" if dtype in OTHER_DTYPES else ""
         raise FormatError(f"{where}: unknown dtype {dtype!r}{hint}")
-    if not _naturals(shape) or len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
+    if not _naturals(shape) or len(shape) > MAX_RANK or math.prod(shape) >= MAX_VALUES:
         raise FormatError(f"{where}: invalid shape, {str(shape)[:100]}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"{where}: invalid offsets, {str(offsets)[:100]}")

@@ -22,7 +22,7 @@ from ..io.reading import File
 from ..io.sstable import _text, mask, read_table, unmask, write_index
 from ..tensors import DTYPES, Checksum, DType, LazyTensor
 from ..values import are_sizes
-from .container import Container
+from .container import MAX_RANK, MAX_VALUES, Container
 
 MAX_SLICES = 256
 
@@ -168,7 +168,7 @@ def _shape(data: bytes, where: str) -> tuple[int, ...]:
     if fields.number(3):
         raise FormatError(f"{where}: a shape of unknown rank")
     dims = tuple(Fields(raw, f"{where}: shape").signed(1) for raw in fields.all_bytes(2)[:9])
-    if len(dims) > 8 or not are_sizes(dims, 2**40) or math.prod(dims) >= 2**40:
+    if len(dims) > MAX_RANK or not are_sizes(dims, MAX_VALUES) or math.prod(dims) >= MAX_VALUES:
         raise FormatError(f"{where}: invalid shape, {list(dims[:9])}")
     return dims
 

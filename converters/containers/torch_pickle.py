@@ -17,11 +17,11 @@ from typing import IO, Any
 
 from ..errors import FormatError, UnsafeError
 from ..tensors import DTYPES
+from .container import MAX_RANK, MAX_VALUES
 from .torch_globals import REBUILD, full_name, is_harmful, may_be_called
 from .torch_values import Global, Opaque, OtherKey, Storage, TensorRef, UnreadTensor, describe
 
 MAX_PICKLE = 8 << 20  # of GPT-2's 1558M: 100 KB
-MAX_RANK = 8
 MAX_COPIED = 1_000_000
 MAX_KEY = 2**63  # of a dict, where it is an integer
 MAX_BITS = 1024  # of an integer; Python does not print very long ones
@@ -387,7 +387,7 @@ class _Machine:
             or len(shape) != len(stride)
         ):
             raise FormatError(f"{self.where}: an invalid tensor")
-        if len(shape) > MAX_RANK or math.prod(shape) >= 2**40:
+        if len(shape) > MAX_RANK or math.prod(shape) >= MAX_VALUES:
             raise FormatError(f"{self.where}: invalid shape, {list(shape)[:9]}")
         if len(arguments) > 7 or (len(arguments) == 7 and arguments[6]):
             return UnreadTensor("a negated or conjugated tensor view")

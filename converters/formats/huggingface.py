@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..config import from_hf, notes_on_hf, to_hf
 from ..dialects import HF as DIALECT
-from ..io.json import read_json, to_json
+from ..io.json import MAX_CONFIG, read_json, to_json
 from ..io.publishing import new_directory, new_file, write_small
 from ..tensors import LazyTensor
 from ..tokenizer import hf_files
@@ -17,7 +17,6 @@ from .format import FLOATS, Codec, Format, Job, Written
 from .notes import NO_TOKENIZER, token_roles, tokenizer_notes, vocabulary_of
 
 TORCH_NAMES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
-MAX_JSON = 1 << 20
 
 CODEC = Codec(from_hf, to_hf, notes=notes_on_hf)
 
@@ -42,7 +41,7 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.source:
         own = checkpoint.source.parent / "generation_config.json"
         if own.is_file():
-            return read_json(own, MAX_JSON)
+            return read_json(own, MAX_CONFIG)
     config = checkpoint.config
     # transformers marks a file with this key that it made from config.json itself.
     return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "_from_model_config": True}

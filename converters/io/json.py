@@ -11,6 +11,7 @@ from ..errors import FormatError
 from .reading import File
 
 MAX_DIGITS, MAX_DEPTH = 1000, 64  # of a number and of a value in JSON
+MAX_CONFIG = 1 << 20  # bytes of a configuration, of which real ones have a few thousand
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:

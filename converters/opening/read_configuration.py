@@ -13,10 +13,9 @@ from ..formats import BY_NAME, CONFIG_FILES
 from ..formats.format import Codec, Embedded
 from ..formats.huggingface import CODEC as HF_CODEC
 from ..head_config import head_settings
-from ..io.json import read_json
+from ..io.json import MAX_CONFIG, read_json
 from .find import Source
 
-MAX_JSON = 1 << 20
 INERT = ("token_id", "pdrop")  # ends of fields that do not change the logits: two files may differ in them
 
 
@@ -118,7 +117,7 @@ def _beside(directory: Path, reader: _Reader) -> Stated:
     for name in sorted(CONFIG_FILES):
         path = directory / name
         if path.is_file():
-            raw = read_json(path, MAX_JSON)
+            raw = read_json(path, MAX_CONFIG)
             codec = next(codec for codec in CONFIG_FILES[name] if codec.applies is None or codec.applies(raw))
             found = reader.read(raw, codec, str(path))
             _check_agreement(directory, fields, " and ".join(names), found.fields, name)

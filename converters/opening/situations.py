@@ -23,7 +23,7 @@ from ..errors import ChecksumError, ConversionError, DestinationError, Tokenizer
 from ..formats import MODELS as EXPORTED_NAMES
 from ..formats import OTHERS, WEIGHTS
 from ..io import sstable
-from ..io.json import parse_json, read_json
+from ..io.json import MAX_CONFIG, parse_json, read_json
 from ..io.reading import File
 from ..values import any_ends_with
 
@@ -31,7 +31,6 @@ HEAD = 512  # bytes that tell the format
 MAX_ENTRIES = 10_000  # of a folder
 MAX_MEMBERS = 1000  # of an archive
 MAX_HEADER = 16 << 20  # of a safetensors file
-MAX_JSON = 1 << 20
 MAX_ANSWER = 500  # bytes of a server's answer in plain text
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(\.safetensors|\.bin)$")
 DOWNLOAD = "'gpt2x inspect hf://OWNER/NAME'"
@@ -806,6 +805,6 @@ def _config_beside(path: Path) -> Mapping[str, Any]:
     if not config.is_file():
         return {}
     try:
-        return read_json(config, MAX_JSON)
+        return read_json(config, MAX_CONFIG)
     except ConversionError:
         return {}

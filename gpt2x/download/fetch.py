@@ -13,7 +13,7 @@ from pathlib import Path
 
 from converters import ConversionError
 
-from .common import SCHEMES, ProgressBar, Want, Warn
+from .common import SCHEMES, ProgressBar, Want, Warn, ignore
 
 
 def fetch(
@@ -40,7 +40,7 @@ def fetch(
     if scheme == "hf":
         from . import hub
 
-        return hub.download(str(source), rest, want, warn or _ignore)
+        return hub.download(str(source), rest, want, warn or ignore)
     if scheme == "openai":
         from . import openai
 
@@ -48,7 +48,7 @@ def fetch(
             raise ConversionError(f"{source}: has weights, but no adapter")
         if want == "onnx":
             raise ConversionError(f"{source}: has weights, but no ONNX; export it: gpt2x export {source} --onnx DIR")
-        return openai.download(str(source), rest, progress, warn or _ignore)
+        return openai.download(str(source), rest, progress, warn or ignore)
     supported = "; ".join(SCHEMES.values())
     raise ConversionError(
         f"{str(source)[:200]}: gpt2x cannot download from {scheme[:20]}:// (supported: {supported}); "
@@ -63,7 +63,3 @@ def split(source: str | Path) -> tuple[str, str]:
     if not match:
         return "", text
     return match[1].lower(), text[match.end() :]
-
-
-def _ignore(sentence: str) -> None:
-    pass

@@ -26,7 +26,7 @@ from converters.io.reading import File
 from converters.io.sstable import read_table
 from converters.opening import tokenizer_in
 
-from .common import SCHEMES, Advance, ProgressBar, Warn, cache_home
+from .common import SCHEMES, Advance, ProgressBar, Warn, cache_home, ignore
 
 if TYPE_CHECKING:
     import httpx2
@@ -127,7 +127,7 @@ def _download_small(client: httpx2.Client, url: str, path: Path) -> None:
     from .transfer import Target, download
 
     max_bytes = MAX_INDEX if path.name == INDEX else MAX_SMALL
-    download(client, Target(url, path, max_bytes), CHECKS[path.name], _ignore)
+    download(client, Target(url, path, max_bytes), CHECKS[path.name], ignore)
 
 
 def _download_data(client: httpx2.Client, url: str, folder: Path, progress: ProgressBar) -> None:
@@ -138,7 +138,7 @@ def _download_data(client: httpx2.Client, url: str, folder: Path, progress: Prog
     _check_space(folder, target.max_bytes - PartialFile(target.path).size)
     with progress(target.max_bytes) as advance:
         try:
-            download(client, target, _ignore, _steps(advance))
+            download(client, target, ignore, _steps(advance))
         except SizeError:
             # The index may be the outdated one of the two, so the next call downloads it again.
             (folder / INDEX).unlink(missing_ok=True)
@@ -259,7 +259,7 @@ def _verify(folder: Path, progress: ProgressBar) -> None:
     """
     tensors = open_bundle(folder / INDEX.removesuffix(".index")).tensors.values()
     with progress(sum(tensor.nbytes for tensor in tensors)) as advance:
-        advance = advance or _ignore
+        advance = advance or ignore
         for tensor in tensors:
             for chunk in tensor.chunks():  # which verifies the checksum at the tensor's end
                 advance(len(chunk))
@@ -316,7 +316,3 @@ def _steps(advance: Advance | None) -> Callable[[int], None]:
         shown = size
 
     return report
-
-
-def _ignore(value: object) -> None:
-    pass
