@@ -242,8 +242,10 @@ def test_three_nodes_are_added_for_each_projection(base, growing, tmp_path):
     assert len(graph_of(growing).node) == len(graph_of(tmp_path / "x").node) + 3 * 8
 
 
-def test_a_model_with_adapters_needs_the_onnx_runtime_that_has_them(growing):
-    assert OnnxDecoder(growing).metadata[contract.RUNTIME] == "1.20.0"
+def test_a_model_with_adapters_needs_the_onnx_runtime_that_has_them(growing, base, tmp_path):
+    assert OnnxDecoder(growing).metadata[contract.RUNTIME] == "1.23.0"
+    export(base, tmp_path / "x", opset=20)
+    assert OnnxDecoder(tmp_path / "x").metadata[contract.RUNTIME] == "1.20.0"
 
 
 def test_more_precisions_are_added_with_the_same_adapters_only(base, tmp_path):
