@@ -52,14 +52,16 @@ OF_TASKS = "3"  # the version of the contract of every other task: no cache; any
 OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 21), 23: (1, 23)}
 OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 28)}  # 1.27 gives wrong results in a batch
 
+GELU_OPSET = 20  # the lowest opset of a model whose activation function is GELU
 OF_LORA = (1, 20)  # the first with LoraAdapter; before, a product over a rank of 0 is an error
 
 # The first version of each client that loads a model with a kind of cache, in any precision.
 CLIENTS = {
     "onnxruntime-genai": {"growing": "0.6.0", "inplace": "0.6.0", "inplace-int8": "0.6.0"},
     "optimum": {"growing": "1.25.0", "inplace": "2.0.0", "inplace-int8": "2.0.0"},
-    "transformers.js": {"growing": "3.4.2", "inplace": "3.4.2", "inplace-int8": "4.3.0"},
 }
+# transformers.js brings its own ONNX Runtime: the first version that a model needs -> the first transformers.js that loads it.
+TRANSFORMERS_JS = {(1, 25): "4.3.0", (1, 22): "4.0.0", (0, 0): "3.4.2"}
 
 ONNX_SUFFIX = ".onnx"
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -191,6 +193,25 @@ def runtime_version(precision: str, cache: str, opset: int, *, lora: bool = Fals
         needed.append(OF_LORA)
     major, minor = max(needed)
     return f"{major}.{minor}.0"
+
+
+def client_version(client: str, cache: str, runtime: str) -> str:
+    """The first version of a client that loads a model.
+
+    Args:
+        client: one of ``CLIENTS``, or transformers.js.
+        cache: the kind of the model's cache.
+        runtime: the first version of ONNX Runtime that runs the model.
+    """
+    if client in CLIENTS:
+        return CLIENTS[client][cache]
+    needed = numbers(runtime)
+    return next(version for first, version in TRANSFORMERS_JS.items() if needed >= first)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, which can be compared."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def stays(cache: str) -> bool:

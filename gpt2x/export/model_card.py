@@ -237,6 +237,7 @@ def model_card(
         outputs: the logits, and any of ``EXTRAS``.
     """
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "head_dim")}
+    newest = max(runtimes.values(), key=contract.numbers)
     first, growing = precisions[0], not contract.stays(cache)
     return CARD.format(
         **sizes,
@@ -251,9 +252,9 @@ def model_card(
         client=client(config, tokenizer, first, cache),
         files=file_lines(precisions, locations),
         from_bytes=FROM_BYTES[locations[first] is None].format(data=locations[first]),
-        genai=_since("onnxruntime-genai", cache),
-        optimum=_since("optimum", cache),
-        transformers_js=_since("transformers.js", cache),
+        genai=_since("onnxruntime-genai", cache, newest),
+        optimum=_since("optimum", cache, newest),
+        transformers_js=_since("transformers.js", cache, newest),
         model=contract.model_file(first),
         file_name=""
         if tuple(precisions) == (DEFAULT,)
@@ -289,8 +290,8 @@ def precision_table(precisions: Sequence[str], runtimes: Mapping[str, str]) -> s
     return "| precision | model | transformers.js's dtype | | ONNX Runtime |\n" + "| --- " * 5 + "|\n" + "".join(rows)
 
 
-def _since(client: str, cache: str) -> str:
-    return f">= {contract.CLIENTS[client][cache]}"
+def _since(client: str, cache: str, runtime: str) -> str:
+    return f">= {contract.client_version(client, cache, runtime)}"
 
 
 def file_lines(precisions: Sequence[str], locations: Mapping[str, str | None]) -> str:
