@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class OnnxDecoder(Decoder):
     ) -> None:
         settings = SessionSettings(threads, optimize, tuple(providers))
         for_prompts, for_tokens = phases(precision, prefill, decode)
-        model = open_model(path, for_tokens, settings)
+        model = open_model(path, for_tokens, replace(settings, reads_prompts=for_prompts is None))
         prompts = None if for_prompts is None else open_model(path, for_prompts, settings)
         if prompts:
             check_pair(prompts, model)
