@@ -6,13 +6,10 @@ Needs numpy and onnxruntime, and never imports torch.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from ..precisions import DEFAULT, PRECISIONS, Precision
 from ..tasks import EXTRAS, GENERATION, LOGITS
 from .adapter_files import AdapterFile, open_adapter_file
 from .base import Ids, InputError, check_tokens
+from .processor import saturates, tiles, tiles_read_prompts_well
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +42,6 @@ MAX_MESSAGE = 2000  # characters of an error message of ONNX Runtime
 MAX_BLOCK = 1 << 16
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a model in memory
 EXACT = "session.x64quantprecision"  # exact products of uint8 and int8, where the default ones saturate
-# An ONNX model: y = MatMulInteger(a, b); a is uint8 (1, 2), b int8 (2, 1), both 127.
-PRODUCT = bytes.fromhex(
-    "08043a560a180a01610a0162120179220d4d61744d756c496e74656765721201672a0d0802080110034201624a027f7f"
-    "5a130a0161120e0a0c080212080a0208010a02080262130a0179120e0a0c080612080a0208010a02080142040a00100a"
-)
-TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads this option from the environment only
-ENVIRONMENT = threading.Lock()
 Provider = str | tuple[str, dict[str, Any]]
 
 # ONNX Runtime's name of a type -> numpy's.
@@ -66,6 +57,9 @@ TYPES = {
 class SessionSettings:
     """How a session is made.
 
+    Attributes:
+        reads_prompts: whether the session also reads prompts; else it only decodes.
+
     Raises:
         ValueError: if the number of threads is out of range, or this ONNX Runtime has no such provider.
     """
@@ -73,6 +67,7 @@ class SessionSettings:
     threads: int | None = None
     optimize: bool = True
     providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
+    reads_prompts: bool = True
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads not in range(1, MAX_THREADS + 1):
@@ -481,13 +476,21 @@ def session_of_bytes(
 def _load(
     model: str | bytes, path: Path, options: ort.SessionOptions, metadata: Mapping[str, str], settings: SessionSettings
 ) -> ort.InferenceSession:
-    environment = _without_tiles() if metadata.get(contract.CACHE) == "inplace" else nullcontext()
     providers = list(settings.providers)
     try:
-        with environment:
+        with _attention(metadata, settings):
             return ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}") from None
+
+
+def _attention(metadata: Mapping[str, str], settings: SessionSettings) -> AbstractContextManager[None]:
+    """The choice of an attention kernel. Only a float32 cache in place has one: 8 bits are read as fast in tiles."""
+    if metadata.get(contract.CACHE) != "inplace":
+        return nullcontext()
+    wanted = not settings.reads_prompts or tiles_read_prompts_well()
+    log.info("tiled attention %s, unless the environment says otherwise", _on(wanted))
+    return tiles(wanted)
 
 
 def _session_options(metadata: Mapping[str, str], settings: SessionSettings) -> ort.SessionOptions:
@@ -529,38 +532,12 @@ def _precision_of(metadata: Mapping[str, str]) -> Precision | None:
     return PRECISIONS.get(metadata.get(contract.PRECISION, ""))
 
 
-@cache
-def saturates() -> bool:
-    """Whether ONNX Runtime's products of uint8 and int8 saturate at 16 bits on this processor (x86-64 without VNNI)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
-    (product,) = session.run(None, {"a": np.full((1, 2), 255, np.uint8)})
-    return int(product.item()) != 2 * 255 * 127
-
-
 def _check_weights(path: Path) -> None:
     """Report a truncated file of float32 weights with its exact place: it is a safetensors file."""
     for name in external_files(path) & {contract.data_file(), contract.OLD_WEIGHTS}:
         weights = path.with_name(name)
         if weights.is_file():
             open_safetensors(weights)
-
-
-@contextmanager
-def _without_tiles() -> Iterator[None]:
-    """Disable ONNX Runtime's tiled attention in a session that is made meanwhile. At GPT-2's sizes, in float32, a prompt
-    then takes half the time; in 8 bits it does not. The user's own setting of the variable stays.
-    """
-    with ENVIRONMENT:
-        if TILES_OFF in os.environ:
-            yield
-            return
-        os.environ[TILES_OFF] = "1"
-        try:
-            yield
-        finally:
-            del os.environ[TILES_OFF]
 
 
 def one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class OnnxDecoder(Decoder):
         settings = SessionSettings(threads, optimize, tuple(providers))
         for_prompts, for_tokens = phases(precision, prefill, decode)
         has_adapter = adapter is not None
-        model = open_model(path, for_tokens, settings, with_inputs=has_adapter)
+        for_model = replace(settings, reads_prompts=for_prompts is None)
+        model = open_model(path, for_tokens, for_model, with_inputs=has_adapter)
         prompts = None if for_prompts is None else open_model(path, for_prompts, settings, with_inputs=has_adapter)
         if prompts:
             check_pair(prompts, model)

@@ -27,6 +27,8 @@ from gpt2x.runtimes.batching import RunningBatch
 from gpt2x.runtimes.kv_cache import RowCache
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model
+from gpt2x.runtimes.processor import TILES_OFF
+from gpt2x.runtimes.reference import Reference
 from gpt2x.tokenizer import Tokenizer
 from gpt2x.verify.report import verify_export
 
@@ -152,27 +154,68 @@ def test_a_model_that_gives_every_logit_takes_a_prompt_in_smaller_pieces_and_giv
     assert whole.shape == (1, 100, 2048)
 
 
-@pytest.mark.parametrize(("cache", "said", "seen"), [
-    ("inplace", None, "1"), ("inplace", "0", "0"), ("inplace-int8", None, None), ("growing", None, None),
-])  # fmt: skip
-def test_prompts_in_place_are_read_without_tiles_unless_the_user_says_otherwise(
-    tmp_path, monkeypatch, cache, said, seen
-):
-    name, found = "ORT_GQA_DISABLE_FLASH_ATTENTION", []
-    monkeypatch.delenv(name, raising=False)
-    if said is not None:
-        monkeypatch.setenv(name, said)
-    export_onnx(gentle(), tmp_path / "d", ExportOptions(("fp32",), cache), need_tokenizer=False)
+@pytest.fixture
+def seen(monkeypatch):
+    """What the environment says of tiled attention whenever a session is made."""
+    found: list[str | None] = []
     session = ort.InferenceSession
 
     def made(*args, **options):
-        found.append(os.environ.get(name))
+        found.append(os.environ.get(TILES_OFF))
         return session(*args, **options)
 
     monkeypatch.setattr(ort, "InferenceSession", made)
+    monkeypatch.delenv(TILES_OFF, raising=False)
+    return found
+
+
+def processor(monkeypatch, *, reads_in_tiles):
+    """Pretend to run on a processor on which tiled attention reads prompts well, or does not."""
+    monkeypatch.setattr("gpt2x.runtimes.onnx_model.tiles_read_prompts_well", lambda: reads_in_tiles)
+
+
+@pytest.mark.parametrize(("cache", "well", "said", "expected"), [
+    ("inplace", False, None, "1"), ("inplace", True, None, None), ("inplace", False, "0", "0"),
+    ("inplace", True, "1", "1"), ("inplace-int8", False, None, None), ("growing", False, None, None),
+])  # fmt: skip
+def test_prompts_in_place_are_read_in_tiles_where_that_is_fast_unless_the_user_says_otherwise(
+    tmp_path, monkeypatch, seen, cache, well, said, expected
+):
+    processor(monkeypatch, reads_in_tiles=well)
+    if said is not None:
+        monkeypatch.setenv(TILES_OFF, said)
+    export_onnx(gentle(), tmp_path / "d", ExportOptions(("fp32",), cache), need_tokenizer=False)
+    seen.clear()
     OnnxDecoder(tmp_path / "d")
-    assert found == [seen]
-    assert os.environ.get(name) == said
+    assert seen == [expected]
+    assert os.environ.get(TILES_OFF) == said
+
+
+@pytest.mark.parametrize("well", [False, True])
+def test_of_two_models_the_one_that_only_decodes_always_has_tiled_attention(tmp_path, monkeypatch, seen, well):
+    processor(monkeypatch, reads_in_tiles=well)
+    export_onnx(gentle(), tmp_path / "d", ExportOptions(("fp32", "int8"), "inplace"), need_tokenizer=False)
+    seen.clear()
+    decoder = OnnxDecoder(tmp_path / "d", prefill="int8", decode="fp32")
+    assert seen == [None, None if well else "1"]  # the model that decodes is opened first
+    assert decoder.step(np.array([[1, 2, 3]]), None, np.arange(3)[None], None)[0].shape == (1, decoder.n_vocab)
+
+
+@pytest.mark.parametrize("well", [False, True])
+def test_both_kinds_of_attention_compute_the_same(tmp_path, monkeypatch, well):
+    monkeypatch.delenv(TILES_OFF, raising=False)
+    processor(monkeypatch, reads_in_tiles=well)
+    model = gentle()
+    export_onnx(model, tmp_path / "d", ExportOptions(("fp32",), "inplace"), need_tokenizer=False)
+    ids = np.arange(1, 41)[None]
+    expected = Reference(model)(ids[0].tolist())[None]
+    decoder = OnnxDecoder(tmp_path / "d")
+    found, cache = decoder.run(ids[:, :30], None, np.arange(30)[None], None)
+    parts = [found]
+    for position in range(30, 40):
+        found, cache = decoder.run(ids[:, position : position + 1], None, np.array([[position]]), cache)
+        parts.append(found)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
 
 
 def test_caches_of_two_generations_do_not_touch_one_another(decoder):

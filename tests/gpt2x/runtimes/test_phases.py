@@ -24,7 +24,9 @@ def directory(tmp_path_factory):
     return export(tmp_path_factory.mktemp("phases") / "m", "inplace", "fp32", "fp16", "int8", "w8a8", "int4")
 
 
-def test_prompts_are_read_in_one_precision_and_decoded_in_another(directory):
+def test_prompts_are_read_in_one_precision_and_decoded_in_another(directory, monkeypatch):
+    # The model that only decodes always has tiled attention, which rounds differently.
+    monkeypatch.setattr("gpt2x.runtimes.onnx_model.tiles_read_prompts_well", lambda: True)
     pair = OnnxDecoder(directory, prefill="w8a8", decode="int4")
     prefill, decode = OnnxDecoder(directory, precision="w8a8"), OnnxDecoder(directory, precision="int4")
     expected, cache = prefill.step(PROMPT, None, POSITIONS, None)

@@ -9,9 +9,9 @@ from converters import LazyTensor, open_checkpoint
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.precisions import PRECISIONS, weights
-from gpt2x.runtimes.onnx_model import saturates
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 from gpt2x.runtimes.opening import gpt2x_model
+from gpt2x.runtimes.processor import saturates
 from gpt2x.verify.exact_arithmetic import rounded_model
 from gpt2x.verify.metrics import measure
 from gpt2x.verify.report import verify_export
