@@ -6,8 +6,8 @@ The text is the "tiny Shakespeare" text of ``examples/train_shakespeare.py``. Bo
 the model that ships with gpt2x. The first scene of Coriolanus, from which the benchmark takes its prompts, is left out.
 
 The *target* (11.5 million parameters) starts from the shipped model, with twice the width and new blocks, such that it computes
-the same function (Net2Net, https://arxiv.org/abs/1511.05641), and is trained further. The *draft* (0.7 million) starts from
-random weights and learns the target's distribution (https://arxiv.org/abs/1503.02531).
+the same function (Net2Net, https://arxiv.org/abs/1511.05641), and is trained further. The *draft* (1.3 million) starts from the
+first and the last block of the shipped model and learns the target's distribution (https://arxiv.org/abs/1503.02531).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -79,6 +80,17 @@ def grown(small: GPT2, layers: int, dropout: float) -> GPT2:
 
 
 @torch.no_grad()
+def shortened(model: GPT2) -> GPT2:
+    """Return a model with only the first and the last block of another."""
+    short = GPT2(replace(model.config, n_layer=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    last = f"h.{model.config.n_layer - 1}."
+    state = model.state_dict()
+    for name, weight in short.state_dict().items():
+        weight.copy_(state[name.replace("h.1.", last)])
+    return short
+
+
+@torch.no_grad()
 def answers(target: GPT2, windows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the target's most probable next tokens after each token of the windows (N, T): probabilities and ids (N, T, K)."""
     found = [target(part)[0].softmax(-1).topk(ANSWERS) for part in windows.split(8)]
@@ -129,13 +141,12 @@ def train_target(ids: Tensor, held_out: Tensor, layers: int, minutes: float, out
     click.echo(f"target: held-out loss {held_out_loss(target, held_out):.3f}")
 
 
-def train_draft(
-    target: GPT2, ids: Tensor, held_out: Tensor, width: int, layers: int, minutes: float, out: Path
-) -> None:
+def train_draft(target: GPT2, ids: Tensor, held_out: Tensor, count: int, minutes: float, out: Path) -> None:
     """Train a draft model on the target's answers, and write it to ``out``."""
-    sizes = target.config
-    draft = GPT2(sizes.n_vocab, width, layers, width // 32, 4 * width, sizes.n_ctx, 0.0, attn_pdrop=0.0)
-    windows = ids[: len(ids) // sizes.n_ctx * sizes.n_ctx].view(-1, sizes.n_ctx)
+    draft = shortened(from_pretrained(SHAKESPEARE))
+    n_ctx = target.n_ctx
+    windows = ids[: len(ids) // n_ctx * n_ctx].view(-1, n_ctx)
+    windows = windows[torch.randperm(len(windows))[:count]]
     start = time.monotonic()
     probabilities, tokens = answers(target, windows)
     click.echo(f"draft: {time.monotonic() - start:.0f} s for the target's answers")
@@ -145,7 +156,7 @@ def train_draft(
         chosen = torch.randint(len(windows), (8,), generator=generator)
         return distillation_loss(draft, windows[chosen], probabilities[chosen], tokens[chosen])
 
-    train(draft, next_loss, 3e-3, 60 * minutes, lambda: save_model(draft, out))
+    train(draft, next_loss, 2e-3, 60 * minutes, lambda: save_model(draft, out))
     click.echo(f"draft: held-out loss {held_out_loss(draft, held_out):.3f}")
 
 
@@ -161,11 +172,9 @@ def save_model(model: GPT2, out: Path) -> None:
 @click.option("--draft-minutes", default=20.0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--layers", default=6, show_default=True, help="Blocks of the target.")
-@click.option("--draft-width", default=128, show_default=True)
-@click.option("--draft-layers", default=2, show_default=True)
+@click.option("--windows", default=1000, show_default=True, help="Windows of the text that the draft learns from.")
 def main(
-    text: Path, out: Path, target_minutes: float, draft_minutes: float, threads: int, layers: int, draft_width: int,
-    draft_layers: int,
+    text: Path, out: Path, target_minutes: float, draft_minutes: float, threads: int, layers: int, windows: int
 ) -> None:  # fmt: skip
     """Write OUT/target and OUT/draft. A target that is there already is kept."""
     torch.manual_seed(1)
@@ -178,7 +187,7 @@ def main(
     if not (out / "target").exists():
         train_target(ids, held_out, layers, target_minutes, out / "target")
     target = from_pretrained(out / "target")
-    train_draft(target, ids, held_out, draft_width, draft_layers, draft_minutes, out / "draft")
+    train_draft(target, ids, held_out, windows, draft_minutes, out / "draft")
 
 
 if __name__ == "__main__":

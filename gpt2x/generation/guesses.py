@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..runtimes.base import Decoder, InputError
+from ..runtimes.base import FEW, Decoder, InputError
 from .processors import Scores
 from .sampling import Chooser
 
@@ -211,9 +211,11 @@ class Drafter(Guesser):
     def _next(self, text: list[int]) -> Guess:
         new = text[len(self.held) :]
         positions = np.arange(len(self.held), len(text))
-        logits, self.cache = self.decoder.step(np.array([new]), None, positions[None], self.cache)
+        # A step reads several tokens as a prompt. For the few that follow others, a run is cheaper.
+        read = self.decoder.run if self.held and len(new) <= FEW else self.decoder.step
+        logits, self.cache = read(np.array([new]), None, positions[None], self.cache)
         self.held += new
-        scores = self.choose.scores(text, logits[0])
+        scores = self.choose.scores(text, logits.reshape(-1, self.decoder.n_vocab)[-1])
         if self.choose.sampling.greedy:
             return Guess(int(scores.argmax()))
         q = self.choose.sampling.probabilities(scores)

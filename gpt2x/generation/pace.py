@@ -15,15 +15,18 @@ MOST = 4.0  # how many at most
 FADES = 0.85  # how much of what was counted remains after each run
 NEWS = 0.2  # the weight of a new measurement in a running average
 CHEAPEST = 0.01  # the least slope: what is 0 once would stay 0
-HOPE, HOPES = 0.6, 2.0  # the share of guesses that is expected to be right before any was checked, and its weight
+# The share of guesses that is expected to be right before any was checked, by their level: of a draft model, then by the length
+# of the n-gram, as measured on greedy texts of the shipped model and a larger one. It counts as much as HOPES guesses.
+HOPE = (0.6, 0.45, 0.65, 0.7, 0.75, 0.8, 0.85)
+HOPES = 4.0
 
 
-@dataclass
 class _Hits:
-    """How many guesses of a kind were right of those that were checked."""
+    """How many guesses of a level were right of those that were checked."""
 
-    right: float = HOPE * HOPES
-    checked: float = HOPES
+    def __init__(self, level: int) -> None:
+        self.checked = HOPES
+        self.right = HOPES * HOPE[min(level, len(HOPE) - 1)]
 
     def add(self, guesses: int, right: int) -> None:
         self.right = FADES * self.right + right
@@ -128,16 +131,21 @@ class Pace:
 
     def _gain(self, level: int, guesses: int) -> float:
         """How many tokens to expect for the price of one step."""
-        share = self.hits.setdefault(level, _Hits()).share
+        share = self._hits_of(level).share
         tokens = sum(share**i for i in range(guesses + 1))
         return tokens / self.price(level, guesses)
+
+    def _hits_of(self, level: int) -> _Hits:
+        if level not in self.hits:
+            self.hits[level] = _Hits(level)
+        return self.hits[level]
 
     def step(self) -> None:
         """A plain step was made."""
         self._earn(EARNED)
 
     def guessed(self, level: int, guesses: int, seconds: float) -> None:
-        """Guesses were made. The first ones of a draft model have read the prompt, and do not count."""
+        """So many steps of a draft model were made for guesses. The first ones have read the prompt, and do not count."""
         if level != MODEL:
             return
         if self._has_drafted:
@@ -146,7 +154,7 @@ class Pace:
 
     def checked(self, level: int, guesses: int, right: int) -> None:
         """A run of guesses was checked."""
-        self.hits.setdefault(level, _Hits()).add(guesses, right)
+        self._hits_of(level).add(guesses, right)
         self._earn(right + 1 - self.price(level, guesses) + EARNED * (right + 1))
 
     def lost(self, steps: int) -> None:

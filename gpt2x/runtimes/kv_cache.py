@@ -152,7 +152,7 @@ class RowCache:
             InputError: if they leave a gap.
         """
         gap = int(positions[0]) > self.lengths[row]
-        jump = bool((np.diff(positions) != 1).any())
+        jump = len(positions) > 1 and bool((np.diff(positions) != 1).any())
         if gap or jump:
             raise InputError(
                 f"row {row} holds {self.lengths[row]} tokens, and its new positions {_few(positions)} do not follow: "
