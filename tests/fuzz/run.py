@@ -203,7 +203,7 @@ def _random(seeds: Path, kept: Path) -> Callable[[str, float], Result]:
     def run(name: str, seconds: float) -> Result:
         result, end = Result(), time.monotonic() + seconds
         while time.monotonic() < end:
-            result.add(fuzz(seeds, kept, name, next(numbers), ROUND if name != "hdf5" else ROUND // 50, workers=1))
+            result.add(fuzz(seeds, kept, name, next(numbers), ROUND, workers=1))
         return result
 
     return run

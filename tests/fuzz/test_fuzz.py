@@ -4,6 +4,7 @@ The cases are the same in every run. ``make fuzz`` runs others for as long as yo
 """
 
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ from mutate import mutated
 from paths import ROOT
 from run import fuzz, fuzz_guided
 from seeds import HARMFUL, MAKERS, load_seeds, make_seeds, zipped
+from warm_hdf5 import WarmListing
 
 from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
 
 # Cases of each format. The fast tests run a part of them, the slow tests half: a minute in total on two cores.
 CASES = {
-    "tf": 1000, "safetensors": 1200, "zip": 1500, "npz": 800, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 160, "hdf5_listing": 3000, "msgpack": 1200,
+    "tf": 1000, "safetensors": 1200, "zip": 1500, "npz": 800, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 1000, "hdf5_listing": 3000, "msgpack": 1200,
     "onnx": 1000, "config": 900, "tokenizer": 500, "adapter": 600,
 }  # fmt: skip
 
@@ -103,6 +105,49 @@ def test_the_guard_detects_what_a_reader_must_not_do(tmp_path, fake):
     )
     assert done.stdout.startswith("fault" if fault else "done read"), done.stdout
     assert (fault or "") in done.stdout
+
+
+LISTING = """
+import os, sys, time
+def main(path):
+    if path == "crash": os.abort()
+    if path == "hang": time.sleep(99)
+    if path == "fail": raise ValueError
+    if path == "state": main.seen = True
+    print(path, hasattr(main, "seen"), os.getpid() if path == "process" else "")
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def warm(tmp_path):
+    """``warm(path)``: a file listed by a fork of a process that has imported h5py."""
+    (tmp_path / "listing.py").write_text(LISTING)
+    listing = WarmListing()
+
+    def run(path, timeout=600.0):
+        command = [sys.executable, "-I", "-W", "ignore", str(tmp_path / "listing.py"), path, *sys.path[1:]]
+        done = listing.run(command, timeout=timeout, env={}, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return done.returncode, done.stdout.decode()
+
+    yield run
+    listing.close()
+
+
+def test_a_file_that_crashes_or_hangs_the_hdf5_library_ends_a_fork_only(warm):
+    assert warm("first") == (0, "first False \n")
+    assert warm("crash") == (-signal.SIGABRT, "")
+    with pytest.raises(subprocess.TimeoutExpired):
+        warm("hang", timeout=0.1)
+    assert warm("fail") == (1, "")
+    assert warm("state") == (0, "state True \n")
+    assert warm("last") == (0, "last False \n")  # nothing stays from one file to the next
+
+
+def test_a_listing_that_differs_in_a_new_process_is_a_fault(warm):
+    with pytest.raises(RuntimeError, match="a new process returns"):
+        warm("process")
 
 
 DYING = {"aborts": ("os.abort()", "ended with -6"), "is silent": ("time.sleep(99)", "ended with -9"), "fails": ("1 / 0", "ZeroDivisionError")}  # fmt: skip

@@ -26,6 +26,7 @@ sys.path.insert(1, str(Path(__file__).parents[2]))
 from guard import Guard, attempt
 from mutate import Case, mutated
 from seeds import Seed, load_seeds
+from warm_hdf5 import WarmListing
 
 from converters import Checkpoint, ConversionError, FormatError, open_checkpoint, save_checkpoint
 from converters.tokenizer import build
@@ -184,6 +185,8 @@ def prepare(name: str, seeds: list[Seed], top: Path) -> Checker:
     """Read every unchanged seed, which imports all modules. Return the checker for cases of this format."""
     if name == "hdf5_listing":
         answer_with_listing()
+    if name == "hdf5":
+        list_in_a_warm_process()
     for module in NEEDED + CODECS:
         importlib.import_module(module)
     known = []
@@ -209,6 +212,15 @@ def answer_with_listing() -> None:
         return subprocess.CompletedProcess(command, 0, listing, b"")
 
     hdf5.subprocess = SimpleNamespace(run=answer, DEVNULL=None, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment, attr-defined]
+
+
+def list_in_a_warm_process() -> None:
+    """Let the HDF5 reader start no Python for each file: a process that has imported h5py forks one."""
+    from converters.containers import hdf5
+
+    hdf5.subprocess = SimpleNamespace(  # type: ignore[assignment, attr-defined]
+        run=WarmListing().run, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
 
 
 def main(seeds_folder: str, kept: str, name: str, first: str, count: str, step: str) -> None:
