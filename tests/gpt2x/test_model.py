@@ -12,7 +12,15 @@ from checkpoints import TINY, random_checkpoint
 from torch.nn import functional as F
 
 import gpt2x as package
-from converters import CheckpointError, ConfigError, GPT2Config, open_checkpoint, save_checkpoint
+from converters import (
+    Checkpoint,
+    CheckpointError,
+    ConfigError,
+    GPT2Config,
+    LazyTensor,
+    open_checkpoint,
+    save_checkpoint,
+)
 from converters.spec import ACTIVATIONS
 from gpt2x.load import checkpoint_of, fill, from_pretrained, load_model, model_of
 from gpt2x.model import GPT2
@@ -364,8 +372,9 @@ def test_the_three_lines_work_as_written(tmp_path):
     )
 
     model_path = tmp_path / "gpt2.safetensors"
-    zeros = random_checkpoint(GPT2Config())  # GPT-2 small's shape
-    save_checkpoint(zeros, model_path)
+    shapes = GPT2Config().shapes()  # GPT-2 small's
+    zeros = {name: LazyTensor.of(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+    save_checkpoint(Checkpoint(config=GPT2Config(), tensors=zeros), model_path)
     input_text, max_len, temperature, top_k, top_p = "ROMEO:", 2, 0.8, 40, 0.9
 
     model = load_model(GPT2(VOCAB_SIZE, EMBED_DIM, NUM_LAYERS, NUM_HEADS, FFN_DIM, MAX_LEN, DROP_RATE), model_path)

@@ -231,15 +231,19 @@ def test_rows_of_a_seeded_batch_are_different(model, tokenizer):
     assert a == generate_text(model, tokenizer, "ROMEO:", 30, seed=1)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_equals_that_of_transformers_token_for_token(model, tokenizer, prompt, tmp_path_factory):
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Any:
     from transformers import GPT2LMHeadModel
 
     from converters import open_checkpoint, save_checkpoint
 
     folder = tmp_path_factory.mktemp("hf") / "hf"
     save_checkpoint(open_checkpoint(SHAKESPEARE), folder)
-    theirs: Any = GPT2LMHeadModel.from_pretrained(folder)
+    return GPT2LMHeadModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_equals_that_of_transformers_token_for_token(model, tokenizer, theirs, prompt):
     ids = tokenizer.encode(prompt)
     n = min(200, 256 - len(ids))
     out = theirs.generate(

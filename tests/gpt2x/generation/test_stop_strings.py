@@ -45,10 +45,17 @@ def shakespeare():
     return open_library()
 
 
+PROMPTS = ["ROMEO:", "What light"]
+
+
+@pytest.fixture(scope="module")
+def whole(shakespeare):
+    return text_of(shakespeare, PROMPTS, 60, 0)
+
+
 @pytest.mark.parametrize("stop", [[" thee"], ["l t", "rou"], ["\n\n"]], ids=str)
-def test_streams_and_whole_texts_stop_before_the_string(shakespeare, stop):
-    prompts = ["ROMEO:", "What light"]
-    whole = text_of(shakespeare, prompts, 60, 0)
+def test_streams_and_whole_texts_stop_before_the_string(shakespeare, whole, stop):
+    prompts = PROMPTS
     stopped = text_of(shakespeare, prompts, 60, 0, stop_strings=stop)
     for prompt, text, expected in zip(prompts, stopped, whole, strict=True):
         assert text == prompt + cut(expected[len(prompt) :], stop)
