@@ -113,7 +113,7 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: if it is not a GPT-2's, or has a key that changes or may change the arithmetic.
     """
-    # pytorch-transformers, before transformers 2, wrote no model_type.
+    # The first versions of transformers wrote no model_type.
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ConfigError(f"{where}: model_type is {raw['model_type']!r}, not 'gpt2'")
     fields: dict[str, Any] = {}

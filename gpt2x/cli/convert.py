@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +14,34 @@ from .text import printable, progress_bar, warn
 
 if TYPE_CHECKING:
     from converters import Checkpoint
-    from converters.saving import Saved
+    from converters.saving import Saved, Warn
 
     from ..weight_options import WeightOptions
 
 DTYPES = ("fp32", "fp16", "bf16", "q8_0")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed."""
+
+    src: str
+    dst: str
+    to: str | None
+    dtype: str
+    max_shard_size: str | None
+    n_vocab: int | None
+    activation_function: str | None
+    tokenizer_dir: str | None
+    no_tokenizer: bool
+    force: bool
+    as_json: bool
+    weights: WeightOptions
+
+    @property
+    def rounded_to(self) -> str | None:
+        """The dtype that all weights get; None if each keeps its own."""
+        return None if self.dtype == "keep" else self.dtype
 
 
 class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
@@ -62,20 +85,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic since
 @click.option("--no-tokenizer", is_flag=True, help="Convert the weights without their tokenizer.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def convert(
-    src: str,
-    dst: str,
-    to: str | None,
-    dtype: str,
-    max_shard_size: str | None,
-    n_vocab: int | None,
-    activation_function: str | None,
-    tokenizer_dir: str | None,
-    no_tokenizer: bool,
-    force: bool,
-    as_json: bool,
-    weights: WeightOptions,
-) -> None:
+def convert(**options: Any) -> None:
     """Convert the GPT-2 in SRC to DST, without TensorFlow or PyTorch.
 
     \b
@@ -90,39 +100,18 @@ def convert(
     openai://124M are downloaded. DST ends in .safetensors, .bin or .gguf, or is a directory in Hugging Face's layout; --to
     selects any other format. Every checksum in SRC is verified. DST appears whole, or not at all.
     """
-    from converters import open_checkpoint, save_checkpoint
-
-    if no_tokenizer and tokenizer_dir:
+    request = Request(**options)
+    if request.no_tokenizer and request.tokenizer_dir:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
-    wanted = None if dtype == "keep" else dtype
-    _check_destination(src, dst, to, wanted, max_shard_size, force)
-    path = local(src)
+    _check_destination(request)
+    path = local(request.src)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(
-        path,
-        n_vocab=n_vocab,
-        activation_function=activation_function,
-        tokenizer=tokenizer_dir,
-        merged_dtype="fp64" if wanted else None,  # it is rounded once, when it is written
-        **with_local_adapter(weights),
-    )
-    if no_tokenizer:
-        checkpoint = replace(checkpoint, tokenizer=None)
+    checkpoint = _opened(path, request)
     warnings: list[str] = []
-    with progress_bar(checkpoint.nbytes) as advance:
-        saved = save_checkpoint(
-            checkpoint,
-            dst,
-            to,
-            dtype=wanted,
-            max_shard_size=max_shard_size,
-            force=force,
-            progress=advance,
-            warn=warnings.append,
-        )
+    saved = _saved(checkpoint, request, warnings.append)
     facts = {
-        "source": src,
-        "destination": dst,
+        "source": request.src,
+        "destination": request.dst,
         **_facts(checkpoint, saved),
         "seconds": round(time.perf_counter() - start, 3),
         "notes": [*checkpoint.notes, *saved.notes],
@@ -130,22 +119,50 @@ def convert(
     }
     for warning in warnings:
         warn(warning)
-    click.echo(json.dumps(facts, indent=2) if as_json else printable(summary(facts)))
+    click.echo(json.dumps(facts, indent=2) if request.as_json else printable(summary(facts)))
 
 
-def _check_destination(
-    src: str, dst: str, to: str | None, dtype: str | None, max_shard_size: str | None, force: bool
-) -> None:
+def _check_destination(request: Request) -> None:
     """Refuse an invalid or existing DST before anything is read."""
     from converters import DestinationError
     from converters.formats import BY_NAME
     from converters.saving import check_destination
 
-    if is_remote(dst):
-        raise DestinationError(f"{dst}: gpt2x convert does not upload; pass a file or a directory")
-    _, kind = check_destination(dst, to, dtype, max_shard_size)
-    if is_remote(src):
-        check_before(src, dst, force=force, directory=BY_NAME[kind].is_directory)
+    if is_remote(request.dst):
+        raise DestinationError(f"{request.dst}: gpt2x convert does not upload; pass a file or a directory")
+    _, kind = check_destination(request.dst, request.to, request.rounded_to, request.max_shard_size)
+    if is_remote(request.src):
+        check_before(request.src, request.dst, force=request.force, directory=BY_NAME[kind].is_directory)
+
+
+def _opened(path: str, request: Request) -> Checkpoint:
+    from converters import open_checkpoint
+
+    checkpoint = open_checkpoint(
+        path,
+        n_vocab=request.n_vocab,
+        activation_function=request.activation_function,
+        tokenizer=request.tokenizer_dir,
+        merged_dtype="fp64" if request.rounded_to else None,  # it is rounded once, when it is written
+        **with_local_adapter(request.weights),
+    )
+    return replace(checkpoint, tokenizer=None) if request.no_tokenizer else checkpoint
+
+
+def _saved(checkpoint: Checkpoint, request: Request, warned: Warn) -> Saved:
+    from converters import save_checkpoint
+
+    with progress_bar(checkpoint.nbytes) as advance:
+        return save_checkpoint(
+            checkpoint,
+            request.dst,
+            request.to,
+            dtype=request.rounded_to,
+            max_shard_size=request.max_shard_size,
+            force=request.force,
+            progress=advance,
+            warn=warned,
+        )
 
 
 def _facts(checkpoint: Checkpoint, saved: Saved) -> dict[str, Any]:

@@ -153,8 +153,8 @@ def _compare(request: Request) -> Report:
         _check_alone(a)
         return parity.verify_alone(open_checkpoint(a, **weights), text)
     if request.stored_adapter:
-        without: WeightOptions = {**weights, "adapter": None}
-        base = open_checkpoint(a, **without)
+        plain: WeightOptions = {**weights, "adapter": None}
+        base = open_checkpoint(a, **plain)
         return parity.verify_adapter(base, str(weights["adapter"]), b, request.stored_adapter, text, request.precision)
     return parity.verify(
         a, b, text=text, runtime=request.runtime, precision=request.precision, rounded=request.rounded, **weights
