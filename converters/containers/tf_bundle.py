@@ -22,6 +22,7 @@ from ..io.reading import File
 from ..io.sstable import _text, mask, read_table, unmask, write_index
 from ..tensors import DTYPES, Checksum, DType, LazyTensor
 from ..values import are_sizes
+from . import tf_objects
 from .container import MAX_RANK, MAX_VALUES, Container
 
 MAX_SLICES = 256
@@ -46,10 +47,6 @@ def open_bundle(prefix: Path) -> Container:
     entries = dict(read_table(index))
     where = str(index.path)
     header = _header(entries.pop(b"", None), where)
-    if b"_CHECKPOINTABLE_OBJECT_GRAPH" in entries:
-        raise FormatError(
-            f"{where}: an object-based TensorFlow 2 or Keras checkpoint; GPT-2's is name-based. Save it with tf.compat.v1.train.Saver"
-        )
     parsed = {key: Entry.parse(value, f"{where}: {_text(key)}") for key, value in entries.items()}
     # The keys of slices begin with a zero byte (see slice_key).
     whole = {key: entry for key, entry in parsed.items() if not key.startswith(b"\0")}
@@ -58,12 +55,15 @@ def open_bundle(prefix: Path) -> Container:
         if not entry.slices:
             shards.claim(entry, f"{where}: {_text(key)}")
     shards.check_overlaps()
+    variables = _variables(whole, shards, where)
     tensors: dict[str, LazyTensor] = {}
     left_out = []  # strings, which are not parameters
     for key, entry in sorted(whole.items()):
-        name = _name(key, where)
-        if entry.dtype == STRING:
-            left_out.append(name)
+        if variables is not None and key == tf_objects.KEY:
+            continue
+        name = _name(key, where) if variables is None else variables.get(key, "")
+        if entry.dtype == STRING or not name:
+            left_out.append(_name(key, where))
         else:
             tensors[name] = _tensor(key, entry, parsed, shards, where)
     _check_strays(parsed, whole, where)
@@ -82,6 +82,19 @@ def _check_strays(parsed: Mapping[bytes, Entry], whole: Mapping[bytes, Entry], w
     strays = sorted(set(parsed) - set(whole) - used)
     if strays:
         raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
+
+
+def _variables(entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> dict[bytes, str] | None:
+    """Key -> the name of its variable, in an object-based checkpoint; None for one whose keys are the names."""
+    graph = entries.get(tf_objects.KEY)
+    if graph is None:
+        return None
+    where = f"{where}: {_text(tf_objects.KEY)}"
+    if graph.dtype != STRING or graph.shape or graph.size > tf_objects.MAX_GRAPH:
+        raise FormatError(f"{where}: not one string of at most {tf_objects.MAX_GRAPH} bytes")
+    stored = shards.file(graph.shard, where).read(graph.offset, graph.size)
+    keys = [key for key, entry in entries.items() if entry.dtype != STRING]
+    return tf_objects.variable_names(stored, graph.crc, keys, where)
 
 
 def _name(key: bytes, where: str) -> str:

@@ -19,6 +19,7 @@ from .situations import HEAD, NO_WEIGHTS, advice_on_folder
 TF_SUFFIX = r"\.(index|data-\d{5}-of-\d{5})$"
 MAX_STATE = 1 << 16  # bytes of the file "checkpoint" that are searched
 MAX_NAME = 200
+CONFIG = "config.json"
 MAX_DEPTH = 4  # of folders in folders: a Trainer's output, its checkpoint, DeepSpeed's folder in it
 UNUSUAL_SUFFIXES = (".ckpt", ".tar", ".th", "")  # of files that are weights only if their first bytes say so
 
@@ -86,7 +87,15 @@ def _in_directory(path: Path, depth: int = 0) -> Source:
     notes = (chosen.note, *source.notes)
     if chosen.is_home:
         return replace(source, notes=notes)
-    return replace(source, path=path, home=path, candidates=(), notes=notes)
+    return replace(source, path=path, home=_home_above(path), candidates=(), notes=notes)
+
+
+def _home_above(path: Path) -> Path:
+    """A folder, or the one that ``save_pretrained(saved_model=True)`` of transformers 4 wrote its ``saved_model/1`` into."""
+    above = path.absolute().parent
+    if above.name != "saved_model" or (path / CONFIG).is_file() or not (above.parent / CONFIG).is_file():
+        return path
+    return above.parent
 
 
 def _weights_in(path: Path) -> Source | None:

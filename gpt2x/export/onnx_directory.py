@@ -195,7 +195,7 @@ def _card(stage: Path, request: Request, plan: Plan) -> bytes:
         "last": options.last,
         "outputs": options.outputs,
         "adapters": _adapters_in(stage, request, plan),
-        "adapter_model": request.adapter_model(precisions[0]),
+        "adapter_model": _adapter_model(stage, request, precisions[0]),
     }
     return model_card(checkpoint.config, **generation, **facts).encode()
 
@@ -206,6 +206,14 @@ def _adapters_in(stage: Path, request: Request, plan: Plan) -> list[AdapterFile]
     files |= contract.adapters_in(stage / "onnx")
     slots = contract.factor_slots(request.checkpoint.config, request.lora)
     return [open_adapter_file(files[name], slots) for name in sorted(files)]
+
+
+def _adapter_model(stage: Path, request: Request, precision: str) -> str:
+    """The ONNX file of a precision that takes adapters; the model itself if it holds its weights."""
+    model = contract.model_file(precision)
+    folder = stage if precision in request.options.precisions else request.path
+    lora = contract.lora_file(model)
+    return lora if (folder / lora).is_file() else model
 
 
 def _is_there(request: Request, plan: Plan) -> bool:

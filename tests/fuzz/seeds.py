@@ -101,6 +101,8 @@ def _shallow(folder: Path, name: str) -> Path:
 
 
 def _tf(folder: Path) -> None:
+    objects = ("model.ckpt.index", "model.ckpt.data-00000-of-00001")
+    _fixture(folder, "keras_objects/weights", "", objects)
     for name in ("tf_plain", "tf_partitioned", "tf_two_shards", "tf_training"):
         _fixture(folder, name, "")
 

@@ -48,11 +48,6 @@ def test_a_checkpoint_opens_by_directory_prefix_index_or_data(name):
     assert len(open_checkpoint(FIXTURES / "tf_two_shards" / name).tensors) == 28
 
 
-def test_an_object_based_checkpoint_is_named_and_refused():
-    with pytest.raises(FormatError, match="object-based TensorFlow 2 or Keras checkpoint"):
-        open_checkpoint(FIXTURES / "tf_object_based")
-
-
 @pytest.mark.parametrize("name", ["", "model.ckpt"])
 def test_a_v1_checkpoint_is_named_and_refused(name):
     with pytest.raises(FormatError, match="V1 checkpoint"):

@@ -918,6 +918,14 @@ def test_all_parts_of_a_gguf_file_that_was_split_are_downloaded(folder, path):
     assert choice.opened in parts
 
 
+def test_the_graph_for_adapters_is_downloaded_with_its_model():
+    from gpt2x.download.hub import _choose
+
+    model = ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model_lora.onnx", "onnx/a.onnx_adapter")
+    names = frozenset({*model, "genai_config.json", "onnx/other.onnx", "onnx/other_lora.onnx"})
+    assert set(_choose(parse("hf://o/n", "o/n"), names, "onnx").files) == set(model)
+
+
 @pytest.mark.parametrize(
     ("source", "library"), [("hf://a/b", "huggingface_hub"), ("openai://124M", "httpx2"), ("openai://124M", "filelock")]
 )

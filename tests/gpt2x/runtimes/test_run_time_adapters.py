@@ -311,6 +311,17 @@ def test_only_the_graph_with_inputs_needs_the_onnx_runtime_that_has_adapters(gro
     assert needed == ["1.20.0", "1.17.0", "1.23.0"]
 
 
+@pytest.mark.parametrize(("single_file", "first"), [(False, "model_lora.onnx"), (True, "model.onnx")])
+def test_the_model_card_names_the_graph_that_takes_adapters(base, tmp_path, single_file, first):
+    path = export(base, tmp_path / "x", single_file=single_file)
+    said = f'ort.InferenceSession("onnx/{first}", settings)'
+    assert said in (path / "README.md").read_text()
+    export(base, path, precisions=("int8",), single_file=not single_file)  # the card names the first precision
+    assert said in (path / "README.md").read_text()
+    assert OnnxDecoder(path / "onnx" / first)._model.has_inputs
+    OnnxDecoder(path, precision="int8", adapter="all").step(IDS, None, POSITIONS, None)
+
+
 def test_a_single_file_holds_the_inputs_for_adapters_itself(base, tmp_path):
     path = export(base, tmp_path / "x", single_file=True)
     assert [file.name for file in (path / "onnx").glob("*.onnx")] == ["model.onnx"]
