@@ -9,7 +9,7 @@ CLIENTS := tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/pee
 CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-serve clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -78,6 +78,11 @@ bench: $(VENV)/.ready $(VENV)-bench/.ready $(VENV)-optimum/.ready $(VENV)-mobius
 	$(BIN)/python benchmarks/decode.py --gpt2x $(abspath $(VENV)-bench/bin/gpt2x) --transformers $(abspath $(BIN)/python) \
 		--optimum $(abspath $(VENV)-optimum/bin/python) --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) \
 		--llama $(abspath $(VENV)-llama/bin/python)
+
+bench-serve: $(VENV)/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## gpt2x serve under load, beside other servers, and with 20,000 requests of which many misbehave; takes 20 minutes
+	$(BIN)/python benchmarks/serve.py --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) --llama $(abspath $(VENV)-llama/bin/python)
+	$(BIN)/python benchmarks/serve.py --prefix
+	$(BIN)/python benchmarks/serve_soak.py
 
 %/$(MADE):
 	rm -rf $*
@@ -157,13 +162,13 @@ $(VENV)-mobius/.ready: constraints.txt $(VENV)-mobius/$(MADE)
 # And another, which needs transformers < 5 to read a model.
 $(VENV)-ctranslate2/.ready: constraints.txt $(VENV)-ctranslate2/$(MADE)
 	$(VENV)-ctranslate2/bin/python $(PIP) torch
-	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2
+	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2 fastapi uvicorn
 	touch $@
 
 # llama.cpp, which is compiled here: it takes a C++ compiler and some minutes. Where a processor has AMX, GCC drops the
 # stores that llama.cpp configures it with, and the program ends in an illegal instruction; hence the flags.
 $(VENV)-llama/.ready: constraints.txt $(VENV)-llama/$(MADE)
-	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir llama-cpp-python gguf safetensors
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir 'llama-cpp-python[server]' gguf safetensors
 	touch $@
 
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.
