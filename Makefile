@@ -10,7 +10,7 @@ CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null ||
 BENCH := $(BIN)/python benchmarks
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-score bench-soak bench-plot clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-sampling bench-score bench-serve bench-serve_soak bench-soak bench-plot clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -94,8 +94,11 @@ bench-speculate: $(VENV)/.ready ## guesses next to plain decoding, with the ship
 bench-fidelity: $(VENV)/.ready $(VENV)-llama/.ready ## accuracy of each precision next to llama.cpp's; TEXT=FILE for another text
 	$(BENCH)/fidelity.py --text $(or $(TEXT),gpt2x/coriolanus.txt) --llama $(abspath $(VENV)-llama/bin/python) $(ARGS)
 
-bench-adapters bench-attention bench-score bench-soak bench-plot: bench-%: $(VENV)/.ready ## LoRA inputs; two graphs; scoring; memory; the plot of docs/benchmarks.md
+bench-adapters bench-attention bench-sampling bench-score bench-serve_soak bench-soak bench-plot: bench-%: $(VENV)/.ready ## LoRA inputs; two graphs; choosing tokens; scoring; a server with clients that misbehave; memory; the plot of docs/benchmarks.md
 	$(BENCH)/$*.py $(ARGS)
+
+bench-serve: $(VENV)/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## gpt2x serve under load next to other servers; ARGS='--prefix' for prompts that begin alike
+	$(BENCH)/serve.py --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) --llama $(abspath $(VENV)-llama/bin/python) $(ARGS)
 
 %/$(MADE):
 	rm -rf $*
@@ -175,13 +178,13 @@ $(VENV)-mobius/.ready: constraints.txt $(VENV)-mobius/$(MADE)
 # And another, which needs transformers < 5 to read a model.
 $(VENV)-ctranslate2/.ready: constraints.txt $(VENV)-ctranslate2/$(MADE)
 	$(VENV)-ctranslate2/bin/python $(PIP) torch
-	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2
+	$(VENV)-ctranslate2/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 'transformers<5' ctranslate2 fastapi uvicorn
 	touch $@
 
 # llama.cpp, which is compiled here: it takes a C++ compiler and some minutes. Where a processor has AMX, GCC drops the
 # stores that llama.cpp configures it with, and the program ends in an illegal instruction; hence the flags.
 $(VENV)-llama/.ready: constraints.txt $(VENV)-llama/$(MADE)
-	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir llama-cpp-python gguf safetensors
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir 'llama-cpp-python[server]' gguf safetensors
 	touch $@
 
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.

@@ -85,12 +85,16 @@ class Client:
 class Recorder(Observer):
     def __init__(self):
         self.rows = []
+        self.read = []
         self.ended = []
         self.cancels = threading.Event()
         self.codes = []
 
     def stepped(self, rows, seconds):
         self.rows.append(rows)
+
+    def prompt_read(self, tokens, cached):
+        self.read.append(tokens)
 
     def cancelled(self):
         self.cancels.set()
@@ -150,6 +154,13 @@ def test_greedy_tokens_are_those_of_generate(engine_of, model, tokenizer):
     ((expected,),) = continuations(model, tokenizer, [ids], config)
     assert client.ids() == expected.tokens
     assert client.texts()[0, 0] == expected.text
+
+
+def test_texts_of_one_prompt_share_its_reading(engine_of):
+    recorder = Recorder()
+    client = Client(engine_of(rows=4, observer=recorder), request(prompt(90), 12, texts=4))
+    assert len(client.texts()) == 4
+    assert recorder.read == [90]
 
 
 def test_texts_of_one_prompt_differ_and_each_is_the_same_alone_whatever_rows_are_free(engine_of):
