@@ -74,9 +74,12 @@ class OnnxDecoder(Decoder):
     ) -> None:
         settings = SessionSettings(threads, optimize, tuple(providers))
         for_prompts, for_tokens = phases(precision, prefill, decode)
-        model = open_model(path, for_tokens, replace(settings, reads_prompts=for_prompts is None))
-        prompts = None if for_prompts is None else open_model(path, for_prompts, settings)
-        if prompts:
+        prompts = None
+        if for_prompts is None:
+            model = open_model(path, for_tokens, settings)
+        else:
+            model = open_model(path, for_tokens, replace(settings, phase="decoding"))
+            prompts = open_model(path, for_prompts, replace(settings, phase="prompts"))
             check_pair(prompts, model)
         self._source = Path(path)
         self._settings = settings
