@@ -47,7 +47,8 @@ class Context:
         if importlib.util.find_spec("onnx") is None or size > MOST_TWICE:
             return None
         try:
-            session = session_of_bytes(_without_logits(self.whole), path, metadata, self.settings)
+            settings = dataclasses.replace(self.settings, phase="prompts")
+            session = session_of_bytes(_without_logits(self.whole), path, metadata, settings)
         except FormatError as error:  # an older ONNX Runtime
             log.info("context has logits, too: %s", error)
             return None

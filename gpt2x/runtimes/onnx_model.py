@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -58,7 +58,7 @@ class SessionSettings:
     """How a session is made.
 
     Attributes:
-        reads_prompts: whether the session also reads prompts; else it only decodes.
+        phase: what the session is for: to read prompts, to decode, or both.
 
     Raises:
         ValueError: if the number of threads is out of range, or this ONNX Runtime has no such provider.
@@ -67,7 +67,7 @@ class SessionSettings:
     threads: int | None = None
     optimize: bool = True
     providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
-    reads_prompts: bool = True
+    phase: Literal["prompts", "decoding", "both"] = "both"
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads not in range(1, MAX_THREADS + 1):
@@ -488,7 +488,7 @@ def _attention(metadata: Mapping[str, str], settings: SessionSettings) -> Abstra
     """The choice of an attention kernel. Only a float32 cache in place has one: 8 bits are read as fast in tiles."""
     if metadata.get(contract.CACHE) != "inplace":
         return nullcontext()
-    wanted = not settings.reads_prompts or tiles_read_prompts_well()
+    wanted = settings.phase == "decoding" or (settings.phase == "both" and tiles_read_prompts_well())
     log.info("tiled attention %s, unless the environment says otherwise", _on(wanted))
     return tiles(wanted)
 

@@ -75,10 +75,12 @@ class OnnxDecoder(Decoder):
         settings = SessionSettings(threads, optimize, tuple(providers))
         for_prompts, for_tokens = phases(precision, prefill, decode)
         has_adapter = adapter is not None
-        for_model = replace(settings, reads_prompts=for_prompts is None)
-        model = open_model(path, for_tokens, for_model, with_inputs=has_adapter)
-        prompts = None if for_prompts is None else open_model(path, for_prompts, settings, with_inputs=has_adapter)
-        if prompts:
+        prompts = None
+        if for_prompts is None:
+            model = open_model(path, for_tokens, settings, with_inputs=has_adapter)
+        else:
+            model = open_model(path, for_tokens, replace(settings, phase="decoding"), with_inputs=has_adapter)
+            prompts = open_model(path, for_prompts, replace(settings, phase="prompts"), with_inputs=has_adapter)
             check_pair(prompts, model)
         self._source = Path(path)
         self._settings = settings

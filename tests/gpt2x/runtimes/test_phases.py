@@ -8,6 +8,7 @@ from converters import CheckpointError, open_checkpoint
 from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, Tokenizer, export_onnx, score
 from gpt2x.runtimes.base import InputError
 from gpt2x.runtimes.batching import RunningBatch
+from gpt2x.runtimes.processor import TILES_OFF
 from gpt2x.verify.running import bounds_of
 
 PROMPT = np.arange(300, 340)[None]
@@ -25,10 +26,13 @@ def directory(tmp_path_factory):
 
 
 def test_prompts_are_read_in_one_precision_and_decoded_in_another(directory, monkeypatch):
-    # The model that only decodes always has tiled attention, which rounds differently.
-    monkeypatch.setattr("gpt2x.runtimes.onnx_model.tiles_read_prompts_well", lambda: True)
+    monkeypatch.delenv(TILES_OFF, raising=False)
     pair = OnnxDecoder(directory, prefill="w8a8", decode="int4")
-    prefill, decode = OnnxDecoder(directory, precision="w8a8"), OnnxDecoder(directory, precision="int4")
+    # Only the model that decodes has tiled attention, which rounds differently.
+    monkeypatch.setenv(TILES_OFF, "1")
+    prefill = OnnxDecoder(directory, precision="w8a8")
+    monkeypatch.setenv(TILES_OFF, "0")
+    decode = OnnxDecoder(directory, precision="int4")
     expected, cache = prefill.step(PROMPT, None, POSITIONS, None)
     found, own = pair.step(PROMPT, None, POSITIONS, None)
     np.testing.assert_array_equal(found, expected)
