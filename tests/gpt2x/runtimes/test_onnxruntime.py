@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from checkpoints import TINY, random_checkpoint
+from checkpoints import TINY, gentle, random_checkpoint
 from commands import assert_refused, done
 from onnx import TensorProto, helper
 
@@ -32,6 +32,14 @@ def shakespeare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runtime") / "shakespeare"
     export_onnx(open_checkpoint(SHAKESPEARE), folder)
     return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A small model's export, beside its weights, ``small.safetensors``."""
+    save_checkpoint(gentle(), tmp_path / "small.safetensors")
+    export_onnx(gentle(), tmp_path / "m", need_tokenizer=False)
+    return tmp_path / "small.safetensors"
 
 
 @pytest.fixture
@@ -568,38 +576,36 @@ def with_weights_elsewhere(folder, name):
     path.write_bytes(model.SerializeToString())
 
 
-def test_verify_compares_the_weights_that_the_graph_takes(gpt2x, shakespeare, tmp_path):
-    shutil.copytree(shakespeare, tmp_path / "m")
+def test_verify_compares_the_weights_that_the_graph_takes(gpt2x, small, tmp_path):
     with_weights_elsewhere(tmp_path / "m", "h.1.attn.c_attn.weight")
     for given in (tmp_path / "m", tmp_path / "m/onnx/model.onnx"):
-        result = gpt2x("verify", SHAKESPEARE, given)
+        result = gpt2x("verify", small, given)
         assert result.exit_code == 1
-        assert "51 of 52 tensors bit-identical; h.1.attn.c_attn.weight differs in 1 values (by 0.001" in result.stdout
+        assert "27 of 28 tensors bit-identical; h.1.attn.c_attn.weight differs in 1 values (by 0.001" in result.stdout
 
 
-def test_verify_compares_the_weights_that_only_transformers_would_load(gpt2x, shakespeare, tmp_path):
-    shutil.copytree(shakespeare, tmp_path / "m")
-    done(gpt2x("convert", SHAKESPEARE, tmp_path / "whole.safetensors"))
-    data = bytearray((tmp_path / "whole.safetensors").read_bytes())
+def test_verify_compares_the_weights_that_only_transformers_would_load(gpt2x, small, tmp_path):
+    data = bytearray(small.read_bytes())
     data[-100] ^= 1
     (tmp_path / "m/model.safetensors").write_bytes(data)
-    result = gpt2x("verify", SHAKESPEARE, tmp_path / "m")
+    result = gpt2x("verify", small, tmp_path / "m")
     assert result.exit_code == 1
-    assert "weights         same          52 of 52 tensors" in result.stdout
-    assert "weights beside  DIFFERENT     51 of 52 tensors" in result.stdout
+    assert "weights         same          28 of 28 tensors" in result.stdout
+    assert "weights beside  DIFFERENT     27 of 28 tensors" in result.stdout
 
 
 @pytest.mark.parametrize("damage", ["cut", "another"])
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_weights_beside_an_onnx_model_that_cannot_be_its_own_are_said(gpt2x, tmp_path, damage, precision):
-    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", ExportOptions((precision,)))
+    save_checkpoint(gentle(), tmp_path / "small.safetensors")
+    export_onnx(gentle(), tmp_path / "m", ExportOptions((precision,)), need_tokenizer=False)
     beside = tmp_path / "m/model.safetensors"
     if damage == "cut":
-        done(gpt2x("convert", SHAKESPEARE, beside))
-        os.truncate(beside, 5_000_000)
+        shutil.copy(tmp_path / "small.safetensors", beside)
+        os.truncate(beside, beside.stat().st_size // 2)
     else:
         save_checkpoint(random_checkpoint(), beside)
-    result = gpt2x("verify", SHAKESPEARE, tmp_path / "m")
+    result = gpt2x("verify", tmp_path / "small.safetensors", tmp_path / "m")
     assert result.exit_code == 1
     assert "weights beside  DIFFERENT" in result.stdout
     assert result.stdout.endswith("DIFFERENT: weights beside.\n")
