@@ -32,6 +32,7 @@ PROBE = 4  # tokens that are run both ways to see whether a model returns the sa
 TIES_WEIGHT = 20.0  # how many positions the expected share of near ties counts for, before any was seen
 TIES_SHARE = 10.0  # that share, as a multiple of ``Decoder.near_tie``
 RISK = 0.15  # near ties that may be expected in the rest of the text: after each, its steps are made again
+FEWEST = 10  # the last tokens of a text are not worth the preparation of a run where near ties are likely
 HOPELESS = 10 * RISK  # from here on, near ties are not even counted
 AGREES: WeakKeyDictionary[Decoder, bool] = WeakKeyDictionary()  # what the check of ``same_in_runs`` found
 PRICES: WeakKeyDictionary[Decoder, WeakKeyDictionary[Speculate, Prices]] = (
@@ -232,7 +233,7 @@ class SpeculativeText:
             return True
         if self._must_probe():
             return len(self.probe) == PROBE and self._run_probe()
-        return self.ties.risk(room) < RISK
+        return self.ties.risk(max(room, FEWEST)) < RISK
 
     def _same_bits(self) -> bool:
         return self.decoder.same_in_runs and AGREES.get(self.decoder, False)
