@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..contract import has_onnx
 from ..precisions import PAIR
 from .running import RUNTIME, THREADS, TOKENIZER, Running
 from .source import RunPrecision, weight_options
@@ -173,6 +172,8 @@ def _text(file: str) -> str:
 
 def _opened(options: Options, precisions: Sequence[str | None]) -> Iterator[Decoder]:
     """The models of all precisions, one after another. A missing one is reported before the first is opened."""
+    from ..contract import has_onnx
+
     model = options.running.model
     if len(precisions) > 1 and has_onnx(model):
         from ..runtimes.onnx_model import find_model
