@@ -352,7 +352,8 @@ class InPlaceRun:
             step = _Step(self.model, self.adapter, cache, ids.shape)
             cache.bound[key] = step
         logits = step(ids, positions)
-        cache.put_rows(0, step.buffers)
+        if step.on_device:
+            cache.put_rows(0, step.buffers)
         return logits
 
 
@@ -369,8 +370,14 @@ class _Step:
         self.slots = np.arange(cache.capacity)
         self.ones = np.ones((1, cache.capacity), np.int64)
         self.buffers = cache.rows(0, B)  # held while they are bound
+        self.on_device = isinstance(model.memory, DeviceMemory)
         bind_cache(self.binding, model, self.buffers)
         adapter.bind(self.binding)
+        self._bind_tokens()
+
+    def _bind_tokens(self) -> None:
+        bind_input(self.binding, "input_ids", self.ids)
+        bind_input(self.binding, "position_ids", self.positions)
 
     def __call__(self, ids: Ids, positions: Ids) -> Logits:
         """Tokens (B, T) at positions (B, T). Returns the logits (B, 1 or T, V)."""
@@ -378,9 +385,8 @@ class _Step:
         self.positions[:] = positions
         B, T = ids.shape
         mask = self._mask(int(positions.max()) + 1)
-        # Each time, as binding copies them to where the model needs them.
-        bind_input(self.binding, "input_ids", self.ids)
-        bind_input(self.binding, "position_ids", self.positions)
+        if self.on_device:
+            self._bind_tokens()  # binding copies them to the device
         bind_input(self.binding, "attention_mask", mask)
         return _run(self.binding, self.model, (B, T))
 
