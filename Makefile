@@ -10,7 +10,7 @@ CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null ||
 BENCH := $(BIN)/python benchmarks
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-kernels bench-sampling bench-score bench-serve bench-serve_soak bench-soak bench-plot bench-train_draft clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-device test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-kernels bench-sampling bench-score bench-serve bench-serve_soak bench-soak bench-plot bench-train_draft clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -40,6 +40,11 @@ check: $(VENV)/.ready
 test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a live TensorFlow, in its own environment
 	$(VENV)-tensorflow/bin/python -m pytest tests/peers/test_tensorflow.py
 
+test-device: $(VENV)-device/.ready ## a cache in a device's memory, on WebGPU with the software Vulkan driver of Debian's chromium
+	-@$(CHROMIUM)
+	test -n "$$VK_ICD_FILENAMES" || export VK_ICD_FILENAMES=/usr/lib/chromium/vk_swiftshader_icd.json; \
+	$(VENV)-device/bin/python -m pytest -rs -k webgpu tests/gpt2x/runtimes/test_device_memory.py
+
 test-eval: $(VENV)-eval/.ready ## lm-evaluation-harness runs tasks on gpt2x, in its own environment
 	$(VENV)-eval/bin/python -m pytest -rs tests/peers/test_lm_eval.py
 
@@ -61,7 +66,7 @@ test-triton: $(VENV)-triton/.ready ## Triton Inference Server serves what export
 test-ray: $(VENV)-ray/.ready ## the example on Ray Serve loses a replica and a node, in its own environment
 	$(VENV)-ray/bin/python -m pytest -W default -rs tests/peers/test_ray_serve.py # Ray leaves sockets to the garbage collector
 
-test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-eval test-serve test-clients test-llama test-triton test-ray ## everything, and what takes gigabytes
+test-all: test test-slow test-processors test-versions test-executorch test-tensorflow test-device test-eval test-serve test-clients test-llama test-triton test-ray ## everything, and what takes gigabytes
 	$(BIN)/python -m pytest -m huge
 
 fuzz: $(VENV)/.fuzz ## damaged files for every reader, others each time: make fuzz MINUTES=60 FORMAT=gguf
@@ -121,6 +126,14 @@ $(VENV)/.fuzz: $(VENV)/.ready
 
 $(VENV)-tensorflow/.ready: pyproject.toml constraints.txt $(VENV)-tensorflow/$(MADE)
 	$(VENV)-tensorflow/bin/python $(PIP) --editable . pytest tensorflow-cpu
+	touch $@
+
+# All packages of ONNX Runtime install the same module. torch first, so that nothing brings another one.
+$(VENV)-device/.ready: pyproject.toml constraints.txt $(VENV)-device/$(MADE)
+	$(VENV)-device/bin/python $(PIP) torch
+	$(VENV)-device/bin/python $(PIP) --editable '.[export]' pytest
+	$(VENV)-device/bin/python -m pip uninstall --quiet --yes onnxruntime
+	$(VENV)-device/bin/python -m pip --disable-pip-version-check install --quiet --no-deps onnxruntime-webgpu==1.27.0
 	touch $@
 
 # torch first, so that nothing brings another one. The harness's own model needs transformers and accelerate.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .controls import controls, given_controls, show_origin
-from .running import RUNTIME, THREADS, TOKENIZER, Running
+from .running import PROVIDER, RUNTIME, THREADS, TOKENIZER, Running
 from .source import RunPrecision, weight_options
 from .text import read_text
 
@@ -54,11 +54,12 @@ if TYPE_CHECKING:
     help="ONNX model of MODEL to run (default: fp32, or the only one), or two: for prompts + decoding.",
 )
 @THREADS
+@PROVIDER
 @weight_options("MODEL")
 def generate(
     model: str, prompt: str | None, prompts_file: str | None, output: str | None, resume: bool, batch_size: int,
     tokenizer_dir: str | None, prompt_lookup: int | None, draft: str | None, runtime: str | None, precision: str | None,
-    threads: int | None, weights: WeightOptions, **options: Any,
+    threads: int | None, provider: str | None, weights: WeightOptions, **options: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT with MODEL: weights in any format, ONNX, TorchScript, or a .pt2 file.
 
@@ -77,7 +78,7 @@ def generate(
     if prompt_lookup and draft:
         raise click.UsageError("pass either --prompt-lookup or --draft")
     given = given_controls(options)
-    running = Running.of(model, runtime, precision, threads, weights)
+    running = Running.of(model, runtime, precision, threads, weights, provider)
     tokenizer = running.tokenizer(tokenizer_dir)  # before the model, which takes longer to open
     config = _config(running, given)
     decoder = running.open()

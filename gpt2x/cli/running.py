@@ -29,6 +29,12 @@ THREADS = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core)."
 )
 
+PROVIDER = click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "webgpu"]),
+    help="ONNX Runtime's execution provider (default: cpu). Others need another package of ONNX Runtime.",
+)
+
 
 @dataclass(frozen=True)
 class Running:
@@ -41,6 +47,7 @@ class Running:
         threads: threads of each operator.
         weights: how weights are opened.
         adapter: the name of an adapter beside an ONNX model, if the option --adapter is one.
+        provider: the execution provider of an ONNX model.
     """
 
     model: str
@@ -49,10 +56,17 @@ class Running:
     threads: int | None
     weights: WeightOptions
     adapter: str | None = None
+    provider: str | None = None
 
     @classmethod
     def of(
-        cls, source: str, runtime: str | None, precision: str | None, threads: int | None, weights: WeightOptions
+        cls,
+        source: str,
+        runtime: str | None,
+        precision: str | None,
+        threads: int | None,
+        weights: WeightOptions,
+        provider: str | None = None,
     ) -> Running:
         """The model of a source, which is downloaded first if it is a URL.
 
@@ -67,7 +81,8 @@ class Running:
         merges = why_weights(rest if is_name else weights) is not None
         model = runnable(source, "torch" if merges and runtime is None else runtime, precision)
         stored = stored_adapter(model, adapter or None, runtime)
-        return cls(model, runtime, precision, threads, rest if stored else with_local_adapter(weights), stored)
+        opened = rest if stored else with_local_adapter(weights)
+        return cls(model, runtime, precision, threads, opened, stored, provider)
 
     def open(self) -> Decoder:
         """Open the model.
@@ -78,7 +93,14 @@ class Running:
         from ..runtimes.opening import open_decoder
 
         weights: WeightOptions = {**self.weights, "adapter": self.adapter} if self.adapter else self.weights
-        return open_decoder(self.model, self.runtime, precision=self.precision, threads=self.threads, **weights)
+        return open_decoder(
+            self.model,
+            self.runtime,
+            precision=self.precision,
+            threads=self.threads,
+            provider=self.provider,
+            **weights,
+        )
 
     def tokenizer(self, folder: str | None) -> Tokenizer:
         """The tokenizer in a directory, or beside the model.

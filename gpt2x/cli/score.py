@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..precisions import PAIR
-from .running import RUNTIME, THREADS, TOKENIZER, Running
+from .running import PROVIDER, RUNTIME, THREADS, TOKENIZER, Running
 from .source import RunPrecision, weight_options
 from .text import printable, read_text
 
@@ -90,11 +90,12 @@ class Options:
     help="ONNX models of MODEL to run, as fp32,int8 (default: fp32, or the only one).",
 )
 @THREADS
+@PROVIDER
 @weight_options("MODEL")
 def score(
     model: str, file: str, stride: int | None, as_json: bool, tokens_file: str | None, output: str | None, resume: bool,
     batch_size: int, tokenizer_dir: str | None, runtime: str | None, precisions: tuple[str, ...] | None,
-    threads: int | None, weights: WeightOptions,
+    threads: int | None, provider: str | None, weights: WeightOptions,
 ) -> None:  # fmt: skip
     """Print the log-likelihood, perplexity and bits per byte that MODEL gives the text in FILE.
 
@@ -115,7 +116,7 @@ def score(
         from converters.io.publishing import check_free
 
         check_free(Path(tokens_file), force=False, directory=False)
-    running = Running.of(model, runtime, chosen[0], threads, weights)
+    running = Running.of(model, runtime, chosen[0], threads, weights, provider)
     options = Options(running, stride)
     tokenizer = running.tokenizer(tokenizer_dir)
     if text is None:

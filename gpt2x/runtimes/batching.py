@@ -228,13 +228,12 @@ class Reading:
 
     def copy(self, start: int, stop: int) -> list[NDArray[Any]]:
         """The keys and values of some of the tokens: of each layer in turn, each (H, stop - start, D)."""
-        return [buffer[self.row, :, start:stop].copy() for buffer in self._cache.buffers]
+        return self._cache.read(self.row, start, stop)
 
     def restore(self, tensors: Sequence[NDArray[Any]]) -> None:
         """Append keys and values that ``copy`` returned for the same tokens at the same positions."""
         start = self.length
         stop = start + tensors[0].shape[1]
         self._cache.reserve(self.row + 1, stop)
-        for buffer, tensor in zip(self._cache.buffers, tensors, strict=True):
-            buffer[self.row, :, start:stop] = tensor
+        self._cache.write(self.row, start, tensors)
         self._cache.lengths[self.row] = stop

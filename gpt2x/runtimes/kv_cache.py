@@ -1,7 +1,7 @@
 """A cache in place: rows of keys and values of any lengths, which a model of contract 2 writes into.
 
 In such a cache the slot of a token is its position. So a row may continue from anywhere up to its length, and what was
-behind that position is dropped. numpy only.
+behind that position is dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..memory import give_back
 from .base import InputError
+from .onnx_memory import CpuMemory, Memory
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +26,31 @@ class RowCache:
     """Keys and values of each layer in turn, each (rows, H, capacity, D), and how many tokens each row holds.
 
     Capacity doubles when it is needed: of tokens up to ``n_ctx``, of rows without a limit.
+
+    Args:
+        memory: where the buffers are; by default arrays in the CPU's memory.
     """
 
-    def __init__(self, rows: int, *, tensors: int, n_head: int, head_dim: int, n_ctx: int, dtype: Any) -> None:
+    def __init__(
+        self,
+        rows: int,
+        *,
+        tensors: int,
+        n_head: int,
+        head_dim: int,
+        n_ctx: int,
+        dtype: Any,
+        memory: Memory | None = None,
+    ) -> None:
         self.n_ctx = n_ctx
+        self.memory: Memory = memory or CpuMemory()
         self.kind = tensors, n_head, head_dim, n_ctx, np.dtype(dtype)
         self.adapter: str | None = None  # the adapter that computed it
         self.bound: dict[Any, Any] = {}  # bindings of models to these buffers, kept from step to step
         self.seen = 0  # slots that ``OnnxDecoder.run`` and ``step`` were given, with padding
         self.mask: NDArray[np.bool_] | None = None  # (rows, seen), false for padding; None without any padding
         self.lengths = np.zeros(rows, np.int64)
-        self.buffers = [np.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
+        self.buffers: list[Any] = [self.memory.zeros((rows, n_head, 0, head_dim), dtype) for _ in range(tensors)]
 
     @property
     def capacity(self) -> int:
@@ -75,15 +90,11 @@ class RowCache:
     def _grown_tokens(self, tokens: int) -> int:
         return grown_capacity(self.capacity, tokens, self.n_ctx)
 
-    def _grown(self, old: NDArray[Any], rows: int, tokens: int) -> NDArray[Any]:
+    def _grown(self, old: Any, rows: int, tokens: int) -> Any:
         # It may have grown already, before memory ran out in an earlier call.
         if old.shape[0] >= rows and old.shape[2] >= tokens:
             return old
-        had_rows = len(self.lengths)
-        used = int(self.lengths.max(initial=0))
-        new = np.zeros((rows, old.shape[1], tokens, old.shape[3]), old.dtype)
-        new[:had_rows, :, :used] = old[:had_rows, :, :used]
-        return new
+        return self.memory.resized(old, rows, tokens, int(self.lengths.max(initial=0)))
 
     def truncate(self, length: int) -> None:
         """Take every row back to at most so many tokens. Nothing is copied."""
@@ -117,24 +128,47 @@ class RowCache:
             self._copy_rows(rows[changed], changed)
         if len(rows) < had:
             self.bound.clear()
-            self.buffers = [buffer[: len(rows)] for buffer in self.buffers]
+            self.buffers = self.rows(0, len(rows))
         self.lengths = self.lengths[rows]
         if self.mask is not None:
             self.mask = self.mask[rows]
 
     def _copy_rows(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
         """Copy the tokens of some rows (N,) into others (N,). What is read is copied before anything is written."""
+        if not len(targets):
+            return
         used = int(self.lengths[sources].max(initial=0))
-        for buffer in self.buffers:
-            buffer[targets, :, :used] = buffer[sources, :, :used]
+        for i, buffer in enumerate(self.buffers):
+            self._replace(i, self.memory.copied(buffer, sources, targets, used))
 
     def _repeat(self, rows: NDArray[np.int64]) -> None:
         used = int(self.lengths[rows].max(initial=0))
-        self.bound.clear()
         for i, old in enumerate(self.buffers):
-            new = np.zeros((len(rows), *old.shape[1:]), old.dtype)
-            new[:, :, :used] = old[rows, :, :used]
-            self.buffers[i] = new
+            self._replace(i, self.memory.gathered(old, rows, used))
+
+    def _replace(self, i: int, buffer: Any) -> None:
+        """Take a buffer in place of one that bindings may refer to."""
+        if buffer is not self.buffers[i]:
+            self.bound.clear()
+            self.buffers[i] = buffer
+
+    def rows(self, start: int, stop: int) -> list[Any]:
+        """Some rows of each buffer, which a model can write into; then call ``put_rows``."""
+        return [self.memory.rows(buffer, start, stop) for buffer in self.buffers]
+
+    def put_rows(self, start: int, tensors: Sequence[Any]) -> None:
+        """Take over what a model wrote into the tensors of ``rows``."""
+        for i, tensor in enumerate(tensors):
+            self._replace(i, self.memory.with_rows(self.buffers[i], start, tensor))
+
+    def read(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """The keys and values of some tokens of a row: of each layer in turn, each (H, stop - start, D)."""
+        return [self.memory.read(buffer, row, start, stop) for buffer in self.buffers]
+
+    def write(self, row: int, start: int, tensors: Sequence[NDArray[Any]]) -> None:
+        """Write keys and values that ``read`` returned into a row that has room for them."""
+        for i, tensor in enumerate(tensors):
+            self._replace(i, self.memory.written(self.buffers[i], row, start, tensor))
 
     def see(self, real: NDArray[np.bool_] | None, slots: int) -> None:
         """Remember new slots, and which of them hold tokens (rows, slots); None if all do."""

@@ -33,6 +33,8 @@ from ..precisions import DEFAULT, PRECISIONS, Precision
 from ..tasks import EXTRAS, GENERATION, LOGITS
 from .adapter_files import AdapterFile, open_adapter_file
 from .base import Ids, InputError, check_tokens
+from .onnx_memory import CpuMemory, Memory, Tensor, bind_input
+from .onnx_providers import Provider, check_used, checked_providers, memory_of, session_entries
 from .processor import saturates, tiles, tiles_read_prompts_well
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,6 @@ MAX_MESSAGE = 2000  # characters of an error message of ONNX Runtime
 MAX_BLOCK = 1 << 16
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a model in memory
 EXACT = "session.x64quantprecision"  # exact products of uint8 and int8, where the default ones saturate
-Provider = str | tuple[str, dict[str, Any]]
 
 # ONNX Runtime's name of a type -> numpy's.
 TYPES = {
@@ -72,11 +73,7 @@ class SessionSettings:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads not in range(1, MAX_THREADS + 1):
             raise ValueError(f"threads is {self.threads!r}; it must be between 1 and {MAX_THREADS}")
-        available = ort.get_available_providers()
-        for provider in self.providers:
-            name = provider if isinstance(provider, str) else provider[0]
-            if name not in available:
-                raise ValueError(f"this ONNX Runtime has no {name}; it has {', '.join(available)}")
+        object.__setattr__(self, "providers", checked_providers(self.providers))
 
 
 @dataclass(frozen=True)
@@ -84,12 +81,12 @@ class ActiveAdapter:
     """The adapter of a run: its name, and the values of the model's optional inputs. Without a name, the model's own."""
 
     name: str | None = None
-    values: Mapping[str, ort.OrtValue] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def bind(self, binding: Any) -> None:
         """Bind its factors. A run with a binding ignores ``RunOptions.add_active_adapter`` (ONNX Runtime 1.20 to 1.32)."""
         for name, value in self.values.items():
-            binding.bind_ortvalue_input(name, value)
+            bind_input(binding, name, value)
 
 
 NO_ADAPTER = ActiveAdapter()
@@ -114,6 +111,7 @@ class OnnxModel:
     cache_kind: str
     last_only: bool
     session: Any  # ort.InferenceSession; None once closed
+    memory: Memory = field(default_factory=CpuMemory)  # where it needs its cache
 
     def __post_init__(self) -> None:
         self.in_place = contract.stays(self.cache_kind)
@@ -197,7 +195,7 @@ class OnnxModel:
             return NO_ADAPTER
         if name not in self._opened:
             tensors = self.adapter_file(name).tensors
-            values = {key: ort.OrtValue.ortvalue_from_numpy(tensor.read()) for key, tensor in tensors.items()}
+            values = {key: self.memory.upload(tensor.read()) for key, tensor in tensors.items()}
             self._opened[name] = ActiveAdapter(name, values)
         return self._opened[name]
 
@@ -292,6 +290,7 @@ def load_graph(path: Path, graph: Path, settings: SessionSettings, precision: st
     if metadata.get(contract.TASK, GENERATION) != GENERATION:
         raise FormatError(f"{graph}: a model for {metadata[contract.TASK][:50]}, which generates no text")
     loaded = load_file(graph, metadata, precision, settings)
+    cache_kind = metadata.get(contract.CACHE, "growing")
     model = OnnxModel(
         path=path,
         graph=graph,
@@ -299,9 +298,10 @@ def load_graph(path: Path, graph: Path, settings: SessionSettings, precision: st
         metadata=metadata,
         config=loaded.config,
         precision=loaded.precision,
-        cache_kind=metadata.get(contract.CACHE, "growing"),
+        cache_kind=cache_kind,
         last_only=metadata.get(contract.LOGITS) == "last",
         session=loaded.session,
+        memory=memory_of(loaded.session, settings.providers, contract.stays(cache_kind), graph),
     )
     check_contract(model)
     return model
@@ -479,9 +479,11 @@ def _load(
     providers = list(settings.providers)
     try:
         with _attention(metadata, settings):
-            return ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
+            session = ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise FormatError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}") from None
+    check_used(session, providers, path)
+    return session
 
 
 def _attention(metadata: Mapping[str, str], settings: SessionSettings) -> AbstractContextManager[None]:
@@ -502,6 +504,8 @@ def _session_options(metadata: Mapping[str, str], settings: SessionSettings) -> 
     exact = needs_exact_products(metadata)
     if exact:
         options.add_session_config_entry(EXACT, "1")
+    for key, value in session_entries(settings.providers).items():
+        options.add_session_config_entry(key, value)
     if not settings.optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     log.info(

@@ -1,6 +1,8 @@
 """Running an ONNX model with a growing cache, or with one in place. Needs numpy and onnxruntime, and never torch.
 
-The cache stays in ONNX Runtime's own buffers from step to step: what one step returns is bound to the next as it is.
+The cache stays in ONNX Runtime's own buffers from step to step: what one step returns is bound to the next as it is. It is
+in the memory of the model's execution provider (``OnnxModel.memory``); of the logits, only those that are wanted are copied
+to the CPU's memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from .. import contract
 from .base import FEW, Ids, InputError, Logits, as_int64, check_mask
 from .kv_cache import RowCache
+from .onnx_memory import DeviceMemory, Memory, bind_input, bind_output
 from .onnx_model import NO_ADAPTER, TYPES, ActiveAdapter, OnnxModel
 
 CHUNK = 256  # tokens of a prompt in one run: attention over T tokens computes T * T scores, and masks half of them
@@ -25,11 +28,19 @@ SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 
 class GrownCache(list[ort.OrtValue]):
-    """Key and value of each layer in turn, each (B, H, P, D), and the name of the adapter that computed them."""
+    """Key and value of each layer in turn, each (B, H, P, D), and the name of the adapter that computed them.
 
-    def __init__(self, values: Iterable[ort.OrtValue], adapter: str | None) -> None:
+    Args:
+        memory: where they are. It must stay until they are freed.
+    """
+
+    def __init__(self, values: Iterable[ort.OrtValue], adapter: str | None, memory: Memory) -> None:
         super().__init__(values)
         self.adapter = adapter
+        self.memory = memory
+
+    def __del__(self) -> None:
+        self.clear()  # before ``memory``: attributes would be freed first
 
 
 def chunk_size(model: OnnxModel, B: int) -> int:
@@ -83,11 +94,17 @@ class GrowingRun:
         B, T = ids.shape
         for start, end in pieces(T, chunk_size(self.model, B)):
             seen = None if mask is None else mask[..., : mask.shape[-1] - (T - end)]
-            logits, cache = self.run(ids[:, start:end], seen, positions[:, start:end], cache)
+            logits, cache = self.run(ids[:, start:end], seen, positions[:, start:end], cache, True)
         return logits, cache
 
-    def run(self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any) -> tuple[Logits, GrownCache]:
-        """As ``Decoder.run``, for tokens and positions that were checked."""
+    def run(
+        self, ids: Ids, attention_mask: Any, positions: Ids, cache: Any, last: bool = False
+    ) -> tuple[Logits, GrownCache]:
+        """As ``Decoder.run``, for tokens and positions that were checked.
+
+        Args:
+            last: only the last logits are wanted. On a device, the others are not returned.
+        """
         B, T = ids.shape
         past = self._empty(B) if cache is None else cache
         mask = check_mask(attention_mask, B, self._length(past, B), T)
@@ -96,27 +113,28 @@ class GrowingRun:
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, value in zip(self.model.past_names, past, strict=True):
             binding.bind_ortvalue_input(name, value)
+        place = self.model.memory.place
         for name in self.model.present_names:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(name, place.type, place.id)
         self.adapter.bind(binding)
-        logits = _bind_logits(binding, self.model, B, T)  # the last output
-        self.model.run(binding, None)
-        return logits, GrownCache(binding.get_outputs()[: len(past)], self.adapter.name)
+        logits = _run(binding, self.model, (B, T), last=last)
+        return logits, GrownCache(binding.get_outputs()[: len(past)], self.adapter.name, self.model.memory)
 
     def reorder(self, cache: GrownCache, rows: Ids) -> GrownCache:
         """As ``Decoder.reorder``."""
         if np.array_equal(rows, np.arange(cache[0].shape()[0])):
             return cache
-        return self._renewed(cache, [np.take(value.numpy(), rows, axis=0) for value in cache])
+        return self._moved(cache, rows, cache[0].shape()[2])
 
     def truncate(self, cache: GrownCache, length: int) -> GrownCache:
         """As ``Decoder.truncate``."""
-        return self._renewed(cache, [np.ascontiguousarray(value.numpy()[:, :, :length]) for value in cache])
+        return self._moved(cache, np.arange(cache[0].shape()[0]), min(length, cache[0].shape()[2]))
 
-    def _renewed(self, cache: GrownCache, arrays: Iterable[NDArray[Any]]) -> GrownCache:
-        """A cache of other arrays, by the same adapter."""
+    def _moved(self, cache: GrownCache, rows: Ids, tokens: int) -> GrownCache:
+        """The first tokens of some rows (N,), by the same adapter."""
         adapter = cache.adapter if isinstance(cache, GrownCache) else self.adapter.name
-        return GrownCache(map(ort.OrtValue.ortvalue_from_numpy, arrays), adapter)
+        memory = self.model.memory
+        return GrownCache([memory.moved(value, rows, tokens) for value in cache], adapter, memory)
 
     def _empty(self, B: int) -> list[ort.OrtValue]:
         shape = (B, self.model.config.n_head, 0, self.model.config.head_dim)
@@ -180,6 +198,7 @@ class InPlaceRun:
             head_dim=config.head_dim,
             n_ctx=config.n_ctx,
             dtype=self.model.cache_dtype,
+            memory=self.model.memory,
         )
         cache.adapter = self.adapter.name
         return cache
@@ -278,39 +297,39 @@ class InPlaceRun:
         positions = np.ascontiguousarray(positions)
         start, end = int(positions[0]), int(positions[-1]) + 1
         cache.reserve(row + 1, end)
-        buffers = [buffer[row : row + 1] for buffer in cache.buffers]
+        buffers = cache.rows(row, row + 1)
         cache.lengths[row] = start  # until all tokens are in
         size = chunk_size(self.prompts, 1) if last else largest_chunk(self.prompts)
         several = not last and len(ids) > size
         whole: Logits = np.empty((len(ids) if several else 0, self.model.config.n_vocab), np.float32)
         for first, stop in pieces(len(ids), size):
-            logits = self._prefill_chunk(ids[first:stop], positions[first:stop], start + stop, buffers)
+            logits = self._prefill_chunk(ids[first:stop], positions[first:stop], start + stop, buffers, last)
             if several:
                 whole[first:stop] = logits
+        cache.put_rows(row, buffers)
         cache.lengths[row] = end
         if several:
             return whole
         return logits[-1:] if last else logits
 
-    def _prefill_chunk(self, ids: Ids, positions: Ids, length: int, buffers: Sequence[NDArray[Any]]) -> Logits:
+    def _prefill_chunk(self, ids: Ids, positions: Ids, length: int, buffers: Sequence[Any], last: bool) -> Logits:
         """One run for one row, which then holds ``length`` tokens. Logits (1 or t, V)."""
         binding = self.prompts.session.io_binding()
         mask = np.ones((1, length), np.int64)
-        _bind(binding, "input_ids", ids[None])
-        _bind(binding, "position_ids", positions[None])
-        _bind(binding, "attention_mask", mask)
+        bind_input(binding, "input_ids", ids[None])
+        bind_input(binding, "position_ids", positions[None])
+        bind_input(binding, "attention_mask", mask)
         bind_cache(binding, self.prompts, buffers)
         self.adapter.bind(binding)
-        logits = _bind_logits(binding, self.prompts, 1, len(ids))
-        self.prompts.run(binding, SHRINK if len(ids) > 1 else None)
-        found: Logits = logits[0]
+        options = SHRINK if len(ids) > 1 else None
+        found: Logits = _run(binding, self.prompts, (1, len(ids)), last=last, options=options)[0]
         return found
 
     def advance(self, ids: Ids, positions: Ids, cache: RowCache) -> Logits:
         """One more token (B,), at its position (B,), for each of the first B rows of the cache. Logits (B, V)."""
         B = len(ids)
         cache.reserve(B, int(positions.max()) + 1)
-        logits = self._bound_step(cache, (B, 1))(ids[:, None], positions[:, None])
+        logits = self._run_bound(cache, ids[:, None], positions[:, None])
         cache.lengths[:B] = positions + 1
         return logits[:, 0]
 
@@ -321,44 +340,54 @@ class InPlaceRun:
         """
         length = int(positions[-1]) + 1
         cache.reserve(1, length)
-        logits = self._bound_step(cache, (1, len(ids)))(ids[None], positions[None])
+        logits = self._run_bound(cache, ids[None], positions[None])
         cache.lengths[0] = length
         return logits
 
-    def _bound_step(self, cache: RowCache, shape: tuple[int, int]) -> _Step:
-        key = id(self.model), self.model.graph, self.adapter.name, shape
+    def _run_bound(self, cache: RowCache, ids: Ids, positions: Ids) -> Logits:
+        """Tokens (B, T) with bindings that are kept as long as the cache's buffers stay. Logits (B, 1 or T, V)."""
+        key = id(self.model), self.model.graph, self.adapter.name, ids.shape
         step: _Step | None = cache.bound.get(key)
         if step is None:
-            step = _Step(self.model, self.adapter, cache, shape)
+            step = _Step(self.model, self.adapter, cache, ids.shape)
             cache.bound[key] = step
-        return step
+        logits = step(ids, positions)
+        if step.on_device:
+            cache.put_rows(0, step.buffers)
+        return logits
 
 
 class _Step:
     """New tokens (B, T) for the first B rows of a cache. Most is bound once, as long as the cache's buffers stay."""
 
-    def __init__(self, model: OnnxModel, adapter: ActiveAdapter, cache: RowCache, shape: tuple[int, int]) -> None:
+    def __init__(self, model: OnnxModel, adapter: ActiveAdapter, cache: RowCache, shape: tuple[int, ...]) -> None:
         B, T = shape
+        self.binding = model.session.io_binding()  # the first attribute: it must be freed before the model
         self.model = model
         self.adapter = adapter  # held while its factors are bound
         self.ids = np.zeros((B, T), np.int64)
         self.positions = np.zeros((B, T), np.int64)
         self.slots = np.arange(cache.capacity)
         self.ones = np.ones((1, cache.capacity), np.int64)
-        self.buffers = [buffer[:B] for buffer in cache.buffers]  # held while they are bound
-        self.binding = model.session.io_binding()
-        _bind(self.binding, "input_ids", self.ids)
-        _bind(self.binding, "position_ids", self.positions)
+        self.buffers = cache.rows(0, B)  # held while they are bound
+        self.on_device = isinstance(model.memory, DeviceMemory)
         bind_cache(self.binding, model, self.buffers)
         adapter.bind(self.binding)
-        self.logits = _bind_logits(self.binding, model, B, T)
+        self.logits = _bind_logits(self.binding, model, shape)
+        self._bind_tokens()
+
+    def _bind_tokens(self) -> None:
+        bind_input(self.binding, "input_ids", self.ids)
+        bind_input(self.binding, "position_ids", self.positions)
 
     def __call__(self, ids: Ids, positions: Ids) -> Logits:
         """Tokens (B, T) at positions (B, T). Returns the logits (B, 1 or T, V)."""
         self.ids[:] = ids
         self.positions[:] = positions
         mask = self._mask(int(positions.max()) + 1)
-        _bind(self.binding, "attention_mask", mask)
+        if self.on_device:
+            self._bind_tokens()  # binding copies them to the device
+        bind_input(self.binding, "attention_mask", mask)
         self.model.run(self.binding, None)
         return self.logits.copy()  # binding a new array takes longer than a copy
 
@@ -381,27 +410,39 @@ def _rows_with_tokens(ids: Ids, positions: Ids, real: NDArray[np.bool_] | None) 
     return rows
 
 
-def bind_cache(binding: Any, model: OnnxModel, buffers: Sequence[NDArray[Any]]) -> None:
+def bind_cache(binding: Any, model: OnnxModel, buffers: Sequence[Any]) -> None:
     """Bind past and present of each layer to the same memory."""
     for past, present, buffer in zip(model.past_names, model.present_names, buffers, strict=True):
-        _bind(binding, past, buffer)
-        _bind_output(binding, present, buffer)
+        bind_input(binding, past, buffer)
+        bind_output(binding, present, buffer)
 
 
-def _bind_logits(binding: Any, model: OnnxModel, B: int, T: int) -> Logits:
-    logits: Logits = np.empty((B, 1 if model.last_only else T, model.config.n_vocab), np.float32)
-    if "logits" in model.outputs:  # else it only fills a cache
-        _bind_output(binding, "logits", logits)
+def _run(
+    binding: Any, model: OnnxModel, shape: tuple[int, int], *, last: bool = False, options: ort.RunOptions | None = None
+) -> Logits:
+    """Run a model for tokens (B, T), after its inputs and the cache were bound.
+
+    Args:
+        last: only the last logits are wanted: those of a device stay there, but for the last.
+
+    Returns:
+        The logits (B, 1 or T, V).
+    """
+    memory = model.memory
+    has_logits = "logits" in model.outputs  # else it only fills a cache
+    if last and isinstance(memory, DeviceMemory) and has_logits and shape[1] > 1 and not model.last_only:
+        binding.bind_output("logits", memory.place.type, memory.place.id)
+        model.run(binding, options)
+        return memory.last(binding.get_outputs()[-1])
+    logits = _bind_logits(binding, model, shape)
+    model.run(binding, options)
     return logits
 
 
-def _bind(binding: Any, name: str, array: NDArray[Any]) -> None:
-    """Bind an input to an array, which the caller must hold while the binding is used."""
-    assert array.flags.c_contiguous
-    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
-    """The same for an output."""
-    assert array.flags.c_contiguous
-    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+def _bind_logits(binding: Any, model: OnnxModel, shape: tuple[int, ...]) -> Logits:
+    """New logits (B, 1 or T, V) of tokens (B, T), which the model writes if it has that output."""
+    B, T = shape
+    logits: Logits = np.empty((B, 1 if model.last_only else T, model.config.n_vocab), np.float32)
+    if "logits" in model.outputs:  # else it only fills a cache
+        bind_output(binding, "logits", logits)
+    return logits

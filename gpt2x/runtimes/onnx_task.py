@@ -22,7 +22,6 @@ from ..precisions import PRECISIONS
 from ..tasks import GENERATION, TASKS
 from .base import Ids
 from .onnx_model import (
-    Provider,
     SessionSettings,
     block_size,
     differences,
@@ -32,6 +31,7 @@ from .onnx_model import (
     run_session,
     slots,
 )
+from .onnx_providers import Provider
 from .task_model import Outputs, TaskModel, check_rows
 
 

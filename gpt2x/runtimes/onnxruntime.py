@@ -25,7 +25,8 @@ from .adapter_files import AdapterFile
 from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
 from .onnx_context import Context
-from .onnx_model import ActiveAdapter, OnnxModel, Provider, SessionSettings, needs_exact_products, open_model
+from .onnx_model import ActiveAdapter, OnnxModel, SessionSettings, needs_exact_products, open_model
+from .onnx_providers import Provider
 from .onnx_run import GrowingRun, InPlaceRun
 
 
@@ -47,6 +48,7 @@ class OnnxDecoder(Decoder):
         threads: threads for each operator; by default one for each core.
         optimize: enable ONNX Runtime's graph optimizations (``ORT_ENABLE_ALL``, its default).
         providers: ONNX Runtime's execution providers in order of preference; each a name, or a name and its options.
+            "cpu", "cuda" and "webgpu" are short names. The cache is in the memory of the first one that needs it.
         adapter: the name of the adapter beside the model that ``run`` and ``step`` take, unless they are given another.
 
     Raises:

@@ -102,6 +102,7 @@ def open_decoder(
     *,
     precision: str | None = None,
     threads: int | None = None,
+    provider: str | None = None,
     **options: Unpack[WeightOptions],
 ) -> Decoder:
     """Open anything that runs.
@@ -110,6 +111,7 @@ def open_decoder(
         runtime: as for ``run_kind``.
         precision: which ONNX model of a directory; by default fp32, or else the only one.
         threads: threads of each operator; by default one for each core. For torch, it holds for the whole process.
+        provider: the execution provider of an ONNX model, as in ``OnnxDecoder``; by default the CPU.
         options: how weights are opened. If one is set that selects or changes weights, the weights of a directory run
             that also has ONNX. ``adapter`` is the directory of one to merge, or the name of one that was exported.
 
@@ -128,9 +130,10 @@ def open_decoder(
     if kind == "onnx":
         from .onnxruntime import OnnxDecoder
 
-        return OnnxDecoder(path, precision=precision, threads=threads, adapter=stored)
-    if precision is not None:
-        raise FormatError(f"{path}: a precision is for ONNX, and this would be run as {NAMES[kind]}")
+        return OnnxDecoder(path, precision=precision, threads=threads, providers=(provider or "cpu",), adapter=stored)
+    for name, value in (("precision", precision), ("provider", provider)):
+        if value is not None:
+            raise FormatError(f"{path}: a {name} is for ONNX, and this would be run as {NAMES[kind]}")
     if threads is not None:
         import torch
 
