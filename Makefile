@@ -7,6 +7,8 @@ MADE := .made-by-$(shell $(PYTHON) -c 'import platform; print(platform.python_ve
 CLIENTS := tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/peers/test_task_clients.py
 # Debian's browser, where it can be installed. Elsewhere the tests say what they skip.
 CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+# The loader of Vulkan's drivers, in the same way.
+VULKAN := test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libvulkan1 >/dev/null
 BENCH := $(BIN)/python benchmarks
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -42,6 +44,7 @@ test-tensorflow: $(VENV)-tensorflow/.ready ## the reader and writer against a li
 
 test-device: $(VENV)-device/.ready ## a cache in a device's memory, on WebGPU with the software Vulkan driver of Debian's chromium
 	-@$(CHROMIUM)
+	-@$(VULKAN)
 	test -n "$$VK_ICD_FILENAMES" || export VK_ICD_FILENAMES=/usr/lib/chromium/vk_swiftshader_icd.json; \
 	$(VENV)-device/bin/python -m pytest -rs -k webgpu tests/gpt2x/runtimes/test_device_memory.py
 

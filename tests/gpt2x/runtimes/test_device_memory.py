@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 import pytest
+from commands import assert_refused
 from paths import FIXTURES
 
 from converters import FormatError, open_checkpoint
@@ -343,3 +344,15 @@ def test_a_provider_that_is_not_installed_is_refused_with_the_package_that_has_i
     with pytest.raises(InputError, match="pip uninstall onnxruntime; pip install onnxruntime-gpu"):
         OnnxDecoder(folders["inplace"], providers=["cuda", "cpu"])
     OnnxDecoder(folders["inplace"], providers=["cpu"])
+
+
+def test_the_command_line_names_the_package_of_a_provider(gpt2x, folders, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    result = gpt2x("generate", folders["growing"], "x", "--provider", "cuda")
+    assert_refused(result, "has no CUDAExecutionProvider", "pip install onnxruntime-gpu")
+    result = gpt2x(
+        "generate", folders["growing"], "x", "--provider", "cpu", "--temperature", "0", "--max-new-tokens", "2"
+    )
+    assert result.exit_code == 0
+    result = gpt2x("generate", SHAKESPEARE, "x", "--provider", "cpu")
+    assert_refused(result, "a provider is for ONNX, and this would be run as weights")
