@@ -105,8 +105,8 @@ bench-fidelity: $(VENV)/.ready $(VENV)-llama/.ready ## accuracy of each precisio
 bench-adapters bench-attention bench-kernels bench-sampling bench-score bench-serve_soak bench-soak bench-plot bench-train_draft: bench-%: $(VENV)/.ready ## LoRA inputs; two graphs; choosing tokens; scoring; a server with clients that misbehave; memory; two models for speculation; the plot of docs/benchmarks.md
 	$(BENCH)/$*.py $(ARGS)
 
-bench-serve: $(VENV)/.ready $(VENV)-ctranslate2/.ready $(VENV)-llama/.ready ## gpt2x serve under load next to other servers; ARGS='--prefix' for prompts that begin alike
-	$(BENCH)/serve.py --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) --llama $(abspath $(VENV)-llama/bin/python) $(ARGS)
+bench-serve: $(VENV)/.ready $(VENV)-ctranslate2/.ready $(VENV)-xllamacpp/.ready ## gpt2x serve under load next to other servers; ARGS='--prefix' for prompts that begin alike
+	$(BENCH)/serve.py --ctranslate2 $(abspath $(VENV)-ctranslate2/bin/python) --llama $(abspath $(VENV)-xllamacpp/bin/python) $(ARGS)
 
 %/$(MADE):
 	rm -rf $*
@@ -200,7 +200,12 @@ $(VENV)-ctranslate2/.ready: constraints.txt $(VENV)-ctranslate2/$(MADE)
 # llama.cpp, which is compiled here: it takes a C++ compiler and some minutes. Where a processor has AMX, GCC drops the
 # stores that llama.cpp configures it with, and the program ends in an illegal instruction; hence the flags.
 $(VENV)-llama/.ready: constraints.txt $(VENV)-llama/$(MADE)
-	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir 'llama-cpp-python[server]' gguf safetensors
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(VENV)-llama/bin/python $(PIP) --no-cache-dir llama-cpp-python gguf safetensors
+	touch $@
+
+# llama.cpp's server, of which this package has compiled wheels.
+$(VENV)-xllamacpp/.ready: constraints.txt $(VENV)-xllamacpp/$(MADE)
+	$(VENV)-xllamacpp/bin/python $(PIP) xllamacpp
 	touch $@
 
 # As a user has it: installed, not editable, and with nothing but what gpt2x itself needs.

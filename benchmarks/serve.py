@@ -1,4 +1,4 @@
-"""Measure ``gpt2x serve`` under load, next to llama-cpp-python's server and CTranslate2 behind FastAPI.
+"""Measure ``gpt2x serve`` under load, next to llama.cpp's server (of xllamacpp) and CTranslate2 behind FastAPI.
 
     python benchmarks/serve.py --tokenizer DIR --llama PYTHON --ctranslate2 PYTHON
     python benchmarks/serve.py --tokenizer DIR --prefix
@@ -9,7 +9,7 @@ number of clients, so that no prefix cache helps. One server runs at a time, wit
 
 ``RunningBatch`` is gpt2x's batch without HTTP: it does the same work in the same pieces in a plain loop, so the difference is
 the cost of HTTP, scheduling and the clients. gpt2x's models are exported with ``--logits last``, as decoding needs no others.
-CTranslate2 has no server; FastAPI runs one text at a time. So does llama-cpp-python's server.
+llama.cpp's server batches up to 16 texts. CTranslate2 has no server; FastAPI runs one text at a time.
 
 ``--prefix`` measures the time to the first token of prompts that begin with the same 600 tokens, cached and not, of gpt2x alone.
 """
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ GOAL_COST = 1.10  # of HTTP and scheduling
 GOAL_PREFIX = 3.0
 READY = 120.0  # seconds that a server may take to start
 CONTEXT = 1024
+SLOTS = 16  # of llama.cpp's server, which takes memory for all of them
 
 # ------------------------------------------------------------------------------------------------- code of the processes
 
@@ -137,6 +138,24 @@ def complete(body: Completion):
 uvicorn.run(app, port=int(sys.argv[3]), log_level="error")
 """
 
+# Arguments: model, port.
+LLAMA = f"""
+import sys, time
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_parallel = {SLOTS}
+params.n_ctx = {SLOTS} * {CONTEXT}
+params.n_gpu_layers = 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {THREADS}
+params.port = int(sys.argv[2])
+params.verbosity = -1
+server = xllamacpp.Server(params)
+while True:
+    time.sleep(60)
+"""
+
 TO_CTRANSLATE2 = """
 import sys
 from ctranslate2.converters import TransformersConverter
@@ -207,11 +226,10 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server to measure: a command that listens on the port that is added to it, and further fields of its requests."""
+    """A server to measure: a command that listens on the port that is added to it."""
 
     name: str
     command: tuple[str, ...]
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -265,7 +283,7 @@ def ready(process: subprocess.Popen[bytes], port: int) -> bool:
 
 async def heard(server: Running, ask: Ask) -> Heard:
     """Send a request, and note when the pieces of its text come."""
-    body = {"prompt": ask.text, "max_tokens": ask.new, "temperature": 0, "stream": True, **server.peer.fields}
+    body = {"prompt": ask.text, "max_tokens": ask.new, "temperature": 0, "stream": True}
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" \
            f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"  # fmt: skip
@@ -444,11 +462,7 @@ def gpt2x_peer(folder: Path, precision: str) -> Peer:
 def llama_peer(python: Path, work: Path) -> Peer:
     file = work / "q8_0.gguf"
     quietly([sys.executable, "-m", "gpt2x", "convert", work / "hf", file, "--dtype", "q8_0"])
-    threads = ("--n_threads", str(THREADS), "--n_threads_batch", str(THREADS))
-    # By default, a new request interrupts the text that runs.
-    limits = ("--n_ctx", str(CONTEXT), "--interrupt_requests", "false", "--verbose", "false")
-    command = (str(python), "-m", "llama_cpp.server", "--model", str(file), *threads, *limits, "--port")
-    return Peer("llama-cpp-python Q8_0", command, {"repeat_penalty": 1.0})
+    return Peer("llama.cpp Q8_0", (str(python), "-P", "-c", LLAMA, str(file)))
 
 
 def ctranslate2_peer(python: Path, work: Path) -> Peer:
@@ -464,7 +478,7 @@ PATH = click.Path(path_type=Path)
 @click.command()
 @click.option("--tokenizer", type=PATH, help="Directory with GPT-2's tokenizer (default: a made-up one of its size).")
 @click.option("--precision", "precisions", multiple=True, default=("int8", "w8a8"), show_default=True, help="gpt2x's.")
-@click.option("--llama", type=PATH, help="Python with llama-cpp-python[server].")
+@click.option("--llama", type=PATH, help="Python with xllamacpp.")
 @click.option("--ctranslate2", type=PATH, help="Python with ctranslate2, fastapi, uvicorn, torch and transformers < 5.")
 @click.option("--clients", type=int, multiple=True, default=CLIENTS, show_default=True, help="Numbers of clients.")
 @click.option("--requests", default=16, show_default=True, help="Requests for each number of clients, at least.")
