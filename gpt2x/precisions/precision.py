@@ -60,7 +60,7 @@ class Precision(ABC):
         runtime_by_opset: from this opset on, the first version of ONNX Runtime that runs it, if later than that of
             the opset.
         runtime_by_cache: kind of cache -> the same, if later than that of the cache.
-        near_tie: as ``Decoder.near_tie``: twice and more what was measured (``docs/generation.md``).
+        near_tie: as ``Decoder.near_tie``: three times and more what was measured (``docs/generation.md``).
         several_price: as ``Decoder.several_price``.
         row_by_row: whether matrix products of one row of activations and of several give the same bits.
     """

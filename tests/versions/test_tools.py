@@ -36,11 +36,9 @@ def models(tmp_path_factory):
 def found(models, tmp_path_factory):
     """What ``run_tools.py`` found: kind -> tool -> result."""
     packages = [install.python_packages(*TOOLS), *install.onnxruntime(install.NEWEST)]
-    results = {}
-    for kind in GRAPHS:
-        folder = tmp_path_factory.mktemp("tools")
-        task = models.task(models=[models.file(kind)], folder=str(folder))
-        results |= install.run("run_tools.py", task, folder, packages)
+    folder = tmp_path_factory.mktemp("tools")
+    task = models.task(models=[models.file(kind) for kind in GRAPHS], folder=str(folder))
+    results = install.run("run_tools.py", task, folder, packages)
     return {kind: results[models.file(kind)] for kind in GRAPHS}
 
 
