@@ -52,7 +52,6 @@ OF_TASKS = "3"  # the version of the contract of every other task: no cache; any
 OF_OPSET = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 22: (1, 21), 23: (1, 23)}
 OF_CACHE = {"growing": (1, 17), "inplace": (1, 18), "inplace-int8": (1, 28)}  # 1.27 gives wrong results in a batch
 
-GELU_OPSET = 20  # the lowest opset of a model whose activation function is GELU
 OF_LORA = (1, 20)  # the first with LoraAdapter; before, a product over a rank of 0 is an error
 
 # The first version of each client that loads a model with a kind of cache, in any precision.

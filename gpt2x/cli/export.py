@@ -169,7 +169,7 @@ def _outputs(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple
     "--opset",
     type=click.IntRange(17, 23),
     metavar="N",
-    help="ONNX: opset, up to 23 (default: 23; with --cache inplace, the lowest). 20, or 21 for int4, is for ONNX Runtime before 1.23.",
+    help="ONNX: opset, up to 23 (default: the lowest that has all operators, 20 or 21).",
 )
 @click.option("--single-file", is_flag=True, help="ONNX: put the weights into each .onnx file (2 GB at most).")
 @click.option("--safetensors", is_flag=True, help="ONNX: add model.safetensors, for transformers.")

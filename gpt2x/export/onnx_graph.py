@@ -69,11 +69,6 @@ class Target:
         labels = len(self.heads.labels.names) if self.heads.labels else 0
         return contract.task_inputs(), contract.task_outputs(self.task, config, labels)
 
-    @property
-    def default_opset(self) -> int | None:
-        """The opset of a model if none is chosen; None for the lowest that has all operators."""
-        return None if contract.stays(self.cache) else ATTENTION_OPSET
-
 
 TEXT_GENERATION = Target()
 
@@ -96,8 +91,8 @@ def to_onnx(
         metadata: goes into ``metadata_props``, with the first version of ONNX Runtime that runs the model.
         target: what it computes. The weights of heads are read, and go into the model itself.
         scales: of keys and values in each layer, (H, 1, D) each, for an int8 cache.
-        opset: the ONNX opset; by default ``target.default_opset``. From 23 on, attention without a cache in place is
-            ONNX's ``Attention``, below ``MatMul`` and ``Softmax``.
+        opset: the ONNX opset; by default the lowest that has all operators. From 23 on, a growing cache uses ONNX's
+            ``Attention``, below ``MatMul`` and ``Softmax``.
         lora: the projections that take factors of adapters as optional inputs.
 
     Returns:
@@ -108,7 +103,6 @@ def to_onnx(
     """
     inputs, outputs = target.slots(config, precision.name)
     cache = target.cache
-    opset = opset or target.default_opset
     g = Graph(stored, precision.data_file, has_blocks=opset is None or opset >= BLOCKS_OPSET)
     factors = contract.factor_slots(config, lora)
     low_rank = LowRank(precision, factors)
@@ -151,7 +145,7 @@ def unknown_opset(precision: Precision, cache: str, lowest: int, opset: int) -> 
     """The error for an opset that lacks an operator of a model."""
     return ConfigError(
         f"opset {opset} is too low for {precision.name} with --cache {cache}: {lowest} to {OPSETS[-1]} are supported. "
-        f"The most runtimes load --opset {lowest}"
+        f"Leave --opset out for {lowest}, which the most runtimes load"
     )
 
 

@@ -33,7 +33,7 @@ class ExportOptions:
         calibration: token ids for GPTQ and for the scales of an int8 cache. By default weights are rounded to nearest,
             and the scales are chosen on a scene of Shakespeare's.
         block: how many weights share a scale, in precisions with a choice.
-        opset: the ONNX opset; by default 23, or with a cache in place the lowest that has all operators.
+        opset: the ONNX opset; by default the lowest that has all operators.
         single_file: put the weights into each ``.onnx`` file, instead of into a file beside it.
         task: one of ``TASKS``; those besides text generation have no cache.
         outputs: of text generation: ``logits`` and any of ``EXTRAS``.

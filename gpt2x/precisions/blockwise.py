@@ -22,7 +22,6 @@ class Blockwise(QuantizedPrecision):
     """The graph dequantizes a matrix before the product; ONNX Runtime fuses the two."""
 
     block_sizes: tuple[int, ...] = BLOCKS
-    portable_opset: int = 21  # the first whose DequantizeLinear has blocks
 
     def block_of(self, name: str, summed: int, block: int) -> int:
         return block

@@ -57,7 +57,7 @@ FP16 = Fp16(
     transformers_js="fp16",
     about="weights and cache in float16; norms, softmax and logits in float32. For GPUs: a CPU only loses time with it",
     bytes_per_weight=2,
-    near_tie=1e-3,
+    near_tie=1.5e-3,
     # Measured where it is computed in float16: on an emulated Neoverse N1. Most x86 processors compute it in float32, with
     # a hundredth of the KL divergence.
     bounds=Bounds(8e-3, 7e-4, 1.7e-2, 1.5e-3, 3e-5, 1.4e-3),

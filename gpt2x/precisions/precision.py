@@ -56,11 +56,10 @@ class Precision(ABC):
         integer_products: whether products are computed in integers: uint8 activations times int8 weights.
         for_cpu: whether it is useful on a CPU.
         min_opset: the first ONNX opset that has its data types.
-        portable_opset: the lowest opset with which a model of GPT-2 needs no more memory than with the newest.
         runtime_by_opset: from this opset on, the first version of ONNX Runtime that runs it, if later than that of
             the opset.
         runtime_by_cache: kind of cache -> the same, if later than that of the cache.
-        near_tie: as ``Decoder.near_tie``: three times and more what was measured (``docs/generation.md``).
+        near_tie: as ``Decoder.near_tie``: twice and more what was measured (``docs/generation.md``).
         several_price: as ``Decoder.several_price``.
         row_by_row: whether matrix products of one row of activations and of several give the same bits.
     """
@@ -80,7 +79,6 @@ class Precision(ABC):
     integer_products: bool = False
     for_cpu: bool = True
     min_opset: int = 17
-    portable_opset: int = 20
     runtime_by_opset: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     runtime_by_cache: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     near_tie: float = 3e-5

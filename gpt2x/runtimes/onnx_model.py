@@ -398,39 +398,16 @@ def check_runtime(path: Path, metadata: Mapping[str, str]) -> None:
         FormatError: with both versions.
     """
     needed = metadata.get(contract.RUNTIME, "")
-    if contract.VERSION.fullmatch(needed) and not _runs(needed):
+    if contract.VERSION.fullmatch(needed) and _numbers(ort.__version__) < _numbers(needed):
         raise FormatError(
             f"{path}: needs ONNX Runtime {needed} or newer; {ort.__version__} is installed. "
-            f"Upgrade it: pip install 'onnxruntime>={needed}'{_export_again(metadata)}"
+            f"Upgrade it: pip install 'onnxruntime>={needed}'. Or export the model again for this version: "
+            "gpt2x export --help explains --cache, --precision and --opset"
         )
 
 
-def _runs(needed: str) -> bool:
-    """Whether the installed ONNX Runtime is this version or newer."""
-    return contract.numbers(ort.__version__) >= contract.numbers(needed)
-
-
-def _export_again(metadata: Mapping[str, str]) -> str:
-    """A sentence with the options of ``gpt2x export`` for the installed ONNX Runtime; empty if none are for it."""
-    options = [f"{options} ({version} or newer)" for options, version in _older_forms(metadata).items()]
-    return f". Or export the model again with {' or '.join(options)}" if options else ""
-
-
-def _older_forms(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Options of ``gpt2x export`` -> the version that such a model needs, for models that the installed version runs."""
-    precision = _precision_of(metadata)
-    if precision is None:
-        return {}
-    has_lora, forms = contract.LORA in metadata, {}
-    growing = "" if metadata.get(contract.CACHE, "growing") == "growing" else "--cache growing "
-    for opset in sorted({contract.GELU_OPSET, precision.portable_opset}):
-        needed = contract.runtime_version(precision.name, "growing", opset, lora=has_lora)
-        if opset >= precision.min_opset and _runs(needed):
-            forms = {f"{growing}--opset {opset}": needed}  # the last one takes the least memory
-    needed = contract.runtime_version(precision.name, "inplace", precision.portable_opset, lora=has_lora)
-    if metadata.get(contract.TASK, GENERATION) == GENERATION and _runs(needed):
-        forms["--cache inplace"] = needed
-    return forms
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def config_in(path: Path, metadata: dict[str, str]) -> GPT2Config:

@@ -43,8 +43,7 @@ CONVERSIONS = {
 PRECISIONS = ("fp32", "fp16", "int8", "w8a8", "int4")
 EXPORTS = {
     **{f"{cache}": ["--precision", ",".join(PRECISIONS), "--cache", cache] for cache in ("growing", "inplace", "inplace-int8")},
-    "last": ["--logits", "last"],
-    "portable": ["--precision", "fp32,fp16,int8,w8a8", "--opset", "20"],
+    "last": ["--logits", "last", "--opset", "23"],
     "one": ["--single-file", "--precision", "fp32,int8", "--safetensors"],
     "low": ["--precision", "int8,int4,w8a8", "--block-size", "64", "--opset", "21"],
 }  # fmt: skip

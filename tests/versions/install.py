@@ -28,7 +28,7 @@ NEWEST = ONNXRUNTIME[-1]
 # onnxruntime-genai, and the ONNX Runtime beside it: the newest, which pip installs, and the oldest that it allows.
 GENAI = (("0.4.0", NEWEST), ("0.5.2", NEWEST), ("0.6.0", NEWEST), ("0.18.0", NEWEST))
 OLDEST_GENAI = ("0.6.0", "1.20.1")
-TRANSFORMERS_JS = ("3.0.0", "3.4.1", "3.4.2", "3.8.1", "4.0.0", "4.2.0", "4.3.0", "4.3.2")
+TRANSFORMERS_JS = ("3.0.0", "3.4.1", "3.4.2", "3.8.1", "4.2.0", "4.3.0", "4.3.2")
 # optimum's version -> its packages. From 2.0 on, its part for ONNX Runtime is a package of its own.
 TRANSFORMERS_4_48 = ("transformers==4.48.3", "tokenizers==0.21.4", "huggingface_hub==0.36.2")
 TRANSFORMERS_4_53 = ("transformers==4.53.3", "tokenizers==0.21.4", "huggingface_hub==0.36.2")

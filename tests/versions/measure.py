@@ -38,17 +38,14 @@ class Kind:
 
 
 DEFAULT = [Kind(cache, precision) for cache in contract.CACHES for precision in PRECISIONS]
-# A growing cache without ONNX's Attention, which older runtimes load.
-PORTABLE = [Kind("growing", name, precision.portable_opset) for name, precision in PRECISIONS.items()]
-OF_CLIENTS = [*DEFAULT, *PORTABLE]  # what all clients run
 # What needs another version of ONNX Runtime than by default.
 OF_OPSET = [
     *(Kind(cache, "int8", 20) for cache in contract.CACHES),
     *(Kind(cache, precision, 21) for cache in ("growing", "inplace") for precision in ("fp32", "w8a8")),
     *(Kind(cache, precision, 22) for cache in ("growing", "inplace") for precision in ("fp32", "int8")),
-    *(Kind(cache, precision, 23) for cache in ("inplace", "inplace-int8") for precision in PRECISIONS),
+    *(Kind(cache, precision, 23) for cache in contract.CACHES for precision in PRECISIONS),
 ]
-KINDS = [*OF_CLIENTS, *OF_OPSET]
+KINDS = [*DEFAULT, *OF_OPSET]
 Outcomes = dict[str, dict[str, str]]  # kind -> version -> SAME, or what happened instead
 
 
@@ -60,8 +57,7 @@ class Models:
         self.paths: dict[Kind, Path] = {}
         source = open_checkpoint(SHAKESPEARE)
         for kind in KINDS:
-            # transformers.js takes a name with -- for no model's.
-            path = folder / str(kind).replace(" --", "_").replace(" ", "_")
+            path = folder / str(kind).replace(" ", "_")
             export_onnx(source, path, ExportOptions((kind.precision,), kind.cache, opset=kind.opset))
             self.paths[kind] = path
         tokenizer = Tokenizer.from_pretrained(SHAKESPEARE)
@@ -86,13 +82,13 @@ def onnxruntime_results(models: Models, version: str) -> dict:
 
 
 def genai_results(models: Models, version: str, runtime: str) -> dict:
-    paths = [str(models.paths[kind]) for kind in OF_CLIENTS]
+    paths = [str(models.paths[kind]) for kind in DEFAULT]
     return install.run("run_genai.py", models.task(models=paths), models.folder, install.genai(version, runtime))
 
 
 def optimum_results(models: Models, version: str) -> dict:
-    paths = [str(models.paths[kind]) for kind in OF_CLIENTS]
-    files = [Path(models.file(kind)).name for kind in OF_CLIENTS]
+    paths = [str(models.paths[kind]) for kind in DEFAULT]
+    files = [Path(models.file(kind)).name for kind in DEFAULT]
     task = models.task(models=paths, files=files)
     try:
         return install.run("run_optimum.py", task, models.folder, install.optimum(version))
@@ -103,7 +99,7 @@ def optimum_results(models: Models, version: str) -> dict:
 def transformers_js_results(models: Models, version: str) -> dict:
     """One process a model: after one that fails to load, older versions load no other."""
     packages, results = [install.transformers_js(version)], {}
-    for kind in OF_CLIENTS:
+    for kind in DEFAULT:
         task = models.task(
             models=[str(models.paths[kind])], dtypes=[PRECISIONS[kind.precision].transformers_js], prompts=TEXTS
         )
@@ -133,7 +129,7 @@ class Measurement:
     def __init__(self, models: Models, reference: Mapping[Kind, Sequence]) -> None:
         self.models = models
         self.gpt2x: Outcomes = {str(kind): {} for kind in KINDS}
-        self.of: dict[str, Outcomes] = {client: {str(kind): {} for kind in OF_CLIENTS} for client in CLIENTS}
+        self.of: dict[str, Outcomes] = {client: {str(kind): {} for kind in DEFAULT} for client in CLIENTS}
         self.of["onnxruntime"] = {str(kind): {} for kind in KINDS}
         for version in install.ONNXRUNTIME:
             results = onnxruntime_results(models, version)
@@ -142,7 +138,7 @@ class Measurement:
                 self.of["onnxruntime"][str(kind)][version] = outcome(results["plain"][file], tokens)
                 self.gpt2x[str(kind)][version] = outcome(results["gpt2x"][file], tokens)
         for client, version, results in self._others():
-            for kind in OF_CLIENTS:
+            for kind in DEFAULT:
                 self.of[client][str(kind)][version] = outcome(results[str(models.paths[kind])], reference[kind])
 
     def _others(self) -> Iterator[tuple[str, str, dict]]:

@@ -1,7 +1,6 @@
 """Quantize a directory with optimum's ORTQuantizer, and run it: ``python run_quantizer.py TASK``. Prints the results as JSON.
 
-TASK is a JSON file with ``model`` (a directory), ``folder`` (for what is written), ``operators`` (those to quantize; null for
-all), ``prompts`` (token ids) and ``count``.
+TASK is a JSON file with ``model`` (a directory), ``folder`` (for what is written), ``prompts`` (token ids) and ``count``.
 """
 
 import json
@@ -17,7 +16,7 @@ def main(task):
     source = ORTModelForCausalLM.from_pretrained(task["model"])
     expected = [generate(source, prompt, task["count"]) for prompt in task["prompts"]]
     quantizer = ORTQuantizer.from_pretrained(source)
-    config = AutoQuantizationConfig.avx2(is_static=False, per_channel=True, operators_to_quantize=task["operators"])
+    config = AutoQuantizationConfig.avx2(is_static=False, per_channel=True)
     quantizer.quantize(save_dir=task["folder"], quantization_config=config)
     (made,) = Path(task["folder"]).glob("*.onnx")
     model = ORTModelForCausalLM.from_pretrained(task["folder"], file_name=made.name)

@@ -120,11 +120,6 @@ def quantize_per_channel(path, made):
     quantize_dynamic(str(path), str(made), weight_type=QuantType.QUInt8, per_channel=True)
 
 
-def quantize_named(path, made):
-    """With the operators named, it leaves ONNX's Attention alone, which it takes for ONNX Runtime's operator of that name."""
-    quantize_dynamic(str(path), str(made), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gather"])
-
-
 def preprocess(path, made):
     quant_pre_process(str(path), str(made))
 
@@ -144,7 +139,6 @@ WRITERS = {
     "onnxsim": simplify,
     "quantize_dynamic": quantize,
     "quantize_dynamic per channel": quantize_per_channel,
-    "quantize_dynamic of named operators": quantize_named,
     "quant_pre_process": preprocess,
     "preprocessed and quantized": preprocess_and_quantize,
 }

@@ -103,11 +103,11 @@ def test_the_model_passes_the_checker_and_has_standard_operators_only(shakespear
     path = shakespeare / "onnx/model.onnx"
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
-    assert model.ir_version == 11
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert model.ir_version == 9
     assert {node.domain for node in model.graph.node} == {""}
     assert path.stat().st_size < 40_000
-    assert {node.op_type for node in model.graph.node} >= {"Attention", "Gelu", "LayerNormalization", "MatMul"}
+    assert {node.op_type for node in model.graph.node} >= {"Softmax", "Gelu", "LayerNormalization", "MatMul"}
 
 
 def test_nodes_are_named_after_the_modules_they_come_from(shakespeare):
@@ -118,7 +118,7 @@ def test_nodes_are_named_after_the_modules_they_come_from(shakespeare):
         "wte/Gather",
         "h.0.attn.c_attn/MatMul",
         "h.3.mlp.act/Gelu",
-        "h.2.attn/Attention",
+        "h.2.attn/Softmax",
         "ln_f/LayerNormalization",
     } <= set(names)
 
@@ -155,7 +155,7 @@ def test_the_metadata_has_the_contract_and_the_source(shakespeare):
         "gpt2x.precision": "fp32",
         "gpt2x.cache": "growing",
         "gpt2x.logits": "all",
-        "gpt2x.onnxruntime": "1.23.0",
+        "gpt2x.onnxruntime": "1.17.0",
     }
 
 

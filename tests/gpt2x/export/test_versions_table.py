@@ -14,19 +14,13 @@ from gpt2x import contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.precisions import PRECISIONS
 
-OTHERS = ("onnxruntime-genai", "optimum", "transformers.js")
 ROWS = json.loads((ROOT / "tests" / "versions" / "versions.json").read_text())
 DEFAULT = {(row["cache"], row["precision"]): row for row in ROWS if row["default"]}
-# Those of a growing cache with an opset for older runtimes, which every client was measured with, too.
-PORTABLE = {row["precision"]: row for row in ROWS if not row["default"] and "optimum" in row}
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=64, n_ctx=16, n_vocab=50, bos_token_id=0, eos_token_id=0)
 
 
 def test_the_table_has_every_precision_with_every_cache():
     assert DEFAULT.keys() == {(cache, precision) for cache in contract.CACHES for precision in PRECISIONS}
-    assert {name: row["opset"] for name, row in PORTABLE.items()} == {
-        name: precision.portable_opset for name, precision in PRECISIONS.items()
-    }
 
 
 def test_every_minimum_of_the_table_was_found():
@@ -52,10 +46,16 @@ def test_an_export_has_the_opset_and_the_version_of_the_table(cache, tmp_path):
         assert facts[contract.RUNTIME].split(".")[:2] == row["onnxruntime"].split(".")[:2]
 
 
-@pytest.mark.parametrize("client", OTHERS)
+@pytest.mark.parametrize("client", [*contract.CLIENTS, "transformers.js"])
 def test_the_minimum_of_a_client_is_the_measured_one(client):
-    for row in (*DEFAULT.values(), *PORTABLE.values()):
-        assert row[client] == contract.client_version(client, row["cache"], row["onnxruntime"]), row
+    for (cache, _), row in DEFAULT.items():
+        assert contract.client_version(client, cache, row["onnxruntime"]) == row[client]
+
+
+def test_a_card_states_the_transformers_js_that_has_the_onnx_runtime_of_the_opset(tmp_path):
+    export_onnx(random_checkpoint(CONFIG), tmp_path / "m", ExportOptions(opset=23), need_tokenizer=False)
+    (line,) = [line for line in (tmp_path / "m" / "README.md").read_text().splitlines() if "transformers.js >=" in line]
+    assert "transformers.js >= 4.0.0" in line
 
 
 def test_the_readme_has_the_measured_versions():
@@ -66,12 +66,10 @@ def test_the_readme_has_the_measured_versions():
         if "inplace" in line or "growing" in line
     ]
     table = [line for line in lines if len(line) == 6]
-    said = {
-        (cells[0].replace(" (the default)", ""), p.strip()): cells[2:] for cells in table for p in cells[1].split(",")
-    }
-    portable = {(f"growing, `--opset {row['opset']}`", precision): row for precision, row in PORTABLE.items()}
+    said = {(cells[0].split()[0], p.strip()): cells[2:] for cells in table for p in cells[1].split(",")}
+    clients = ("onnxruntime-genai", "optimum", "transformers.js")
     measured = {
-        key: [".".join(row["onnxruntime"].split(".")[:2]), *(row[client] for client in OTHERS)]
-        for key, row in {**DEFAULT, **portable}.items()
+        key: [".".join(row["onnxruntime"].split(".")[:2]), *(row[client] for client in clients)]
+        for key, row in DEFAULT.items()
     }
     assert said == measured

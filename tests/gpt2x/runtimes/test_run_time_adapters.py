@@ -305,10 +305,9 @@ def test_the_model_itself_has_the_graph_that_it_has_without_adapters(base, folde
         assert graph_of(folder / file) == graph_of(tmp_path / "x" / file)
 
 
-def test_only_the_graph_with_inputs_needs_the_onnx_runtime_that_has_adapters(growing, base, tmp_path):
-    wide = export(base, tmp_path / "x", opset=20)
-    needed = [OnnxDecoder(path).metadata[contract.RUNTIME] for path in (with_inputs(wide), wide, growing)]
-    assert needed == ["1.20.0", "1.17.0", "1.23.0"]
+def test_only_the_graph_with_inputs_needs_the_onnx_runtime_that_has_adapters(growing):
+    assert OnnxDecoder(with_inputs(growing)).metadata[contract.RUNTIME] == "1.20.0"
+    assert OnnxDecoder(growing).metadata[contract.RUNTIME] == "1.17.0"
 
 
 @pytest.mark.parametrize(("single_file", "first"), [(False, "model_lora.onnx"), (True, "model.onnx")])
