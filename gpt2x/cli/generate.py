@@ -83,7 +83,7 @@ def generate(
     config = _config(running, given)
     decoder = running.open()
     config = replace(
-        config, speculate=_speculate(config, prompt_lookup, draft, threads, batch_size if prompts_file else 1)
+        config, speculate=_speculate(config, prompt_lookup, draft, running, batch_size if prompts_file else 1)
     )
     if prompts_file and output:
         from .prompts_file import continue_file
@@ -105,10 +105,15 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
 
 
 def _speculate(
-    config: GenerationConfig, prompt_lookup: int | None, draft: str | None, threads: int | None, batch: int
+    config: GenerationConfig, prompt_lookup: int | None, draft: str | None, main: Running, batch: int
 ) -> Speculate | None:
-    """Where the guesses of speculative decoding come from; None for none, or where it would have no effect."""
+    """Where the guesses of speculative decoding come from; None for none, or where it would have no effect.
+
+    Args:
+        main: the model that they are for. A draft model has its threads and, if ONNX Runtime runs it, its provider.
+    """
     from ..generation.guesses import Draft, PromptLookup
+    from ..runtimes.opening import run_kind
 
     if prompt_lookup is None and draft is None:
         return None
@@ -120,7 +125,10 @@ def _speculate(
         return None
     if draft is None:
         return PromptLookup(prompt_lookup or PromptLookup.guesses)
-    return Draft(Running.of(draft, None, None, threads, {}).open())
+    running = Running.of(draft, None, None, main.threads, {})
+    if run_kind(running.model, None) == "onnx":
+        running = replace(running, provider=main.provider)
+    return Draft(running.open())
 
 
 def _config(running: Running, given: dict[str, Any]) -> GenerationConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,7 @@ class SessionSettings:
 
     threads: int | None = None
     optimize: bool = True
-    providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
+    providers: str | Sequence[Provider] = ("CPUExecutionProvider",)
     phase: Literal["prompts", "decoding", "both"] = "both"
 
     def __post_init__(self) -> None:

@@ -41,21 +41,36 @@ KNOWN = {
 }
 
 
-def checked_providers(providers: Sequence[Provider]) -> tuple[Provider, ...]:
+def checked_providers(providers: str | Sequence[Provider]) -> tuple[Provider, ...]:
     """Providers as ONNX Runtime takes them. Short names, the keys of ``KNOWN``, are replaced.
 
     Raises:
-        InputError: if this ONNX Runtime does not have one; it names the package that does.
+        InputError: if this ONNX Runtime does not have one; it names the package that does. Also if one is neither a name
+            nor a pair of a name and its options.
     """
-    named: list[Provider] = []
-    for provider in providers:
-        known = KNOWN.get(provider) if isinstance(provider, str) else None
-        named.append(provider if known is None else known.name)
+    named = [_named(provider) for provider in ([providers] if isinstance(providers, str) else providers)]
     available = ort.get_available_providers()
     for provider in named:
         if provider_name(provider) not in available:
             raise InputError(_missing(provider_name(provider), available))
     return tuple(named)
+
+
+def _named(provider: Any) -> Provider:
+    """A provider with ONNX Runtime's name of it."""
+    if isinstance(provider, str):
+        return _full_name(provider)
+    if isinstance(provider, tuple) and [type(part) for part in provider] == [str, dict]:
+        return _full_name(provider[0]), provider[1]
+    raise InputError(
+        f'providers: {str(provider)[:100]} is neither a name, such as "cuda", nor a name with options, such as '
+        '("cuda", {"device_id": 0})'
+    )
+
+
+def _full_name(name: str) -> str:
+    known = KNOWN.get(name)
+    return name if known is None else known.name
 
 
 def session_entries(providers: Sequence[Provider]) -> dict[str, str]:
@@ -104,7 +119,7 @@ def memory_of(session: Any, providers: Sequence[Provider], in_place: bool, path:
     Raises:
         FormatError: if a cache in place would be where no step can use it.
     """
-    name, number = _cache_memory(session)
+    name, number = _memory_of_input(session, contract.past_names(1)[0])
     if name in CPU_NAMES:
         return CpuMemory()
     if name in DEVICE_TYPES and (name in IN_PLACE or not in_place):
@@ -117,14 +132,21 @@ def memory_of(session: Any, providers: Sequence[Provider], in_place: bool, path:
     )
 
 
-def _cache_memory(session: Any) -> tuple[str, int]:
-    """ONNX Runtime's name of the memory of the first input of the cache, and the number of the device."""
+def reads_on_cpu(session: Any, names: Sequence[str]) -> bool:
+    """Whether a session needs these inputs in the CPU's memory. Else ONNX Runtime copies them, when they are bound.
+
+    The cache may be in another memory: CUDA has no attention in place to a float32 cache, which then is in the CPU's.
+    """
+    return all(_memory_of_input(session, name)[0] in CPU_NAMES for name in names)
+
+
+def _memory_of_input(session: Any, wanted: str) -> tuple[str, int]:
+    """ONNX Runtime's name of the memory that an input is needed in, and the number of the device."""
     if not hasattr(session, "get_input_memory_infos"):
         only_cpu = session.get_providers() == [KNOWN["cpu"].name]
         return ("Cpu" if only_cpu else f"an unknown memory (ONNX Runtime {OLDEST} would tell)"), 0
     names = [argument.name for argument in session.get_inputs()]
-    first = contract.past_names(1)[0]
-    if first not in names:
+    if wanted not in names:
         return "Cpu", 0
-    info = session.get_input_memory_infos()[names.index(first)]
+    info = session.get_input_memory_infos()[names.index(wanted)]
     return info.name, info.device_id

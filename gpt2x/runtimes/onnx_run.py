@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from .base import FEW, Ids, InputError, Logits, as_int64, check_mask
 from .kv_cache import RowCache
 from .onnx_memory import DeviceMemory, Memory, bind_input, bind_output
 from .onnx_model import NO_ADAPTER, TYPES, ActiveAdapter, OnnxModel
+from .onnx_providers import reads_on_cpu
 
 CHUNK = 256  # tokens of a prompt in one run: attention over T tokens computes T * T scores, and masks half of them
+KEPT = 8  # tokens of a step whose logits are bound once
 LOGITS = 32 << 20  # bytes of logits that a run may return where only the last are wanted
 SHRINK = ort.RunOptions()  # frees the memory that only a prompt needs
 SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -346,15 +349,30 @@ class InPlaceRun:
 
     def _run_bound(self, cache: RowCache, ids: Ids, positions: Ids) -> Logits:
         """Tokens (B, T) with bindings that are kept as long as the cache's buffers stay. Logits (B, 1 or T, V)."""
-        key = id(self.model), self.model.graph, self.adapter.name, ids.shape
+        key = _StepKey(id(self.model), self.model.graph, self.adapter.name, ids.shape)
         step: _Step | None = cache.bound.get(key)
         if step is None:
+            cache.bound = {other: kept for other, kept in cache.bound.items() if not key.replaces(other)}
             step = _Step(self.model, self.adapter, cache, ids.shape)
             cache.bound[key] = step
         logits = step(ids, positions)
-        if step.on_device:
+        if isinstance(self.model.memory, DeviceMemory):
             cache.put_rows(0, step.buffers)
         return logits
+
+
+@dataclass(frozen=True)
+class _StepKey:
+    """What a step was bound for."""
+
+    model: int
+    graph: Path
+    adapter: str | None
+    shape: tuple[int, ...]
+
+    def replaces(self, other: _StepKey) -> bool:
+        """Whether the model of another step has loaded another graph since: the one with inputs for adapters."""
+        return self.model == other.model and self.graph != other.graph
 
 
 class _Step:
@@ -370,11 +388,13 @@ class _Step:
         self.slots = np.arange(cache.capacity)
         self.ones = np.ones((1, cache.capacity), np.int64)
         self.buffers = cache.rows(0, B)  # held while they are bound
-        self.on_device = isinstance(model.memory, DeviceMemory)
+        self.stays_bound = reads_on_cpu(model.session, ("input_ids", "position_ids"))
         bind_cache(self.binding, model, self.buffers)
         adapter.bind(self.binding)
-        self.logits = _bind_logits(self.binding, model, shape)
         self._bind_tokens()
+        # Binding new logits takes longer than a copy. Those of many rows would take much memory: there is a step for each
+        # number of rows.
+        self.logits = _bind_logits(self.binding, model, shape) if B * T <= KEPT else None
 
     def _bind_tokens(self) -> None:
         bind_input(self.binding, "input_ids", self.ids)
@@ -385,11 +405,13 @@ class _Step:
         self.ids[:] = ids
         self.positions[:] = positions
         mask = self._mask(int(positions.max()) + 1)
-        if self.on_device:
+        if not self.stays_bound:
             self._bind_tokens()  # binding copies them to the device
         bind_input(self.binding, "attention_mask", mask)
+        if self.logits is None:
+            return _run(self.binding, self.model, ids.shape)
         self.model.run(self.binding, None)
-        return self.logits.copy()  # binding a new array takes longer than a copy
+        return self.logits.copy()
 
     def _mask(self, length: int) -> Ids:
         """The mask (B, S) of rows up to the last new token of each."""
@@ -418,7 +440,7 @@ def bind_cache(binding: Any, model: OnnxModel, buffers: Sequence[Any]) -> None:
 
 
 def _run(
-    binding: Any, model: OnnxModel, shape: tuple[int, int], *, last: bool = False, options: ort.RunOptions | None = None
+    binding: Any, model: OnnxModel, shape: tuple[int, ...], *, last: bool = False, options: ort.RunOptions | None = None
 ) -> Logits:
     """Run a model for tokens (B, T), after its inputs and the cache were bound.
 

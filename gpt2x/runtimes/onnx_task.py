@@ -61,9 +61,9 @@ class OnnxTask(TaskModel):
         precision: str | None = None,
         threads: int | None = None,
         optimize: bool = True,
-        providers: Sequence[Provider] = ("CPUExecutionProvider",),
+        providers: str | Sequence[Provider] = ("CPUExecutionProvider",),
     ) -> None:
-        settings = SessionSettings(threads, optimize, tuple(providers))
+        settings = SessionSettings(threads, optimize, providers)
         self.path = find_model(path, precision)
         self.metadata = read_metadata(self.path)
         self.task = task_in(self.path, self.metadata)

@@ -71,10 +71,10 @@ class OnnxDecoder(Decoder):
         decode: str | None = None,
         threads: int | None = None,
         optimize: bool = True,
-        providers: Sequence[Provider] = ("CPUExecutionProvider",),
+        providers: str | Sequence[Provider] = ("CPUExecutionProvider",),
         adapter: str | None = None,
     ) -> None:
-        settings = SessionSettings(threads, optimize, tuple(providers))
+        settings = SessionSettings(threads, optimize, providers)
         for_prompts, for_tokens = phases(precision, prefill, decode)
         has_adapter = adapter is not None
         prompts = None

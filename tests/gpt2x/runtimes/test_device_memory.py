@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,10 +22,10 @@ from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.generation.beams import Beams, beam_search
 from gpt2x.generation.loop import Generation
 from gpt2x.generation.sampling import Sampling
-from gpt2x.runtimes import onnx_model, onnx_providers
+from gpt2x.runtimes import onnx_model, onnx_providers, onnx_run
 from gpt2x.runtimes.base import InputError
 from gpt2x.runtimes.batching import RunningBatch
-from gpt2x.runtimes.onnx_memory import CpuMemory, DeviceMemory, DeviceTensor, Place
+from gpt2x.runtimes.onnx_memory import CpuMemory, DeviceMemory, DeviceTensor, Place, bind_input
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
 
 ATOL = 2e-4  # of logits, in float32
@@ -330,6 +331,62 @@ def test_an_older_onnx_runtime_does_not_say_where_and_only_the_cpu_is_certain(mo
         memory("Cuda")
     session = Session("Cpu", ["CPUExecutionProvider"])
     assert isinstance(onnx_providers.memory_of(session, [], True, FIXTURES), CpuMemory)
+
+
+def test_tokens_are_bound_in_each_step_where_they_are_needed_on_a_device_and_the_cache_on_the_cpu(folders, monkeypatch):
+    """CUDA, for example, has no attention in place to a float32 cache. Binding copies the tokens to the device."""
+    held = []
+
+    def bind_a_copy(binding, name, tensor):
+        if name in ("input_ids", "position_ids"):
+            tensor = tensor.copy()
+            held.append(tensor)
+        bind_input(binding, name, tensor)
+
+    expected = read_one_by_one(OnnxDecoder(folders["inplace"]), prompt(6))
+    monkeypatch.setattr(onnx_run, "bind_input", bind_a_copy)
+    monkeypatch.setattr(onnx_run, "reads_on_cpu", lambda *_: False)
+    assert np.array_equal(read_one_by_one(OnnxDecoder(folders["inplace"]), prompt(6)), expected)
+    monkeypatch.setattr(onnx_run, "reads_on_cpu", lambda *_: True)
+    assert not np.array_equal(read_one_by_one(OnnxDecoder(folders["inplace"]), prompt(6)), expected)
+
+
+def read_one_by_one(decoder, ids):
+    """The last logits after tokens that were read one at a time."""
+    cache = None
+    for place, token in enumerate(ids):
+        logits, cache = read(decoder, [token], cache, place)
+    return logits
+
+
+def test_where_a_session_needs_tokens(monkeypatch):
+    assert onnx_providers.reads_on_cpu(Session("Cuda"), ["input_ids"])
+    assert not onnx_providers.reads_on_cpu(Session("Cuda"), ["input_ids", "past_key_values.0.key"])
+    monkeypatch.delattr(Session, "get_input_memory_infos")
+    assert not onnx_providers.reads_on_cpu(Session("Cuda"), ["input_ids"])
+    assert onnx_providers.reads_on_cpu(Session("Cpu", ["CPUExecutionProvider"]), ["input_ids"])
+
+
+def test_a_batch_keeps_the_logits_of_few_rows_only(folders):
+    rows = onnx_run.KEPT + 2
+    batch = RunningBatch(OnnxDecoder(folders["inplace"]))
+    batch.reserve(rows, 16)
+    sequences = []
+    for row in range(rows):
+        sequences.append(batch.join([row + 1])[0])
+        batch.step(dict.fromkeys(sequences, 5))
+    kept = [step.logits is not None for step in batch.cache.bound.values()]
+    assert kept == [True] * onnx_run.KEPT + [False] * 2
+
+
+def test_a_provider_may_be_one_name_and_may_have_options(folders):
+    accepted: list[Any] = ["cpu", ["cpu"], [("cpu", {})], [("CPUExecutionProvider", {})]]
+    for providers in accepted:
+        OnnxDecoder(folders["inplace"], providers=providers)
+    refused: list[Any] = [[1], ("CPUExecutionProvider", {}), [("cpu", 1)], [("cpu",)]]
+    for providers in refused:
+        with pytest.raises(InputError, match="is neither a name"):
+            OnnxDecoder(folders["inplace"], providers=providers)
 
 
 def test_a_provider_that_onnx_runtime_leaves_out_is_refused():
