@@ -196,7 +196,7 @@ def main() -> None:
         return
     guessers: dict[str, Speculate] = {"lookup": PromptLookup()}
     if options.draft:
-        draft = open_decoder(options.draft, precision=options.draft_precision, threads=options.threads)
+        draft = open_decoder(options.draft, precision=options.draft_precision, threads=1)
         guessers["draft"] = Draft(draft)
     for precision in options.precision.split(","):
         decoder = OnnxDecoder(Path(options.folder), precision=precision, threads=options.threads)

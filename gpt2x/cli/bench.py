@@ -98,12 +98,12 @@ def _speculation(model: str, kinds: Sequence[str | None], prompt: int, new: int,
     """Print a line for each precision, with and without guesses."""
     from .. import bench as measuring
     from ..generation.guesses import Draft, PromptLookup
-    from ..runtimes.opening import open_decoder
+    from .running import open_draft
 
     if speculate == "lookup":
         guesses: PromptLookup | Draft = PromptLookup()
     else:
-        guesses = Draft(open_decoder(local(speculate, "either"), threads=threads))
+        guesses = Draft(open_draft(speculate, threads))
     click.echo("precision  plain, tokens/s  speculative, tokens/s  ratio  tokens/run  accepted")
     for kind in kinds:
         run = measuring.speculation(model, kind, prompt, new, threads, guesses)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .controls import controls, given_controls, show_origin
-from .running import PROVIDER, RUNTIME, THREADS, TOKENIZER, Running
+from .running import PROVIDER, RUNTIME, THREADS, TOKENIZER, Running, open_draft
 from .source import RunPrecision, weight_options
 from .text import read_text
 
@@ -110,10 +110,9 @@ def _speculate(
     """Where the guesses of speculative decoding come from; None for none, or where it would have no effect.
 
     Args:
-        main: the model that they are for. A draft model has its threads and, if ONNX Runtime runs it, its provider.
+        main: the model that they are for.
     """
     from ..generation.guesses import Draft, PromptLookup
-    from ..runtimes.opening import run_kind
 
     if prompt_lookup is None and draft is None:
         return None
@@ -125,10 +124,7 @@ def _speculate(
         return None
     if draft is None:
         return PromptLookup(prompt_lookup or PromptLookup.guesses)
-    running = Running.of(draft, None, None, main.threads, {})
-    if run_kind(running.model, None) == "onnx":
-        running = replace(running, provider=main.provider)
-    return Draft(running.open())
+    return Draft(open_draft(draft, main.threads, main.provider))
 
 
 def _config(running: Running, given: dict[str, Any]) -> GenerationConfig:

@@ -131,7 +131,8 @@ class Draft:
     """Guess with a smaller model of the same vocabulary, or as ``PromptLookup`` does, whichever is expected to gain more.
 
     Args:
-        decoder: the smaller model, in any runtime that can take its cache back.
+        decoder: the smaller model, in any runtime that can take its cache back. In ONNX Runtime open it with one thread:
+            the threads of two models wait for work by spinning, and take the cores from each other.
         guesses: the largest number of guesses in a run; more than 31 count as 31.
 
     Raises:

@@ -11,6 +11,7 @@ from library import open_library, text_of
 
 from converters import open_checkpoint, save_checkpoint
 from gpt2x import SHAKESPEARE, ExportOptions, Tokenizer, export_onnx
+from gpt2x.cli.running import open_draft
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +243,11 @@ def test_speculative_decoding_prints_the_same_text(gpt2x, tmp_path):
     expected = done(gpt2x("generate", SHAKESPEARE, text, *options)).stdout
     for guesses in (["--prompt-lookup"], ["--prompt-lookup", 3], ["--draft", SHAKESPEARE]):
         assert done(gpt2x("generate", SHAKESPEARE, text, *options, *guesses)).stdout == expected
+
+
+def test_a_draft_model_has_one_thread_in_onnx_runtime(tmp_path):
+    export_onnx(random_checkpoint(), tmp_path / "draft", need_tokenizer=False)
+    assert open_draft(str(tmp_path / "draft"), 3).threads == 1
 
 
 def test_speculative_decoding_says_in_one_line_where_it_cannot_be(gpt2x, tmp_path):
