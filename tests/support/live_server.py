@@ -28,17 +28,21 @@ def wait_for(holds):
 @contextlib.contextmanager
 def held(engine, rows=1):
     """Steps of so many texts or more wait until the end of this block."""
-    step, go_on = engine._batch.step, threading.Event()
+    batch, go_on = engine._batch, threading.Event()
+    step, own = batch.step, vars(batch).get("step")
 
     def waiting_step(tokens):
         assert len(tokens) < rows or go_on.wait(LIMIT)
         return step(tokens)
 
-    engine._batch.step = waiting_step
+    batch.step = waiting_step
     try:
         yield
     finally:
         go_on.set()
+        del batch.step  # so that the class's method is seen again
+        if own:
+            batch.step = own
 
 
 @dataclasses.dataclass
