@@ -72,18 +72,24 @@ def prompt(n: int) -> Task:
     return Task(f"prompt of {n}", run)
 
 
+def median_step(clock: Clock, step: Callable[[], object]) -> float:
+    """Repeat a step after one to warm up. The median time."""
+    step()
+    times = []
+    for _ in range(NEW):
+        start = clock()
+        step()
+        times.append(clock() - start)
+    return statistics.median(times)
+
+
 def decoding(name: str, lengths: np.ndarray) -> Task:
     """Add a token to each row of these lengths. The median step of a round."""
 
     def run(decoder: OnnxDecoder, clock: Clock) -> float:
         in_place, cache = decoder.in_place_run(), filled(decoder, lengths)
-        ids, steps = tokens(decoder, len(lengths)), []
-        in_place.advance(ids, lengths, cache)
-        for _ in range(NEW):
-            start = clock()
-            in_place.advance(ids, lengths, cache)
-            steps.append(clock() - start)
-        return statistics.median(steps)
+        ids = tokens(decoder, len(lengths))
+        return median_step(clock, lambda: in_place.advance(ids, lengths, cache))
 
     return Task(name, run)
 
@@ -93,13 +99,8 @@ def few(past: int) -> Task:
 
     def run(decoder: OnnxDecoder, clock: Clock) -> float:
         in_place, cache = decoder.in_place_run(), filled(decoder, np.array([past]))
-        ids, positions, steps = tokens(decoder, FEW), np.arange(past, past + FEW), []
-        in_place.several(ids, positions, cache)
-        for _ in range(NEW):
-            start = clock()
-            in_place.several(ids, positions, cache)
-            steps.append(clock() - start)
-        return statistics.median(steps)
+        ids, positions = tokens(decoder, FEW), np.arange(past, past + FEW)
+        return median_step(clock, lambda: in_place.several(ids, positions, cache))
 
     return Task(f"{FEW} tokens after {past}", run)
 

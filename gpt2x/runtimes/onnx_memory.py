@@ -7,7 +7,7 @@ too, by a small ONNX graph in a session of the same provider, because ONNX Runti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,28 +89,23 @@ def bind_input(binding: Any, name: str, tensor: Tensor) -> None:
 
     ONNX Runtime copies an input that the model needs on another device now, and not when the model runs.
     """
-    if isinstance(tensor, DeviceTensor):
-        if tensor.is_whole:
-            binding.bind_ortvalue_input(name, tensor.value)
-            return
-        place = tensor.place
-        binding.bind_input(name, place.type, place.id, tensor.dtype.type, tensor.shape, tensor.address)
-        return
-    assert tensor.flags.c_contiguous
-    binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
+    _bind(binding.bind_input, binding.bind_ortvalue_input, name, tensor)
 
 
 def bind_output(binding: Any, name: str, tensor: Tensor) -> None:
     """The same for an output."""
-    if isinstance(tensor, DeviceTensor):
-        if tensor.is_whole:
-            binding.bind_ortvalue_output(name, tensor.value)
-            return
-        place = tensor.place
-        binding.bind_output(name, place.type, place.id, tensor.dtype.type, tensor.shape, tensor.address)
-        return
-    assert tensor.flags.c_contiguous
-    binding.bind_output(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
+    _bind(binding.bind_output, binding.bind_ortvalue_output, name, tensor)
+
+
+def _bind(bind: Callable[..., None], bind_value: Callable[..., None], name: str, tensor: Tensor) -> None:
+    """Bind a tensor by its address, or a whole one of a device as the value that owns it."""
+    if not isinstance(tensor, DeviceTensor):
+        assert tensor.flags.c_contiguous
+        bind(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
+    elif tensor.is_whole:
+        bind_value(name, tensor.value)
+    else:
+        bind(name, tensor.place.type, tensor.place.id, tensor.dtype.type, tensor.shape, tensor.address)
 
 
 class Memory(Protocol):
