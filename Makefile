@@ -12,7 +12,7 @@ VULKAN := test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || DEBIAN_FRO
 BENCH := $(BIN)/python benchmarks
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-device test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-kernels bench-sampling bench-score bench-serve bench-serve_soak bench-soak bench-plot bench-train_draft clean
+.PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-device test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-kernels bench-pair bench-sampling bench-score bench-serve bench-serve_soak bench-soak bench-plot bench-train_draft clean
 
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
@@ -102,7 +102,7 @@ bench-speculate: $(VENV)/.ready ## guesses next to plain decoding, with the ship
 bench-fidelity: $(VENV)/.ready $(VENV)-llama/.ready ## accuracy of each precision next to llama.cpp's; TEXT=FILE for another text
 	$(BENCH)/fidelity.py --text $(or $(TEXT),gpt2x/coriolanus.txt) --llama $(abspath $(VENV)-llama/bin/python) $(ARGS)
 
-bench-adapters bench-attention bench-kernels bench-sampling bench-score bench-serve_soak bench-soak bench-plot bench-train_draft: bench-%: $(VENV)/.ready ## LoRA inputs; two graphs; choosing tokens; scoring; a server with clients that misbehave; memory; two models for speculation; the plot of docs/benchmarks.md
+bench-adapters bench-attention bench-kernels bench-pair bench-sampling bench-score bench-serve_soak bench-soak bench-plot bench-train_draft: bench-%: $(VENV)/.ready ## LoRA inputs; two graphs; two kernels; the memory of a pair of precisions; choosing tokens; scoring; a server with clients that misbehave; memory; two models for speculation; the plot of docs/benchmarks.md
 	$(BENCH)/$*.py $(ARGS)
 
 bench-serve: $(VENV)/.ready $(VENV)-ctranslate2/.ready $(VENV)-xllamacpp/.ready ## gpt2x serve under load next to other servers; ARGS='--prefix' for prompts that begin alike

@@ -26,6 +26,7 @@ from .generation.guesses import Speculate
 from .generation.loop import Generation
 from .generation.sampling import Sampling
 from .precisions import precisions_in
+from .runtimes.onnx_providers import CPU, checked_providers
 from .runtimes.onnxruntime import OnnxDecoder
 
 ROUNDS = 5  # of prefill, and of reading memory
@@ -35,7 +36,7 @@ Run = dict[str, Any]
 
 def bench(
     path: str | Path, precisions: Sequence[str | None], prompt: int, new: int, batches: Sequence[int], threads: int,
-    show: Callable[[Run], None] = lambda run: None,
+    show: Callable[[Run], None] = lambda run: None, provider: str = CPU,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the models of a directory.
 
@@ -46,23 +47,27 @@ def bench(
         batches: batch sizes.
         threads: number of threads.
         show: called with each result.
+        provider: ONNX Runtime's execution provider, as in ``OnnxDecoder``.
 
     Returns:
         ``{"machine": {...}, "runs": [...]}``. A run has ``precision``, ``cache``, ``prompt``, ``new``, ``batch``;
         ``load_s``, the time to load the model; ``ttft_ms``, the time to the first token in a new process; ``prefill_ms``,
         the same after warm-up; ``decode_tokens_per_s``, of all rows together; ``rss_mb``, the peak memory of the
-        process; ``bandwidth_share``, the time to read as many bytes as the weights have, divided by the time of a step.
+        process; ``bandwidth_share``, the time to read as many bytes as the weights have, divided by the time of a step. It is
+        null for another provider than the CPU: that memory is not measured.
 
     Raises:
         ConversionError: if a model cannot be opened or run.
+        InputError: if this ONNX Runtime has no such provider.
     """
+    checked_providers(provider)
     runs: list[Run] = []
     for precision in precisions:
         for batch in batches:
             task = {"path": str(path), "precision": precision, "prompt": prompt, "new": new, "batch": batch}
-            runs.append(_in_a_process({**task, "threads": threads}))
+            runs.append(_in_a_process({**task, "threads": threads, "provider": provider}))
             show(runs[-1])
-    return {"machine": machine(threads), "runs": runs}
+    return {"machine": {**machine(threads), "provider": provider}, "runs": runs}
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -99,10 +104,10 @@ def _in_a_process(task: dict[str, Any]) -> Run:
     return run
 
 
-def measure(path: str, precision: str | None, prompt: int, new: int, batch: int, threads: int) -> Run:
+def measure(path: str, precision: str | None, prompt: int, new: int, batch: int, threads: int, provider: str) -> Run:
     """Measure one run in this process."""
     start = time.perf_counter()
-    decoder = OnnxDecoder(path, precision=precision, threads=threads)
+    decoder = OnnxDecoder(path, precision=precision, threads=threads, providers=provider)
     load = time.perf_counter() - start
     ids = np.random.default_rng(0).integers(decoder.n_vocab, size=(batch, prompt))
     positions = np.tile(np.arange(prompt), (batch, 1))
@@ -131,12 +136,18 @@ def measure(path: str, precision: str | None, prompt: int, new: int, batch: int,
         "ttft_ms": round(1e3 * prefills[0], 2),
         "rss_mb": round(peak / 1e6, 1),
         "load_s": round(load, 3),
-        "bandwidth_share": round(streaming(weights_of(decoder), threads) / step, 3),
+        "bandwidth_share": bandwidth_share(decoder, threads, step) if provider == CPU else None,
     }
 
 
 def speculation(
-    path: str | Path, precision: str | None, prompt: int, new: int, threads: int, speculate: Speculate
+    path: str | Path,
+    precision: str | None,
+    prompt: int,
+    new: int,
+    threads: int,
+    speculate: Speculate,
+    provider: str = CPU,
 ) -> Run:
     """Measure greedy speculative decoding beside plain decoding, in alternation and in this process.
 
@@ -150,7 +161,7 @@ def speculation(
         ConversionError: if the model cannot be opened or run.
         InputError: if it cannot decode speculatively.
     """
-    decoder = OnnxDecoder(path, precision=precision, threads=threads)
+    decoder = OnnxDecoder(path, precision=precision, threads=threads, providers=provider)
     half = np.random.default_rng(0).integers(decoder.n_vocab, size=(prompt + 1) // 2).tolist()
     ids = (half + half)[:prompt]
     speeds: dict[bool, list[float]] = {False: [], True: []}
@@ -172,6 +183,11 @@ def speculation(
         "tokens_per_run": round(counts.tokens / max(1, counts.runs), 2),
         "accepted": round(counts.right / max(1, counts.guesses), 3),
     }
+
+
+def bandwidth_share(decoder: OnnxDecoder, threads: int, step: float) -> float:
+    """The time to read as many bytes as the weights have, as a share of the seconds of a step."""
+    return round(streaming(weights_of(decoder), threads) / step, 3)
 
 
 def weights_of(decoder: OnnxDecoder) -> int:

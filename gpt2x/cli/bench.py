@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .running import PROVIDER
 from .source import RunPrecision, local
 from .text import need, printable
 
@@ -25,6 +26,7 @@ HEAD = (
 @click.option("--batch", default="1", show_default=True, metavar="LIST", help="Batch sizes, such as 1,4,16.")
 @click.option("--precision", metavar="LIST", help="Precisions or pairs (w8a8+int4) to measure (default: all in MODEL).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads (default: one for each core).")
+@PROVIDER
 @click.option(
     "--speculate",
     metavar="lookup|MODEL",
@@ -34,8 +36,8 @@ HEAD = (
 @click.option("--plot", "plot_file", metavar="FILE.png", help="Write a plot of the decoding speed.")
 @click.option("--force", is_flag=True, help="Overwrite the files of --json and --plot.")
 def bench(
-    model: str, prompt: int, new: int, batch: str, precision: str | None, threads: int | None, speculate: str | None,
-    json_file: str | None, plot_file: str | None, force: bool,
+    model: str, prompt: int, new: int, batch: str, precision: str | None, threads: int | None,
+    provider: str | None, speculate: str | None, json_file: str | None, plot_file: str | None, force: bool,
 ) -> None:  # fmt: skip
     """Measure the ONNX models in MODEL: speed, memory, and memory-bandwidth utilization.
 
@@ -45,7 +47,8 @@ def bench(
       gpt2x bench gpt2-onnx/ --prompt 900 --new 64 --batch 1,4,16 --json bench.json --plot bench.png
 
     Each model runs on random prompts in its own process. Decoding reads every weight for each token. Utilization is the
-    time to read as many bytes from memory, measured in the same run, divided by the time of a decoding step.
+    time to read as many bytes from memory, measured in the same run, divided by the time of a decoding step; "-" for another
+    --provider than cpu.
     """
     from converters import ConversionError
     from converters.io.publishing import check_free, new_file
@@ -54,8 +57,9 @@ def bench(
     from .. import contract
     from ..precisions import PAIR
     from ..runtimes.onnx_model import stated_config
+    from ..runtimes.onnx_providers import CPU
 
-    batches = _numbers(batch)
+    batches, used = _numbers(batch), provider or CPU
     if speculate and (plot_file or json_file or batches != [1]):
         raise click.UsageError("--speculate prints figures for a batch of 1: leave out --batch, --json and --plot")
     if speculate and new < 2:
@@ -73,7 +77,7 @@ def bench(
     if prompt + new > n_ctx:
         raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
     if speculate:
-        _speculation(model, kinds, prompt, new, threads or os.cpu_count() or 1, speculate)
+        _speculation(model, kinds, prompt, new, threads or os.cpu_count() or 1, speculate, used)
         return
     if json_file != "-":
         click.echo(HEAD)
@@ -82,7 +86,7 @@ def bench(
         if json_file != "-":
             click.echo(printable(row(run)))
 
-    result = measuring.bench(model, kinds, prompt, new, batches, threads or os.cpu_count() or 1, show)
+    result = measuring.bench(model, kinds, prompt, new, batches, threads or os.cpu_count() or 1, show, used)
     text = json.dumps(result, indent=2)
     if json_file == "-":
         click.echo(text)
@@ -94,7 +98,9 @@ def bench(
             out.write(measuring.plot(result))
 
 
-def _speculation(model: str, kinds: Sequence[str | None], prompt: int, new: int, threads: int, speculate: str) -> None:
+def _speculation(
+    model: str, kinds: Sequence[str | None], prompt: int, new: int, threads: int, speculate: str, provider: str
+) -> None:
     """Print a line for each precision, with and without guesses."""
     from .. import bench as measuring
     from ..generation.guesses import Draft, PromptLookup
@@ -103,10 +109,10 @@ def _speculation(model: str, kinds: Sequence[str | None], prompt: int, new: int,
     if speculate == "lookup":
         guesses: PromptLookup | Draft = PromptLookup()
     else:
-        guesses = Draft(open_draft(speculate, threads))
+        guesses = Draft(open_draft(speculate, threads, provider))
     click.echo("precision  plain, tokens/s  speculative, tokens/s  ratio  tokens/run  accepted")
     for kind in kinds:
-        run = measuring.speculation(model, kind, prompt, new, threads, guesses)
+        run = measuring.speculation(model, kind, prompt, new, threads, guesses, provider)
         plain, found = run["plain_tokens_per_s"], run["tokens_per_s"]
         click.echo(
             f"{run['precision']:<9}  {plain:>15.1f}  {found:>21.1f}  {found / plain:>5.2f}  {run['tokens_per_run']:>10.2f}  "
@@ -126,7 +132,8 @@ def _numbers(text: str) -> list[int]:
 
 def row(run: dict[str, Any]) -> str:
     """The results of one run, under ``HEAD``."""
+    share = "-" if run["bandwidth_share"] is None else f"{run['bandwidth_share']:.0%}"
     return (
         f"{run['precision']:<9}  {run['batch']:>5}  {run['prefill_ms']:>11.1f}  {run['ttft_ms']:>15.1f}  "
-        f"{run['decode_tokens_per_s']:>16.1f}  {run['bandwidth_share']:>21.0%}  {run['load_s']:>7.2f}  {run['rss_mb']:>15.0f}"
+        f"{run['decode_tokens_per_s']:>16.1f}  {share:>21}  {run['load_s']:>7.2f}  {run['rss_mb']:>15.0f}"
     )

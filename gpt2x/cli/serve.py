@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .running import THREADS
+from .running import PROVIDER, THREADS
 from .source import RunPrecision
 from .text import read_whole_text
 
@@ -67,6 +67,7 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
     help="Memory for keys and values (default: half of the machine's memory).",
 )
 @THREADS
+@PROVIDER
 @click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one a line.")
 @click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Name in the Host header (repeatable).")
 @click.option("--max-body", callback=_size, metavar="SIZE", default="1M", show_default=True, help="Size of a request.")
@@ -80,7 +81,7 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
 def serve(
     models: tuple[str, ...], host: str, port: int, precisions: tuple[str, ...], model_name: str | None,
     max_batch_size: int, max_queue: int, max_context: int | None, cache_memory: int | None, threads: int | None,
-    key_file: str | None, hosts: tuple[str, ...], max_body: int, max_connections: int, header_timeout: float,
+    provider: str | None, key_file: str | None, hosts: tuple[str, ...], max_body: int, max_connections: int, header_timeout: float,
     body_timeout: float, generation_timeout: float, drain_timeout: float,
 ) -> None:  # fmt: skip
     """Serve each DIR, which gpt2x export --onnx wrote, with OpenAI's interface: text of an export with --cache inplace, and
@@ -95,6 +96,7 @@ def serve(
 
     DIR can be NAME=DIR, or a model in it, for a precision of its own. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
     """
+    from ..runtimes.onnx_providers import CPU
     from ..serving.app import Server
     from ..serving.http import is_loopback, listen
     from ..serving.http import serve as run
@@ -128,7 +130,7 @@ def serve(
         if not local and not keys:
             click.echo(f"Warning: {host} is open to other machines, and there is no --api-key.", err=True)
         metrics = Metrics()
-        options = EngineOptions(max_batch_size, max_queue, threads, max_context, cache_memory)
+        options = EngineOptions(max_batch_size, max_queue, threads, max_context, cache_memory, provider or CPU)
         opened = open_models(wanted, options, metrics)
         server = Server(opened, settings, metrics)
         run(server, listener, lambda: _announce(opened, listener))

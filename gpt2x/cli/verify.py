@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .running import PROVIDER
 from .source import RunPrecision, is_remote, local, named_adapter, runnable, weight_options, with_local_adapter
 from .text import SAMPLE, need, printable, read_text
 
@@ -31,6 +32,7 @@ class Request:
     force: bool
     runtime: str | None
     precision: str | None
+    provider: str | None
     rounded: bool
     weights: WeightOptions
 
@@ -73,6 +75,7 @@ class Request:
     type=RunPrecision(),
     help="ONNX model of B, or else of A (default: fp32, or the only one).",
 )
+@PROVIDER
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")
 @weight_options(
     "A",
@@ -114,7 +117,12 @@ def _check_usage(request: Request) -> None:
     """
     from converters.io.publishing import check_free
 
-    of_second = {"--runtime": request.runtime, "--precision": request.precision, "--rounded": request.rounded}
+    of_second = {
+        "--runtime": request.runtime,
+        "--precision": request.precision,
+        "--provider": request.provider,
+        "--rounded": request.rounded,
+    }
     if request.b and request.against:
         raise click.UsageError("B and --against exclude each other")
     for option, given in of_second.items():
@@ -155,9 +163,18 @@ def _compare(request: Request) -> Report:
     if request.stored_adapter:
         plain: WeightOptions = {**weights, "adapter": None}
         base = open_checkpoint(a, **plain)
-        return parity.verify_adapter(base, str(weights["adapter"]), b, request.stored_adapter, text, request.precision)
+        return parity.verify_adapter(
+            base, str(weights["adapter"]), b, request.stored_adapter, text, request.precision, request.provider
+        )
     return parity.verify(
-        a, b, text=text, runtime=request.runtime, precision=request.precision, rounded=request.rounded, **weights
+        a,
+        b,
+        text=text,
+        runtime=request.runtime,
+        precision=request.precision,
+        provider=request.provider,
+        rounded=request.rounded,
+        **weights,
     )
 
 

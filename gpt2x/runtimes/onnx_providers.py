@@ -31,8 +31,9 @@ class Known:
     entries: dict[str, str] = field(default_factory=dict)  # of a session's configuration
 
 
+CPU = "cpu"
 KNOWN = {
-    "cpu": Known("CPUExecutionProvider", "onnxruntime"),
+    CPU: Known("CPUExecutionProvider", "onnxruntime"),
     "cuda": Known("CUDAExecutionProvider", "onnxruntime-gpu"),
     # Its And fails for tensors of different ranks, such as those of the mask of a growing cache (ONNX Runtime 1.27).
     "webgpu": Known(
@@ -86,6 +87,13 @@ def session_entries(providers: Sequence[Provider]) -> dict[str, str]:
 def provider_name(provider: Provider) -> str:
     """ONNX Runtime's name of a provider."""
     return provider if isinstance(provider, str) else provider[0]
+
+
+def runtime_name(providers: Sequence[Provider]) -> str:
+    """ONNX Runtime with its version, and with the first provider if that is not the CPU's."""
+    name = f"ONNX Runtime {ort.__version__}"
+    first = provider_name(providers[0])
+    return name if first == KNOWN[CPU].name else f"{name} with {first}"
 
 
 def _missing(name: str, available: Sequence[str]) -> str:
@@ -143,7 +151,7 @@ def reads_on_cpu(session: Any, names: Sequence[str]) -> bool:
 def _memory_of_input(session: Any, wanted: str) -> tuple[str, int]:
     """ONNX Runtime's name of the memory that an input is needed in, and the number of the device."""
     if not hasattr(session, "get_input_memory_infos"):
-        only_cpu = session.get_providers() == [KNOWN["cpu"].name]
+        only_cpu = session.get_providers() == [KNOWN[CPU].name]
         return ("Cpu" if only_cpu else f"an unknown memory (ONNX Runtime {OLDEST} would tell)"), 0
     names = [argument.name for argument in session.get_inputs()]
     if wanted not in names:

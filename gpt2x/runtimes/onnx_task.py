@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import onnxruntime as ort
-
 from converters import CheckpointError, FormatError
 from converters.containers.onnx import read_metadata
 from converters.head_config import Labels, head_settings, labels_of
@@ -31,7 +29,7 @@ from .onnx_model import (
     run_session,
     slots,
 )
-from .onnx_providers import Provider
+from .onnx_providers import Provider, runtime_name
 from .task_model import Outputs, TaskModel, check_rows
 
 
@@ -74,7 +72,7 @@ class OnnxTask(TaskModel):
         self.inputs, self.outputs = slots(self._session.get_inputs()), slots(self._session.get_outputs())
         self._check()
         self.labels = self._labels()
-        self.runtime = f"{self.path.name} in ONNX Runtime {ort.__version__}"
+        self.runtime = f"{self.path.name} in {runtime_name(settings.providers)}"
 
     def run(self, input_ids: Ids, attention_mask: Ids | None = None) -> Outputs:
         """As ``TaskModel.run``.

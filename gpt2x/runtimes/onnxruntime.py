@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from converters import CheckpointError
@@ -26,7 +25,7 @@ from .base import Decoder, Ids, InputError, Logits
 from .kv_cache import RowCache
 from .onnx_context import Context
 from .onnx_model import ActiveAdapter, OnnxModel, SessionSettings, needs_exact_products, open_model
-from .onnx_providers import Provider
+from .onnx_providers import Provider, runtime_name
 from .onnx_run import GrowingRun, InPlaceRun
 
 
@@ -107,7 +106,7 @@ class OnnxDecoder(Decoder):
         self._run = self._run_with(adapter)
         self.adapter = adapter
         files = f"{self._prompts.path.name} and {self.path.name}" if self._prompts else self.path.name
-        self.runtime = f"{files} in ONNX Runtime {ort.__version__}"
+        self.runtime = f"{files} in {runtime_name(self._settings.providers)}"
         if adapter is not None:
             self.runtime += f" with the adapter {adapter}"
 

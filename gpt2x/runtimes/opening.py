@@ -131,9 +131,7 @@ def open_decoder(
         from .onnxruntime import OnnxDecoder
 
         return OnnxDecoder(path, precision=precision, threads=threads, providers=(provider or "cpu",), adapter=stored)
-    for name, value in (("precision", precision), ("provider", provider)):
-        if value is not None:
-            raise FormatError(f"{path}: a {name} is for ONNX, and this would be run as {NAMES[kind]}")
+    refuse_of_onnx(path, kind, precision=precision, provider=provider)
     if threads is not None:
         import torch
 
@@ -141,6 +139,17 @@ def open_decoder(
     decoder = _open_in_torch(path, kind, options)
     decoder.threads = threads
     return decoder
+
+
+def refuse_of_onnx(path: str | Path, kind: str, **options: str | None) -> None:
+    """Refuse options that only an ONNX model has, by their names.
+
+    Raises:
+        FormatError: if one is set.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise FormatError(f"{path}: a {name} is for ONNX, and this would be run as {NAMES[kind]}")
 
 
 def _open_in_torch(path: str | Path, kind: str, options: WeightOptions) -> Decoder:
@@ -182,17 +191,22 @@ def _config_in(path: Path) -> Mapping[str, Any]:
         return {}  # loading it reports the fault
 
 
-def open_task(path: str | Path, precision: str | None = None) -> TaskModel:
+def open_task(path: str | Path, precision: str | None = None, provider: str | None = None) -> TaskModel:
     """Open an export for a task other than text generation.
+
+    Args:
+        provider: as for ``open_decoder``.
 
     Raises:
         ConversionError: if it cannot be opened.
     """
     kind = kind_of(path)
     if kind == "onnx":
+        from .onnx_providers import CPU
         from .onnx_task import OnnxTask
 
-        return OnnxTask(path, precision=precision)
+        return OnnxTask(path, precision=precision, providers=provider or CPU)
+    refuse_of_onnx(path, kind, provider=provider)
     from .torch_task import ModuleTask
 
     return ModuleTask(path, kind)

@@ -16,6 +16,7 @@ from ..generation.config import controls_beside
 from ..generation.generate import end_token_of
 from ..precisions import PRECISIONS
 from ..runtimes.base import InputError
+from ..runtimes.onnx_providers import CPU
 from ..runtimes.onnx_task import OnnxTask
 from ..runtimes.onnxruntime import OnnxDecoder
 from ..runtimes.opening import task_of_export
@@ -59,6 +60,7 @@ class EngineOptions:
         threads: of each operator; None for one for each core.
         max_context: tokens of a sequence, at most; None for the model's context.
         cache_memory: bytes for the caches of all models; None for half of this machine's memory.
+        provider: ONNX Runtime's execution provider, as in ``OnnxDecoder``.
     """
 
     max_batch_size: int = 32
@@ -66,6 +68,7 @@ class EngineOptions:
     threads: int | None = None
     max_context: int | None = None
     cache_memory: int | None = None
+    provider: str = CPU
 
 
 def wanted_models(sources: Sequence[str], precisions: Sequence[str], name: str | None) -> list[Wanted]:
@@ -132,7 +135,7 @@ def open_models(wanted: Sequence[Wanted], options: EngineOptions, metrics: Metri
     with ExitStack() as resources:
         opened: list[_Opened] = []
         for one in wanted:
-            opened += _open(one, options.threads, resources)
+            opened += _open(one, options, resources)
         try:
             _check_differ([one.name for one in opened])
         except ValueError as error:
@@ -143,7 +146,7 @@ def open_models(wanted: Sequence[Wanted], options: EngineOptions, metrics: Metri
         return Models(models, resources.pop_all())
 
 
-def _open(wanted: Wanted, threads: int | None, resources: ExitStack) -> list[_Opened]:
+def _open(wanted: Wanted, options: EngineOptions, resources: ExitStack) -> list[_Opened]:
     """A model, and the same with each of the adapters beside it, called ``MODEL:ADAPTER``. They share its memory."""
     folder, name = wanted.folder, wanted.name
     if not folder.is_dir() or not has_onnx(folder):
@@ -155,8 +158,11 @@ def _open(wanted: Wanted, threads: int | None, resources: ExitStack) -> list[_Op
         raise ConversionError(f"{folder}: a model for {task[:50]}; {GENERATION} and {EMBEDDINGS} can be served")
     tokenizer = Tokenizer.from_pretrained(folder)
     if task == EMBEDDINGS:
-        return [_Opened(name, folder, OnnxTask(folder, precision=wanted.precision, threads=threads), tokenizer)]
-    decoder = resources.enter_context(OnnxDecoder(folder, precision=wanted.precision, threads=threads))
+        embedder = OnnxTask(folder, precision=wanted.precision, threads=options.threads, providers=options.provider)
+        return [_Opened(name, folder, embedder, tokenizer)]
+    decoder = resources.enter_context(
+        OnnxDecoder(folder, precision=wanted.precision, threads=options.threads, providers=options.provider)
+    )
     found = [_Opened(name, folder, decoder, tokenizer)]
     for adapter in decoder.adapters:
         found.append(_Opened(f"{name}:{adapter}", folder, decoder.with_adapter(adapter), tokenizer))

@@ -20,7 +20,15 @@ from converters.lora_factors import run_time_factors
 from converters.opening.adapter import adapter_in
 
 from ..runtimes.base import Decoder
-from ..runtimes.opening import NAMES, gpt2x_model, kind_of, open_decoder, open_task, task_of_export
+from ..runtimes.opening import (
+    NAMES,
+    gpt2x_model,
+    kind_of,
+    open_decoder,
+    open_task,
+    refuse_of_onnx,
+    task_of_export,
+)
 from ..runtimes.reference import ReferenceDecoder
 from ..runtimes.transformers import Transformers
 from ..task_heads import body_of, heads_of
@@ -83,6 +91,7 @@ def verify(
     text: str | None = None,
     runtime: str | None = None,
     precision: str | None = None,
+    provider: str | None = None,
     rounded: bool = False,
     **options: Unpack[WeightOptions],
 ) -> Report:
@@ -94,12 +103,14 @@ def verify(
         text: the text to run both on; by default a scene of Shakespeare.
         runtime: "torch" uses the weights of ``b``, too; "onnx" insists on its ONNX.
         precision: which ONNX model of ``b``, or of ``a`` if only ``a`` has any; by default fp32, or else the only one.
+        provider: the execution provider of that ONNX model, as in ``OnnxDecoder``; by default the CPU.
         rounded: compare the weights of ``b`` with those of ``a`` after rounding them to the dtypes of ``b``.
         options: how weights are opened. ``n_head``, ``ignore_config_keys`` and ``tie=False`` hold for both models, the
             others for ``a``.
 
     Raises:
-        ConversionError: if one of them cannot be opened, or ``rounded`` or an option of weights is asked of anything else.
+        ConversionError: if one of them cannot be opened, or ``rounded`` or an option of weights is asked of anything else,
+            or a provider of anything else than ONNX.
     """
     shared = _of_both(options)
     open_weights = functools.partial(open_checkpoint, **shared)
@@ -112,18 +123,19 @@ def verify(
     match kind_of(a), second_kind:
         case "onnx", "weights" if runtime is None and not rounded and reason is None:
             # A directory with both may be the first. Its ONNX is what can be wrong.
-            return verify_export(open_weights(b), a, text, precision)
+            return verify_export(open_weights(b), a, text, precision, provider)
         case _ if first is None:
-            second = open_any(b, runtime, precision=precision)
+            second = open_any(b, runtime, precision=precision, provider=provider)
             return _verify_programs(a, b, open_any(a), second, text, open_weights)
         case _, "weights":
+            refuse_of_onnx(b, "weights", provider=provider)
             return verify_checkpoints(first, open_weights(b), text, rounded)
         case "onnx", _ if Path(a).resolve() != Path(b).resolve():
-            report = verify_export(first, b, text, precision)
+            report = verify_export(first, b, text, precision, provider)
             remark = Check("ONNX of the first", None, "not run: its weights were compared; pass it as the second")
             return replace(report, checks=[*report.checks, remark])
         case _:
-            return verify_export(first, b, text, precision)
+            return verify_export(first, b, text, precision, provider)
 
 
 def _of_both(options: WeightOptions) -> WeightOptions:
@@ -165,7 +177,9 @@ def _kind_of_second(path: str | Path, runtime: str | None) -> str:
     return kind_of(path)
 
 
-def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precision: str | None = None) -> Report:
+def verify_export(
+    a: Checkpoint, b: str | Path, text: str | None = None, precision: str | None = None, provider: str | None = None
+) -> Report:
     """Compare a checkpoint with what it was exported to.
 
     The weights in ONNX are compared as well: byte by byte in fp32, block by block in other precisions. Without torch, the
@@ -173,8 +187,8 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     """
     name = f"{b} ({precision})" if precision else str(b)
     if task_of_export(b, precision) != GENERATION:
-        return Report(a.origin, name, _verify_task(a, b, text, precision))
-    model = open_decoder(b, precision=precision)
+        return Report(a.origin, name, _verify_task(a, b, text, precision, provider))
+    model = open_decoder(b, precision=precision, provider=provider)
     checks = [compare_configs(a.config, model.config)]
     if kind_of(b) == "onnx":
         checks += compare_onnx(a, Path(b), model)
@@ -185,9 +199,11 @@ def verify_export(a: Checkpoint, b: str | Path, text: str | None = None, precisi
     return Report(a.origin, name, checks)
 
 
-def _verify_task(a: Checkpoint, b: str | Path, text: str | None, precision: str | None) -> list[Check]:
+def _verify_task(
+    a: Checkpoint, b: str | Path, text: str | None, precision: str | None, provider: str | None
+) -> list[Check]:
     """Compare a checkpoint with its export for a task other than text generation."""
-    model = open_task(b, precision)
+    model = open_task(b, precision, provider)
     body, heads = _with_tokenizer_of(body_of(a), b), heads_of(a, model.task)
     checks = [compare_configs(body.config, model.config), *compare_labels(heads.labels, model.labels)]
     if kind_of(b) == "onnx":
@@ -209,6 +225,7 @@ def verify_adapter(
     name: str,
     text: str | None = None,
     precision: str | None = None,
+    provider: str | None = None,
 ) -> Report:
     """Compare a checkpoint into which an adapter is merged with an ONNX model that takes the same adapter at run time.
 
@@ -222,10 +239,11 @@ def verify_adapter(
     Raises:
         ConversionError: if the ONNX model has no adapter of this name, or one of the two does not fit.
     """
+    from ..runtimes.onnx_providers import CPU
     from ..runtimes.onnxruntime import OnnxDecoder
 
     adapter = adapter_in(folder)
-    model = OnnxDecoder(b, precision=precision, adapter=name)
+    model = OnnxDecoder(b, precision=precision, providers=provider or CPU, adapter=name)
     checks = [compare_configs(base.config, model.config), *compare_onnx(base, Path(b), model)]
     checks.append(compare_factors(run_time_factors(base, adapter), model.adapter_file(name)))
     if not base.config.differences(model.config, TOKEN_SIZES):

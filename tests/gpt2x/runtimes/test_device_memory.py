@@ -7,17 +7,19 @@ WebGPU. "webgpu" runs them on a provider that has memory of its own, where it is
 from __future__ import annotations
 
 import functools
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from commands import assert_refused
+from commands import assert_refused, done
 from paths import FIXTURES
 
 from converters import FormatError, open_checkpoint
-from gpt2x import SHAKESPEARE
+from gpt2x import SHAKESPEARE, bench
+from gpt2x.cli.bench import row as row_of
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.generation.beams import Beams, beam_search
 from gpt2x.generation.loop import Generation
@@ -26,7 +28,13 @@ from gpt2x.runtimes import onnx_model, onnx_providers, onnx_run
 from gpt2x.runtimes.base import InputError
 from gpt2x.runtimes.batching import RunningBatch
 from gpt2x.runtimes.onnx_memory import CpuMemory, DeviceMemory, DeviceTensor, Place, bind_input
+from gpt2x.runtimes.onnx_task import OnnxTask
 from gpt2x.runtimes.onnxruntime import OnnxDecoder
+from gpt2x.serving.metrics import Metrics
+from gpt2x.serving.opening import EngineOptions, Wanted, open_models
+from gpt2x.verify.metrics import measure
+from gpt2x.verify.running import bounds_of
+from gpt2x.verify.scenarios import one_pass
 
 ATOL = 2e-4  # of logits, in float32
 DEVICES = ("addresses", "handles", "webgpu")
@@ -403,13 +411,102 @@ def test_a_provider_that_is_not_installed_is_refused_with_the_package_that_has_i
     OnnxDecoder(folders["inplace"], providers=["cpu"])
 
 
-def test_the_command_line_names_the_package_of_a_provider(gpt2x, folders, monkeypatch):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "MODEL", "x"),
+        ("score", "MODEL", "TEXT"),
+        ("bench", "MODEL", "--prompt", "2", "--new", "1"),
+        ("bench", "MODEL", "--prompt", "2", "--new", "2", "--speculate", "lookup"),
+        ("verify", "SOURCE", "MODEL"),
+        ("serve", "MODEL", "--port", "0"),
+    ],
+    ids=" ".join,
+)
+def test_every_command_that_runs_onnx_names_the_package_of_a_provider(gpt2x, folders, tmp_path, monkeypatch, command):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    result = gpt2x("generate", folders["growing"], "x", "--provider", "cuda")
+    (tmp_path / "text").write_text("My lord")
+    places = {"SOURCE": SHAKESPEARE, "MODEL": folders["inplace"], "TEXT": tmp_path / "text"}
+    result = gpt2x(*(places.get(part, part) for part in command), "--provider", "cuda")
     assert_refused(result, "has no CUDAExecutionProvider", "pip install onnxruntime-gpu")
-    result = gpt2x(
-        "generate", folders["growing"], "x", "--provider", "cpu", "--temperature", "0", "--max-new-tokens", "2"
-    )
-    assert result.exit_code == 0
-    result = gpt2x("generate", SHAKESPEARE, "x", "--provider", "cpu")
-    assert_refused(result, "a provider is for ONNX, and this would be run as weights")
+
+
+def test_the_cpu_is_a_provider_of_every_command(gpt2x, folders):
+    folder, cpu = folders["inplace"], ("--provider", "cpu")
+    done(gpt2x("generate", folder, "x", *cpu, "--temperature", "0", "--max-new-tokens", "2"))
+    head, line = done(gpt2x("bench", folder, *cpu, "--prompt", "2", "--new", "2", "--threads", "1")).stdout.splitlines()
+    assert "bandwidth" in head and "%" in line
+    assert "The same." in done(gpt2x("verify", SHAKESPEARE, folder, *cpu)).stdout
+
+
+def test_a_provider_is_refused_where_weights_would_run(gpt2x, folders):
+    said = "a provider is for ONNX, and this would be run as weights"
+    assert_refused(gpt2x("generate", SHAKESPEARE, "x", "--provider", "cpu"), said)
+    assert_refused(gpt2x("verify", SHAKESPEARE, SHAKESPEARE, "--provider", "cpu"), said)
+    result = gpt2x("verify", SHAKESPEARE, "--provider", "cpu")
+    assert result.exit_code == 2 and "--provider applies to B, which is missing" in result.stderr
+
+
+def test_a_bench_on_a_device_states_no_share_of_the_memory_bandwidth(folders, monkeypatch):
+    monkeypatch.setattr(bench, "CPU", "another")  # so that this run counts as one on a device
+    run = bench.measure(str(folders["inplace"]), "fp32", 2, 1, 1, 1, "cpu")
+    assert run["bandwidth_share"] is None
+    assert " -  " in row_of(run)
+
+
+# ------------------------------------------------------------------------------------------------- WebGPU, by its package
+
+
+@pytest.fixture
+def webgpu():
+    """Skip where WebGPU cannot run."""
+    fault = webgpu_fault()
+    if fault:
+        pytest.skip(fault)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device") / "quantized"
+    export_onnx(open_checkpoint(SHAKESPEARE), folder, ExportOptions(("fp32", "int8", "w8a8", "int4")))
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "w8a8", "int4"])
+def test_webgpu_is_within_the_bounds_of_each_precision(webgpu, quantized, precision):
+    """Tokens may differ from the CPU's in int8 and int4, so the logits are compared, as ``verify`` does."""
+    ids = prompt(40)
+    model = OnnxDecoder(quantized, precision=precision, providers=["webgpu"])
+    assert "WebGpuExecutionProvider" in model.runtime
+    expected = one_pass(OnnxDecoder(quantized, precision="fp32"), ids)
+    assert measure(expected, one_pass(model, ids), ids[1:]).failures(bounds_of(model)) == []
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_webgpu_rounds_no_activations_as_the_cpu_does_not_without_fusion(webgpu, quantized, precision):
+    """Where a CPU fuses DequantizeLinear and MatMul, it rounds the activations to 8 bits. That is the difference."""
+    ids = prompt(40)
+    cpu = OnnxDecoder(quantized, precision=precision)
+    found = one_pass(OnnxDecoder(quantized, precision=precision, providers=["webgpu"]), ids)
+    exact = cpu.unoptimized()
+    assert exact is not None
+    np.testing.assert_allclose(found, one_pass(exact, ids), rtol=0, atol=ATOL)
+    assert abs(found - one_pass(cpu, ids)).max() > 10 * ATOL
+
+
+def test_webgpu_serves_embeddings(webgpu, tmp_path):
+    export_onnx(open_checkpoint(SHAKESPEARE), tmp_path / "m", ExportOptions(task="feature-extraction"))
+    options = EngineOptions(threads=1, provider="webgpu")
+    with closing(open_models([Wanted("embed", tmp_path / "m", None)], options, Metrics())) as models:
+        model = models.embedding_model("embed").embedder.model
+        assert "WebGpuExecutionProvider" in model.runtime
+        ids = np.array([prompt(6)])
+        found, expected = model.run(ids), OnnxTask(tmp_path / "m").run(ids)
+    np.testing.assert_allclose(found["mean_embedding"], expected["mean_embedding"], rtol=0, atol=ATOL)
+
+
+def test_webgpu_is_a_provider_of_bench_and_refused_by_serve(webgpu, gpt2x, folders):
+    options = ("--provider", "webgpu", "--prompt", "2", "--new", "2", "--threads", "1")
+    assert " -  " in done(gpt2x("bench", folders["growing"], *options)).stdout
+    result = gpt2x("serve", folders["inplace"], "--port", "0", "--provider", "webgpu")
+    assert_refused(result, "its cache in place would be in WebGPU_Buf, where gpt2x cannot keep one")
