@@ -123,6 +123,8 @@ def check_given(given: Mapping[str, Any]) -> None:
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:
     given = {name: value for name, value in values.items() if name in SAMPLING}
+    if "min_new_tokens" in given:  # transformers then ignores min_length, also where the number is 0
+        given.pop("min_length", None)
     if values.get("num_beams", 1) <= 1:
         return Sampling(**given)
     random = [name for name in ONLY_SAMPLING if name in given]
