@@ -78,9 +78,14 @@ def generate(
     if prompt_lookup and draft:
         raise click.UsageError("pass either --prompt-lookup or --draft")
     given = given_controls(options)
+    _check_given(given)  # before a download
     running = Running.of(model, runtime, precision, threads, weights, provider)
     tokenizer = running.tokenizer(tokenizer_dir)  # before the model, which takes longer to open
     config = _config(running, given)
+    _check_speculation(config, prompt_lookup, draft)
+    text = read_text("-") if prompt == "-" else prompt or ""
+    if "no_repeat_ngram_size" in given and not prompts_file:
+        _check_ngram_size(config, len(tokenizer.encode(text)))
     decoder = running.open()
     config = replace(
         config, speculate=_speculate(config, prompt_lookup, draft, running, batch_size if prompts_file else 1)
@@ -90,7 +95,7 @@ def generate(
 
         continue_file(decoder, tokenizer, config, Path(prompts_file), Path(output), resume=resume, batch=batch_size)
         return
-    _print(decoder, tokenizer, config, read_text("-") if prompt == "-" else prompt or "")
+    _print(decoder, tokenizer, config, text)
 
 
 def _check_use(prompt: str | None, prompts_file: str | None, output: str | None, resume: bool) -> None:
@@ -102,6 +107,27 @@ def _check_use(prompt: str | None, prompts_file: str | None, output: str | None,
         raise click.FileError(prompts_file, "not a file")
     if resume and not output:
         raise click.UsageError("--resume continues an --output: pass --prompts and --output, too")
+
+
+def _check_given(given: dict[str, Any]) -> None:
+    from ..generation.config import check_given
+
+    try:
+        check_given(given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _check_speculation(config: GenerationConfig, prompt_lookup: int | None, draft: str | None) -> None:
+    if config.beams and (prompt_lookup or draft):
+        option = "--draft" if draft else "--prompt-lookup"
+        raise click.UsageError(f"{option} does not do beam search: leave out {option}, or --num-beams")
+
+
+def _check_ngram_size(config: GenerationConfig, prompt_length: int) -> None:
+    from ..generation.prompts import check_ngram_size
+
+    check_ngram_size(config.sampling, [config.most_tokens(prompt_length)])
 
 
 def _speculate(
@@ -117,8 +143,6 @@ def _speculate(
     if prompt_lookup is None and draft is None:
         return None
     option = "--draft" if draft else "--prompt-lookup"
-    if config.beams:
-        raise click.UsageError(f"{option} does not do beam search: leave out {option}, or --num-beams")
     if config.num_return_sequences > 1 or batch > 1:
         click.echo(f"Note: {option} is for one text at a time; several are decoded without it", err=True)
         return None

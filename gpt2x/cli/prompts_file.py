@@ -28,11 +28,17 @@ def continue_file(
 
     Raises:
         DestinationError: if the output exists and ``resume`` is false, or belongs to other prompts.
+        InputError: if a control names a token outside the vocabulary, or n-grams longer than the context.
     """
+    from ..generation.generate import end_tokens_of
     from ..generation.many import Job, continue_many
+    from ..generation.prompts import check_tokens
 
+    check_tokens(decoder, config.sampling, end_tokens_of(decoder, tokenizer, config))  # before there is an output
     with open_output(output, resume) as file:
-        lines = Lines(WORK, prompts, lines_done(WORK, file, output, prompts, config.num_return_sequences))
+        texts = config.num_return_sequences
+        done_before = lines_done(WORK, file, output, prompts, texts, fewer=config.beams is not None)
+        lines = Lines(WORK, prompts, done_before)
         jobs = (Job(line, prompt) for line, prompt in lines.texts())
         results: dict[int, Done] = {}
         with steps_bar(lines.remaining) as advance:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
 SAMPLE = 1 << 20  # bytes of a text that are enough to compare or calibrate a model
+PER_BYTE = 8  # bytes of memory that a text and its tokens need at least, for each byte of its file
+CHUNK = 1 << 20
 
 
 def need(*modules: str, extra: str) -> None:
@@ -38,18 +41,46 @@ def read_text(path: str, limit: int | None = None) -> str:
     """The text in a file, or its first ``limit`` bytes; ``-`` is standard input.
 
     Raises:
-        FormatError: if it is not UTF-8.
+        FormatError: if it is not UTF-8, or a whole text and its tokens do not fit into this machine's memory.
     """
     from converters import FormatError
 
+    from ..memory import machine_memory
+
     with click.open_file(path, "rb") as file:
-        data: bytes = file.read() if limit is None else file.read(limit)
-        complete = limit is None or not file.read(1)
+        if limit is None:
+            data = _read_at_most(file, path, machine_memory() // PER_BYTE)
+            complete = True
+        else:
+            data = file.read(limit)
+            complete = not file.read(1)
     try:
         # A limit may cut the last character in two.
         return data.decode("utf-8", "strict" if complete else "ignore")
     except UnicodeDecodeError as error:
         raise FormatError(f"{_name(path)}: not UTF-8 at byte {error.start}") from None
+
+
+def _read_at_most(file: IO[bytes], path: str, most: int) -> bytes:
+    """All of a file, which is refused before it is read if its size says that it is too large.
+
+    Raises:
+        FormatError: if it has more than ``most`` bytes.
+    """
+    from converters import FormatError
+
+    fault = FormatError(
+        f"{_name(path)}: more than {most} bytes, so that the text and its tokens do not fit into this machine's memory: "
+        "split it"
+    )
+    if os.path.isfile(path) and os.path.getsize(path) > most:
+        raise fault
+    data = bytearray()
+    for chunk in iter(lambda: file.read(CHUNK), b""):
+        data += chunk
+        if len(data) > most:
+            raise fault
+    return bytes(data)
 
 
 def read_whole_text(path: str, most: int) -> str:

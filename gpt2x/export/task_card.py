@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from converters.head_config import Labels
+from converters.head_config import PROBLEM_TYPES, Labels
 from converters.spec import GPT2Config
 
 from .. import contract
@@ -70,6 +70,12 @@ CLASSES = """\
 - `logits` are not normalized. {apply}
 - The labels are {labels}.
 """
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+MEANING = {
+    REGRESSION: "The model was trained for regression: they are the values themselves.",
+    MULTI_LABEL: "The probability of each label is the sigmoid of its logit.",
+    SINGLE_LABEL: "Probabilities are their softmax.",
+}
 LAST_TOKEN = """\
 - The logits are those of the row's last token whose `attention_mask` is 1{but}.
 """
@@ -82,6 +88,9 @@ PIPELINE = """`pipeline("feature-extraction", directory, {{ dtype: "{dtype}" }})
 PIPELINE_CLASS = """\
 `new {name}({{ task: "{task}", model: await AutoModel.from_pretrained(directory, {{ dtype: "{dtype}" }}), tokenizer: await \
 AutoTokenizer.from_pretrained(directory) }})`; its `pipeline` function has no such task for GPT-2"""
+MODEL_ALONE = """\
+`AutoModel.from_pretrained(directory, {{ dtype: "{dtype}" }})`, whose `logits` are the values; its pipeline returns their \
+softmax"""
 PIPELINES = {
     "text-classification": "TextClassificationPipeline",
     "token-classification": "TokenClassificationPipeline",
@@ -129,6 +138,22 @@ for classes, mask in zip(logits.argmax(-1), attention_mask):
 """,
 }
 
+TEXT_CLASSES = {
+    SINGLE_LABEL: RUN["text-classification"],
+    MULTI_LABEL: """\
+session = ort.InferenceSession("{model}")
+(logits,) = session.run(None, {{"input_ids": input_ids, "attention_mask": attention_mask}})
+labels = json.load(open("config.json"))["id2label"]
+for probabilities in 1 / (1 + np.exp(-logits)):
+    print({{labels[str(i)]: float(p) for i, p in enumerate(probabilities)}})
+""",
+    REGRESSION: """\
+session = ort.InferenceSession("{model}")
+(values,) = session.run(None, {{"input_ids": input_ids, "attention_mask": attention_mask}})
+print(values)
+""",
+}
+
 
 def task_card(
     config: GPT2Config,
@@ -155,12 +180,12 @@ def task_card(
         precisions=precision_table(precisions, runtimes),
         table=slot_table(inputs, outputs),
         rules=_rules(config, task, labels),
-        client=client(task, first, tokenizer),
+        client=client(task, first, tokenizer, labels),
         files=file_lines(precisions, locations),
         model=file,
         optimum=OPTIMUM[task],
         file_name="" if file == contract.model_file() else f', file_name="{file.removeprefix("onnx/")}"',
-        transformers_js=_transformers_js(task, PRECISIONS[first].transformers_js),
+        transformers_js=_transformers_js(task, PRECISIONS[first].transformers_js, labels),
         needs="" if tokenizer else ", once a tokenizer is added",
         transformers=_transformers(task) if safetensors else "",
         version=__version__,
@@ -171,8 +196,7 @@ def task_card(
 def _rules(config: GPT2Config, task: str, labels: Labels | None) -> str:
     if labels is None:
         return EMBEDDINGS
-    is_multiple = labels.problem_type == "multi_label_classification"
-    apply = "Each label is the sigmoid of its logit." if is_multiple else "Probabilities are their softmax."
+    apply = MEANING[problem_of(task, labels)]
     shown = ", ".join(as_markdown(name) for name in labels.names[:20])
     more = f" and {len(labels.names) - 20} more, in `config.json`" if len(labels.names) > 20 else ""
     rules = CLASSES.format(apply=apply, labels=shown + more)
@@ -183,16 +207,32 @@ def _rules(config: GPT2Config, task: str, labels: Labels | None) -> str:
     return LAST_TOKEN.format(but=but) + rules
 
 
-def client(task: str, precision: str, tokenizer: bool) -> str:
+def problem_of(task: str, labels: Labels) -> str:
+    """The problem that a classifier was trained for, which says what its logits mean.
+
+    As in transformers, one label of a text is a regression by default, and classes of tokens exclude each other.
+    """
+    if task == "token-classification":
+        return SINGLE_LABEL
+    usual = REGRESSION if len(labels.names) == 1 else SINGLE_LABEL
+    return labels.problem_type or usual
+
+
+def client(task: str, precision: str, tokenizer: bool, labels: Labels | None = None) -> str:
     """Return a program that runs two texts, in the directory."""
-    run = RUN[task].format(model=contract.model_file(precision))
+    template = RUN[task]
+    if task == "text-classification" and labels:
+        template = TEXT_CLASSES[problem_of(task, labels)]
+    run = template.format(model=contract.model_file(precision))
     program = (CLIENT if tokenizer else BARE).format(run=run)
     return program if "json." in run else program.replace("import json\n\n", "")
 
 
-def _transformers_js(task: str, dtype: str) -> str:
+def _transformers_js(task: str, dtype: str, labels: Labels | None) -> str:
     if task == "feature-extraction":
         return PIPELINE.format(dtype=dtype)
+    if labels and problem_of(task, labels) == REGRESSION:
+        return MODEL_ALONE.format(dtype=dtype)
     return PIPELINE_CLASS.format(name=PIPELINES[task], task=task, dtype=dtype)
 
 

@@ -106,9 +106,25 @@ class GenerationConfig:
             return self.max_new_tokens
         return max(0, self.max_length - prompt_length)
 
+    def most_tokens(self, prompt_length: int) -> int:
+        """How many tokens a text has at most, with its prompt."""
+        return prompt_length + self.new_tokens(prompt_length)
+
+
+def check_given(given: Mapping[str, Any]) -> None:
+    """Refuse controls by name that are invalid, whatever a ``generation_config.json`` adds to them.
+
+    Raises:
+        ValueError: if a value is out of range, or two of them contradict each other.
+    """
+    _sampling(given)
+    check_stop_strings(given.get("stop_strings", ()))
+
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:
     given = {name: value for name, value in values.items() if name in SAMPLING}
+    if "min_new_tokens" in given:  # transformers then ignores min_length, also where the number is 0
+        given.pop("min_length", None)
     if values.get("num_beams", 1) <= 1:
         return Sampling(**given)
     random = [name for name in ONLY_SAMPLING if name in given]
@@ -198,7 +214,7 @@ def controls_beside(folder: Path) -> FileControls:
     """Read ``generation_config.json`` in a folder, as transformers does; nothing if there is none.
 
     Sampling controls count only where ``do_sample`` is true; ``top_k`` is then 50 by default. Where ``do_sample`` is
-    false, decoding is greedy.
+    false, decoding is greedy. Beams are not sampled: with ``num_beams``, a true ``do_sample`` is unsupported.
 
     Raises:
         ConfigError: if the file is not JSON, or a value has the wrong type.
@@ -216,6 +232,8 @@ def controls_beside(folder: Path) -> FileControls:
             values[key] = _read(path, key, value)
         elif value not in NEUTRAL:
             unsupported.append(key)
+    if stated.get("do_sample") is True and values.get("num_beams", 1) > 1:
+        unsupported.append("do_sample with num_beams")
     return FileControls(_as_transformers(values, stated.get("do_sample")), unsupported, path)
 
 
@@ -253,6 +271,11 @@ def _tokens(value: Any) -> tuple[int, ...]:
     return tuple(_number(token, int) for token in listed)
 
 
+def _end_tokens(value: Any) -> tuple[int, ...]:
+    """End tokens. A negative one, such as trl's -1, means in transformers that the text never ends with it."""
+    return tuple(token for token in _tokens(value) if token >= 0)
+
+
 def _biases(value: Any) -> dict[tuple[int, ...], float]:
     return {_tokens(sequence): _number(bias, float) for sequence, bias in value}
 
@@ -271,7 +294,7 @@ def _early_stopping(value: Any) -> bool | str:
 
 
 READERS = {
-    "eos_token_id": _tokens,
+    "eos_token_id": _end_tokens,
     "suppress_tokens": _tokens,
     "bad_words_ids": lambda value: tuple(map(_tokens, value)),
     "sequence_bias": _biases,

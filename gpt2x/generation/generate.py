@@ -13,7 +13,7 @@ from ..runtimes.opening import as_decoder
 from .beams import beam_search
 from .config import GenerationConfig
 from .loop import Generation
-from .prompts import Finish
+from .prompts import Finish, check_ngram_size
 from .stop_strings import StopStrings, cut
 from .text import TextStream, TextTokenizer, text_tokenizer
 
@@ -312,9 +312,11 @@ def generate_text(
     texts = text_tokenizer(tokenizer)
     decoder = as_decoder(model)
     single = isinstance(input_text, str) and config.num_return_sequences == 1
+    ids = [texts.encode(prompt) for prompt in prompts]
+    check_ngram_size(config.sampling, [config.most_tokens(len(prompt)) for prompt in ids])
     if not stream:
-        found = continuations(decoder, texts, prompts, config)
+        found = continuations(decoder, texts, ids, config)
         whole = [prompt + one.text for prompt, several in zip(prompts, found, strict=True) for one in several]
         return whole[0] if single else whole
-    pieces = stream_text(new_generation(decoder, texts, prompts, config), texts, prompts, config.stop_strings)
+    pieces = stream_text(new_generation(decoder, texts, ids, config), texts, prompts, config.stop_strings)
     return (step[0] for step in pieces) if single else pieces

@@ -53,15 +53,39 @@ def check_vocabulary(model: HasVocabulary, tokens: Sequence[int] | Ids) -> None:
 
 
 def check_tokens(decoder: Decoder, sampling: Sampling, end_tokens: Sequence[int]) -> None:
-    """Refuse controls that name a token outside the vocabulary.
+    """Refuse controls that name a token outside the vocabulary, or n-grams longer than the context.
 
     Raises:
-        InputError: with its id.
+        InputError: with the id, or the size.
     """
-    for sequence in [*sampling.sequences(), end_tokens]:
-        for token in sequence:
-            if not 0 <= token < decoder.n_vocab:
-                raise InputError(f"a control names token id {token}; the model's vocabulary is {decoder.n_vocab}")
+    check_ngram_size(sampling, [decoder.n_ctx])
+    for sequence in sampling.sequences():
+        _check_in_vocabulary(decoder, sequence, "a control")
+    _check_in_vocabulary(decoder, end_tokens, "eos_token_id or stop_token_ids")
+
+
+def check_ngram_size(sampling: Sampling, lengths: Sequence[int]) -> None:
+    """Refuse an n-gram size that no text reaches, so that it would have no effect.
+
+    Args:
+        lengths: how many tokens each text has at most, with its prompt.
+
+    Raises:
+        InputError: with the size.
+    """
+    size = sampling.no_repeat_ngram_size
+    longest = max(lengths, default=size)
+    if size > longest:
+        raise InputError(
+            f"no_repeat_ngram_size is {size}, larger than the text, which has at most {longest} tokens with its prompt: "
+            "set a smaller size, or leave it out"
+        )
+
+
+def _check_in_vocabulary(decoder: Decoder, tokens: Sequence[int], what: str) -> None:
+    for token in tokens:
+        if not 0 <= token < decoder.n_vocab:
+            raise InputError(f"{what} names token id {token}; the model's vocabulary is {decoder.n_vocab}")
 
 
 def as_end_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class Sampling:
         no_repeat_ngram_size: no n-gram of this size occurs twice; 0 to disable.
         bad_words_ids: sequences of tokens that are never completed.
         min_new_tokens: the text does not end before it has so many new tokens.
-        min_length: the same, with the tokens of the prompt.
+        min_length: the same, with the tokens of the prompt; not used with ``min_new_tokens``, as in transformers.
         suppress_tokens: tokens that are never chosen.
         processors: functions of your own: (tokens so far (T,), logits (V,)) -> logits (V,).
         min_p: keep tokens with at least this share of the likeliest token's probability; None or 0 to disable.
@@ -146,7 +146,7 @@ class Sampling:
         bad_words = {tuple(word): NEVER for word in self.bad_words_ids if list(word) not in ends}
         if bad_words:
             found.append(SequenceBias(bad_words))
-        least = max(self.min_length, prompt_length + self.min_new_tokens)
+        least = prompt_length + self.min_new_tokens if self.min_new_tokens else self.min_length
         if end_tokens and least > prompt_length:
             found.append(MinLength(least, end_tokens))
         if self.suppress_tokens:

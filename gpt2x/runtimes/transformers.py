@@ -82,7 +82,9 @@ class TransformersTask(TaskModel):
 
         assert len(input_ids) == 1 and (attention_mask is None or attention_mask.all())
         with torch.inference_mode():
-            out = self.model(torch.from_numpy(input_ids), use_cache=False)
+            ids = torch.from_numpy(input_ids)
+            # Without a mask, transformers warns that tokens with the id of padding may be padding.
+            out = self.model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         if self.task != "feature-extraction":
             return {LOGITS: out.logits.numpy()}
         states = out.last_hidden_state.numpy()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from converters import ConversionError
 
 from ..runtimes.kv_cache import grown_capacity
 from ..runtimes.onnxruntime import OnnxDecoder
 
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 PREFIX_SHARE = 4  # the prefix cache gets one part of so many
 
 
@@ -66,14 +63,3 @@ def plan_memory(decoder: OnnxDecoder, most_rows: int, context: int | None, budge
             f"{budget / 1e6:.1f} MB: raise --cache-memory, or lower --max-context"
         )
     return MemoryPlan(rows, context, row, prefix)
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or those of its control group."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in LIMITS:
-        try:
-            found.append(int(file.read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return min(found)

@@ -14,6 +14,7 @@ from converters import ConversionError
 from ..contract import has_onnx, model_file
 from ..generation.config import controls_beside
 from ..generation.generate import end_token_of
+from ..memory import machine_memory
 from ..precisions import PRECISIONS
 from ..runtimes.base import InputError
 from ..runtimes.onnx_providers import CPU
@@ -25,7 +26,7 @@ from ..tokenizer import Tokenizer
 from .chat import ChatTemplate
 from .embedder import Embedder
 from .engine import Engine
-from .memory_plan import machine_memory, plan_memory
+from .memory_plan import plan_memory
 from .metrics import EngineMetrics, Metrics
 from .models import EMBEDDINGS, EmbeddingModel, Models, ServedModel, TextModel
 
@@ -202,7 +203,7 @@ def _with_engine(
 def _end_tokens(folder: Path, decoder: OnnxDecoder, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a text: those of ``generation_config.json``, or the tokenizer's, or the model's."""
     stated = controls_beside(folder).values.get("eos_token_id")
-    if stated:
+    if stated is not None:
         return tuple(stated)
     end = end_token_of(decoder, tokenizer)
     return () if end is None else (end,)

@@ -119,8 +119,73 @@ def test_options_that_contradict_each_other_are_wrong_usage(gpt2x, options, word
     assert words in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--num-beams", 3, "--seed", 2], "beam search does not sample"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--repetition-penalty", 0], "repetition_penalty is 0"),
+    ],
+    ids=str,
+)
+def test_contradicting_controls_are_refused_before_a_download(gpt2x, monkeypatch, options, words):
+    monkeypatch.setattr("gpt2x.cli.running.Running.of", None)
+    result = gpt2x("generate", "hf://me/model", "ROMEO:", *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_guesses_for_beams_are_refused_before_the_model_is_opened(gpt2x, monkeypatch):
+    monkeypatch.setattr("gpt2x.cli.running.Running.open", None)
+    result = gpt2x("generate", SHAKESPEARE, "ROMEO:", "--num-beams", 2, "--prompt-lookup")
+    assert result.exit_code == 2
+    assert "leave out --prompt-lookup, or --num-beams" in result.stderr
+
+
 def test_a_token_outside_the_vocabulary_is_refused(gpt2x):
     assert_refused(gpt2x("generate", SHAKESPEARE, "ROMEO:", "--stop-token-id", 50256), "token id 50256", "2048")
+
+
+def test_an_n_gram_longer_than_the_text_is_refused_before_the_model_is_opened(gpt2x, monkeypatch):
+    monkeypatch.setattr("gpt2x.cli.running.Running.open", None)
+    options = ["ROMEO:", "--no-repeat-ngram-size"]
+    refused = gpt2x("generate", SHAKESPEARE, *options, 9, "--max-new-tokens", 4)
+    assert_refused(refused, "no_repeat_ngram_size is 9", "at most 6 tokens")
+    assert refused.exit_code == 1
+
+
+def test_an_n_gram_as_long_as_the_text_is_taken(gpt2x):
+    options = ["ROMEO:", "--no-repeat-ngram-size", 6, "--max-new-tokens", 4]
+    assert done(gpt2x("generate", SHAKESPEARE, *options)).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--no-repeat-ngram-size", 257], ["no_repeat_ngram_size is 257", "at most 256 tokens"]),
+        (["--bad-words-ids", "1,9999"], ["token id 9999"]),
+    ],
+    ids=str,
+)
+def test_a_control_that_does_not_fit_the_model_leaves_no_empty_output(gpt2x, options, words):
+    Path("in.jsonl").write_text('{"prompt": "A"}\n')
+    command = ["generate", SHAKESPEARE, "--prompts", "in.jsonl", "--output", "out.jsonl"]
+    assert_refused(gpt2x(*command, *options), *words)
+    assert not Path("out.jsonl").exists()
+
+
+def test_an_n_gram_size_of_a_file_does_not_refuse_a_short_text(gpt2x):
+    save_checkpoint(open_checkpoint(SHAKESPEARE), "hf")
+    Path("hf/generation_config.json").write_text('{"no_repeat_ngram_size": 20}')
+    assert done(gpt2x("generate", "hf", "ROMEO:", "--max-new-tokens", 1)).stdout
+
+
+def test_standard_input_is_checked_before_the_model_is_opened(monkeypatch):
+    from gpt2x.cli import main
+
+    monkeypatch.setattr("gpt2x.cli.running.Running.open", None)
+    refused = CliRunner().invoke(main, ["generate", str(SHAKESPEARE), "-"], input=b"\xff")
+    assert_refused(refused, "standard input: not UTF-8 at byte 0")
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
@@ -262,3 +327,53 @@ def test_speculative_decoding_says_in_one_line_where_it_cannot_be(gpt2x, tmp_pat
     assert_refused(
         run("--draft", tmp_path / "other.safetensors"), "the draft model's vocabulary is 13, the model's 2048"
     )
+
+
+# ------------------------------------------------------------------------------------------------- odd files of prompts
+
+
+def continue_lines(gpt2x, model, data, *options):
+    Path("in.jsonl").write_bytes(data)
+    return gpt2x("generate", model, "--prompts", "in.jsonl", "--output", "out.jsonl", "--max-new-tokens", 2, *options)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_bad_lines(gpt2x, model):
+    result = done(continue_lines(gpt2x, model, b'\xef\xbb\xbf{"prompt": "A"}\r\n\r\n \t\r\n{"prompt": "B"}\r\n\n'))
+    assert [(line["line"], line["prompt"]) for line in results("out.jsonl")] == [(1, "A"), (4, "B")]
+    assert result.stderr == ""
+    whole = Path("out.jsonl").read_bytes()
+    Path("out.jsonl").write_bytes(whole.splitlines(keepends=True)[0])
+    done(continue_lines(gpt2x, model, Path("in.jsonl").read_bytes(), "--resume"))
+    assert [line["line"] for line in results("out.jsonl")] == [1, 4]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_number_that_json_does_not_have_is_a_bad_line(gpt2x, model, number):
+    data = f'{{"prompt": "A", "weight": [{number}]}}\n{{"prompt": "B"}}\n'
+    result = done(continue_lines(gpt2x, model, data.encode()))
+    assert "in.jsonl:1: not JSON (a number is NaN, infinite, or too large); skipped" in result.stderr
+    assert [line["prompt"] for line in results("out.jsonl")] == ["B"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 3)])
+def test_an_output_with_another_number_of_texts_is_not_continued(gpt2x, model, prompts, first, second):
+    done(run(gpt2x, model, "out.jsonl", "-n", first))
+    before = Path("out.jsonl").read_bytes()
+    assert_refused(
+        run(gpt2x, model, "out.jsonl", "-n", second, "--resume"), f"has {first} results", f"and {second} are"
+    )
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_an_incomplete_output_of_other_prompts_loses_nothing(gpt2x, model, prompts):
+    done(run(gpt2x, model, "out.jsonl", "-n", 2))
+    before = b"".join(Path("out.jsonl").read_bytes().splitlines(keepends=True)[:-1])
+    Path("out.jsonl").write_bytes(before)
+    Path("in.jsonl").write_text("\n".join([*LINES[:-1], '{"prompt": "another"}']) + "\n")
+    assert_refused(run(gpt2x, model, "out.jsonl", "-n", 2, "--resume"), "continues another prompt")
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_a_line_number_that_is_infinite_is_not_of_this_command(gpt2x, model, prompts):
+    Path("out.jsonl").write_text('{"prompt": "ROMEO:", "line": 1e999}\n')
+    assert_refused(run(gpt2x, model, "out.jsonl", "--resume"), "does not hold results")

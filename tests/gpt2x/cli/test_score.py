@@ -11,6 +11,7 @@ from library import open_library
 
 from converters import open_checkpoint
 from gpt2x import SHAKESPEARE, ExportOptions, OnnxDecoder, Score, export_onnx, score
+from gpt2x.cli import main, texts_file
 from gpt2x.scoring import logits as gpt2x_logits
 
 TEXT = (SHAKESPEARE.parent / "coriolanus.txt").read_text(encoding="utf-8")[:3000]
@@ -212,6 +213,16 @@ def test_wrong_usage_is_refused(gpt2x, options, words):
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("source", ["a file", "standard input"])
+def test_a_text_longer_than_memory_is_refused_before_the_model_is_opened(gpt2x, monkeypatch, source):
+    monkeypatch.setattr("gpt2x.memory.machine_memory", lambda: 8000)
+    monkeypatch.setattr("gpt2x.cli.running.Running.open", None)
+    name, given = ("book.txt", None) if source == "a file" else ("-", TEXT)
+    refused = CliRunner().invoke(main, ["score", str(SHAKESPEARE), name], input=given)
+    shown = "book.txt" if source == "a file" else "standard input"
+    assert_refused(refused, f"{shown}: more than 1000 bytes", "memory: split it")
+
+
 # ---------------------------------------------------------------------------------------------------- JSON Lines
 
 LINES = [
@@ -268,3 +279,25 @@ def test_an_output_is_never_overwritten(gpt2x, onnx, texts):
     Path("in.jsonl").write_text('{"text": "another"}\n' * 8)
     refused = gpt2x("score", onnx, "in.jsonl", "--output", "first.jsonl", "--resume")
     assert_refused(refused, "its line 8 scores another text than in.jsonl")
+
+
+def test_a_line_at_the_limit_of_size_has_a_result_that_is_continued(gpt2x, onnx, monkeypatch):
+    """The result is longer than the line, as it has the scores, too."""
+    line = json.dumps({"text": "a" * 100}) + "\n"
+    monkeypatch.setattr("gpt2x.cli.jsonl.MAX_LINE", len(line))
+    Path("in.jsonl").write_text(line * 2)
+    command = ["score", onnx, "in.jsonl", "--output", "out.jsonl", "--batch-size", 1]
+    done(gpt2x(*command))
+    first = Path("out.jsonl").read_bytes().splitlines(keepends=True)[0]
+    Path("out.jsonl").write_bytes(first)
+    scored = []
+    original = texts_file._scores
+
+    def noted(decoder, tokenizer, group, stride):
+        scored.extend(number for number, _ in group)
+        return original(decoder, tokenizer, group, stride)
+
+    monkeypatch.setattr(texts_file, "_scores", noted)
+    done(gpt2x(*command, "--resume"))
+    assert scored == [2]
+    assert Path("out.jsonl").read_bytes().startswith(first)

@@ -352,6 +352,32 @@ def test_the_program_in_the_model_card_runs(task, tmp_path):
         assert run.stdout.strip()
 
 
+# (number of labels, problem_type, what the card says, what it does not say)
+PROBLEMS = [
+    (1, None, "trained for regression", "softmax."),
+    (2, "regression", "trained for regression", "softmax."),
+    (2, None, "Probabilities are their softmax", "sigmoid"),
+    (1, "multi_label_classification", "the sigmoid of its logit", "Probabilities are"),
+]
+
+
+@pytest.mark.parametrize(("count", "problem", "said", "unsaid"), PROBLEMS)
+def test_the_model_card_says_what_the_logits_of_a_classifier_mean(tmp_path, count, problem, said, unsaid):
+    sizes = json_config(open_checkpoint(SHAKESPEARE))
+    GPT2ForSequenceClassification(their_config(**sizes, num_labels=count, problem_type=problem)).save_pretrained(
+        tmp_path / "source"
+    )
+    options = ExportOptions(task="text-classification")
+    export_onnx(open_checkpoint(tmp_path / "source"), tmp_path / "m", options, need_tokenizer=False)
+    card = (tmp_path / "m/README.md").read_text()
+    assert said in card and unsaid not in card
+    assert ("TextClassificationPipeline" in card) == (said != "trained for regression")
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path / "m")
+    assert run.returncode == 0, run.stderr
+    assert ("LABEL_0" in run.stdout or "LABEL_1" in run.stdout) == (said != "trained for regression")
+
+
 def json_config(checkpoint):
     return {"vocab_size": checkpoint.config.n_vocab, "n_embd": 8, "n_positions": 32}
 

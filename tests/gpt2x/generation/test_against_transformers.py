@@ -38,6 +38,8 @@ CONTROLS: list[dict[str, Any]] = [
     {"sequence_bias": {(3,): -2.0, (5, 6): 4.0, (END,): 1.5}},
     {"min_new_tokens": 6},
     {"min_length": 9},
+    {"min_length": 18, "min_new_tokens": 0, "sequence_bias": {(END,): 3.0}},
+    {"min_length": 18, "min_new_tokens": 2, "sequence_bias": {(END,): 3.0}},
     {"suppress_tokens": [1, 2, 3, 4, 5]},
     {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "sequence_bias": {(END,): 3.0}},
 ]

@@ -75,6 +75,13 @@ def test_keys_with_an_effect_that_gpt2x_lacks_are_listed(tmp_path):
     assert found.unsupported == ["penalty_alpha", "guidance_scale"]
 
 
+def test_sampled_beams_are_listed_as_unsupported(tmp_path):
+    found = write(tmp_path, do_sample=True, num_beams=4, temperature=0.7)
+    assert (found.values, found.unsupported) == ({"num_beams": 4}, ["do_sample with num_beams"])
+    assert write(tmp_path, do_sample=True, num_beams=1).unsupported == []
+    assert write(tmp_path, do_sample=False, num_beams=4).unsupported == []
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -86,6 +93,12 @@ def test_keys_with_an_effect_that_gpt2x_lacks_are_listed(tmp_path):
 def test_a_value_of_the_wrong_type_is_an_error(tmp_path, values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         write(tmp_path, **values)
+
+
+@pytest.mark.parametrize(("stated", "found"), [(-1, ()), ([-1, 6], (6,)), ([], ()), (6, (6,))], ids=str)
+def test_a_negative_end_token_ends_no_text(tmp_path, stated, found):
+    """As in transformers, which trl and others rely on to read a text to its limit."""
+    assert write(tmp_path, eos_token_id=stated).config({}).end_tokens(9) == found
 
 
 def test_max_length_counts_the_prompt():

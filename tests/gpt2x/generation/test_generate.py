@@ -316,3 +316,9 @@ def test_the_end_of_text_ends_a_real_text(model, tokenizer):
     text = generate_text(Ending(model), tokenizer, "ROMEO:", 50, 0)
     assert len(tokenizer.encode(text)) - len(tokenizer.encode("ROMEO:")) <= 3
     assert "<|endoftext|>" not in text
+
+
+def test_an_n_gram_longer_than_every_text_is_an_error(model, tokenizer):
+    with pytest.raises(ValueError, match="no_repeat_ngram_size is 9, larger than the text, which has at most 6 tokens"):
+        generate_text(model, tokenizer, ["ROMEO:", "A"], 4, 0, no_repeat_ngram_size=9)
+    assert generate_text(model, tokenizer, [], 4, 0, no_repeat_ngram_size=9) == []

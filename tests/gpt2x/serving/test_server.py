@@ -332,7 +332,11 @@ WRONG = [
     ({"prompt": "a", "logit_bias": {"1": 1e308}}, "invalid_value", "logit_bias.1: input should be less than"),
     ({"prompt": "a", "logit_bias": {"99999": 1}}, "invalid_value", "a control names token id 99999"),
     ({"prompt": "a", "logit_bias": {str(i): 1 for i in range(1025)}}, "invalid_value", "logit_bias"),
-    ({"prompt": "a", "stop_token_ids": [99999]}, "invalid_value", "a control names token id 99999"),
+    (
+        {"prompt": "a", "stop_token_ids": [99999]},
+        "invalid_value",
+        "eos_token_id or stop_token_ids names token id 99999",
+    ),
     ({"prompt": "a", "min_tokens": 20, "max_tokens": 10}, "invalid_value", "min_tokens is 20, more than max_tokens"),
     ({"prompt": "a", "repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
     ({"prompt": "a", "max_new_tokens": 5}, "invalid_value", "unknown field: max_new_tokens"),
