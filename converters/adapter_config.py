@@ -166,7 +166,12 @@ def _foreign(raw: Mapping[str, Any]) -> str:
     """Whose configuration it is, if not PEFT's."""
     if "lora_parameters" in raw or "fine_tune_type" in raw:
         return "an adapter of mlx-lm, which gpt2x does not read; merge it with mlx_lm.fuse, and convert the result"
-    return "not a configuration of PEFT: it has no peft_type"
+    if isinstance(raw.get("config"), dict) and "model_class" in raw:
+        return (
+            "an adapter of AdapterHub's adapters, which gpt2x does not read; load it there, and save the result of "
+            "model.merge_adapter(NAME) with save_pretrained"
+        )
+    return "not a configuration of PEFT: it has no peft_type; merge the adapter with the program that wrote it, and convert the result"
 
 
 def _check_known(path: Path, raw: Mapping[str, Any]) -> None:

@@ -554,6 +554,7 @@ def test_a_type_that_cannot_be_merged_is_named(copy, kind):
     [
         ({"peft_type": None}, "it has no peft_type"),
         ({"peft_type": None, "lora_parameters": {}}, "mlx_lm.fuse"),
+        ({"peft_type": None, "config": {"architecture": "lora"}, "model_class": "GPT2LMHeadModel"}, "merge_adapter"),
         ({"r": 0}, "not a positive integer"),
         ({"r": True}, "not a positive integer"),
         ({"r": "4"}, "not a positive integer"),
