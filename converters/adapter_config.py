@@ -29,14 +29,14 @@ UNMERGEABLE = frozenset(
 
 # Keys that decide the arithmetic, and are read here.
 READ = frozenset(
-    ["alpha_pattern", "base_model_name_or_path", "enable_lora", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "token_indices", "trainable_token_indices", "use_dora", "use_rslora"]
+    ["alpha_pattern", "base_model_name_or_path", "enable_lora", "init_lora_weights", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "token_indices", "trainable_token_indices", "use_dora", "use_rslora"]
 )  # fmt: skip
 # Keys of training and bookkeeping, and those whose effect the names of the tensors show.
 INERT = frozenset(
     """
     auto_mapping bias corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
     init_weights layers_pattern layers_to_transform loftq_config lora_bias lora_dropout lora_ga_config megatron_config
-    megatron_core merge_weights modules_to_save peft_version qalora_group_size revision runtime_config target_modules
+    megatron_core merge_weights peft_version qalora_group_size revision runtime_config target_modules
     task_type velora_config
     """.split()  # noqa: SIM905  a table reads better as words
 )
@@ -59,6 +59,7 @@ class AdapterConfig:
         rank_stabilized: whether the scale is alpha / sqrt(rank), not alpha / rank.
         has_magnitudes: whether it is DoRA.
         enabled: peft before 0.3: which of query, key and value the factors of ``c_attn`` change; empty for all.
+        copied: ends of the names of modules that are trained as copies (``modules_to_save``).
         token_indices: the rows that trained tokens replace; of one embedding, or by its name.
     """
 
@@ -72,6 +73,7 @@ class AdapterConfig:
     rank_stabilized: bool = False
     has_magnitudes: bool = False
     enabled: tuple[bool, ...] = ()
+    copied: tuple[str, ...] = ()
     token_indices: Any = None
 
     def rank_of(self, module: str) -> int:
@@ -91,6 +93,10 @@ class AdapterConfig:
         rank = self.rank_of(module)
         alpha = self.alpha_pattern.get(self._key(self.alpha_pattern, module), self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def is_copied(self, module: str) -> bool:
+        """Whether a module is trained as a copy. PEFT compares the ends of names."""
+        return bool(self.copied) and f"transformer.{module}".endswith(self.copied)
 
     def _key(self, patterns: Mapping[str, Any], module: str) -> str:
         """The first pattern that matches the end of a module's name, as in peft; else the empty string."""
@@ -151,6 +157,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         rank_stabilized=_flag(path, raw, "use_rslora"),
         has_magnitudes=_flag(path, raw, "use_dora"),
         enabled=_enabled(path, raw.get("enable_lora")),
+        copied=_copied(path, raw.get("modules_to_save")),
         token_indices=raw.get("trainable_token_indices"),
     )
 
@@ -159,7 +166,12 @@ def _foreign(raw: Mapping[str, Any]) -> str:
     """Whose configuration it is, if not PEFT's."""
     if "lora_parameters" in raw or "fine_tune_type" in raw:
         return "an adapter of mlx-lm, which gpt2x does not read; merge it with mlx_lm.fuse, and convert the result"
-    return "not a configuration of PEFT: it has no peft_type"
+    if isinstance(raw.get("config"), dict) and "model_class" in raw:
+        return (
+            "an adapter of AdapterHub's adapters, which gpt2x does not read; load it there, and save the result of "
+            "model.merge_adapter(NAME) with save_pretrained"
+        )
+    return "not a configuration of PEFT: it has no peft_type; merge the adapter with the program that wrote it, and convert the result"
 
 
 def _check_known(path: Path, raw: Mapping[str, Any]) -> None:
@@ -214,6 +226,14 @@ def _enabled(path: Path, value: Any) -> tuple[bool, ...]:
     if not is_list_of(value, bool) or len(value) != 3 or sum(value) != 2:
         raise ConfigError(f"{path}: enable_lora is {str(value)[:60]}; gpt2x supports two of query, key and value")
     return tuple(value)
+
+
+def _copied(path: Path, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not is_list_of(value, str):
+        raise ConfigError(f"{path}: modules_to_save is {str(value)[:60]}, not a list of names")
+    return tuple(name for name in value if name)
 
 
 def adapter_folder(path: Path) -> Path | None:

@@ -78,6 +78,8 @@ class Adapter:
         factors: name -> a change of low rank.
         rows: name of an embedding -> rows that are replaced.
         replaced: name -> a tensor that replaces the base's (``modules_to_save``, biases, saved embeddings).
+        copies: names of those in ``replaced`` that are ``modules_to_save``, which PEFT copies before it trains them, so
+            that a tied one has a matrix of its own. A saved embedding is the base's, and stays tied.
         left_out: names of tensors that a language model does not have.
         heads: those of the tensors in ``left_out`` that are heads, which replace the base's.
     """
@@ -88,8 +90,15 @@ class Adapter:
     factors: Mapping[str, LowRank] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
     replaced: Mapping[str, LazyTensor] = field(default_factory=dict)
+    copies: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
     heads: tuple[Head, ...] = ()
+
+    @property
+    def touched(self) -> set[str]:
+        """The names of the parameters that it changes."""
+        biases = {name.removesuffix("weight") + "bias" for name, change in self.factors.items() if change.bias}
+        return {*self.factors, *self.rows, *self.replaced, *biases}
 
     def summary(self) -> str:
         """What it changes, in a few words."""
@@ -119,6 +128,11 @@ class _Part:
     role: str
     adapter: str = ""
     path: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module of a whole parameter."""
+        return self.name.rpartition(".")[0]
 
     @property
     def is_whole(self) -> bool:
@@ -195,6 +209,7 @@ def read_adapter(
         factors=dict(found.factors()),
         rows=dict(found.rows()),
         replaced=found.replaced,
+        copies=frozenset(found.copies),
         left_out=tuple(found.left_out),
         heads=tuple(itertools.starmap(Head, found.heads.items())),
     )
@@ -216,6 +231,7 @@ class _Reading:
         self.parts: dict[str, dict[str, LazyTensor]] = {}  # canonical name -> field of LowRank, or "rows" -> tensor
         self.paths: dict[str, str] = {}  # canonical name -> the module as PEFT names it
         self.replaced: dict[str, LazyTensor] = {}
+        self.copies: set[str] = set()
         self.left_out: list[str] = []
         self.heads: dict[str, dict[str, LazyTensor]] = {}  # kind -> name in the head -> tensor
         self.adapters: set[str] = set()
@@ -246,6 +262,8 @@ class _Reading:
     def _put(self, canonical: str, part: _Part, name: str, tensor: LazyTensor) -> None:
         if part.is_whole:
             place, key = self.replaced, canonical
+            if part.role == "saved" or self.config.is_copied(part.module):
+                self.copies.add(canonical)
         else:
             place, key = self.parts.setdefault(canonical, {}), part.role
             self.paths[canonical] = part.path

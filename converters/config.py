@@ -115,7 +115,10 @@ def from_hf(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     # The first versions of transformers wrote no model_type.
     if raw.get("model_type", "gpt2") != "gpt2":
-        raise ConfigError(f"{where}: model_type is {raw['model_type']!r}, not 'gpt2'")
+        raise ConfigError(
+            f"{where}: model_type is {str(raw['model_type'])[:60]!r}, not 'gpt2'; if the model is a GPT-2 all the same, pass "
+            "--ignore-config-key model_type"
+        )
     fields: dict[str, Any] = {}
     faults = list(_collect(raw, fields))
     refused = [key for key in raw if _changes_arithmetic(key, raw)]

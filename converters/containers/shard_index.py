@@ -125,7 +125,7 @@ def _check_files(path: Path, names: Sequence[str]) -> None:
     missing = [file for file in files if not file.is_file()]
     if len(missing) > 1:
         raise FormatError(
-            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {names_of(missing[:5])}"
+            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {names_of(missing[:5])}; download or copy them again"
         )
 
 

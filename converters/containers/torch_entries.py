@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .torch_values import SHOWN, Opaque, TensorRef, UnreadTensor, describe
 MAX_DEPTH = 64  # of a set of tensors in the saved object, and of modules in a model
 MAX_TENSORS = 100_000  # of a model that was saved whole
 PARAMETERS = (".weight", ".bias")  # how the names of parameters end
+SAVE = "save the state dict, torch.save(model.state_dict(), 'model.pt'), and pass that file"
 TOP = "."  # the name of the entry that is the saved object itself
 
 
@@ -138,12 +139,12 @@ def _members(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _no_tensors(saved: Any, where: str) -> CheckpointError:
     if not isinstance(saved, dict) or not saved:
-        return CheckpointError(f"{where}: holds {describe(saved)}, not a dict of tensors")
+        return CheckpointError(f"{where}: holds {describe(saved)}, not a dict of tensors; {SAVE}")
     key, value = next(iter(saved.items()))
     if isinstance(value, TensorRef | UnreadTensor):
         return CheckpointError(f"{where}: its tensors have no names: not a dict of tensors")
     return CheckpointError(
-        f"{where}: {str(key)[:SHOWN]!r} is {describe(value)}, not a tensor, and nothing else in it is a dict of tensors"
+        f"{where}: {str(key)[:SHOWN]!r} is {describe(value)}, not a tensor, and nothing else in it is a dict of tensors; {SAVE}"
     )
 
 
@@ -267,8 +268,14 @@ def _readable(one: NamedTensors, where: str) -> dict[str, TensorRef]:
 
 def one_each(refs: Mapping[str, TensorRef], make: Callable[[TensorRef], LazyTensor]) -> dict[str, LazyTensor]:
     """A tensor for each name. Two names of one tensor (a tied ``lm_head``) get the same object."""
-    made = {ref: make(ref) for ref in dict.fromkeys(refs.values())}
+    made = {ref: _made(ref, make) for ref in dict.fromkeys(refs.values())}
     return {name: made[ref] for name, ref in refs.items()}
+
+
+def _made(ref: TensorRef, make: Callable[[TensorRef], LazyTensor]) -> LazyTensor:
+    if ref.is_transposed:
+        return make(replace(ref, shape=ref.shape[::-1], is_transposed=False)).transposed()
+    return make(ref)
 
 
 def check_overlaps(tensors: Mapping[str, TensorRef], where: str) -> None:

@@ -393,15 +393,16 @@ class _Machine:
             return UnreadTensor("a negated or conjugated tensor view")
         if storage.unread:
             return UnreadTensor(f"a tensor in a {storage.unread}")
-        if not _is_contiguous(shape, stride):
+        is_transposed = not _is_contiguous(shape, stride)
+        if is_transposed and not (len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1])):
             return UnreadTensor(
-                f"a tensor of shape {list(shape)} with strides {list(stride)}: not contiguous; call .contiguous() and save it again"
+                f"not contiguous (shape {list(shape)}, strides {list(stride)}; call .contiguous() before it is saved)"
             )
         if offset + math.prod(shape) > storage.size:
             raise FormatError(
                 f"{self.where}: a tensor of shape {list(shape)} at offset {offset} does not fit into a storage of {storage.size} values"
             )
-        return TensorRef(storage, offset, tuple(shape))
+        return TensorRef(storage, offset, tuple(shape), is_transposed)
 
     def op_BUILD(self, _: None) -> None:
         state = self.stack.pop()

@@ -41,11 +41,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A contiguous tensor in a storage."""
+    """A contiguous tensor in a storage, or the transposed view of a contiguous matrix."""
 
     storage: Storage
     offset: int  # values
     shape: tuple[int, ...]
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,18 @@ def plain_fields(value: Any) -> Mapping[str, Any] | None:
     A value that is not plain (a string, a number, None, or a short list of them) is replaced by its description.
     Private fields of an object are left out.
     """
+    named = fields_of(value)
+    return None if named is None else {key: _plain(item) for key, item in named.items()}
+
+
+def fields_of(value: Any) -> Mapping[str, Any] | None:
+    """The same, with the values as they are."""
     if isinstance(value, Opaque):
         named = value.pairs if value.pairs else value.fields()
-        named = {key: item for key, item in named.items() if isinstance(key, str) and not key.startswith("_")}
-    elif isinstance(value, dict):
-        named = value
-    else:
-        return None
-    return {key: _plain(item) for key, item in named.items() if isinstance(key, str)}
+        return {key: item for key, item in named.items() if isinstance(key, str) and not key.startswith("_")}
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if isinstance(key, str)}
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -104,6 +104,14 @@ def _open(path: Path) -> Container:
 
 
 def _check_architecture(metadata: Mapping[str, Any], where: str) -> None:
+    kind = metadata.get("general.type", "model")
+    if kind == "adapter":
+        raise CheckpointError(
+            f"{where}: a LoRA adapter of llama.cpp, not a whole model; merge it into its base with "
+            f"'llama-export-lora -m BASE.gguf --lora {where} -o merged.gguf', and pass merged.gguf"
+        )
+    if kind != "model":
+        raise CheckpointError(f"{where}: a GGUF file of the type {str(kind)[:60]!r}; pass the file of the model itself")
     architecture = metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise CheckpointError(f"{where}: a model of the architecture {str(architecture)[:60]!r}, not 'gpt2'")

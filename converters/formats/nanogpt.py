@@ -40,7 +40,8 @@ KEYS = {
 INERT = ("dropout", "bias")
 # Keys under which training scripts keep the configuration of their model. An object there is not constructed: its plain
 # fields are read. Of a class of the script's own, as karpathy/build-nanogpt's GPTConfig, those of KEYS are.
-RUN_KEYS = (MODEL_ARGS, "config", "model_config", "args", "hparams", "hyper_parameters")
+RUN_KEYS = (MODEL_ARGS, "config", "model_config", "gpt_config", "args", "hparams", "hyper_parameters", "cfg")
+INNER_KEYS = (*RUN_KEYS, "model", "gpt", "network")  # in those of a run, as Hydra's and Lightning's
 REQUIRED = frozenset(["n_layer", "n_head", "n_embd"])
 HF_CLASS = "GPT2Config"
 
@@ -125,6 +126,21 @@ def _check_plain(arguments: Mapping[str, Any], path: Path) -> None:
 
 
 def _left_by_a_run(key: str, value: Any) -> Beside | None:
+    """A configuration that is the value of a key, or one level below it."""
+    from ..containers.torch_values import fields_of
+
+    found = _configuration(key, value)
+    if found:
+        return found
+    inner = fields_of(value) or {}
+    for name in INNER_KEYS:
+        found = _configuration(f"{key}.{name}", inner.get(name))
+        if found:
+            return found
+    return None
+
+
+def _configuration(key: str, value: Any) -> Beside | None:
     """A configuration of transformers' or of a GPT like nanoGPT's: a dict, or an object whose fields are read."""
     from ..containers.torch_values import Opaque, plain_fields
 

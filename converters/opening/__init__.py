@@ -42,7 +42,8 @@ def open_checkpoint(
         activation_function: the activation function, if no configuration states it.
         tokenizer: a directory or a GGUF file with the tokenizer, if it is neither in the file nor beside it.
         tie: drop (True) or keep (False) an ``lm_head`` that differs from the token embedding, if no configuration states
-            ``tie_word_embeddings: false``. By default, it is refused.
+            ``tie_word_embeddings: false``. By default, it is refused. False also keeps the changes of an adapter to a tied
+            pair apart, which are otherwise merged into the one matrix, as by peft's ``merge_and_unload``.
         prefix: prefix of the names of the GPT-2 to read, if the file has several.
         adapter: the directory of a PEFT adapter (LoRA), which is merged while tensors are read.
         merged_dtype: dtype of the tensors that the adapter changes, as in ``--dtype``; by default the base's.

@@ -18,24 +18,20 @@ from ..adapter_config import (
     read_adapter_config,
 )
 from ..adapters import Adapter, is_unmerged, read_adapter, split
-from ..checkpoint import Checkpoint, same_bytes
+from ..checkpoint import Checkpoint
 from ..containers.container import Container
-from ..dtypes import DTYPES, NAMES, DType
+from ..dtypes import DTYPES, NAMES
 from ..errors import CheckpointError, ConfigError, FormatError
 from ..io.reading import check_name, files_in
 from ..lora import changed
 from ..spec import LM_HEAD
-from ..tensors import LazyTensor
 from ..tokenizer import find_tokenizer
 from ..values import any_ends_with
+from .adapted_embeddings import WTE, merge_embeddings, with_shared_matrix
 from .find import Source
 from .open import open_file
 
-WTE = "wte.weight"
 BASE = (WTE, "wpe.weight", "h.0.mlp.c_fc.weight")  # a state dict with these holds a whole model
-UNTIED = "lm_head is no longer tied to wte, as the adapter changes only one of them"
-# peft#2018
-UNLIKE_PEFT = "; the model with its adapter computes that, while peft's merge_and_unload would change both"
 
 
 @dataclass(frozen=True)
@@ -148,25 +144,27 @@ def merge_adapter(
         checkpoint: the base.
         adapter: the adapter.
         merged_dtype: dtype of the tensors that it changes; by default the base's.
-        tie: whether an ``lm_head`` that differs from the token embedding is dropped (True); otherwise it is kept.
+        tie: whether an ``lm_head`` that differs from the token embedding is dropped (True). False keeps the changes of a
+            tied pair apart, as in the model with its adapter; by default they are merged as by ``merge_and_unload``.
         is_truncated: whether the user asked for the number of rows of the base's token embedding, so that it stays.
 
     Raises:
         CheckpointError: if the adapter does not fit the base.
     """
-    check_fits(checkpoint, adapter, is_truncated)
+    merged = with_shared_matrix(adapter) if checkpoint.config.tie_word_embeddings else adapter
+    check_fits(checkpoint, merged, is_truncated)
     dtype = DTYPES[NAMES.get(merged_dtype, merged_dtype)] if merged_dtype else None
     tensors = dict(checkpoint.tensors)
-    for name in _touched(adapter):
-        if name in tensors and name not in (WTE, LM_HEAD):
-            tensors[name] = changed(name, tensors[name], adapter, dtype)
-    embeddings = _embeddings(checkpoint, adapter, dtype, tie)
-    is_tied = LM_HEAD not in embeddings
-    tensors |= embeddings
-    if tie:
-        tensors.pop(LM_HEAD, None)
+    tensors.pop(LM_HEAD, None)
+    for name in merged.touched:
+        if name in tensors and name != WTE:
+            tensors[name] = changed(name, tensors[name], merged, dtype)
+    embeddings = merge_embeddings(checkpoint, merged, dtype, tie)
+    tensors |= embeddings.tensors
+    is_tied = LM_HEAD not in tensors
     heads = {head.kind: head for head in (*checkpoint.heads, *adapter.heads)}  # the adapter's replace the base's
     config = replace(checkpoint.config, n_vocab=tensors[WTE].shape[0], tie_word_embeddings=is_tied)
+    note = f"merged {described(adapter.config.kind)}, {adapter.path}: {adapter.summary()}"
     return replace(
         checkpoint,
         config=config,
@@ -174,47 +172,9 @@ def merge_adapter(
         files=(*checkpoint.files, *adapter.files),
         left_out=(*checkpoint.left_out, *adapter.left_out),
         heads=tuple(heads.values()),
-        notes=(*checkpoint.notes, *_notes(checkpoint, adapter, is_untied=not is_tied and not tie)),
+        notes=(*checkpoint.notes, note, *embeddings.notes),
         adapter=adapter.path,
     )
-
-
-def _notes(checkpoint: Checkpoint, adapter: Adapter, is_untied: bool) -> Iterator[str]:
-    """What was merged, and what that means for ``lm_head``."""
-    yield f"merged {described(adapter.config.kind)}, {adapter.path}: {adapter.summary()}"
-    if is_untied and checkpoint.config.tie_word_embeddings:
-        is_low_rank = WTE in adapter.factors or LM_HEAD in adapter.factors
-        yield UNTIED + UNLIKE_PEFT if is_low_rank else UNTIED
-
-
-def _touched(adapter: Adapter) -> set[str]:
-    """The names of the parameters that an adapter changes."""
-    biases = {name.removesuffix("weight") + "bias" for name, change in adapter.factors.items() if change.bias}
-    return {*adapter.factors, *adapter.rows, *adapter.replaced, *biases}
-
-
-def _embeddings(
-    checkpoint: Checkpoint, adapter: Adapter, dtype: DType | None, tie: bool | None
-) -> dict[str, LazyTensor]:
-    """``wte``, and ``lm_head`` where it differs from ``wte`` after the change."""
-    is_tied = checkpoint.config.tie_word_embeddings
-    if is_tied and WTE in adapter.rows:
-        adapter = replace(adapter, rows={LM_HEAD: adapter.rows[WTE], **adapter.rows})  # peft replaces rows of both
-    touched = _touched(adapter)
-    base = checkpoint.tensors[WTE]
-    wte = changed(WTE, base, adapter, dtype) if WTE in touched else base
-    if tie or (is_tied and not touched & {WTE, LM_HEAD}):
-        return {WTE: wte}
-    head = checkpoint.tensors.get(LM_HEAD, base)
-    if LM_HEAD in touched:
-        head = changed(LM_HEAD, head, adapter, dtype)
-    if head.shape != wte.shape:
-        raise CheckpointError(
-            f"{adapter.path}: does not fit {checkpoint.source}: it brings a token embedding of {wte.shape[0]} rows, "
-            f"but lm_head has {head.shape[0]}; pass the base with the added tokens, or --tie to use the embedding as lm_head"
-        )
-    is_same = is_tied and same_bytes(wte, head)
-    return {WTE: wte} if is_same else {WTE: wte, LM_HEAD: head}
 
 
 def check_fits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool = False) -> None:
@@ -235,7 +195,7 @@ def check_fits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool = Fa
 def _misfits(checkpoint: Checkpoint, adapter: Adapter, is_truncated: bool) -> Iterator[str]:
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes.setdefault(LM_HEAD, shapes[WTE])
-    for name in _touched(adapter):
+    for name in adapter.touched:
         if name not in shapes:
             yield f"it changes {name}, which the base with {checkpoint.config.n_layer} layers does not have"
     # Whole embeddings first: what else the adapter changes of them has their new number of rows.

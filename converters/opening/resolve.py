@@ -69,7 +69,13 @@ def _check_sizes(
     if n_head is not None and fields.get("n_head", n_head) != n_head:
         faults.append(f"n_head is {fields['n_head']!r} in {where}, but --n-head is {n_head}")
     if faults:
-        raise ConfigError.listing(f"{path}: the configuration and the tensors disagree", faults)
+        raise ConfigError.listing(f"{path}: the configuration and the tensors disagree", faults, _advice(faults))
+
+
+def _advice(faults: list[str]) -> str:
+    """What helps if tokens were added without a new configuration: the tensors show the size."""
+    is_vocabulary = len(faults) == 1 and faults[0].startswith("n_vocab")
+    return "If the tensors are right, pass --ignore-config-key vocab_size" if is_vocabulary else ""
 
 
 def _find_heads(sizes: Mapping[str, int], n_head: int | None, path: Path) -> tuple[int, str]:

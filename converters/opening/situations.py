@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import SAME_FUNCTION
 from ..containers.container import Container
 from ..containers.tf_bundle import V1
 from ..errors import ChecksumError, ConversionError, DestinationError, TokenizerError, UnknownHeadsError, UnsafeError
@@ -25,6 +26,7 @@ from ..formats import OTHERS, WEIGHTS
 from ..io import sstable
 from ..io.json import MAX_CONFIG, parse_json, read_json
 from ..io.reading import File
+from ..spec import ACTIVATIONS
 from ..values import any_ends_with
 
 HEAD = 512  # bytes that tell the format
@@ -54,6 +56,10 @@ TRAINING_STATE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state_dict)(_\d+)?\.(pt|bin)$|rng_state(_\d+)?\.pth$"
     r"|random_states_\d+\.pkl$|training_args\.bin$"
 )
+NO_MODEL = ("adapter_model.", "optimizer", "scheduler", "recipe_state")  # how their names begin
+SUFFIXES = (".ckpt", ".gguf", ".safetensors", ".pt", ".pth")  # of weights, whatever their name
+ORBAX = ("_METADATA", "manifest.ocdbt")
+MAX_DIGITS = 16  # of the number of a step
 NO_WEIGHTS = re.compile(rf"\._|.*zero_pp_rank_\d+_mp_rank_\d+_\w+_states\.pt$|{TRAINING_STATE.pattern}")
 
 
@@ -236,6 +242,11 @@ def _is_scaled(seen: Evidence) -> bool:
     return _has_tensor_like(r"weight_scale|scale_weight|scale_inv|\.scales?$", seen)
 
 
+def _is_other_activation(seen: Evidence) -> bool:
+    activation = seen.config.get("activation_function", ACTIVATIONS[0])
+    return seen.config.get("model_type", "gpt2") == "gpt2" and activation not in (*ACTIVATIONS, *SAME_FUNCTION)
+
+
 def _family(seen: Evidence) -> str:
     """The models that have a tensor of such a name; empty if none is known."""
     for family, pattern in OTHER_NAMES.items():
@@ -351,6 +362,11 @@ FOLDERS = (
         'python -c \'import sys, os, orbax.checkpoint as o, flax.serialization as f; open(sys.argv[2], "xb")'
         ".write(f.msgpack_serialize(o.PyTreeCheckpointer().restore(os.path.abspath(sys.argv[1]))))' {path} {path}/flax_model.msgpack",
         "{path}",
+    ),
+    Situation(
+        "the steps of Orbax: `1000/_CHECKPOINT_METADATA`",
+        lambda seen: _orbax_step(seen) is not None,
+        "the checkpoints of a run with Orbax (JAX), one for each step; pass one of them, such as {step}",
     ),
     Situation(
         "a SavedModel without its variables",
@@ -491,6 +507,12 @@ FILES = (
         f"a ggml file from before GGUF; {ORIGIN}",
     ),
     Situation(
+        "the state of a training run alone: `optimizer.pt` in a folder without weights",
+        lambda seen: bool(TRAINING_STATE.match(seen.path.name)) and not _weights_in(seen.path.parent),
+        "the state of a training run, not weights, and no weights are beside it; pass the file of the model, or the folder that "
+        "save_pretrained wrote",
+    ),
+    Situation(
         "the state of a training run: `optimizer.pt`, `scheduler.pt`, `rng_state.pth`, `training_args.bin`",
         lambda seen: bool(TRAINING_STATE.match(seen.path.name)),
         "the state of a training run, not weights; pass its folder, {folder}",
@@ -598,6 +620,11 @@ MODELS = (
         f"weights quantized by optimum-quanto, which are rounded; {ORIGIN}",
     ),
     Situation(
+        "weights quantized by PyTorch: `.scale` and `.zero_point` of a layer",
+        _has_tensor(".scale", ".zero_point"),
+        f"weights quantized by PyTorch (torch.ao), which are rounded; {ORIGIN}",
+    ),
+    Situation(
         "weights quantized by MLX",
         _has_tensor(".scales", ".biases"),
         "weights quantized by MLX, which are rounded; to write the rounded values in full",
@@ -621,6 +648,12 @@ MODELS = (
         "another model, by its `config.json`",
         lambda seen: str(seen.config.get("model_type")) in OTHER_MODELS,
         "a model of the type '{model_type}', and gpt2x reads GPT-2 only; export it with Optimum: "
+        "'optimum-cli export onnx --model {folder} {folder}-onnx'",
+    ),
+    Situation(
+        "another activation function: `activation_function` in `config.json`",
+        _is_other_activation,
+        "a GPT-2 with the activation function {activation}, and gpt2x supports {activations}; export it with Optimum: "
         "'optimum-cli export onnx --model {folder} {folder}-onnx'",
     ),
     Situation(
@@ -712,6 +745,9 @@ def _fields(seen: Evidence) -> dict[str, str]:
         "architecture": _architecture(seen),
         "model_type": str(seen.config.get("model_type")),
         "family": _family(seen),
+        "step": shlex.quote(str(_orbax_step(seen))),
+        "activation": repr(seen.config.get("activation_function"))[:60],
+        "activations": ", ".join(ACTIVATIONS),
         "dtypes": ", ".join(sorted(set(seen.tensors.values())))[:100],
     }
     return {**{key: shlex.quote(str(value)) for key, value in paths.items()}, **words}
@@ -738,10 +774,31 @@ def _weights_below(path: Path) -> tuple[str, ...]:
     found = []
     for pattern in ("*/*", "*/*/*"):
         for file in itertools.islice(path.glob(pattern), MAX_ENTRIES):
-            is_known = file.name in (*WEIGHTS, *OTHERS, *EXPORTED_NAMES) or file.suffix in (".ckpt", ".gguf")
-            if is_known and file.is_file():
+            if _is_weights(file.name) and file.is_file():
                 found.append(str(file.parent.relative_to(path)))
     return tuple(sorted(set(found)))
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a name is one that weights of a whole model have."""
+    if NO_WEIGHTS.match(name) or name.startswith(NO_MODEL):
+        return False
+    return name in (*WEIGHTS, *OTHERS, *EXPORTED_NAMES) or name.endswith(SUFFIXES)
+
+
+def _weights_in(folder: Path) -> bool:
+    """Whether a folder has weights, or folders in it have."""
+    return any(map(_is_weights, _names_in(folder))) or bool(_weights_below(folder))
+
+
+def _orbax_step(seen: Evidence) -> Path | None:
+    """The folder of the newest step, in a folder with steps of Orbax; None if it has none."""
+    steps = [seen.path / name for name in seen.names if name.isdecimal() and len(name) < MAX_DIGITS]
+    for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        items = [path for path in (step / "default", step) if any((path / name).exists() for name in ORBAX)]
+        if items:
+            return items[0]
+    return None
 
 
 def _evidence_of(file: File, head: bytes) -> Evidence:

@@ -53,7 +53,8 @@ def weight_options(model: str, **adapter: Any) -> Callable[[Callable[..., None]]
         click.option(
             "--tie/--untie",
             default=None,
-            help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied.",
+            help="Drop or keep an lm_head that differs from the token embedding, if no configuration states that it is untied. "
+            "--untie also keeps the changes of an adapter to a tied pair apart.",
         ),
         click.option(
             "--ignore-config-key",

@@ -24,8 +24,11 @@ EXPECTED = dict(np.load(ADAPTERS / "expected.npz"))
 CLASSIFIER = FIXTURES / "adapter_of_classifier"
 CLASSIFIED = dict(np.load(CLASSIFIER / "expected.npz"))
 CASES = sorted(set(EXPECTED) - {"ids"} - {name for name in EXPECTED if name.endswith("_merged")})
-# peft merges these into the embedding and the tied lm_head, although the adapter changes one of the two.
-MERGED_INTO_TIED = ("dora_embeddings", "embeddings", "lm_head", "tied_pair")
+MERGED = [name for name in CASES if f"{name}_merged" in EXPECTED]
+# merge_and_unload changes the one matrix that is wte and lm_head, and computes something else than the model with its adapter.
+MERGED_INTO_TIED = ["both_apart", "dora_embeddings", "dora_head", "dora_tied_pair", "embedding_alone", "embeddings", "lm_head", "resized_head", "tokens_of_both", "tokens_of_head"]  # fmt: skip
+# A module of modules_to_save is a copy of its own.
+UNTIED = ["embedding_and_saved_head", "head_and_saved_embedding", "resized", "saved_embedding", "saved_head"]
 
 
 def logits(checkpoint, ids=None):
@@ -73,16 +76,19 @@ def write(folder, tensors):
 # ----------------------------------------------------------------------------------------------------------- merged
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MERGED)
+def test_the_merged_model_is_that_of_merge_and_unload(case):
+    assert_equal_logits(opened(case), EXPECTED[f"{case}_merged"])
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in (*MERGED_INTO_TIED, "tokens_and_head")])
 def test_the_merged_model_computes_what_the_model_with_its_adapter_computes(case):
     assert_equal_logits(opened(case), EXPECTED[case])
 
 
-@pytest.mark.parametrize(
-    "case", [name for name in CASES if f"{name}_merged" in EXPECTED and name not in MERGED_INTO_TIED]
-)
-def test_the_merged_model_is_that_of_merge_and_unload(case):
-    assert_equal_logits(opened(case), EXPECTED[f"{case}_merged"])
+@pytest.mark.parametrize("case", CASES)
+def test_with_untie_every_merged_model_computes_what_the_model_with_its_adapter_computes(case):
+    assert_equal_logits(opened(case, tie=False), EXPECTED[case])
 
 
 def test_every_adapter_changes_the_logits():
@@ -91,25 +97,75 @@ def test_every_adapter_changes_the_logits():
         assert np.abs(EXPECTED[case][..., :48] - base).max() > 1e-2 * np.abs(base).max(), case
 
 
-@pytest.mark.parametrize("case", ["embeddings", "lm_head", "dora_embeddings"])
-def test_an_adapter_of_one_of_a_tied_pair_unties_it(case):
+@pytest.mark.parametrize("case", MERGED_INTO_TIED)
+def test_a_note_says_that_the_merged_model_is_another_than_the_model_with_its_adapter(case):
     """peft#2018: merge_and_unload adds a change of lm_head to the tied embedding, too, which is another model."""
     checkpoint = opened(case)
-    assert not checkpoint.config.tie_word_embeddings
-    assert any("no longer tied" in note for note in checkpoint.notes)
+    assert checkpoint.config.tie_word_embeddings
+    [note] = [note for note in checkpoint.notes if "peft#2018" in note]
+    assert "the one matrix that is wte and lm_head" in note
+    assert "--untie" in note
     apart = np.abs(EXPECTED[case] - EXPECTED[f"{case}_merged"]).max()
     assert apart > 1e-2 * np.abs(EXPECTED[case]).max()
 
 
-def test_with_tie_the_merged_embedding_is_the_output_as_in_merge_and_unload():
-    checkpoint = opened("embeddings", tie=True)
+@pytest.mark.parametrize("case", MERGED_INTO_TIED)
+def test_with_untie_the_changes_of_a_tied_pair_stay_apart(case):
+    checkpoint = opened(case, tie=False)
+    assert not checkpoint.config.tie_word_embeddings
+    assert any("no longer tied" in note and "merge_and_unload would change both" in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize("case", MERGED_INTO_TIED)
+def test_with_tie_the_result_is_that_of_merge_and_unload(case):
+    checkpoint = opened(case, tie=True)
     assert checkpoint.config.tie_word_embeddings
-    assert_equal_logits(checkpoint, EXPECTED["embeddings_merged"])
+    assert_equal_logits(checkpoint, EXPECTED[f"{case}_merged"])
+
+
+@pytest.mark.parametrize("case", UNTIED)
+def test_a_saved_module_is_a_copy_which_unties_the_pair(case):
+    checkpoint = opened(case)
+    assert not checkpoint.config.tie_word_embeddings
+    [note] = [note for note in checkpoint.notes if "no longer tied" in note]
+    assert "peft" not in note
+
+
+def test_with_tie_a_saved_lm_head_is_dropped():
+    checkpoint = opened("embedding_and_saved_head", tie=True)
+    assert checkpoint.config.tie_word_embeddings
+    merged = opened("embedding_and_saved_head").tensors["wte.weight"].read()
+    assert (checkpoint.tensors["wte.weight"].read() == merged).all()
 
 
 @pytest.mark.parametrize("case", ["c_attn", "tied_pair", "saved_pair", "tokens", "tokens_alone"])
-def test_a_tied_pair_that_stays_equal_stays_tied(case):
-    assert opened(case).config.tie_word_embeddings
+@pytest.mark.parametrize("tie", [None, False])
+def test_a_tied_pair_that_stays_equal_stays_tied(case, tie):
+    checkpoint = opened(case, tie=tie)
+    assert checkpoint.config.tie_word_embeddings
+    assert not any("peft#2018" in note for note in checkpoint.notes)
+
+
+def test_an_untied_base_keeps_two_matrices(tmp_path):
+    save_checkpoint(opened("saved_head"), tmp_path / "base", "hf")
+    before = arrays_of(open_checkpoint(tmp_path / "base"))
+    after = arrays_of(open_checkpoint(tmp_path / "base", adapter=ADAPTERS / "lm_head"))
+    assert (before["wte.weight"] == after["wte.weight"]).all()
+    assert (before["lm_head.weight"] != after["lm_head.weight"]).any()
+
+
+def test_trained_tokens_with_a_change_of_lm_head_need_untie():
+    """peft 0.21's merge_and_unload drops the change of lm_head without a word."""
+    with pytest.raises(CheckpointError, match=r"trains tokens, and changes lm_head by low rank.* pass --untie"):
+        opened("tokens_and_head")
+
+
+@pytest.mark.parametrize("value", ["wte", [1], {"wte": 1}])
+def test_modules_to_save_that_are_not_a_list_of_names_are_refused(copy, value):
+    folder = copy("saved_embedding")
+    edit(folder, modules_to_save=value)
+    with pytest.raises(ConfigError, match=r"modules_to_save is .*, not a list of names"):
+        open_checkpoint(BASE, adapter=folder)
 
 
 def test_only_what_the_adapter_changes_is_computed():
@@ -498,6 +554,7 @@ def test_a_type_that_cannot_be_merged_is_named(copy, kind):
     [
         ({"peft_type": None}, "it has no peft_type"),
         ({"peft_type": None, "lora_parameters": {}}, "mlx_lm.fuse"),
+        ({"peft_type": None, "config": {"architecture": "lora"}, "model_class": "GPT2LMHeadModel"}, "merge_adapter"),
         ({"r": 0}, "not a positive integer"),
         ({"r": True}, "not a positive integer"),
         ({"r": "4"}, "not a positive integer"),
@@ -582,8 +639,12 @@ def test_adapters_that_peft_writes_now_are_merged(tmp_path):
     script = FIXTURES / "make_adapters.py"
     subprocess.run([sys.executable, script, tmp_path / "adapters"], check=True, cwd=ROOT, capture_output=True)
     expected = dict(np.load(tmp_path / "adapters" / "expected.npz"))
+    base = tmp_path / "adapters" / "base"
     for case in CASES:
         folder = tmp_path / "adapters" / case
-        options = {} if case == "whole" else {"adapter": folder}
-        merged = open_checkpoint(folder if case == "whole" else tmp_path / "adapters" / "base", **options)
-        assert_equal_logits(merged, expected[case])
+        if case == "whole":
+            assert_equal_logits(open_checkpoint(folder), expected[case])
+            continue
+        assert_equal_logits(open_checkpoint(base, adapter=folder, tie=False), expected[case])
+        if case in MERGED:
+            assert_equal_logits(open_checkpoint(base, adapter=folder), expected[f"{case}_merged"])

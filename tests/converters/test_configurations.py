@@ -158,3 +158,19 @@ def test_the_option_is_there_wherever_weights_are_read(gpt2x, tmp_path, command)
     assert "own_switch is unknown" not in let_pass.stderr
     if name != "generate":  # which misses a tokenizer first
         assert_refused(refused, "own_switch")
+
+
+def test_a_vocabulary_that_grew_after_the_configuration_is_read_with_the_option_that_the_error_names(tmp_path):
+    """``resize_token_embeddings``, and the configuration of the base copied over the new one."""
+    directory(tmp_path / "m", vocab_size=TINY.n_vocab - 2)
+    with pytest.raises(ConfigError, match=r"If the tensors are right, pass --ignore-config-key vocab_size$"):
+        open_checkpoint(tmp_path / "m")
+    assert open_checkpoint(tmp_path / "m", ignore_config_keys=["vocab_size"]).config.n_vocab == TINY.n_vocab
+
+
+def test_a_model_type_of_its_own_is_read_with_the_option_that_the_error_names(tmp_path):
+    directory(tmp_path / "m", model_type="gpt2-custom")
+    with pytest.raises(ConfigError, match=r"pass --ignore-config-key model_type$"):
+        open_checkpoint(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m", ignore_config_keys=["model_type"])
+    assert checkpoint.config.n_vocab == TINY.n_vocab

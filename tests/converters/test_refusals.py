@@ -1151,3 +1151,19 @@ def test_a_file_name_that_is_not_utf8_goes_everywhere_a_name_goes(gpt2x, tmp_pat
     done(gpt2x("verify", source, target, "--report", tmp_path / "r.html", "--json", tmp_path / "r.json"))
     done(gpt2x("export", source, "--onnx", tmp_path / "d", "--no-tokenizer", "--no-verify"))
     assert "fault" not in done(gpt2x("inspect", tmp_path / "d")).output
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"), [("adapter", "llama-export-lora -m BASE.gguf --lora"), ("imatrix", "pass the file of the model")]
+)
+def test_a_gguf_file_that_holds_no_model_says_what_to_do(tmp_path, kind, match):
+    """``convert_lora_to_gguf.py`` and ``llama-imatrix`` of llama.cpp write files of these types."""
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "gpt2")
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_qkv.weight.lora_a", np.ones((4, 16), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(tmp_path / "m.gguf")

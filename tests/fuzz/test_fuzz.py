@@ -112,7 +112,10 @@ import os, sys, time
 def main(path):
     if path == "crash": os.abort()
     if path == "hang": time.sleep(99)
+    if path == "second" and hasattr(main, "seen"): os.abort()
     if path == "fail": raise ValueError
+    if path == "open": import h5py; main.seen = h5py.File("x", "w", driver="core", backing_store=False)
+    if path == "memory": main.seen = bytearray(9 << 20)
     if path == "state": main.seen = True
     print(path, hasattr(main, "seen"), os.getpid() if path == "process" else "")
 if __name__ == "__main__":
@@ -122,7 +125,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def warm(tmp_path):
-    """``warm(path)``: a file listed by a fork of a process that has imported h5py."""
+    """``warm(path)``: a file listed by a child of a process that has imported h5py."""
     (tmp_path / "listing.py").write_text(LISTING)
     listing = WarmListing()
 
@@ -141,8 +144,25 @@ def test_a_file_that_crashes_or_hangs_the_hdf5_library_ends_a_fork_only(warm):
     with pytest.raises(subprocess.TimeoutExpired):
         warm("hang", timeout=0.1)
     assert warm("fail") == (1, "")
+    assert warm("last") == (0, "last False \n")
+
+
+def test_one_child_lists_many_files(warm):
+    assert warm("first") == (0, "first False \n")
     assert warm("state") == (0, "state True \n")
-    assert warm("last") == (0, "last False \n")  # nothing stays from one file to the next
+    assert warm("last") == (0, "last True \n")
+
+
+@pytest.mark.parametrize("path", ["open", "memory"])
+def test_a_child_in_which_a_file_leaves_something_lists_no_other(warm, path):
+    assert warm("first") == (0, "first False \n")
+    assert warm(path) == (0, f"{path} True \n")
+    assert warm("last") == (0, "last False \n")
+
+
+def test_a_file_that_crashes_a_child_only_after_others_is_listed_by_a_child_of_its_own(warm):
+    assert warm("state") == (0, "state True \n")
+    assert warm("second") == (0, "second False \n")
 
 
 def test_a_listing_that_differs_in_a_new_process_is_a_fault(warm):

@@ -10,7 +10,9 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,27 +30,18 @@ from mutate import Case, mutated
 from seeds import Seed, load_seeds
 from warm_hdf5 import WarmListing
 
-from converters import Checkpoint, ConversionError, FormatError, open_checkpoint, save_checkpoint
+from converters import Checkpoint, ConversionError, FormatError, containers, open_checkpoint, save_checkpoint
 from converters.tokenizer import build
 
 CHECKSUMMED = ("tf", "zip")
 FILES, META = "files", "case.json"  # in the folder of a case: its files, and what else is needed to repeat it
 RESULT = "result.safetensors"
 # Imported before monitoring starts, so that an import during a case is caused by the file.
-CONTAINERS = (
-    "onnx",
-    "gguf",
-    "gguf_quants",
-    "hdf5",
-    "keras_shards",
-    "msgpack",
-    "llmc",
-    "npz",
-    "torch_zip",
-    "torch_legacy",
-)
-NEEDED = [*(f"converters.containers.{name}" for name in CONTAINERS), "converters.arrays", "converters.lora_arrays"]
+NEEDED = [f"converters.containers.{module.name}" for module in pkgutil.iter_modules(containers.__path__)]
+NEEDED += ["converters.arrays", "converters.lora_arrays"]
 CODECS = ["encodings.cp437", "encodings.raw_unicode_escape", "encodings.unicode_escape", "encodings.ascii", "encodings.utf_16", "tokenizers", "stringprep"]  # fmt: skip
+
+LISTING = WarmListing()
 
 
 class Wrong(Exception):
@@ -215,11 +208,11 @@ def answer_with_listing() -> None:
 
 
 def list_in_a_warm_process() -> None:
-    """Let the HDF5 reader start no Python for each file: a process that has imported h5py forks one."""
+    """Let the HDF5 reader start no Python for each file: a process that has imported h5py lists many."""
     from converters.containers import hdf5
 
     hdf5.subprocess = SimpleNamespace(  # type: ignore[assignment, attr-defined]
-        run=WarmListing().run, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+        run=LISTING.run, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
 
 
@@ -233,9 +226,9 @@ def main(seeds_folder: str, kept: str, name: str, first: str, count: str, step: 
             folder = Path(top, f"case-{number}")
             _announce({"begun": number, "folder": str(folder)})
             case = mutated(random.Random(f"{name}:{number}"), seeds)
-            before = time.process_time()
+            before = cpu_time()
             outcome, words = run(guard, folder, case, checker)
-            cpu = time.process_time() - before
+            cpu = cpu_time() - before
             if outcome == "fault":
                 to = Path(kept) / f"{name}-{number}"
                 shutil.copytree(folder, to, dirs_exist_ok=True)
@@ -243,6 +236,12 @@ def main(seeds_folder: str, kept: str, name: str, first: str, count: str, step: 
             words = words if outcome == "done" else outcome
             _announce({"outcomes": {words: 1}, "grown": guard.grown, "cpu": cpu})
             shutil.rmtree(folder)
+
+
+def cpu_time() -> float:
+    """Return the time of the processor that this process and those that list HDF5 files took, in seconds."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + LISTING.cpu
 
 
 def settle() -> None:

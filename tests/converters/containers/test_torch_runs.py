@@ -312,6 +312,42 @@ def test_the_sizes_in_a_configuration_object_are_read(tmp_path, zipped, kind, ke
     assert checkpoint.left_out == ("step", "val_loss", "lm_head.weight")
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"cfg": GPTConfig(n_head=2)},
+        {"gpt_config": vars(GPTConfig(n_head=2))},
+        {"cfg": {"model": vars(GPTConfig(n_head=2)), "trainer": {"lr": 1e-3}}},
+        {"hyper_parameters": {"config": GPT2Config(**SIZES), "lr": 1e-3}},
+    ],
+    ids=["an object as cfg", "gpt_config", "a configuration of Hydra", "hyperparameters of Lightning"],
+)
+def test_a_configuration_is_found_under_other_keys_and_one_level_below(tmp_path, model, beside):
+    """Lightning's ``save_hyperparameters()`` keeps the arguments of a module by name; Hydra has a group for the model."""
+    path = save({"state_dict": model.state_dict(), "step": 1, **beside}, tmp_path / "m.ckpt")
+    checkpoint = assert_logits(path, model)
+    assert (checkpoint.config.n_head, checkpoint.stated) == (2, True)
+
+
+@both_ages
+def test_transposed_views_are_read(tmp_path, model, zipped):
+    """``.t()`` without ``.contiguous()``, as scripts that convert weights write it."""
+    views = {}
+    for name, tensor in model.state_dict().items():
+        views[name] = tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+    assert not views["transformer.wpe.weight"].is_contiguous()
+    assert_logits(save(views, tmp_path / "m.bin", zipped), model, n_head=2)
+
+
+def test_a_file_without_a_state_dict_says_how_to_save_one(tmp_path, model):
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    for saved in (arrays, list(model.state_dict().items())):
+        with pytest.raises(
+            CheckpointError, match=r"save the state dict, torch.save\(model.state_dict\(\), 'model.pt'\)"
+        ):
+            open_checkpoint(save(saved, tmp_path / "m.pt"))
+
+
 def test_what_else_a_configuration_object_states_is_noted(tmp_path, model):
     config = argparse.Namespace(**{**vars(GPTConfig()), "n_head": 2}, warmup=200, lr=1e-3, rotary=False)
     checkpoint = open_checkpoint(save({"model": linear(model), "args": config}, tmp_path / "m.pt"))

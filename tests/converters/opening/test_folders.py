@@ -249,3 +249,21 @@ def test_a_single_file_with_an_unusual_suffix_is_read_from_its_folder(tmp_path, 
 
 def test_a_fixture_is_still_read_from_its_folder():
     assert open_checkpoint(FIXTURES / "flax").format == "msgpack"
+
+
+@pytest.mark.parametrize("name", ["ft-model-00001-of-00001.safetensors", "step_100.pt", "best.pth"])
+def test_weights_below_under_any_name_are_pointed_at(tmp_path, name):
+    """torchtune writes ``epoch_0/ft-model-00001-of-00001.safetensors`` beside the base's configuration, and ``recipe_state``."""
+    (tmp_path / "epoch_0").mkdir()
+    shutil.copy(
+        saved(tmp_path / "m.safetensors" if name.endswith("safetensors") else tmp_path / "m.bin"),
+        tmp_path / "epoch_0" / name,
+    )
+    for file in tmp_path.glob("m.*"):
+        file.unlink()
+    (tmp_path / "recipe_state").mkdir()
+    torch.save({}, tmp_path / "recipe_state" / "recipe_state.pt")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FormatError, match=f"but below it; pass {tmp_path / 'epoch_0'}$"):
+        open_checkpoint(tmp_path)
+    assert_holds(tmp_path / "epoch_0", 0)

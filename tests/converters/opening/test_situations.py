@@ -228,6 +228,13 @@ def hub_root(path):
     return path
 
 
+def beside_weights(path):
+    """What the Trainer writes into a folder."""
+    shutil.copy(FIXTURES / "adapters" / "base" / "model.safetensors", path)
+    (path / "optimizer.pt").write_bytes(b"PK\3\4" + bytes(100))
+    return path / "optimizer.pt"
+
+
 def npy(path):
     np.save(path / "wte.npy", np.ones(3))
     return path / "wte.npy"
@@ -244,6 +251,7 @@ CASES = {
     "a DeepSpeed run with tensor parallelism": folder("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
     "a Megatron-LM run": folder("latest_checkpointed_iteration.txt", "iter_0005000/mp_rank_00/model_optim_rng.pt"),
     "a checkpoint of Orbax": folder("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "d/0"),
+    "the steps of Orbax": folder("999/_CHECKPOINT_METADATA", "999/default/_METADATA", "1000/default/manifest.ocdbt"),
     "a SavedModel without its variables": folder("saved_model.pb"),
     "an OpenVINO model": folder("openvino_model.xml", config=True),
     "a Core ML package": folder("gpt2.mlpackage/Manifest.json"),
@@ -269,7 +277,8 @@ CASES = {
     "a TensorFlow Lite model": file("m.tflite", b"\x1c\0\0\0TFL3" + bytes(500)),
     "the state of an llm.c run": file("state.bin", struct.pack("<I", 20240527) + bytes(2000)),
     "a ggml file": file("ggml-model-f16.bin", b"lmgg" + bytes(200)),
-    "the state of a training run": file("optimizer.pt"),
+    "the state of a training run": lambda path: beside_weights(path),
+    "the state of a training run alone": file("optimizer.pt"),
     "one file of a DeepSpeed": file("zero_pp_rank_0_mp_rank_00_model_states.pt"),
     "one file of a distributed": file("__0_0.distcp", b"PK\3\4" + bytes(100)),
     "the data of an ONNX model": file("model.onnx_data"),
@@ -289,10 +298,12 @@ CASES = {
     "weights quantized by AWQ": dotted(**{f"{C_FC}__qweight": I32, f"{C_FC}__qzeros": I32}),
     "weights quantized by GPTQ": dotted(**{f"{C_FC}__qweight": I32, f"{C_FC}__qzeros": I32, f"{C_FC}__g_idx": I32}),
     "weights quantized by optimum-quanto": dotted(**{f"{C_FC}__weight___data": I8, f"{C_FC}__weight___scale": F32}),
+    "weights quantized by PyTorch": dotted(**{f"{C_FC}__scale": F32, f"{C_FC}__zero_point": F32}),
     "weights quantized by MLX": lambda path: FIXTURES / "mlx_quantised",
     "weights in float8 or integers": dotted(**{f"{C_FC}__weight": F8, f"{C_FC}__weight_scale": F32}),
     "weights in float8, without": float8,
     "another model, by its": dotted({"model_type": "llama"}, model__embed_tokens__weight=F32),
+    "another activation function": dotted({"activation_function": "quick_gelu"}, wte__weight=F32),
     "another model, by the": dotted(transformer__h__0__attn__attention__q_proj__weight=F32),
 }  # fmt: skip
 

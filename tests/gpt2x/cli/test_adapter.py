@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from adapters import write_adapter
 from commands import assert_refused, done
 from paths import FIXTURES
@@ -58,8 +59,9 @@ def test_another_dtype_is_the_merged_model_rounded_once(gpt2x, dtype):
     assert "28 of 28 tensors bit-identical" in done(gpt2x("verify", "half", "out.safetensors", *options)).stdout
 
 
-def test_the_merged_model_is_exported_verified_and_compared_again(gpt2x):
-    options = ["--adapter", ADAPTERS / "embeddings"]
+@pytest.mark.parametrize(("option", "expected"), [([], "embeddings_merged"), (["--untie"], "embeddings")])
+def test_the_merged_model_is_exported_verified_and_compared_again(gpt2x, option, expected):
+    options = ["--adapter", ADAPTERS / "embeddings", *option]
     done(gpt2x("export", BASE, "--onnx", "onnx-dir", "--no-tokenizer", *options))
     done(gpt2x("verify", BASE, "onnx-dir", *options))
     assert gpt2x("verify", BASE, "onnx-dir").exit_code == 1
@@ -69,7 +71,43 @@ def test_the_merged_model_is_exported_verified_and_compared_again(gpt2x):
     assert set(checksums) == {"model.safetensors", "adapter_model.safetensors", "adapter_config.json"}
     positions = np.broadcast_to(np.arange(12), (2, 12))
     logits, _ = decoder.run(EXPECTED["ids"], np.ones((2, 12), np.int64), positions, None)
-    assert np.abs(logits - EXPECTED["embeddings"]).max() <= 1e-5 * np.abs(EXPECTED["embeddings"]).max()
+    assert np.abs(logits - EXPECTED[expected]).max() <= 1e-5 * np.abs(EXPECTED[expected]).max()
+
+
+@pytest.mark.parametrize(("option", "expected"), [([], "lm_head_merged"), (["--untie"], "lm_head")])
+def test_a_change_of_lm_head_is_merged_into_the_tied_matrix_or_with_untie_kept_apart(gpt2x, option, expected):
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    options = ["--adapter", ADAPTERS / "lm_head", *option]
+    printed = done(gpt2x("convert", BASE, "out", *options)).stdout
+    assert ("the model with its adapter computes something else" in printed) == (not option)
+    done(gpt2x("verify", BASE, "out", *options))
+    with torch.no_grad():
+        logits = GPT2LMHeadModel.from_pretrained("out")(torch.from_numpy(EXPECTED["ids"])).logits.numpy()
+    assert np.abs(logits - EXPECTED[expected]).max() <= 1e-5 * np.abs(EXPECTED[expected]).max()
+
+
+def test_a_format_without_an_untied_lm_head_holds_the_merged_matrix(gpt2x):
+    options = ["--to", "llmc", "--adapter", ADAPTERS / "lm_head"]
+    done(gpt2x("convert", BASE, "out.bin", *options))
+    assert gpt2x("convert", BASE, "apart.bin", *options, "--untie").exit_code == 1
+
+
+def test_the_text_is_that_of_the_conversion_with_the_same_option(gpt2x, lora):
+    tensors = safetensors.numpy.load_file(lora / "adapter_model.safetensors")
+    rows, columns = open_checkpoint(SHAKESPEARE).tensors["wte.weight"].shape
+    rng = np.random.default_rng(3)
+    for part, shape in (("A", (4, columns)), ("B", (rows, 4))):
+        tensors[f"base_model.model.lm_head.lora_{part}.weight"] = rng.normal(0, 0.2, shape).astype(np.float32)
+    safetensors.numpy.save_file(tensors, lora / "adapter_model.safetensors")
+    texts = []
+    for option in ([], ["--untie"]):
+        done(gpt2x("convert", SHAKESPEARE, f"tuned{option}", "--adapter", lora, *option))
+        text = done(gpt2x("generate", SHAKESPEARE, "ROMEO:", *GREEDY, "--adapter", lora, *option)).stdout
+        assert done(gpt2x("generate", f"tuned{option}", "ROMEO:", *GREEDY)).stdout == text
+        texts.append(text)
+    assert texts[0] != texts[1]
 
 
 def test_the_merged_model_alone_is_compared_with_transformers(gpt2x):
