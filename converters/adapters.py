@@ -152,11 +152,6 @@ def _bare(parts: list[str]) -> str:
     return ".".join(parts).removeprefix("transformer.")
 
 
-def is_unmerged(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether tensors are those of an adapter, alone or with its base in one state dict."""
-    return any(part in MARKS for name in tensors for part in name[:MAX_NAME].split("."))
-
-
 def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
     """The base's tensors, under their names before PEFT wrapped them, and the adapter's, of one state dict.
 
