@@ -1,5 +1,6 @@
 """Imports run one way, and what needs no torch loads none."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -129,3 +130,24 @@ except ModuleNotFoundError as error:
     print(error)
 """
     assert run(code, tmp_path) == f"gpt2x.{name} needs {missing}: pip install 'gpt2x[{extra}]'\n"
+
+
+def imports_of_private_names(folder: Path) -> list[str]:
+    """Each private name that a module imports from another of the packages, with the module that imports it."""
+    found = []
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith(("converters", "gpt2x"))):
+                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name[1] != "_"]
+                found += [f"{file.relative_to(folder)}: {name}" for name in private]
+    return found
+
+
+def test_private_names_stay_in_their_module():
+    from_packages = [*imports_of_private_names(ROOT / "converters"), *imports_of_private_names(ROOT / "gpt2x")]
+    assert from_packages == ["cli/__init__.py: _EXTRAS"]  # gpt2x/__init__.py has only public names
+
+
+def test_an_imported_private_name_is_found(tmp_path):
+    (tmp_path / "reading.py").write_text("from .protobuf import _field, varint\n")
+    assert imports_of_private_names(tmp_path) == ["reading.py: _field"]
