@@ -35,7 +35,7 @@ WTE = "wte.weight"
 BASE = (WTE, "wpe.weight", "h.0.mlp.c_fc.weight")  # a state dict with these holds a whole model
 UNTIED = "lm_head is no longer tied to wte, as the adapter changes only one of them"
 # peft#2018
-UNLIKE_PEFT = "; the model with its adapter computes that, while peft's merge_and_unload would change both"
+UNLIKE_PEFT = "; the model with its adapter computes the same, but peft's merge_and_unload changes both"
 
 
 @dataclass(frozen=True)

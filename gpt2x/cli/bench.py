@@ -24,7 +24,7 @@ HEAD = (
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Number of new tokens.")
 @click.option("--batch", default="1", show_default=True, metavar="LIST", help="Batch sizes, such as 1,4,16.")
 @click.option("--precision", metavar="LIST", help="Precisions or pairs (w8a8+int4) to measure (default: all in MODEL).")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads (default: one for each core).")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads per operator (default: one per core).")
 @click.option(
     "--speculate",
     metavar="lookup|MODEL",

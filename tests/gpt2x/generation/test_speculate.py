@@ -545,9 +545,9 @@ def test_what_cannot_be_guessed_for_is_refused_in_one_line(tmp_path):
         Generation(decoder, [[1, 2]], 3, GREEDY, speculate=Draft(gpt2x_model(random_checkpoint())))
     plain = Markov(0)
     plain.can_truncate = False
-    with pytest.raises(InputError, match="cannot take its cache back"):
+    with pytest.raises(InputError, match="cannot truncate its cache"):
         Generation(plain, [[1, 2]], 3, GREEDY, speculate=PromptLookup())
-    with pytest.raises(InputError, match="cannot take its cache back"):
+    with pytest.raises(InputError, match="cannot truncate its cache"):
         Generation(Markov(0), [[1, 2]], 3, GREEDY, speculate=Draft(plain))
     for wrong in (lambda: PromptLookup(0), lambda: PromptLookup(ngram=0), lambda: Draft(plain, 0)):
         with pytest.raises(ValueError, match="it must be"):
