@@ -47,13 +47,9 @@ def bench(
     Each model runs on random prompts in its own process. Decoding reads every weight for each token. Utilization is the
     time to read as many bytes from memory, measured in the same run, divided by the time of a decoding step.
     """
-    from converters import ConversionError
     from converters.io.publishing import check_free, new_file
 
     from .. import bench as measuring
-    from .. import contract
-    from ..precisions import PAIR
-    from ..runtimes.onnx_model import stated_config
 
     batches = _numbers(batch)
     if speculate and (plot_file or json_file or batches != [1]):
@@ -66,12 +62,8 @@ def bench(
     if plot_file:
         need("matplotlib", extra="verify")  # before the measurements
     model = local(model, "onnx")
-    here: list[str | None] = [*contract.models_in(Path(model))] if Path(model).is_dir() else []
-    kinds = [RunPrecision()(part.strip()) for part in precision.split(",")] if precision else here or [None]
-    singles = [name for kind in kinds for name in (kind.split(PAIR) if kind else [None])]
-    n_ctx = min(stated_config(model, name).n_ctx for name in singles)
-    if prompt + new > n_ctx:
-        raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
+    kinds = _kinds(model, precision)
+    _check_context(model, kinds, prompt, new)
     if speculate:
         _speculation(model, kinds, prompt, new, threads or os.cpu_count() or 1, speculate)
         return
@@ -92,6 +84,31 @@ def bench(
     if plot_file:
         with new_file(Path(plot_file), force) as out:
             out.write(measuring.plot(result))
+
+
+def _kinds(model: str, precision: str | None) -> list[str | None]:
+    """The precisions and pairs to measure: those that the option lists, or else all in a directory."""
+    from .. import contract
+
+    if precision:
+        return [RunPrecision()(part.strip()) for part in precision.split(",")]
+    if Path(model).is_dir():
+        return [*contract.models_in(Path(model))] or [None]
+    return [None]
+
+
+def _check_context(model: str, kinds: Sequence[str | None], prompt: int, new: int) -> None:
+    from converters import ConversionError
+
+    from ..precisions import PAIR
+    from ..runtimes.onnx_model import stated_config
+
+    names: list[str | None] = []
+    for kind in kinds:
+        names += kind.split(PAIR) if kind else [None]
+    n_ctx = min(stated_config(model, name).n_ctx for name in names)
+    if prompt + new > n_ctx:
+        raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
 
 
 def _speculation(model: str, kinds: Sequence[str | None], prompt: int, new: int, threads: int, speculate: str) -> None:
