@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,18 @@ except ModuleNotFoundError as error:
     print(error)
 """
     assert run(code, tmp_path) == f"gpt2x.{name} needs {missing}: pip install 'gpt2x[{extra}]'\n"
+
+
+PACKAGES = [file.parent for name in ("converters", "gpt2x") for file in sorted((ROOT / name).rglob("__init__.py"))]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: str(package.relative_to(ROOT)))
+def test_each_package_lists_its_public_names_once_and_all_are_there(package):
+    text = (package / "__init__.py").read_text()
+    (public,) = re.findall(r"^__all__ = (\[.*?\])", text, re.M | re.S)
+    modules = {file.stem for file in package.iterdir()}
+    for name in ast.literal_eval(public):
+        assert name in modules or re.search(rf"\b{name}\b", text.replace(public, ""))
 
 
 def imports_of_private_names(folder: Path) -> list[str]:

@@ -2,3 +2,5 @@
 
 ``engine`` runs a model in a thread of its own, without HTTP. ``app`` is the HTTP side.
 """
+
+__all__ = ["app", "engine", "faults", "http", "metrics", "opening", "settings"]
