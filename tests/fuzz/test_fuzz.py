@@ -22,7 +22,7 @@ from warm_hdf5 import WarmListing
 from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
 
 # Nearly all of it runs in processes of its own, which coverage does not see.
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.untraced
 
 # Cases of each format. The fast tests run a part of them, the slow tests half: a minute in total on two cores.
 CASES = {

@@ -77,7 +77,7 @@ def test_its_logits_are_the_models(tiny_files, name, load):
     assert (decoder.n_ctx, decoder.n_vocab, decoder.config) == (10, 13, TINY)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_the_same_loop_generates_the_same_text_from_both_as_from_the_model(tmp_path):
     model = gentle(replace(SMALL, n_vocab=2048))
     export_torchscript(model, tmp_path / "s.pt")

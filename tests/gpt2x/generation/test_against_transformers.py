@@ -117,7 +117,7 @@ def marks_of(number):
     """A quarter of the searches run in ``make test``, each with some of the controls. Coverage measures a quarter of these."""
     if number % 4:
         return (pytest.mark.slow,)
-    return (pytest.mark.no_cover,) if number % 16 else ()
+    return (pytest.mark.untraced,) if number % 16 else ()
 
 
 SEARCHES = [
@@ -225,7 +225,7 @@ def test_processed_logits_are_those_of_transformers(theirs, controls, seed):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_samples_follow_the_processed_distribution():
     """Chi-squared, at a level that one seed in ten thousand exceeds by chance."""
     logits = np.log(np.array([0.4, 0.2, 0.2, 0.1, 0.06, 0.04], np.float32))

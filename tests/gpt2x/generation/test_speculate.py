@@ -135,7 +135,7 @@ def runtimes(folder):
     ]
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_every_runtime_takes_its_cache_back(tmp_path, eager):
     rng = np.random.default_rng(0)
     decoders = runtimes(tmp_path)
@@ -333,7 +333,7 @@ def one_each(controls, guesser):
     return () if controls % len(GUESSERS) == guesser else pytest.mark.slow
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("controls", "guesses"),
     [
@@ -365,7 +365,7 @@ def test_samples_have_the_exact_distribution(guesses, controls, eager):
     assert z < 4
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_accepting_every_guess_would_show(monkeypatch, eager):
     def always(self, p, guess):
         return (guess.token, True) if guess else (self.choose.draw(p), False)
@@ -410,7 +410,7 @@ def account_after(pace, steps, right):
     return tokens, price
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("slope", [0.05, 0.15, 0.5, 0.9])
 @pytest.mark.parametrize("guess_price", [0.0, 0.1, 0.3, 1.0])
 def test_guesses_that_fail_cost_less_than_three_percent(slope, guess_price):
