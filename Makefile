@@ -10,6 +10,8 @@ CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null ||
 # The loader of Vulkan's drivers, in the same way.
 VULKAN := test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libvulkan1 >/dev/null
 BENCH := $(BIN)/python benchmarks
+# The floor in pyproject.toml is that of Linux and Python 3.11, so other platforms in CI do not measure.
+COVERAGE ?= 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow check test-processors test-versions test-executorch test-tensorflow test-device test-eval test-serve test-clients test-llama test-triton test-ray test-all fuzz corpora bench bench-convert bench-export bench-decode bench-speculate bench-fidelity bench-adapters bench-attention bench-kernels bench-pair bench-sampling bench-score bench-serve bench-serve_soak bench-soak bench-plot bench-train_draft clean
@@ -17,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 demo: $(VENV)/.demo ## set up what is needed, then run an end-to-end demo with the small model that ships with gpt2x
 	$(BIN)/gpt2x demo
 
-test: $(VENV)/.ready check ## set up, then lint, type-check and test; with COVERAGE=1 also measure the lines and branches that the tests run
+test: $(VENV)/.ready check ## set up, then lint, type-check and test, and print the coverage of lines and branches; COVERAGE= does without it
 	$(PYTEST) $(if $(WITHOUT_CLIENTS),$(addprefix --ignore=,$(CLIENTS))) $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 test-slow: $(VENV)/.ready ## the tests that prove more than a change needs

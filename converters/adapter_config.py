@@ -285,7 +285,7 @@ def how_to_merge(config: AdapterConfig, path: Path) -> str:
     if is_merged(config.kind):
         return f"Merge it into its base: gpt2x convert {_address(config.base)} OUT --adapter {path}"
     if config.kind in UNMERGEABLE:
-        return "It cannot be merged: no weights of a GPT-2 alone compute what it computes"
+        return "It cannot be merged: no change of a GPT-2's weights has the same effect"
     return (
         "gpt2x merges LoRA only. Merge it with peft, and convert the result: "
         f"PeftModel.from_pretrained(base, {str(path)!r}).merge_and_unload().save_pretrained('merged')"

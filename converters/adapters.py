@@ -166,11 +166,6 @@ def _bare(parts: list[str]) -> str:
     return ".".join(parts).removeprefix("transformer.")
 
 
-def is_unmerged(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether tensors are those of an adapter, alone or with its base in one state dict."""
-    return any(part in MARKS for name in tensors for part in name[:MAX_NAME].split("."))
-
-
 def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
     """The base's tensors, under their names before PEFT wrapped them, and the adapter's, of one state dict.
 
@@ -183,7 +178,7 @@ def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dic
         part = _part_of(name)
         if part.role in ("whole", "original"):
             if part.name in base and not same_bytes(base[part.name], tensor):
-                raise CheckpointError(f"{name[:MAX_NAME]}: another tensor has this place, and other values")
+                raise CheckpointError(f"{name[:MAX_NAME]}: another tensor for the same parameter has other values")
             base[part.name] = tensor
         else:
             adapter[name] = tensor
@@ -277,7 +272,7 @@ class _Reading:
     def _store(self, place: dict[str, LazyTensor], key: str, part: _Part, name: str, tensor: LazyTensor) -> None:
         # A tensor may stand under two names, such as with and without the part of a wrapper.
         if key in place and not same_bytes(place[key], tensor):
-            self.faults.append(f"duplicate {name}: another tensor has this place, and other values")
+            self.faults.append(f"duplicate {name}: another tensor for the same parameter has other values")
         place[key] = tensor
         if part.adapter:
             self.adapters.add(part.adapter)

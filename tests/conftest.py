@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,6 +32,22 @@ OnnxDecoder.__init__.__kwdefaults__["threads"] = 1
 
 # A shell that runs the tests in the background has Ctrl-C ignored, by them and by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Pause coverage in tests that are marked ``untraced``.
+
+    pytest-cov's marker for that has no effect in the processes of pytest-xdist: there, a second measurement goes on.
+    """
+    if not item.get_closest_marker("untraced"):
+        return (yield)
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture

@@ -92,6 +92,7 @@ def test_every_program_of_the_readme_and_of_two_pages_runs(program, tmp_path, mo
     exec(compile(program, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated")  # torch's word on TorchScript itself
 def test_the_programs_on_running_exports_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """Imports run one way, and what needs no torch loads none."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,3 +131,36 @@ except ModuleNotFoundError as error:
     print(error)
 """
     assert run(code, tmp_path) == f"gpt2x.{name} needs {missing}: pip install 'gpt2x[{extra}]'\n"
+
+
+PACKAGES = [file.parent for name in ("converters", "gpt2x") for file in sorted((ROOT / name).rglob("__init__.py"))]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: str(package.relative_to(ROOT)))
+def test_each_package_lists_its_public_names_once_and_all_are_there(package):
+    text = (package / "__init__.py").read_text()
+    (public,) = re.findall(r"^__all__ = (\[.*?\])", text, re.M | re.S)
+    modules = {file.stem for file in package.iterdir()}
+    for name in ast.literal_eval(public):
+        assert name in modules or re.search(rf"\b{name}\b", text.replace(public, ""))
+
+
+def imports_of_private_names(folder: Path) -> list[str]:
+    """Each private name that a module imports from another of the packages, with the module that imports it."""
+    found = []
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith(("converters", "gpt2x"))):
+                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name[1] != "_"]
+                found += [f"{file.relative_to(folder)}: {name}" for name in private]
+    return found
+
+
+def test_private_names_stay_in_their_module():
+    from_packages = [*imports_of_private_names(ROOT / "converters"), *imports_of_private_names(ROOT / "gpt2x")]
+    assert from_packages == ["cli/__init__.py: _EXTRAS"]  # gpt2x/__init__.py has only public names
+
+
+def test_an_imported_private_name_is_found(tmp_path):
+    (tmp_path / "reading.py").write_text("from .protobuf import _field, varint\n")
+    assert imports_of_private_names(tmp_path) == ["reading.py: _field"]

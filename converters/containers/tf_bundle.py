@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..io.checksums import crc32c
-from ..io.protobuf import Fields, _field_bytes, _field_number
+from ..io.protobuf import Fields, field_bytes, field_number
 from ..io.publishing import new_file
 from ..io.reading import File
-from ..io.sstable import _text, mask, read_table, unmask, write_index
+from ..io.sstable import key_text, mask, read_table, unmask, write_index
 from ..tensors import DTYPES, Checksum, DType, LazyTensor
 from ..values import are_sizes
 from . import tf_objects
@@ -47,13 +47,13 @@ def open_bundle(prefix: Path) -> Container:
     entries = dict(read_table(index))
     where = str(index.path)
     header = _header(entries.pop(b"", None), where)
-    parsed = {key: Entry.parse(value, f"{where}: {_text(key)}") for key, value in entries.items()}
+    parsed = {key: Entry.parse(value, f"{where}: {key_text(key)}") for key, value in entries.items()}
     # The keys of slices begin with a zero byte (see slice_key).
     whole = {key: entry for key, entry in parsed.items() if not key.startswith(b"\0")}
     shards = _Shards(prefix, header.num_shards)
     for key, entry in parsed.items():
         if not entry.slices:
-            shards.claim(entry, f"{where}: {_text(key)}")
+            shards.claim(entry, f"{where}: {key_text(key)}")
     shards.check_overlaps()
     variables = _variables(whole, shards, where)
     tensors: dict[str, LazyTensor] = {}
@@ -81,7 +81,7 @@ def _check_strays(parsed: Mapping[bytes, Entry], whole: Mapping[bytes, Entry], w
     used = {slice_key(key, extents) for key, entry in whole.items() for extents in entry.slices}
     strays = sorted(set(parsed) - set(whole) - used)
     if strays:
-        raise FormatError(f"{where}: {_text(strays[0])} is a slice of an unknown variable")
+        raise FormatError(f"{where}: {key_text(strays[0])} is a slice of an unknown variable")
 
 
 def _variables(entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> dict[bytes, str] | None:
@@ -89,7 +89,7 @@ def _variables(entries: Mapping[bytes, Entry], shards: _Shards, where: str) -> d
     graph = entries.get(tf_objects.KEY)
     if graph is None:
         return None
-    where = f"{where}: {_text(tf_objects.KEY)}"
+    where = f"{where}: {key_text(tf_objects.KEY)}"
     if graph.dtype != STRING or graph.shape or graph.size > tf_objects.MAX_GRAPH:
         raise FormatError(f"{where}: not one string of at most {tf_objects.MAX_GRAPH} bytes")
     stored = shards.file(graph.shard, where).read(graph.offset, graph.size)
@@ -101,7 +101,7 @@ def _name(key: bytes, where: str) -> str:
     try:
         return key.decode("utf-8")
     except UnicodeDecodeError:
-        raise FormatError(f"{where}: the name {_text(key)} is not UTF-8") from None
+        raise FormatError(f"{where}: the name {key_text(key)} is not UTF-8") from None
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,15 @@ class Entry:
 
     def serialize(self) -> bytes:
         """The message in bytes, as TensorFlow writes it: fields in order, zeros omitted."""
-        dims = b"".join(_field_bytes(2, _field_number(1, n)) for n in self.shape)
+        dims = b"".join(field_bytes(2, field_number(1, n)) for n in self.shape)
         # 0x35 is the tag of field 6, a number of four bytes.
         crc = b"\x35" + struct.pack("<I", self.crc) if self.crc else b""
         return (
-            _field_number(1, self.dtype)
-            + _field_bytes(2, dims)
-            + _field_number(3, self.shard)
-            + _field_number(4, self.offset)
-            + _field_number(5, self.size)
+            field_number(1, self.dtype)
+            + field_bytes(2, dims)
+            + field_number(3, self.shard)
+            + field_number(4, self.offset)
+            + field_number(5, self.size)
             + crc
         )
 
@@ -242,9 +242,9 @@ def _tensor(key: bytes, entry: Entry, entries: Mapping[bytes, Entry], shards: _S
     """The tensor of one name, or of one slice."""
     dtype = DTYPES[TYPES[entry.dtype]]
     if entry.slices:
-        return _sliced(key, entry, entries, shards, dtype, f"{where}: {_text(key)}")
+        return _sliced(key, entry, entries, shards, dtype, f"{where}: {key_text(key)}")
     file = shards.file(entry.shard, where)
-    checksum = Checksum(crc32c, unmask(entry.crc), f"{file.path}: {_text(key)}")
+    checksum = Checksum(crc32c, unmask(entry.crc), f"{file.path}: {key_text(key)}")
     return LazyTensor.in_file(file, entry.offset, dtype, entry.shape, checksum)
 
 

@@ -102,10 +102,10 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _field_number(field: int, value: int) -> bytes:
+def field_number(field: int, value: int) -> bytes:
     # proto3 leaves out a field that is 0.
     return varint(field << 3) + varint(value) if value else b""
 
 
-def _field_bytes(field: int, value: bytes) -> bytes:
+def field_bytes(field: int, value: bytes) -> bytes:
     return varint(field << 3 | 2) + varint(len(value)) + value

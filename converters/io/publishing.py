@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DestinationError
-from .reading import _keep_freed_chunks, check_name
+from .reading import check_name, keep_freed_chunks
 
 WRITEBACK = 16 << 20  # bytes after which the kernel is asked to start writing
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
@@ -30,7 +30,7 @@ class Output:
     """
 
     def __init__(self, fd: int) -> None:
-        _keep_freed_chunks()
+        keep_freed_chunks()
         self._fd = fd
         self._waiting: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()  # (where, what); None ends it
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each chunk that may come

@@ -177,7 +177,7 @@ def beside(directory: Path, name: str, where: str) -> Path:
 
 
 @functools.cache
-def _keep_freed_chunks() -> None:
+def keep_freed_chunks() -> None:
     # glibc returns freed megabytes to the system, and each new one then costs 256 page faults: a third of a conversion's
     # time. After one large block (never touched, so it takes no memory) is freed, glibc keeps them.
     bytes(31 << 20)

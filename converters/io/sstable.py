@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from ..errors import FormatError
 from .checksums import crc32c
-from .protobuf import _field_bytes, _field_number, read_varint, varint
+from .protobuf import field_bytes, field_number, read_varint, varint
 from .publishing import Output
 from .reading import File
 
@@ -50,7 +50,7 @@ def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
             # TensorFlow finds a name by binary search: it would not see one that is out of order.
             if previous is not None and key <= previous:
                 fault = "duplicate name" if key == previous else "name out of order"
-                raise FormatError(f"{where}: {fault} {_text(key)}")
+                raise FormatError(f"{where}: {fault} {key_text(key)}")
             previous, names = key, names + len(key)
             if names > MAX_NAMES:
                 raise FormatError(f"{where}: the names exceed the limit of {MAX_NAMES >> 20} MB")
@@ -137,7 +137,7 @@ def unmask(masked: int) -> int:
     return ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
 
 
-HEADER = _field_number(1, 1) + _field_bytes(3, _field_number(1, 1))  # one shard, little-endian, version 1
+HEADER = field_number(1, 1) + field_bytes(3, field_number(1, 1))  # one shard, little-endian, version 1
 
 
 def write_index(out: Output, entries: Mapping[bytes, bytes], header: bytes = HEADER) -> None:
@@ -189,5 +189,5 @@ def _separator(last: bytes, following: bytes | None) -> bytes:
     return last
 
 
-def _text(key: bytes) -> str:
+def key_text(key: bytes) -> str:
     return key[:200].decode("utf-8", "backslashreplace").replace("\0", "\\0")

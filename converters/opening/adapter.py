@@ -17,7 +17,7 @@ from ..adapter_config import (
     not_a_model,
     read_adapter_config,
 )
-from ..adapters import Adapter, is_unmerged, read_adapter, split
+from ..adapters import MARKS, MAX_NAME, Adapter, read_adapter, split
 from ..checkpoint import Checkpoint
 from ..containers.container import Container
 from ..dtypes import DTYPES, NAMES
@@ -55,11 +55,22 @@ def open_adapter(source: Source, container: Container, path: str | Path | None) 
         FormatError: if its files are not valid.
     """
     folder = _folder(path) if path is not None else None
-    if not is_unmerged(container.tensors):
-        is_model = any_ends_with(container.tensors, WTE)
-        if container.path.name in WEIGHT_FILES and not is_model:
-            raise not_a_model(source.path, _configuration(source.home))
-        return _beside(container, folder) if folder else Opened(container)
+    if _holds_adapter(container):
+        return _apart(source, container, folder)
+    if container.path.name in WEIGHT_FILES and not any_ends_with(container.tensors, WTE):
+        raise not_a_model(source.path, _configuration(source.home))
+    if folder is None:
+        return Opened(container)
+    return Opened(container, adapter_in(folder), tokenizer_beside(folder))
+
+
+def _holds_adapter(container: Container) -> bool:
+    """Whether tensors have the names of an adapter's, alone or with its base in one state dict."""
+    return any(part in MARKS for name in container.tensors for part in name[:MAX_NAME].split("."))
+
+
+def _apart(source: Source, container: Container, folder: Path | None) -> Opened:
+    """The base and the adapter of one state dict, with the configuration in ``folder``, or else beside the weights."""
     base, parts = split(container.tensors)
     if not all(name in base for name in BASE):
         raise not_a_model(source.path, _configuration(source.home))
@@ -82,10 +93,6 @@ def adapter_in(path: str | Path) -> Adapter:
     if file is None:
         raise FormatError(f"{folder}: no weights of an adapter (looked for {' and '.join(WEIGHT_FILES)})")
     return read_adapter(folder, (file, config.path), open_file(file).tensors, config)
-
-
-def _beside(container: Container, folder: Path) -> Opened:
-    return Opened(container, adapter_in(folder), tokenizer_beside(folder))
 
 
 def tokenizer_beside(path: str | Path) -> Path | None:

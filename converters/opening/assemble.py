@@ -77,7 +77,7 @@ def _notes(parameters: Parameters, tie: bool | None) -> list[str]:
         notes.append(f"wte.weight is not in it: {LM_HEAD} is taken for both, as they are tied")
     if parameters.zero_biases:
         only = "" if parameters.zero_biases == BIASES else f" {', '.join(parameters.zero_biases)}"
-        notes.append(f"it has no biases{only}; zeros stand for them")
+        notes.append(f"it has no biases{only}; zeros are used")
     if tie and LM_HEAD in parameters.tensors:
         notes.append(f"{LM_HEAD} is dropped, as --tie asks, whatever its values")
     return notes

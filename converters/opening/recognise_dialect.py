@@ -19,7 +19,7 @@ from ..tensors import LazyTensor
 REPLACED = {
     "flat_param": ("FSDP, as a slice of a vector", "save with StateDictType.FULL_STATE_DICT"),
     ".parametrizations.": (
-        "torch.nn.utils.parametrize, as what a function makes the weight of",
+        "torch.nn.utils.parametrize, as the inputs of a function that computes them",
         "call parametrize.remove_parametrizations before you save",
     ),
     ".weight_mask": ("torch.nn.utils.prune, with a mask", "call prune.remove before you save"),

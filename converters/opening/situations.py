@@ -311,8 +311,8 @@ OTHER_MODELS = frozenset(
 
 # The name of a tensor -> the models that have it, as transformers calls them.
 OTHER_NAMES = {
-    "Llama or one of its kind (Mistral, Qwen2, Gemma)": r"layers\.0\.self_attn\.q_proj\.weight$",
-    "BERT or one of its kind": r"encoder\.layer\.0\.attention\.self\.query\.weight$",
+    "Llama or a similar model (Mistral, Qwen2, Gemma)": r"layers\.0\.self_attn\.q_proj\.weight$",
+    "BERT or a similar model": r"encoder\.layer\.0\.attention\.self\.query\.weight$",
     "GPT-Neo": r"h\.0\.attn\.attention\.q_proj\.weight$",
     "GPT-J": r"h\.0\.attn\.q_proj\.weight$",
     "GPT-NeoX or Pythia": r"(^|gpt_neox\.)layers\.0\.attention\.query_key_value\.weight$",
@@ -396,14 +396,14 @@ FOLDERS = (
         "{path}.bin",
     ),
     Situation(
-        "a copy of a snapshot of the Hub's cache whose links lead nowhere",
+        "a copy of a snapshot of the Hub's cache with broken links",
         _holds_broken_link,
-        f"its files are links to files that are not there; {LINKS}",
+        f"its files are broken symbolic links; {LINKS}",
     ),
     Situation(
-        "a download that did not finish: `.incomplete`, `.part`, `.crdownload`, `.aria2`",
+        "an interrupted download: `.incomplete`, `.part`, `.crdownload`, `.aria2`",
         _either(_holds("*.incomplete"), _holds("*.part"), _holds("*.crdownload"), _holds("*.aria2")),
-        f"a download that did not finish; download it again, for example with {DOWNLOAD}",
+        f"an interrupted download; download it again, for example with {DOWNLOAD}",
     ),
     Situation(
         "the Hub's cache with several models: `models--openai-community--gpt2`",
@@ -452,7 +452,7 @@ FILES = (
     Situation(
         "a file of zeros",
         lambda seen: len(seen.head) == HEAD and not any(seen.head),
-        "a file that begins with zeros, as a download leaves it that did not finish; download it again",
+        "a file that begins with zeros, as an interrupted download leaves it; download it again",
     ),
     Situation(
         "the partial file of a download: `.incomplete`, `.part`, `.crdownload`, `.aria2`",
@@ -587,9 +587,9 @@ FILES = (
         f"writes two folders above it, or {ORIGIN}",
     ),
     Situation(
-        "a link that leads nowhere",
+        "a broken symbolic link",
         _is_broken_link,
-        f"a link to a file that is not there; {LINKS}",
+        f"a broken symbolic link; {LINKS}",
     ),
     Situation(
         "a pickle that torch.save did not write",

@@ -90,3 +90,5 @@ def _terminate(number: int, frame: Any) -> None:
 
 for command in (convert, export, inspect, verify, generate, score, serve, bench, formats, demo):
     main.add_command(command)
+
+__all__ = ["main"]

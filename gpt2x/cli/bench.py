@@ -25,7 +25,7 @@ HEAD = (
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Number of new tokens.")
 @click.option("--batch", default="1", show_default=True, metavar="LIST", help="Batch sizes, such as 1,4,16.")
 @click.option("--precision", metavar="LIST", help="Precisions or pairs (w8a8+int4) to measure (default: all in MODEL).")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads (default: one for each core).")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads per operator (default: one per core).")
 @PROVIDER
 @click.option(
     "--speculate",
@@ -50,13 +50,9 @@ def bench(
     time to read as many bytes from memory, measured in the same run, divided by the time of a decoding step; "-" for another
     --provider than cpu.
     """
-    from converters import ConversionError
     from converters.io.publishing import check_free, new_file
 
     from .. import bench as measuring
-    from .. import contract
-    from ..precisions import PAIR
-    from ..runtimes.onnx_model import stated_config
     from ..runtimes.onnx_providers import CPU
 
     batches, used = _numbers(batch), provider or CPU
@@ -70,12 +66,8 @@ def bench(
     if plot_file:
         need("matplotlib", extra="verify")  # before the measurements
     model = local(model, "onnx")
-    here: list[str | None] = [*contract.models_in(Path(model))] if Path(model).is_dir() else []
-    kinds = [RunPrecision()(part.strip()) for part in precision.split(",")] if precision else here or [None]
-    singles = [name for kind in kinds for name in (kind.split(PAIR) if kind else [None])]
-    n_ctx = min(stated_config(model, name).n_ctx for name in singles)
-    if prompt + new > n_ctx:
-        raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
+    kinds = _kinds(model, precision)
+    _check_context(model, kinds, prompt, new)
     if speculate:
         _speculation(model, kinds, prompt, new, threads or os.cpu_count() or 1, speculate, used)
         return
@@ -96,6 +88,31 @@ def bench(
     if plot_file:
         with new_file(Path(plot_file), force) as out:
             out.write(measuring.plot(result))
+
+
+def _kinds(model: str, precision: str | None) -> list[str | None]:
+    """The precisions and pairs to measure: those that the option lists, or else all in a directory."""
+    from .. import contract
+
+    if precision:
+        return [RunPrecision()(part.strip()) for part in precision.split(",")]
+    if Path(model).is_dir():
+        return [*contract.models_in(Path(model))] or [None]
+    return [None]
+
+
+def _check_context(model: str, kinds: Sequence[str | None], prompt: int, new: int) -> None:
+    from converters import ConversionError
+
+    from ..precisions import PAIR
+    from ..runtimes.onnx_model import stated_config
+
+    names: list[str | None] = []
+    for kind in kinds:
+        names += kind.split(PAIR) if kind else [None]
+    n_ctx = min(stated_config(model, name).n_ctx for name in names)
+    if prompt + new > n_ctx:
+        raise ConversionError(f"--prompt {prompt} and --new {new} exceed the context of {n_ctx} tokens")
 
 
 def _speculation(

@@ -37,38 +37,38 @@ class Bias(click.ParamType[tuple[tuple[int, ...], float]]):
         try:
             return TokenIds().convert(ids, param, ctx), float(bias)
         except ValueError:
-            self.fail(f"{value!r} is not token ids and a bias, such as 50256=-1.5", param, ctx)
+            self.fail(f"{value!r} is not token ids and a bias; write them as 50256=-1.5", param, ctx)
 
 
 OPTIONS = (
     click.option("--max-new-tokens", type=click.IntRange(min=0), help="Maximum number of new tokens (default: 100)."),
-    click.option("--min-new-tokens", type=click.IntRange(min=0), help="Do not end before so many new tokens."),
+    click.option("--min-new-tokens", type=click.IntRange(min=0), help="Minimum number of new tokens."),
     click.option(
         "--temperature", type=click.FloatRange(min=0), help="Sampling temperature; 0 for greedy decoding (default: 1)."
     ),
-    click.option("--top-k", type=click.IntRange(min=0), help="Sample from the K likeliest tokens; 0 disables it."),
+    click.option("--top-k", type=click.IntRange(min=0), help="Sample from the K most likely tokens; 0 disables it."),
     click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling threshold; 1 disables it."),
     click.option(
-        "--min-p", type=click.FloatRange(0, 1), help="Sample from tokens with this share of the best one's probability."
+        "--min-p", type=click.FloatRange(0, 1), help="Minimum probability of a token, as a share of the most likely one's."
     ),
-    click.option("--typical-p", type=click.FloatRange(0, 1), help="Locally typical sampling: the mass to keep."),
-    click.option("--repetition-penalty", type=float, help="Above 1: tokens of the text so far become less likely."),
-    click.option("--presence-penalty", type=float, help="Subtracted from the logit of each new token used so far."),
-    click.option("--frequency-penalty", type=float, help="The same, for each time it was used."),
-    click.option("--no-repeat-ngram-size", type=click.IntRange(min=0), help="No n-gram of this size occurs twice."),
+    click.option("--typical-p", type=click.FloatRange(0, 1), help="Locally typical sampling threshold; 1 disables it."),
+    click.option("--repetition-penalty", type=float, help="Penalize tokens that already occur; 1 disables it."),
+    click.option("--presence-penalty", type=float, help="Subtract this from the logit of each generated token."),
+    click.option("--frequency-penalty", type=float, help="Subtract this once for each time it was generated."),
+    click.option("--no-repeat-ngram-size", type=click.IntRange(min=0), help="Do not repeat an n-gram of this size; 0 disables it."),
     click.option(
-        "--bad-words-ids", type=TokenIds(), multiple=True, help="Token ids that never follow one another; repeatable."
+        "--bad-words-ids", type=TokenIds(), multiple=True, help="Token ids that are never generated in a row (repeatable)."
     ),
-    click.option("--logit-bias", type=Bias(), multiple=True, help="Add a bias to a token: 50256=-1.5; repeatable."),
-    click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
+    click.option("--logit-bias", type=Bias(), multiple=True, help="Add a bias to the logit of a token: 50256=-1.5 (repeatable)."),
+    click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="Stop string: end before this text (repeatable)."),
     click.option(
         "--stop-token-id", "stop_token_ids", type=click.IntRange(min=0), multiple=True,
-        help="End at this token, too; repeatable.",
+        help="Further end token (repeatable).",
     ),
-    click.option("--num-beams", type=click.IntRange(min=1), help="Beam search with so many beams."),
+    click.option("--num-beams", type=click.IntRange(min=1), help="Number of beams for beam search."),
     click.option("--length-penalty", type=float, help="Beam search: above 0, longer texts score higher (default: 1)."),
-    click.option("--early-stopping/--no-early-stopping", default=None, help="Beam search: stop at the first N texts."),
-    click.option("-n", "--num-return-sequences", type=click.IntRange(min=1), help="How many texts (default: 1)."),
+    click.option("--early-stopping/--no-early-stopping", default=None, help="Beam search: end when as many texts as beams are complete."),
+    click.option("-n", "--num-return-sequences", type=click.IntRange(min=1), help="Number of texts (default: 1)."),
     click.option("--seed", type=click.IntRange(min=0), help="Random seed, for reproducible text."),
 )  # fmt: skip
 

@@ -128,7 +128,7 @@ def _outputs(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple
     type=click.Choice(list(TASKS)),
     default=GENERATION,
     show_default=True,
-    help="What the model is for. Tasks of classification need the head in SRC.",
+    help="Task of the model. Classification needs the head in SRC.",
 )
 @click.option(
     "--outputs",
@@ -163,13 +163,13 @@ def _outputs(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple
 @click.option(
     "--block-size",
     type=click.Choice([str(size) for size in BLOCKS]),
-    help=f"ONNX: weights that share a scale, in {BLOCKWISE} (default: {BLOCK}).",
+    help=f"ONNX: number of weights that share a scale, in {BLOCKWISE} (default: {BLOCK}).",
 )
 @click.option(
     "--opset",
     type=click.IntRange(17, 23),
     metavar="N",
-    help="ONNX: opset, up to 23 (default: the lowest that has all operators, 20 or 21).",
+    help="ONNX: opset, up to 23 (default: the lowest that has all operators: 20 or 21).",
 )
 @click.option("--single-file", is_flag=True, help="ONNX: put the weights into each .onnx file (2 GB at most).")
 @click.option("--safetensors", is_flag=True, help="ONNX: add model.safetensors, for transformers.")
@@ -240,7 +240,9 @@ def _sorted_adapters(given: tuple[str, ...]) -> tuple[str | None, dict[str, str]
     merged = [text for text, named in pairs if named is None]
     named = [pair for _, pair in pairs if pair is not None]
     if len(merged) > 1:
-        raise click.UsageError(f"one adapter can be merged, not {len(merged)}: give those to choose from as NAME=DIR")
+        raise click.UsageError(
+            f"only one adapter can be merged, not {len(merged)}; pass those to choose from at run time as NAME=DIR"
+        )
     try:
         check_adapter_names(name for name, _ in named)
     except ValueError as error:
@@ -255,7 +257,7 @@ def _check_usage(request: Request) -> None:
         UsageError: naming them.
     """
     if not request.targets:
-        raise click.UsageError("nothing to write: give --onnx DIR, --triton DIR, --torchscript FILE or --pt2 FILE")
+        raise click.UsageError("nothing to write: pass --onnx DIR, --triton DIR, --torchscript FILE or --pt2 FILE")
     _check_scope(request)
     if request.adapters and not request.onnx:
         raise click.UsageError("--adapter NAME=DIR applies to --onnx only; --adapter DIR merges an adapter")
@@ -403,10 +405,10 @@ def _check_apart(targets: list[str]) -> None:
     places = [Path(os.path.realpath(target)) for target in targets]
     for i, place in enumerate(places):
         if place in places[:i]:
-            raise click.UsageError(f"two results cannot have one name, {place.name}")
+            raise click.UsageError(f"two outputs have the same path, {place.name}")
         above = next((other for other in places if other in place.parents), None)
         if above is not None:
-            raise click.UsageError(f"one result cannot be in another, {place.name} in {above.name}: write it beside it")
+            raise click.UsageError(f"an output is inside another, {place.name} in {above.name}: write it beside it")
 
 
 def _with_tokenizer(checkpoint: Checkpoint, request: Request) -> Checkpoint:
@@ -476,14 +478,14 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
     from ..tokenizer import Tokenizer
 
     if checkpoint.tokenizer is None:
-        raise ConversionError("--calibrate needs a tokenizer for the text; say where one is: --tokenizer DIR")
+        raise ConversionError("--calibrate needs a tokenizer for the text: pass --tokenizer DIR")
     ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path, SAMPLE))
     if not ids:
-        raise ConversionError(f"{path}: is empty")
+        raise ConversionError(f"{path}: empty")
     if max(ids) >= checkpoint.config.n_vocab:
         raise ConversionError(f"{path}: has token id {max(ids)}; the model's vocabulary is {checkpoint.config.n_vocab}")
     if len(ids) < checkpoint.config.n_ctx:
-        warn(f"{path} has {len(ids)} tokens; calibration needs some thousands")
+        warn(f"{path} has {len(ids)} tokens; calibration needs several thousand")
     return ids
 
 

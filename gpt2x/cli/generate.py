@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     "--prompts",
     "prompts_file",
     type=click.Path(),
-    help='JSON Lines, each {"prompt": "..."}; "-" for PROMPT reads one prompt from standard input.',
+    help='Continue each line of a JSON Lines file, {"prompt": "..."}. (One prompt from standard input: pass - for PROMPT.)',
 )
-@click.option("--output", type=click.Path(), help="Where the results of --prompts go, as JSON Lines.")
+@click.option("--output", type=click.Path(), help="Write the results of --prompts here, as JSON Lines.")
 @click.option("--resume", is_flag=True, help="Continue an --output that was interrupted.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at once, with --prompts."
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size, with --prompts."
 )
 @TOKENIZER
 @click.option(
@@ -44,14 +44,16 @@ if TYPE_CHECKING:
     metavar="[N]",
     is_flag=False,
     flag_value=7,
-    help="Speculative decoding: guess up to N tokens a run (default: 7) from n-grams of the text so far.",
+    help="Speculative decoding: guess up to N tokens at a time (default: 7) from n-grams of the text so far.",
 )
-@click.option("--draft", metavar="MODEL", help="Speculative decoding: guess with a smaller model, same vocabulary.")
+@click.option(
+    "--draft", metavar="MODEL", help="Speculative decoding: guess with a smaller model of the same vocabulary."
+)
 @RUNTIME
 @click.option(
     "--precision",
     type=RunPrecision(),
-    help="ONNX model of MODEL to run (default: fp32, or the only one), or two: for prompts + decoding.",
+    help="Precision of the ONNX model (default: fp32, or the only one), or two, such as w8a8+int4: one for prompts, one for decoding.",
 )
 @THREADS
 @PROVIDER
@@ -144,7 +146,7 @@ def _speculate(
         return None
     option = "--draft" if draft else "--prompt-lookup"
     if config.num_return_sequences > 1 or batch > 1:
-        click.echo(f"Note: {option} is for one text at a time; several are decoded without it", err=True)
+        click.echo(f"Note: {option} works for one text at a time; several are decoded without it", err=True)
         return None
     if draft is None:
         return PromptLookup(prompt_lookup or PromptLookup.guesses)

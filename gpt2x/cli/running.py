@@ -25,9 +25,7 @@ TOKENIZER = click.option(
 RUNTIME = click.option(
     "--runtime", type=click.Choice(["torch", "onnx"]), help="What to run if MODEL has both weights and ONNX."
 )
-THREADS = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of each operator (default: one for each core)."
-)
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads per operator (default: one per core).")
 
 PROVIDER = click.option(
     "--provider",

@@ -67,7 +67,7 @@ class Options:
     "--stride",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tokens that the window moves each time (default: half the context).",
+    help="Stride of the sliding window in tokens (default: half the context).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
@@ -76,10 +76,12 @@ class Options:
     type=click.Path(dir_okay=False),
     help="Write each token with its log-probability and the five most likely tokens, as JSON Lines.",
 )
-@click.option("--output", type=click.Path(dir_okay=False), help="Where the results of a .jsonl FILE go, as JSON Lines.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False), help="Write the results of a .jsonl FILE here, as JSON Lines."
+)
 @click.option("--resume", is_flag=True, help="Continue an --output that was interrupted.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Texts at once, of a .jsonl FILE."
+    "--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size, for a .jsonl FILE."
 )
 @TOKENIZER
 @RUNTIME
@@ -87,7 +89,7 @@ class Options:
     "--precision",
     "precisions",
     type=Precisions(),
-    help="ONNX models of MODEL to run, as fp32,int8 (default: fp32, or the only one).",
+    help="Precisions of the ONNX models to run, such as fp32,int8 (default: fp32, or the only one).",
 )
 @THREADS
 @PROVIDER

@@ -35,7 +35,7 @@ def _size(_: click.Context, option: click.Parameter, value: str | None) -> int |
 SECONDS = click.FloatRange(min=0.1, max=86_400)
 
 
-@click.command(short_help="Serve models with OpenAI's interface.")
+@click.command(short_help="Serve models over an OpenAI-compatible API.")
 @click.argument("models", metavar="DIR...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -50,41 +50,76 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
     "precisions",
     type=RunPrecision(),
     multiple=True,
-    help="ONNX model to serve, or a pair such as w8a8+int4 (repeatable; default: fp32).",
+    help="Precision of the ONNX model, or a pair such as w8a8+int4 (repeatable; default: fp32).",
 )
-@click.option("--model-name", metavar="NAME", help="What clients call the model (default: the directory's name).")
+@click.option("--model-name", metavar="NAME", help="Name of the model in requests (default: the directory's name).")
 @click.option(
-    "--max-batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Texts that run at once."
+    "--max-batch-size",
+    type=click.IntRange(1, 1024),
+    default=32,
+    show_default=True,
+    help="Maximum number of texts in a batch.",
 )
 @click.option(
-    "--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True, help="Texts that may wait."
+    "--max-queue",
+    type=click.IntRange(1, 100_000),
+    default=256,
+    show_default=True,
+    help="Maximum number of waiting texts.",
 )
-@click.option("--max-context", type=click.IntRange(min=2), help="Tokens of a text with its prompt.")
+@click.option(
+    "--max-context",
+    type=click.IntRange(min=2),
+    help="Maximum length of a prompt and its text in tokens (default: the model's context).",
+)
 @click.option(
     "--cache-memory",
     callback=_size,
     metavar="SIZE",
-    help="Memory for keys and values (default: half of the machine's memory).",
+    help="Memory for the KV cache (default: half of the machine's memory).",
 )
 @THREADS
 @PROVIDER
-@click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one a line.")
-@click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Name in the Host header (repeatable).")
-@click.option("--max-body", callback=_size, metavar="SIZE", default="1M", show_default=True, help="Size of a request.")
+@click.option("--api-key", "key_file", type=click.Path(), metavar="FILE", help="File with API keys, one per line.")
+@click.option("--allowed-host", "hosts", metavar="NAME", multiple=True, help="Accept this Host header (repeatable).")
 @click.option(
-    "--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True, help="Open connections."
+    "--max-body",
+    callback=_size,
+    metavar="SIZE",
+    default="1M",
+    show_default=True,
+    help="Maximum size of a request body.",
 )
-@click.option("--header-timeout", type=SECONDS, default=10, show_default=True, help="Seconds for the headers.")
-@click.option("--body-timeout", type=SECONDS, default=30, show_default=True, help="Seconds for the body.")
-@click.option("--generation-timeout", type=SECONDS, default=600, show_default=True, help="Seconds for the answer.")
-@click.option("--drain-timeout", type=SECONDS, default=60, show_default=True, help="Seconds to end after SIGTERM.")
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Maximum number of open connections.",
+)
+@click.option(
+    "--header-timeout", type=SECONDS, default=10, show_default=True, help="Seconds until the headers must be complete."
+)
+@click.option(
+    "--body-timeout", type=SECONDS, default=30, show_default=True, help="Seconds until the body must be complete."
+)
+@click.option(
+    "--generation-timeout",
+    type=SECONDS,
+    default=600,
+    show_default=True,
+    help="Seconds until the response must be complete.",
+)
+@click.option(
+    "--drain-timeout", type=SECONDS, default=60, show_default=True, help="Seconds to complete requests after SIGTERM."
+)
 def serve(
     models: tuple[str, ...], host: str, port: int, precisions: tuple[str, ...], model_name: str | None,
     max_batch_size: int, max_queue: int, max_context: int | None, cache_memory: int | None, threads: int | None,
     provider: str | None, key_file: str | None, hosts: tuple[str, ...], max_body: int, max_connections: int, header_timeout: float,
     body_timeout: float, generation_timeout: float, drain_timeout: float,
 ) -> None:  # fmt: skip
-    """Serve each DIR, which gpt2x export --onnx wrote, with OpenAI's interface: text of an export with --cache inplace, and
+    """Serve each DIR, which gpt2x export --onnx wrote, over an OpenAI-compatible API: text of an export with --cache inplace, and
     embeddings of one with --task feature-extraction.
 
     \b
@@ -94,7 +129,7 @@ def serve(
       gpt2x serve gpt2=gpt2-onnx/onnx/model_int8.onnx tuned=tuned-onnx/
       gpt2x serve gpt2-onnx/ embed=gpt2-embeddings-onnx/
 
-    DIR can be NAME=DIR, or a model in it, for a precision of its own. The adapters of a DIR are served as NAME:ADAPTER. It needs pip install 'gpt2x[serve]', and no torch.
+    DIR can be NAME=DIR, or one .onnx file in it. Adapters in DIR are served as NAME:ADAPTER. This needs pip install 'gpt2x[serve]', and no torch.
     """
     from ..runtimes.onnx_providers import CPU
     from ..serving.app import Server

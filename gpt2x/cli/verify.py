@@ -73,7 +73,7 @@ class Request:
 @click.option(
     "--precision",
     type=RunPrecision(),
-    help="ONNX model of B, or else of A (default: fp32, or the only one).",
+    help="Precision of the ONNX model in B, or else in A (default: fp32, or the only one).",
 )
 @PROVIDER
 @click.option("--rounded", is_flag=True, help="Round A's weights to B's dtypes before comparing (convert --dtype).")

@@ -256,9 +256,7 @@ def model_card(
         optimum=_since("optimum", cache, newest),
         transformers_js=_since("transformers.js", cache, newest),
         model=contract.model_file(first),
-        file_name=""
-        if tuple(precisions) == (DEFAULT,)
-        else f', file_name="{contract.model_file(first).removeprefix("onnx/")}"',
+        file_name=_file_name(precisions),
         dtype=PRECISIONS[first].transformers_js,
         single="" if growing else ", one prompt at a time (batches are padded on the left)",
         needs="" if tokenizer else ", once a tokenizer is added",
@@ -267,6 +265,13 @@ def model_card(
         version=__version__,
         source=as_markdown(source),
     )
+
+
+def _file_name(precisions: Sequence[str]) -> str:
+    """The argument that optimum needs, unless the only model has the usual name."""
+    if tuple(precisions) == (DEFAULT,):
+        return ""
+    return f', file_name="{contract.model_file(precisions[0]).removeprefix("onnx/")}"'
 
 
 def _operators(growing: bool) -> str:

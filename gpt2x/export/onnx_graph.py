@@ -118,27 +118,34 @@ def to_onnx(
     if opset is not None and opset not in range(lowest, OPSETS.stop):
         raise unknown_opset(precision, cache, lowest, opset)
     opset = opset or lowest
+    imports = [helper.make_opsetid("", opset)]
+    if contract.stays(cache):
+        imports.append(helper.make_opsetid(MICROSOFT, 1))
+    model = _model_of(g, {**inputs, **factors}, outputs, imports)
+    runtime = contract.runtime_version(precision.name, cache, opset, lora=bool(lora))
+    helper.set_model_props(model, {**metadata, contract.RUNTIME: runtime})
+    return model
+
+
+def _model_of(
+    g: Graph, inputs: Mapping[str, Slot], outputs: Mapping[str, Slot], imports: list[onnx.OperatorSetIdProto]
+) -> onnx.ModelProto:
+    """A complete graph as a model, with the lowest IR version that its opsets need."""
     graph = helper.make_graph(
         g.nodes,
         "gpt2",
-        [_info(name, slot) for name, slot in {**inputs, **factors}.items()],
+        [_info(name, slot) for name, slot in inputs.items()],
         [_info(name, slot) for name, slot in outputs.items()],
         list(g.initializers.values()),
         value_info=[_info(name, Slot(*known)) for name, known in g.shapes.items()],
     )
-    imports = [helper.make_opsetid("", opset)]
-    if contract.stays(cache):
-        imports.append(helper.make_opsetid(MICROSOFT, 1))
-    model = helper.make_model(
+    return helper.make_model(
         graph,
         opset_imports=imports,
         ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
         producer_name="gpt2x",
         producer_version=__version__,
     )
-    runtime = contract.runtime_version(precision.name, cache, opset, lora=bool(lora))
-    helper.set_model_props(model, {**metadata, contract.RUNTIME: runtime})
-    return model
 
 
 def unknown_opset(precision: Precision, cache: str, lowest: int, opset: int) -> ConfigError:

@@ -1,3 +1,3 @@
 """Text generation over any runtime."""
 
-__all__ = ["beams", "config", "generate", "loop", "many", "processors", "sampling", "text"]
+__all__ = ["beams", "config", "generate", "guesses", "loop", "many", "processors", "sampling", "text"]

@@ -306,9 +306,7 @@ def generate_text(
         random = {name: value for name, value in random.items() if value != usual[name]}
     config = GenerationConfig.of(max_new_tokens=max_len, **random, **controls)
     if config.beams and stream:
-        raise ValueError(
-            "stream is True, but beam search knows its text only at the end: leave out stream or num_beams"
-        )
+        raise ValueError("stream is True, but beam search has its text only at the end: leave out stream or num_beams")
     texts = text_tokenizer(tokenizer)
     decoder = as_decoder(model)
     single = isinstance(input_text, str) and config.num_return_sequences == 1

@@ -131,7 +131,7 @@ class Draft:
     """Guess with a smaller model of the same vocabulary, or as ``PromptLookup`` does, whichever is expected to gain more.
 
     Args:
-        decoder: the smaller model, in any runtime that can take its cache back. In ONNX Runtime open it with one thread:
+        decoder: the smaller model, in any runtime that can truncate its cache. In ONNX Runtime open it with one thread:
             the threads of two models wait for work by spinning, and take the cores from each other.
         guesses: the largest number of guesses in a run; more than 31 count as 31.
 
@@ -149,7 +149,7 @@ class Draft:
         """Refuse a draft model that cannot guess for another.
 
         Raises:
-            InputError: if its vocabulary is another one, or it cannot take its cache back.
+            InputError: if its vocabulary is another one, or it cannot truncate its cache.
         """
         draft = self.decoder
         if draft.n_vocab != decoder.n_vocab:
@@ -158,7 +158,7 @@ class Draft:
                 "the same tokenizer"
             )
         if not draft.can_truncate:
-            raise InputError(f"the draft model's runtime ({draft.runtime}) cannot take its cache back")
+            raise InputError(f"the draft model's runtime ({draft.runtime}) cannot truncate its cache")
 
     def start(self, decoder: Decoder, choose: Chooser) -> Drafter:
         """The guesses for one text."""

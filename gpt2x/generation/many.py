@@ -48,10 +48,9 @@ def continue_many(
         InputError: if a control names a token outside the vocabulary.
     """
     check_tokens(decoder, config.sampling, end_tokens_of(decoder, tokenizer, config))
-    joins = isinstance(decoder, OnnxDecoder) and decoder.in_place
     alone = config.speculate is not None and batch == 1 and config.num_return_sequences == 1
-    if joins and not alone and not config.beams:
-        yield from _joining(decoder, tokenizer, iter(jobs), config, batch)  # type: ignore[arg-type]
+    if isinstance(decoder, OnnxDecoder) and decoder.in_place and not alone and not config.beams:
+        yield from _joining(decoder, tokenizer, iter(jobs), config, batch)
         return
     remaining = iter(jobs)
     while group := list(islice(remaining, batch)):

@@ -32,7 +32,7 @@ from .processors import (
 
 NOT_FINITE = "the logits contain NaN or infinity: the weights are damaged, or too large for their dtype"
 ALL_RULED_OUT = (
-    "no token is left: bad_words_ids, no_repeat_ngram_size, suppress_tokens and min_new_tokens rule out all of the "
+    "no token is left: bad_words_ids, no_repeat_ngram_size, suppress_tokens and min_new_tokens exclude all of the "
     "vocabulary"
 )
 NO_TOKENS: Ids = np.empty(0, np.int64)

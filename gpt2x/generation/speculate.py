@@ -1,7 +1,7 @@
 """Speculative decoding of one text: guesses are checked in one run of the model. numpy only.
 
 **Greedy** decoding chooses the tokens of plain decoding. A run of several tokens and runs of one token round differently,
-so near ties (``Decoder.near_tie``) are decided as plain decoding does: the cache is taken back to the tokens that runs of
+so near ties (``Decoder.near_tie``) are decided as plain decoding does: the cache is truncated to the tokens that runs of
 one token put there, and the tokens after them are run again, one by one. Where runs of several tokens return the same bits
 (``Decoder.same_in_runs``, which is checked once for each model), nothing has to be decided.
 
@@ -52,7 +52,7 @@ def check_speculation(decoder: Decoder, speculate: Speculate) -> None:
             "export the model with --logits all"
         )
     if not decoder.can_truncate:
-        raise InputError(f"{decoder.runtime} cannot take its cache back, as speculative decoding needs")
+        raise InputError(f"{decoder.runtime} cannot truncate its cache, which speculative decoding needs")
     speculate.check(decoder)
 
 

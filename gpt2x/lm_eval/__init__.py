@@ -168,3 +168,6 @@ class GPT2XLM(TemplateLM):
         return GenerationConfig.of(
             max_new_tokens=limit, stop_strings=[string for string in strings if string], **controls
         )
+
+
+__all__ = ["GPT2XLM"]

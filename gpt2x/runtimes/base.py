@@ -48,9 +48,9 @@ class Decoder(Protocol):
     threads: int | None = None
     """Threads of each operator; None for one for each core."""
     can_truncate: bool = False
-    """Whether ``truncate`` can take a cache back, as speculative decoding needs."""
+    """Whether ``truncate`` works, which speculative decoding needs."""
     near_tie: float = 3e-5
-    """Where the best two logits are nearer than this share of the largest, a run of several tokens and runs of one token
+    """If the two largest logits differ by less than this share of the largest, a run of several tokens and runs of one token
     may rank them differently, because they round differently."""
     several_price: float = 0.15
     """What each further token of a run costs, as a share of a run of one token: a first estimate."""
@@ -105,12 +105,12 @@ class Decoder(Protocol):
         raise InputError(f"{self.runtime}: its cache has fixed rows, so it can continue each prompt only once")
 
     def truncate(self, cache: Any, length: int) -> Any:
-        """A cache of one row without padding, taken back to its first ``length`` tokens. The other is not used any more.
+        """A cache of one row without padding, truncated to its first ``length`` tokens. The other is not used any more.
 
         Raises:
             InputError: if the runtime cannot do that, which is the default (``can_truncate``).
         """
-        raise InputError(f"{self.runtime}: its cache cannot be taken back to fewer tokens")
+        raise InputError(f"{self.runtime}: its cache cannot be truncated")
 
     def unoptimized(self) -> Decoder | None:
         """The same model with graph optimizations disabled; None if the runtime has none to disable, or needs them."""

@@ -135,7 +135,7 @@ def memory_of(session: Any, providers: Sequence[Provider], in_place: bool, path:
     if not in_place:
         return CpuMemory()  # ONNX Runtime copies the whole cache in each step
     raise FormatError(
-        f"{path}: its cache in place would be in {name}, where gpt2x cannot keep one: use another provider, or export the "
+        f"{path}: gpt2x cannot keep a cache in place in {name}, the memory that this provider needs: use another provider, or export the "
         "model with --cache growing"
     )
 
@@ -152,7 +152,7 @@ def _memory_of_input(session: Any, wanted: str) -> tuple[str, int]:
     """ONNX Runtime's name of the memory that an input is needed in, and the number of the device."""
     if not hasattr(session, "get_input_memory_infos"):
         only_cpu = session.get_providers() == [KNOWN[CPU].name]
-        return ("Cpu" if only_cpu else f"an unknown memory (ONNX Runtime {OLDEST} would tell)"), 0
+        return ("Cpu" if only_cpu else f"an unknown memory (ONNX Runtime {OLDEST} or newer states it)"), 0
     names = [argument.name for argument in session.get_inputs()]
     if wanted not in names:
         return "Cpu", 0

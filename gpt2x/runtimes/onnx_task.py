@@ -109,7 +109,7 @@ class OnnxTask(TaskModel):
         settings = head_settings(parse_json(self.metadata.get(contract.CONFIG, "{}").encode(), where))
         count = self._label_count()
         if not isinstance(count, int):
-            raise CheckpointError(f"{self.path}: its logits have no fixed number of labels")
+            raise CheckpointError(f"{self.path}: the number of labels in its logits is not fixed")
         return labels_of(settings, count, where)
 
 

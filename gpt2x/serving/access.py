@@ -69,7 +69,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
             "request_timeout", f"the body did not arrive within {settings.body_timeout:g} seconds"
         ) from None
     except ClientDisconnect:
-        raise ServingError("request_timeout", "the client went away before the body was complete") from None
+        raise ServingError("request_timeout", "the client disconnected before the body was complete") from None
     return bytes(body)
 
 

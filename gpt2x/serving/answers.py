@@ -1,4 +1,4 @@
-"""The answers of OpenAI's interface, from the events of the engine."""
+"""The responses of OpenAI's API, from the events of the engine."""
 
 from __future__ import annotations
 

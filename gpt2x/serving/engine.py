@@ -346,7 +346,7 @@ class Engine(Worker):
             return
         except Exception as error:
             # The choice of a token changes nothing that others have: whatever its fault is, they go on.
-            self._fail(slot.job, self._failure("a token could not be chosen", error))
+            self._fail(slot.job, self._failure("choosing a token failed", error))
             return
         self._collect(slot)
 

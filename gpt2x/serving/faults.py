@@ -36,12 +36,12 @@ FAULTS = {
         400, INVALID, "A field is missing, unknown, of the wrong type, or out of range.", "The message names the field."
     ),
     "unsupported_value": Fault(
-        400, INVALID, "OpenAI has the field or the combination, and this server or model does not.", "Leave it out."
+        400, INVALID, "The field or the combination exists in OpenAI's API, but this server or model does not support it.", "Leave it out."
     ),
     "context_length_exceeded": Fault(
         400, INVALID, "The prompt and `max_tokens` together, or an input, exceed the context.", "Shorten one of them."
     ),
-    "no_token_left": Fault(400, INVALID, "The controls rule out every token.", "Loosen the controls."),
+    "no_token_left": Fault(400, INVALID, "The controls rule out every token.", "Remove a control."),
     "no_chat_template": Fault(
         400, INVALID, "The tokenizer of the model has no chat template.", "Use `/v1/completions`."
     ),
@@ -49,32 +49,32 @@ FAULTS = {
         400, INVALID, "The chat template refuses the messages, or fails.", "Change the messages, or the template."
     ),
     "invalid_api_key": Fault(
-        401, "authentication_error", "There is no API key, or it is not one of the file's.", "`Authorization: Bearer KEY`"
+        401, "authentication_error", "The request has no API key, or one that is not in the file.", "Send `Authorization: Bearer KEY`."
     ),
     "host_not_allowed": Fault(
         403, INVALID, "The server is local and has no API key, and the `Host` header names another host.",
-        "`--allowed-host NAME`, or an API key.",
+        "Start the server with `--allowed-host NAME`, or with `--api-key`.",
     ),
     "model_not_found": Fault(404, INVALID, "There is no such model.", "`/v1/models` lists the models."),
     "not_exported": Fault(
-        404, INVALID, "The model was exported for another task.", "Name another model, or `gpt2x export --task TASK`."
+        404, INVALID, "The model was exported for another task.", "Name another model, or export one for the task: `gpt2x export --task TASK`."
     ),
     "not_found": Fault(404, INVALID, "There is no such path.", "`/openapi.json` lists the paths."),
-    "method_not_allowed": Fault(405, INVALID, "The path has another method.", "`/openapi.json` lists the methods."),
-    "request_timeout": Fault(408, INVALID, "The headers or the body did not arrive in time.", "Send them faster."),
-    "request_too_large": Fault(413, INVALID, "The body exceeds the limit.", "Split the request, or `--max-body`."),
+    "method_not_allowed": Fault(405, INVALID, "The path does not support the method.", "`/openapi.json` lists the methods."),
+    "request_timeout": Fault(408, INVALID, "The headers or the body did not arrive in time.", "Send the request again, without pauses."),
+    "request_too_large": Fault(413, INVALID, "The body exceeds the limit.", "Split the request, or raise `--max-body`."),
     "unsupported_media_type": Fault(
-        415, INVALID, "The body is not `application/json`.", "`Content-Type: application/json`"
+        415, INVALID, "The body is not `application/json`.", "Send `Content-Type: application/json`."
     ),
     "queue_full": Fault(
-        429, OVERLOADED, "Too many texts are waiting.", "Repeat it after the seconds in `Retry-After`, or `--max-queue`."
+        429, OVERLOADED, "Too many texts are waiting.", "Repeat it after the seconds in `Retry-After`, or raise `--max-queue`."
     ),
     "model_failed": Fault(
-        500, SERVER, "The model failed, or its logits contain NaN.", "The log has the reason: `gpt2x verify` the model."
+        500, SERVER, "The model failed, or its logits contain NaN.", "Read the server's log, and check the model with `gpt2x verify`."
     ),
     "out_of_memory": Fault(503, OVERLOADED, "Memory ran out in a step.", "Lower `--max-batch-size` or `--cache-memory`."),
     "too_many_connections": Fault(
-        503, OVERLOADED, "As many connections as the limits allow are open.", "Repeat it, or `--max-connections`."
+        503, OVERLOADED, "The limit of open connections is reached.", "Repeat it later, or raise `--max-connections`."
     ),
     "shutting_down": Fault(
         503, OVERLOADED, "The server is draining after SIGTERM, or its limit for draining has passed.",

@@ -25,22 +25,25 @@ class Metrics:
         histogram = partial(Histogram, namespace="gpt2x", registry=self.registry)
         model = ["model"]
         self.requests = counter("requests", "HTTP requests.", ["path", "status"])
-        self.errors = counter("errors", "Errors by their code.", ["code"])
+        self.errors = counter("errors", "Errors, by code.", ["code"])
         self.connections = gauge("open_connections", "Open connections.")
-        self.queue = gauge("queue_texts", "Texts that wait.", model)
-        self.running = gauge("running_texts", "Texts that run.", model)
-        self.batch = histogram("batch_size", "Texts in a step.", model, buckets=ROWS)
+        self.queue = gauge("queue_texts", "Waiting texts.", model)
+        self.running = gauge("running_texts", "Running texts.", model)
+        self.batch = histogram("batch_size", "Texts in a decoding step.", model, buckets=ROWS)
         self.first = histogram(
-            "time_to_first_token_seconds", "From the request to the first token of a text.", model, buckets=SECONDS
+            "time_to_first_token_seconds", "Time from the request to the first token of a text.", model, buckets=SECONDS
         )  # fmt: skip
         self.per_token = histogram(
-            "time_per_token_seconds", "Of a step, which adds a token to every text.", model, buckets=SECONDS
+            "time_per_token_seconds",
+            "Time of a decoding step, which adds a token to every text.",
+            model,
+            buckets=SECONDS,
         )
-        self.read = counter("prompt_tokens", "Tokens of prompts.", model)
-        self.cached = counter("cached_prompt_tokens", "Tokens of prompts from the prefix cache.", model)
+        self.read = counter("prompt_tokens", "Prompt tokens.", model)
+        self.cached = counter("cached_prompt_tokens", "Prompt tokens from the prefix cache.", model)
         self.generated = counter("generated_tokens", "New tokens.", model)
         self.texts = counter("texts", "Complete texts.", model)
-        self.cancelled = counter("cancelled_requests", "Requests whose client went away.", model)
+        self.cancelled = counter("cancelled_requests", "Requests whose client disconnected.", model)
         self.cache_tokens = gauge("cache_tokens", "Tokens in the cache.", model)
         self.cache_use = gauge("cache_use_ratio", "Share of the cache that is in use.", model)
         self.prefix = gauge("prefix_cache_bytes", "Size of the prefix cache.", model)

@@ -36,7 +36,13 @@ class Path:
 PATHS = (
     Path("/v1/completions", "POST", "Continue prompts.", CompletionRequest, needs_key=True),
     Path("/v1/chat/completions", "POST", "Continue a conversation.", ChatRequest, needs_key=True),
-    Path("/v1/embeddings", "POST", "Embeddings of texts, by a model for them.", EmbeddingRequest, needs_key=True),
+    Path(
+        "/v1/embeddings",
+        "POST",
+        "Embeddings of texts, from a model for feature extraction.",
+        EmbeddingRequest,
+        needs_key=True,
+    ),
     Path("/v1/models", "GET", "The models.", needs_key=True),
     Path("/v1/models/{model}", "GET", "One model.", needs_key=True),
     Path("/tokenize", "POST", "The tokens of a text.", TokenizeRequest, needs_key=True),
@@ -64,7 +70,7 @@ def openapi() -> dict[str, Any]:
         "info": {
             "title": "gpt2x serve",
             "version": __version__,
-            "description": "GPT-2 with OpenAI's interface. docs/serving.md has the limits and all errors.",
+            "description": "GPT-2 over an OpenAI-compatible API. docs/serving.md has the limits and all errors.",
         },
         "paths": paths,
         "components": {

@@ -1,4 +1,4 @@
-"""The requests of OpenAI's interface. Their JSON comes from strangers: pydantic checks types and ranges."""
+"""The requests of OpenAI's API. Their JSON comes from strangers: pydantic checks types and ranges."""
 
 from __future__ import annotations
 

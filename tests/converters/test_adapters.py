@@ -483,7 +483,7 @@ def test_two_values_of_one_parameter_are_refused(copy):
     tensors = tensors_of(folder)
     tensors["base_model.model.lm_head.modules_to_save.weight"] = tensors["base_model.model.lm_head.weight"] + 1
     write(folder, tensors)
-    with pytest.raises(CheckpointError, match="duplicate .* another tensor has this place"):
+    with pytest.raises(CheckpointError, match="duplicate .* another tensor for the same parameter"):
         open_checkpoint(BASE, adapter=folder)
 
 

@@ -139,7 +139,7 @@ def test_query_key_and_value_without_biases_get_zeros_and_a_note(tmp_path):
     unbiased = {name: tensor for name, tensor in written.items() if not (".W_" in name and name.endswith("bias"))}
     back = assemble(Container("m", tmp_path, unbiased), {"n_head": 2}, "x")
     assert back.tensors["h.1.attn.c_attn.bias"].read().tolist() == [0] * 18
-    assert back.notes == ("it has no biases h.{i}.attn.c_attn.bias; zeros stand for them",)
+    assert back.notes == ("it has no biases h.{i}.attn.c_attn.bias; zeros are used",)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from warm_hdf5 import WarmListing
 
 from converters import FORMATS, UnsafeError, open_checkpoint, save_checkpoint
 
+# Nearly all of it runs in processes of its own, which coverage does not see.
+pytestmark = pytest.mark.untraced
+
 # Cases of each format. The fast tests run a part of them, the slow tests half: a minute in total on two cores.
 CASES = {
     "tf": 1000, "safetensors": 1200, "zip": 1500, "npz": 800, "legacy": 1500, "shards": 1000, "llmc": 800, "gguf": 1200, "hdf5": 1000, "hdf5_listing": 3000, "msgpack": 1200,

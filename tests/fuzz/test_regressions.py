@@ -72,6 +72,7 @@ def test_long_names_that_share_a_prefix_take_no_memory(tmp_path):
         open_bundle(tmp_path / "m")
 
 
+@pytest.mark.untraced
 def test_very_many_keras_prefixes_are_not_all_tried(tmp_path):
     none = LazyTensor.zeros(F32, (0,))
     tensors = {f"{i}/ln_f/gamma:0": none for i in range(20_000)}
@@ -79,6 +80,7 @@ def test_very_many_keras_prefixes_are_not_all_tried(tmp_path):
         assemble(Container("hdf5", tmp_path, tensors), {"n_head": 2}, "x")
 
 
+@pytest.mark.untraced
 def test_very_many_names_of_one_tensor_are_counted_quickly(tmp_path):
     one = torch.zeros(1)
     torch.save(
@@ -88,6 +90,7 @@ def test_very_many_names_of_one_tensor_are_counted_quickly(tmp_path):
         open_checkpoint(tmp_path / "m.bin")
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("count", [19_000, 66_000])
 def test_very_many_initializers_in_onnx_are_handled_quickly(tmp_path, count):
     tensors = (field(8, b"%x" % i) + b"\x10\x01\x08\x00" for i in range(count))

@@ -65,6 +65,7 @@ def bundle(tmp_path):
     return shutil.copytree(FIXTURES / "tf_plain", tmp_path / "tf") / "model.ckpt"
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("flip", [*FLIPS, 0x80])  # and the one that says that a number goes on
 def test_every_flipped_byte_of_tensorflows_index_is_found_or_changes_nothing(bundle, flip):
     """But for one: where a number of the footer ends, it may as well go on with a zero."""
@@ -74,6 +75,7 @@ def test_every_flipped_byte_of_tensorflows_index_is_found_or_changes_nothing(bun
     assert all(place >= index.stat().st_size - FOOTER for place in found)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("flip", FLIPS)
 def test_every_flipped_byte_of_tensorflows_data_is_found_in_the_tensor_that_it_is_in(bundle, flip):
     """Every tensor has a checksum of its own, so that one byte of each is flipped at once: the first, the second, ..."""
@@ -140,6 +142,7 @@ def covered(path):
     return places
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("flip", [FLIPS[0], *(pytest.param(flip, marks=pytest.mark.slow) for flip in FLIPS[1:])])
 @pytest.mark.parametrize("write", [by_us, nanogpt, by_torch, by_torch_in_one_storage])
 def test_every_flipped_byte_of_a_zip_is_found_or_changes_nothing(tmp_path, write, flip):

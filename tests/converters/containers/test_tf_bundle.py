@@ -166,6 +166,7 @@ def test_an_overlong_number_is_refused(bundle):
     refused(bundle, "does not fit into 64 bits")
 
 
+@pytest.mark.untraced
 def test_every_flipped_byte_of_an_index_is_refused(bundle):
     data = bundle.index.read_bytes()
     for i in range(len(data)):
@@ -174,6 +175,7 @@ def test_every_flipped_byte_of_an_index_is_refused(bundle):
             bundle.open()
 
 
+@pytest.mark.untraced
 def test_every_flipped_byte_of_the_data_is_refused(bundle):
     data = bundle.data.read_bytes()
     for i in range(0, len(data), 29):

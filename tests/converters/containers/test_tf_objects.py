@@ -11,7 +11,7 @@ from converters import CheckpointError, ConversionError, FormatError, open_check
 from converters.containers.tf_bundle import Entry
 from converters.containers.tf_objects import KEY, MAX_NAME, variable_names
 from converters.io.checksums import crc32c
-from converters.io.protobuf import _field_bytes, varint
+from converters.io.protobuf import field_bytes, varint
 from converters.io.reading import File
 from converters.io.sstable import mask, read_table
 
@@ -92,8 +92,8 @@ def graph(*variables: tuple[bytes, bytes]) -> tuple[bytes, int]:
     """A graph of variables (key, name), as TensorFlow stores it."""
     nodes = b""
     for key, name in variables:
-        attribute = _field_bytes(1, b"VARIABLE_VALUE") + _field_bytes(2, name) + _field_bytes(3, key)
-        nodes += _field_bytes(1, _field_bytes(2, attribute))
+        attribute = field_bytes(1, b"VARIABLE_VALUE") + field_bytes(2, name) + field_bytes(3, key)
+        nodes += field_bytes(1, field_bytes(2, attribute))
     length = crc32c(0, struct.pack("<I", len(nodes)))
     check = struct.pack("<I", mask(length))
     return varint(len(nodes)) + check + nodes, mask(crc32c(crc32c(length, check), nodes))

@@ -88,7 +88,7 @@ def test_one_adapter_can_be_merged_and_others_chosen_over_it(gpt2x):
         (["--adapter", "../a=x"], "'../a' cannot be the name of an adapter"),
         (["--adapter", "=x"], "'' cannot be the name of an adapter"),
         (["--adapter", "a="], "no directory after the name"),
-        (["--adapter", "x", "--adapter", "y"], "one adapter can be merged, not 2"),
+        (["--adapter", "x", "--adapter", "y"], "only one adapter can be merged, not 2"),
     ],
 )
 def test_names_that_cannot_be_used_are_usage_errors(gpt2x, options, said):

@@ -321,7 +321,7 @@ def test_speculative_decoding_says_in_one_line_where_it_cannot_be(gpt2x, tmp_pat
 
     assert "pass either --prompt-lookup or --draft" in run("--prompt-lookup", "--draft", SHAKESPEARE).stderr
     assert "leave out --prompt-lookup, or --num-beams" in run("--num-beams", 2, "--prompt-lookup").stderr
-    note = "Note: --prompt-lookup is for one text at a time; several are decoded without it\n"
+    note = "Note: --prompt-lookup works for one text at a time; several are decoded without it\n"
     assert done(run("-n", 2, "--prompt-lookup")).stderr == note
     save_checkpoint(random_checkpoint(), tmp_path / "other.safetensors")
     assert_refused(

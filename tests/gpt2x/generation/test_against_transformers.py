@@ -115,9 +115,15 @@ def test_greedy_tokens_are_those_of_transformers(ours, theirs, controls, end):
     assert our_tokens(ours, PROMPTS, 20, controls, end) == expected
 
 
-# Each search with half of the controls; every one with all of them among the slow tests.
+def marks_of(number):
+    """A quarter of the searches run in ``make test``, each with some of the controls. Coverage measures a quarter of these."""
+    if number % 4:
+        return (pytest.mark.slow,)
+    return (pytest.mark.untraced,) if number % 16 else ()
+
+
 SEARCHES = [
-    pytest.param(controls, end, beams, marks=[pytest.mark.slow] if number % 2 else [])
+    pytest.param(controls, end, beams, marks=marks_of(number))
     for number, (controls, end, beams) in enumerate(product(CONTROLS, ENDS, BEAMS))
 ]
 
@@ -221,6 +227,7 @@ def test_processed_logits_are_those_of_transformers(theirs, controls, seed):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.untraced
 def test_samples_follow_the_processed_distribution():
     """Chi-squared, at a level that one seed in ten thousand exceeds by chance."""
     logits = np.log(np.array([0.4, 0.2, 0.2, 0.1, 0.06, 0.04], np.float32))

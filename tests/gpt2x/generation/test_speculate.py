@@ -135,6 +135,7 @@ def runtimes(folder):
     ]
 
 
+@pytest.mark.untraced
 def test_every_runtime_takes_its_cache_back(tmp_path, eager):
     rng = np.random.default_rng(0)
     decoders = runtimes(tmp_path)
@@ -327,16 +328,16 @@ SAMPLED = [
 ]
 
 
-def every_pair_or_one_each(controls, guesser):
-    """Without controls and with all at once, every guesser is tried at each change; with the others, one each."""
-    each = controls in (0, len(SAMPLED) - 1) or controls % len(GUESSERS) == guesser
-    return () if each else pytest.mark.slow
+def one_each(controls, guesser):
+    """Each kind of controls with one guesser in ``make test``, and with the others among the slow tests."""
+    return () if controls % len(GUESSERS) == guesser else pytest.mark.slow
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("controls", "guesses"),
     [
-        pytest.param(controls, guesses, marks=every_pair_or_one_each(i, j))
+        pytest.param(controls, guesses, marks=one_each(i, j))
         for i, controls in enumerate(SAMPLED)
         for j, guesses in enumerate(GUESSERS)
     ],
@@ -364,6 +365,7 @@ def test_samples_have_the_exact_distribution(guesses, controls, eager):
     assert z < 4
 
 
+@pytest.mark.untraced
 def test_accepting_every_guess_would_show(monkeypatch, eager):
     def always(self, p, guess):
         return (guess.token, True) if guess else (self.choose.draw(p), False)
@@ -408,6 +410,7 @@ def account_after(pace, steps, right):
     return tokens, price
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("slope", [0.05, 0.15, 0.5, 0.9])
 @pytest.mark.parametrize("guess_price", [0.0, 0.1, 0.3, 1.0])
 def test_guesses_that_fail_cost_less_than_three_percent(slope, guess_price):
@@ -545,9 +548,9 @@ def test_what_cannot_be_guessed_for_is_refused_in_one_line(tmp_path):
         Generation(decoder, [[1, 2]], 3, GREEDY, speculate=Draft(gpt2x_model(random_checkpoint())))
     plain = Markov(0)
     plain.can_truncate = False
-    with pytest.raises(InputError, match="cannot take its cache back"):
+    with pytest.raises(InputError, match="cannot truncate its cache"):
         Generation(plain, [[1, 2]], 3, GREEDY, speculate=PromptLookup())
-    with pytest.raises(InputError, match="cannot take its cache back"):
+    with pytest.raises(InputError, match="cannot truncate its cache"):
         Generation(Markov(0), [[1, 2]], 3, GREEDY, speculate=Draft(plain))
     for wrong in (lambda: PromptLookup(0), lambda: PromptLookup(ngram=0), lambda: Draft(plain, 0)):
         with pytest.raises(ValueError, match="it must be"):

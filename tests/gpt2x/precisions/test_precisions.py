@@ -263,10 +263,14 @@ def test_wrong_usage(gpt2x, tmp_path, options):
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
+# A kind of arithmetic each, and every cache. Other tests of `make test` run the others on a smaller model.
+QUICK = {("fp16", "growing"), ("int4", "growing"), *(("int8", cache) for cache in contract.CACHES)}
+
+
 @pytest.mark.parametrize(
     ("precision", "cache"),
     [
-        pytest.param(precision, cache, marks=() if cache == "growing" or precision == "int8" else pytest.mark.slow)
+        pytest.param(precision, cache, marks=() if (precision, cache) in QUICK else pytest.mark.slow)
         for precision in ALL
         for cache in contract.CACHES
     ],
