@@ -197,6 +197,29 @@ def test_the_scores_of_a_prompt_are_those_of_gpt2x_score(engine_of, model):
 # ------------------------------------------------------------------------------------------------- joining and leaving
 
 
+def test_requests_of_one_thread_get_their_events_of_a_turn_in_one_call(engine_of):
+    engine = engine_of(rows=4)
+    calls, events = queue.Queue(), []
+    ends = time.monotonic() + LIMIT
+    with held(engine, rows=3):
+        for seed in range(3):
+            engine.submit([request(prompt(5), 6, seed)], events.append, ends, calls.put)
+        wait_for(lambda: len(engine._running) == 3)
+    wait_for(lambda: engine.idle)
+    engine.close()  # its last turn is over
+    while not calls.empty():
+        before = len(events)
+        calls.get()()
+        # All three have a token in each turn after the last of their prompts was read.
+        if len(events) - before == 3:
+            break
+    else:
+        pytest.fail("each request had a call of its own")
+    while not calls.empty():
+        calls.get()()
+    assert sum(isinstance(event, TextEnd) for sent in events for event in sent) == 3
+
+
 def test_running_texts_get_a_token_between_two_pieces_of_a_long_prompt(engine_of):
     order = []
     engine = engine_of()

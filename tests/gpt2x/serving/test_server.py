@@ -101,6 +101,22 @@ def test_a_stream_has_the_same_text_and_ends_with_the_usage(server):
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 80
 
 
+def test_a_stream_without_log_probabilities_is_json_for_every_character(server, tokenizer):
+    bias = {
+        str(token): 100
+        for text in ('"', "\\", "\n", "\t", "/", "\x7f", "é", "\u2028")
+        for token in tokenizer.encode(text)
+    }
+    settings = {"prompt": "x", "max_tokens": 60, "seed": 1, "n": 2, "temperature": 10, "logit_bias": bias}
+    whole = server.complete(**settings).json["choices"]
+    pieces = [piece["choices"][0] for piece in server.complete(stream=True, **settings).events]
+    for choice in whole:
+        own = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        assert {'"', "\\", "\n"} <= set(choice["text"])
+        assert all(set(piece) == set(choice) and piece["logprobs"] is None for piece in own)
+
+
 def test_the_log_probabilities_of_a_prompt_are_those_of_gpt2x_score(server, decoder, tokenizer):
     text = "O Romeo, Romeo! wherefore art thou Romeo?"
     answer = server.complete(prompt=text, max_tokens=0, echo=True, logprobs=2)
