@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..generation.prompts import check_vocabulary
 from ..runtimes.base import PromptError
 from . import openapi
-from .access import check_host, check_key, read_body
+from .access import check_framing, check_host, check_key, read_body
 from .answers import Answer, ChatAnswer, embeddings_json, sent_event
 from .embedder import Vectors
 from .faults import ServingError
@@ -59,7 +59,9 @@ SAFE = {
     "Cache-Control": "no-cache",
 }
 # After these, a part of the body may still be under way.
-CLOSING = {"request_too_large", "request_timeout", "unsupported_media_type", "invalid_api_key", "host_not_allowed"}
+CLOSING = {
+    "invalid_http", "request_too_large", "request_timeout", "unsupported_media_type", "invalid_api_key", "host_not_allowed",
+}  # fmt: skip
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -109,12 +111,15 @@ class Server:
                 Exception: self._fail,
             },
         )
+        # A path with a slash too many is an error in OpenAI's form, like any other unknown path.
+        app.router.redirect_slashes = False
         return self._counted(app, set(handlers))
 
     # ------------------------------------------------------------------------------------------------ around handlers
 
     def _guarded(self, handler: Handler, needs_key: bool) -> Handler:
         async def guarded(request: Request) -> Response:
+            check_framing(request)
             check_host(request, self.settings.allowed_hosts)
             if needs_key:
                 check_key(request, self.settings.keys)

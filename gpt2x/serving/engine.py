@@ -164,7 +164,8 @@ class Engine(Worker):
         taken = len(self._running) + (self._reading is not None)
         # A text that waits only until its prompt is read, because a row is free for it, does not count.
         free = self.plan.rows - taken
-        if waiting + texts > self.max_queue + free:
+        # A request of more texts than may wait is taken if no other waits: to repeat it would never help.
+        if waiting and waiting + texts > self.max_queue + free:
             turns = (waiting + self.plan.rows) / self.plan.rows
             raise self._queue_full(waiting, texts, turns * self._seconds_per_text)
 

@@ -369,6 +369,16 @@ def test_texts_that_have_a_free_row_take_no_place_in_the_queue(engine_of):
         client.wait()
 
 
+def test_a_request_of_more_texts_than_may_wait_is_taken_if_no_other_waits(engine_of):
+    engine = engine_of(rows=2, max_queue=2)
+    with held(engine):
+        clients = [Client(engine, request(prompt(5), 2, texts=12))]
+        wait_for(lambda: engine._running)
+        with pytest.raises(ServingError, match="this request has 12: the limit is 2"):
+            Client(engine, request(prompt(5), 2, texts=12))
+    assert len(clients[0].texts()) == 12
+
+
 def test_a_request_that_is_late_fails_and_the_others_go_on(engine_of):
     engine = engine_of(rows=2)
     other = Client(engine, request(prompt(4), 100))
