@@ -9,6 +9,7 @@ CLIENTS := tests/peers/test_clients.py tests/peers/test_hub_clients.py tests/pee
 CHROMIUM := command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 # The loader of Vulkan's drivers, in the same way.
 VULKAN := test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libvulkan1 >/dev/null
+PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 BENCH := $(BIN)/python benchmarks
 # The floor in pyproject.toml is that of Linux and Python 3.11, so other platforms in CI do not measure.
 COVERAGE ?= 1
@@ -147,10 +148,10 @@ $(VENV)-eval/.ready: pyproject.toml constraints.txt $(VENV)-eval/$(MADE)
 	$(VENV)-eval/bin/python $(PIP) --editable '.[export,eval]' pytest transformers accelerate
 	touch $@
 
-# torch first, so that nothing brings another one.
-$(VENV)-serve/.ready: pyproject.toml constraints.txt $(VENV)-serve/$(MADE)
-	$(VENV)-serve/bin/python $(PIP) torch
-	$(VENV)-serve/bin/python $(PIP) --editable '.[export,serve,eval]' pytest transformers openai langchain-openai 'lm-eval[api]'
+# Clients on top of what make test has installed, whose packages the .pth file adds.
+$(VENV)-serve/.ready: $(VENV)/.ready $(VENV)-serve/$(MADE)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PACKAGES))')" >$$($(VENV)-serve/bin/python -c $(PACKAGES))/make-test.pth
+	$(VENV)-serve/bin/python $(PIP) --no-compile openai langchain-openai 'lm-eval[api]>=0.4.13,<0.5'
 	-npm install --prefix $(VENV)-serve/node --no-package-lock --no-audit --no-fund --silent openai@7
 	touch $@
 

@@ -8,8 +8,8 @@ read greedy texts of 8 to 48 tokens as a stream. The requests are the same for a
 number of clients, so that no prefix cache helps. One server runs at a time, with two threads. A MB is 10^6 bytes.
 
 ``RunningBatch`` is gpt2x's batch without HTTP: it does the same work in the same pieces in a plain loop, so the difference is
-the cost of HTTP, scheduling and the clients. gpt2x's models are exported with ``--logits last``, as decoding needs no others.
-llama.cpp's server batches up to 16 texts. CTranslate2 has no server; FastAPI runs one text at a time.
+the cost of HTTP, scheduling and the clients, whose own CPU time is printed. gpt2x's models are exported with ``--logits last``, as
+decoding needs no others. llama.cpp's server batches up to 16 texts. CTranslate2 has no server; FastAPI runs one text at a time.
 
 ``--prefix`` measures the time to the first token of prompts that begin with the same 600 tokens, cached and not, of gpt2x alone.
 """
@@ -311,6 +311,7 @@ class Load:
         new: tokens that were generated.
         tokens: with those of the prompts.
         heard: one for each request.
+        cpu: seconds of CPU time that the clients took of the cores that they share with the server.
     """
 
     clients: int
@@ -318,6 +319,7 @@ class Load:
     new: int
     tokens: int
     heard: Sequence[Heard]
+    cpu: float
 
 
 async def load(server: Running, asks: Sequence[Ask], clients: int) -> Load:
@@ -329,14 +331,14 @@ async def load(server: Running, asks: Sequence[Ask], clients: int) -> Load:
         for ask in waiting:
             found.append(await heard(server, ask))
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(client() for _ in range(clients)))
-    return loaded(asks, clients, time.perf_counter() - start, found)
+    return loaded(asks, clients, time.perf_counter() - start, found, time.process_time() - cpu)
 
 
-def loaded(asks: Sequence[Ask], clients: int, seconds: float, found: Sequence[Heard]) -> Load:
+def loaded(asks: Sequence[Ask], clients: int, seconds: float, found: Sequence[Heard], cpu: float = 0.0) -> Load:
     new = sum(ask.new for ask in asks)
-    return Load(clients, seconds, new, new + sum(len(ask.tokens) for ask in asks), found)
+    return Load(clients, seconds, new, new + sum(len(ask.tokens) for ask in asks), found, cpu)
 
 
 # ---------------------------------------------------------------------------------------------------------- measurements
@@ -411,7 +413,7 @@ def measure_prefix(peer: Peer, prompts: Prompts, pairs: int) -> float:
 
 HEAD = (
     f"| {'':26} | clients | requests | new tokens/s | all tokens/s | first token, ms: p50 |  p95 |  p99 "
-    "| per token, ms: p50 |  p95 |  p99 | peak MB |"
+    "| per token, ms: p50 |  p95 |  p99 | peak MB | seconds | clients' CPU |"
 )
 
 
@@ -423,7 +425,8 @@ def show(name: str, found: Load, peak: float | None) -> None:
     speed = f"{found.new / found.seconds:12.1f} | {found.tokens / found.seconds:12.1f}"
     memory = "" if peak is None else f"{peak:.0f}"
     print(f"| {name:26} | {found.clients:7} | {requests:>8} | {speed} | {firsts[0]:>20} | {firsts[1]:>4} | {firsts[2]:>4} "
-          f"| {gaps[0]:>18} | {gaps[1]:>4} | {gaps[2]:>4} | {memory:>7} |", flush=True)  # fmt: skip
+          f"| {gaps[0]:>18} | {gaps[1]:>4} | {gaps[2]:>4} | {memory:>7} "
+          f"| {found.seconds:7.2f} | {found.cpu:12.2f} |", flush=True)  # fmt: skip
 
 
 def percentiles(seconds: Sequence[float]) -> list[str]:

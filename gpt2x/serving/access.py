@@ -13,6 +13,18 @@ from .settings import Settings
 MIN_KEY = 8  # characters
 
 
+def check_framing(request: Request) -> None:
+    """Refuse a body whose end is stated twice: a proxy in front of the server may see another end, and another request after it.
+
+    Raises:
+        ServingError: if there are both ``Content-Length`` and ``Transfer-Encoding``.
+    """
+    if "content-length" in request.headers and "transfer-encoding" in request.headers:
+        raise ServingError(
+            "invalid_http", "the request has both Content-Length and Transfer-Encoding: send one of them"
+        )
+
+
 def check_key(request: Request, keys: tuple[bytes, ...]) -> None:
     """Refuse a request without a valid API key.
 
@@ -49,11 +61,16 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     """The body of a request with JSON.
 
     Raises:
-        ServingError: if it is not JSON by its media type, too large, or too slow.
+        ServingError: if it is not JSON by its media type, compressed, too large, or too slow.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ServingError("unsupported_media_type", "the body must be JSON: Content-Type: application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ServingError(
+            "unsupported_media_type", f"the body must not be compressed: leave out Content-Encoding: {encoding[:30]}"
+        )
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated) > settings.max_body:
         raise _too_large(settings)

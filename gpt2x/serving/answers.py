@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from .token_text import TokenTexts
 from .translate import Prepared
 
 Json = dict[str, Any]
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+MARK = "\0"  # in place of a text; no other field holds it
 
 
 @dataclass
@@ -46,25 +49,48 @@ class Answer:
         self.cached = 0
         self._prompt_scores: dict[int, TokenScores | None] = {}
         self._texts: dict[tuple[int, int], _Text] = {}
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
-    def add(self, event: Event) -> list[Json]:
-        """Take an event of the engine. Returns the pieces of a stream that it makes."""
+    def add(self, event: Event) -> None:
+        """Take an event of the engine."""
         if isinstance(event, PromptRead):
             self.cached += event.cached
             self._prompt_scores[event.prompt] = event.scores
-            return []
+            return
         assert isinstance(event, TextPiece | TextEnd)
-        found = []
         text = self._texts.get((event.prompt, event.text))
         if text is None:
             text = self._texts[event.prompt, event.text] = _Text()
-            found += self._first(event)
         if isinstance(event, TextEnd):
             text.end = event
-            return [*found, self._piece(event, "", (), event.reason)]
+            return
         text.text += event.piece
         text.tokens += event.tokens
-        return [*found, self._piece(event, event.piece, event.tokens, None)]
+
+    def stream(self, event: Event) -> bytes:
+        """Take an event of the engine. Returns the server-sent events that it makes."""
+        known = len(self._texts)
+        self.add(event)
+        if isinstance(event, PromptRead):
+            return b""
+        assert isinstance(event, TextPiece | TextEnd)
+        began = b"".join(map(sent_event, self._first(event))) if len(self._texts) > known else b""
+        if isinstance(event, TextEnd):
+            return began + sent_event(self._piece(event, "", (), event.reason))
+        if self.prepared.logprobs is not None:
+            return began + sent_event(self._piece(event, event.piece, event.tokens, None))
+        before, after = self._frame(event)
+        return began + before + encode(event.piece).encode() + after
+
+    def _frame(self, event: TextPiece) -> tuple[bytes, bytes]:
+        """What is before and after the text in each piece of a text without log-probabilities."""
+        index = self._index(event)
+        frame = self._frames.get(index)
+        if frame is None:
+            made = sent_event(self._piece(event, MARK, (), None))
+            before, _, after = made.partition(encode(MARK).encode())
+            frame = self._frames[index] = before, after
+        return frame
 
     def whole(self) -> Json:
         """The answer to a request without a stream."""
@@ -85,9 +111,12 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
-    def last_piece(self) -> Json:
-        """The piece of a stream that states the usage."""
-        return {**self._head(self.piece_kind), "choices": [], "usage": self.usage()}
+    def stream_end(self) -> bytes:
+        """The last server-sent events of a stream: the usage, if it was asked for."""
+        usage = b""
+        if self.prepared.usage:
+            usage = sent_event({**self._head(self.piece_kind), "choices": [], "usage": self.usage()})
+        return usage + b"data: [DONE]\n\n"
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.prepared.model.name}
@@ -225,6 +254,11 @@ def embeddings_json(model: str, vectors: Vectors, tokens: int, as_base64: bool) 
         "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+
+
+def sent_event(value: Json) -> bytes:
+    """A server-sent event."""
+    return b"data: " + encode(value).encode() + b"\n\n"
 
 
 class _Legacy:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
@@ -22,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..generation.prompts import check_vocabulary
 from ..runtimes.base import PromptError
 from . import openapi
-from .access import check_host, check_key, read_body
-from .answers import Answer, ChatAnswer, embeddings_json
+from .access import check_framing, check_host, check_key, read_body
+from .answers import Answer, ChatAnswer, embeddings_json, sent_event
 from .embedder import Vectors
 from .faults import ServingError
 from .metrics import Metrics
@@ -60,7 +59,9 @@ SAFE = {
     "Cache-Control": "no-cache",
 }
 # After these, a part of the body may still be under way.
-CLOSING = {"request_too_large", "request_timeout", "unsupported_media_type", "invalid_api_key", "host_not_allowed"}
+CLOSING = {
+    "invalid_http", "request_too_large", "request_timeout", "unsupported_media_type", "invalid_api_key", "host_not_allowed",
+}  # fmt: skip
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -110,12 +111,15 @@ class Server:
                 Exception: self._fail,
             },
         )
+        # A path with a slash too many is an error in OpenAI's form, like any other unknown path.
+        app.router.redirect_slashes = False
         return self._counted(app, set(handlers))
 
     # ------------------------------------------------------------------------------------------------ around handlers
 
     def _guarded(self, handler: Handler, needs_key: bool) -> Handler:
         async def guarded(request: Request) -> Response:
+            check_framing(request)
             check_host(request, self.settings.allowed_hosts)
             if needs_key:
                 check_key(request, self.settings.keys)
@@ -185,20 +189,18 @@ class Server:
     async def _generate(self, request: Request, prepared: Prepared, answer: Answer) -> Response:
         running = Running(prepared.model.engine, prepared.requests, self.settings.generation_timeout)
         try:
-            events = running.events()
+            if not prepared.stream:
+                done = await _unless_gone(request, _add_all(answer, running))
+                if done is None:
+                    running.cancel()
+                    return Response(status_code=400)  # nobody reads it
+                return JSONResponse(answer.whole())
             # Until the first event, a failure has its own status code.
-            first = await _unless_gone(request, anext(events))
+            first = await _unless_gone(request, running.next())
             if first is None:
                 running.cancel()
-                return Response(status_code=400)  # nobody reads it
-            if prepared.stream:
-                return Stream(self, running, _chain(first, events), answer)
-            answer.add(first)
-            done = await _unless_gone(request, _add_all(answer, events))
-            if done is None:
-                running.cancel()
                 return Response(status_code=400)
-            return JSONResponse(answer.whole())
+            return Stream(self, running, first, answer)
         except BaseException:
             running.cancel()
             raise
@@ -275,18 +277,18 @@ class Stream(Response):
     Args:
         server: counts errors.
         running: the requests.
-        events: their events.
-        answer: makes pieces of them.
+        first: their first events.
+        answer: makes pieces of events.
     """
 
-    def __init__(self, server: Server, running: Running, events: AsyncIterator[Event], answer: Answer) -> None:
+    def __init__(self, server: Server, running: Running, first: list[Event], answer: Answer) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
         self._server = server
         self._running = running
-        self._events = events
+        self._first = first
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -304,22 +306,18 @@ class Stream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for data in self._data():
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _data(self) -> AsyncIterator[bytes]:
+        events = self._first
         try:
-            async for event in self._events:
-                for piece in self._answer.add(event):
-                    yield _encoded(piece)
+            while not self._running.done:
+                data = b"".join(map(self._answer.stream, events))
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                events = await self._running.next()
+            end = b"".join(map(self._answer.stream, events)) + self._answer.stream_end()
         except ServingError as error:
             self._server.metrics.errors.labels(error.code).inc()
-            yield _encoded(error_json(error))
-            return
-        if self._answer.prepared.usage:
-            yield _encoded(self._answer.last_piece())
-        yield b"[DONE]"
+            end = sent_event(error_json(error))
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
 def error_json(error: ServingError) -> dict[str, Any]:
@@ -332,10 +330,6 @@ def error_json(error: ServingError) -> dict[str, Any]:
             "code": error.code,
         }
     }
-
-
-def _encoded(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
@@ -352,16 +346,12 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
             await gone
 
 
-async def _add_all(answer: Answer, events: AsyncIterator[Event]) -> bool:
-    async for event in events:
-        answer.add(event)
+async def _add_all(answer: Answer, running: Running) -> bool:
+    """Take all events. Returns True."""
+    while not running.done:
+        for event in await running.next():
+            answer.add(event)
     return True
-
-
-async def _chain(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    yield first
-    async for event in rest:
-        yield event
 
 
 def _embeddings_response(body: EmbeddingRequest, model: str, vectors: Vectors, tokens: int) -> Response:

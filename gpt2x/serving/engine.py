@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -28,7 +29,14 @@ from .worker import Worker
 log = logging.getLogger(__name__)
 
 Sink = Callable[[list[Event]], None]
-"""Takes the events of a request, from the engine's thread. It must neither block nor raise."""
+"""Takes the events of a request. It must neither block nor raise."""
+
+Post = Callable[[Callable[[], None]], None]
+"""Runs a function in the thread of the sinks. Requests with equal ones get their events of a turn in one call."""
+
+
+def _in_this_thread(function: Callable[[], None]) -> None:
+    function()
 
 
 @dataclass(eq=False)
@@ -38,11 +46,13 @@ class Job:
     Attributes:
         requests: one for each prompt.
         sink: takes the events.
+        post: calls the sink.
         deadline: of ``time.monotonic``, after which it fails.
     """
 
     requests: Sequence[TextRequest]
     sink: Sink
+    post: Post
     deadline: float
     started: float
     cancelled: bool = False
@@ -122,14 +132,20 @@ class Engine(Worker):
         with self._wake:
             return not self._jobs
 
-    def submit(self, requests: Sequence[TextRequest], sink: Sink, deadline: float) -> Job:
+    def submit(self, requests: Sequence[TextRequest], sink: Sink, deadline: float, post: Post = _in_this_thread) -> Job:
         """Queue requests, all or none of them.
+
+        Args:
+            requests: one for each prompt.
+            sink: takes their events.
+            deadline: of ``time.monotonic``, after which they fail.
+            post: calls the sink; by default in the engine's thread.
 
         Raises:
             ServingError: if the queue is full, or the engine takes no more requests.
         """
         slots_of = sum(request.texts for request in requests)
-        job = Job(requests, sink, deadline, time.monotonic(), remaining=slots_of)
+        job = Job(requests, sink, post, deadline, time.monotonic(), remaining=slots_of)
         slots = [
             _Slot(job, i, number, Text(request, number, self.tokenizer, self.plan.context))
             for i, request in enumerate(requests)
@@ -148,7 +164,8 @@ class Engine(Worker):
         taken = len(self._running) + (self._reading is not None)
         # A text that waits only until its prompt is read, because a row is free for it, does not count.
         free = self.plan.rows - taken
-        if waiting + texts > self.max_queue + free:
+        # A request of more texts than may wait is taken if no other waits: to repeat it would never help.
+        if waiting and waiting + texts > self.max_queue + free:
             turns = (waiting + self.plan.rows) / self.plan.rows
             raise self._queue_full(waiting, texts, turns * self._seconds_per_text)
 
@@ -175,9 +192,10 @@ class Engine(Worker):
             self._step()
         except (MemoryError, CheckpointError) as error:
             self._fail_running(self._failure("a step failed, and with it every running request", error))
-        self._send()
         cached = sum(self._batch.length(sequence) for sequence in self._running)
         self.observer.state(len(self._waiting), len(self._running), cached, self.prefix.nbytes)
+        # Last, as the threads that it wakes compete with this one until the model runs again.
+        self._send()
 
     def _all(self) -> list[Job]:
         with self._wake:
@@ -227,7 +245,7 @@ class Engine(Worker):
         self._end(job)
         self.observer.failed(error.code)
         job.events.append(Failed(error))
-        self._send_job(job)
+        _send([job])
 
     def _end_all(self, error: ServingError) -> None:
         for job in self._all():
@@ -372,12 +390,25 @@ class Engine(Worker):
         job.events.append(event)
 
     def _send(self) -> None:
-        """Send the events of a turn, all those of a job at once."""
+        """Send the events of a turn."""
         jobs, self._with_events = self._with_events, []
-        for job in jobs:
-            self._send_job(job)
+        _send(jobs)
 
-    def _send_job(self, job: Job) -> None:
+
+def _send(jobs: Sequence[Job]) -> None:
+    """Send the events of jobs: all those of a job at once, and in one call those that are for the same thread.
+
+    Each call may wake a thread, which then holds the interpreter's lock while the next is made.
+    """
+    calls: dict[Post, list[Callable[[], None]]] = defaultdict(list)
+    for job in jobs:
         events, job.events = job.events, []
         if events and not job.cancelled:
-            job.sink(events)
+            calls[job.post].append(partial(job.sink, events))
+    for post, deliveries in calls.items():
+        post(partial(_call_all, deliveries))
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

@@ -29,7 +29,8 @@ SERVER = "server_error"
 # ``error.code`` -> the fault.
 FAULTS = {
     "invalid_http": Fault(
-        400, INVALID, "The request is not valid HTTP, or its headers exceed 32 kB.", "Correct the client."
+        400, INVALID, "The request is not valid HTTP, states the end of its body twice, or has headers above 32 kB.",
+        "Correct the client.",
     ),
     "invalid_json": Fault(400, INVALID, "The body is not valid JSON.", "Correct the body."),
     "invalid_value": Fault(
@@ -64,7 +65,7 @@ FAULTS = {
     "request_timeout": Fault(408, INVALID, "The headers or the body did not arrive in time.", "Send the request again, without pauses."),
     "request_too_large": Fault(413, INVALID, "The body exceeds the limit.", "Split the request, or raise `--max-body`."),
     "unsupported_media_type": Fault(
-        415, INVALID, "The body is not `application/json`.", "Send `Content-Type: application/json`."
+        415, INVALID, "The body is not `application/json`, or compressed.", "Send `Content-Type: application/json`, uncompressed."
     ),
     "queue_full": Fault(
         429, OVERLOADED, "Too many texts are waiting.", "Repeat it after the seconds in `Retry-After`, or raise `--max-queue`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -97,6 +98,12 @@ class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
     name: Name | None = None
+    # Clients send back the message of an answer, with these.
+    refusal: None = Field(None, description=NOT_SUPPORTED)
+    annotations: None = Field(None, description=NOT_SUPPORTED)
+    audio: None = Field(None, description=NOT_SUPPORTED)
+    function_call: None = Field(None, description=NOT_SUPPORTED)
+    tool_calls: None = Field(None, description=NOT_SUPPORTED)
 
 
 class ChatRequest(Controls):
@@ -151,13 +158,13 @@ class DetokenizeRequest(Strict):
     model: Name | None = None
 
 
+# What fields of several types must be.
 NEEDED = {
-    "prompt": "text, a list of texts, token ids, or a list of lists of token ids",
     "input": f"text, token ids, or a list of up to {MAX_INPUTS} of either",
     "stop": f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of up to {MAX_STOPS} of them",
     "content": "text, or a list of parts of type text",
 }
-
+NEEDED_FOR_COMPLETION = {**NEEDED, "prompt": "text, a list of texts, token ids, or a list of lists of token ids"}
 
 Kind = TypeVar("Kind", bound=Strict)
 
@@ -171,14 +178,14 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     try:
         found = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, NEEDED_FOR_COMPLETION if kind is CompletionRequest else NEEDED) from None
     for name in found.model_fields_set:
         if kind.model_fields[name].description == NOT_SUPPORTED and getattr(found, name) is not None:
             raise ServingError("unsupported_value", f"{name} is not supported: leave it out", name)
     return found
 
 
-def _refusal(error: ValidationError) -> ServingError:
+def _refusal(error: ValidationError, described: Mapping[str, str]) -> ServingError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = [str(part)[:60] for part in first["loc"]]
     if first["type"] == "json_invalid":
@@ -187,10 +194,10 @@ def _refusal(error: ValidationError) -> ServingError:
         )
     if not path:
         return ServingError("invalid_value", "the body must be a JSON object")
-    needed = [name for name in path if name in NEEDED]
+    needed = [name for name in path if name in described]
     if needed and first["type"] != "missing":
         name = needed[-1]
-        return ServingError("invalid_value", f"{name} must be {NEEDED[name]}", path[0])
+        return ServingError("invalid_value", f"{name} must be {described[name]}", path[0])
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
         return ServingError("invalid_value", f"unknown field: {name}", path[0])

@@ -197,6 +197,29 @@ def test_the_scores_of_a_prompt_are_those_of_gpt2x_score(engine_of, model):
 # ------------------------------------------------------------------------------------------------- joining and leaving
 
 
+def test_requests_of_one_thread_get_their_events_of_a_turn_in_one_call(engine_of):
+    engine = engine_of(rows=4)
+    calls, events = queue.Queue(), []
+    ends = time.monotonic() + LIMIT
+    with held(engine, rows=3):
+        for seed in range(3):
+            engine.submit([request(prompt(5), 6, seed)], events.append, ends, calls.put)
+        wait_for(lambda: len(engine._running) == 3)
+    wait_for(lambda: engine.idle)
+    engine.close()  # its last turn is over
+    while not calls.empty():
+        before = len(events)
+        calls.get()()
+        # All three have a token in each turn after the last of their prompts was read.
+        if len(events) - before == 3:
+            break
+    else:
+        pytest.fail("each request had a call of its own")
+    while not calls.empty():
+        calls.get()()
+    assert sum(isinstance(event, TextEnd) for sent in events for event in sent) == 3
+
+
 def test_running_texts_get_a_token_between_two_pieces_of_a_long_prompt(engine_of):
     order = []
     engine = engine_of()
@@ -344,6 +367,16 @@ def test_texts_that_have_a_free_row_take_no_place_in_the_queue(engine_of):
             Client(engine, request(prompt(5), 2))
     for client in clients:
         client.wait()
+
+
+def test_a_request_of_more_texts_than_may_wait_is_taken_if_no_other_waits(engine_of):
+    engine = engine_of(rows=2, max_queue=2)
+    with held(engine):
+        clients = [Client(engine, request(prompt(5), 2, texts=12))]
+        wait_for(lambda: engine._running)
+        with pytest.raises(ServingError, match="this request has 12: the limit is 2"):
+            Client(engine, request(prompt(5), 2, texts=12))
+    assert len(clients[0].texts()) == 12
 
 
 def test_a_request_that_is_late_fails_and_the_others_go_on(engine_of):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gzip
 import json
 import re
 import shutil
@@ -101,6 +102,22 @@ def test_a_stream_has_the_same_text_and_ends_with_the_usage(server):
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 80
 
 
+def test_a_stream_without_log_probabilities_is_json_for_every_character(server, tokenizer):
+    bias = {
+        str(token): 100
+        for text in ('"', "\\", "\n", "\t", "/", "\x7f", "é", "\u2028")
+        for token in tokenizer.encode(text)
+    }
+    settings = {"prompt": "x", "max_tokens": 60, "seed": 1, "n": 2, "temperature": 10, "logit_bias": bias}
+    whole = server.complete(**settings).json["choices"]
+    pieces = [piece["choices"][0] for piece in server.complete(stream=True, **settings).events]
+    for choice in whole:
+        own = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        assert {'"', "\\", "\n"} <= set(choice["text"])
+        assert all(set(piece) == set(choice) and piece["logprobs"] is None for piece in own)
+
+
 def test_the_log_probabilities_of_a_prompt_are_those_of_gpt2x_score(server, decoder, tokenizer):
     text = "O Romeo, Romeo! wherefore art thou Romeo?"
     answer = server.complete(prompt=text, max_tokens=0, echo=True, logprobs=2)
@@ -196,6 +213,8 @@ def test_tokens_of_a_text_and_back(server, tokenizer):
     assert tokens == {"count": len(tokens["tokens"]), "max_model_len": 256, "tokens": tokenizer.encode(text)}
     assert server.post("/detokenize", {"tokens": tokens["tokens"]}).json == {"prompt": text}
     assert server.post("/detokenize", {"tokens": [99999]}).code == "invalid_value"
+    refused = server.post("/tokenize", {"prompt": tokens["tokens"]})
+    assert refused.json["error"]["message"] == "prompt: input should be a valid string"
 
 
 def test_the_names_of_several_models():
@@ -279,7 +298,10 @@ def test_a_conversation_with_a_chat_template(exported, tmp_path):
             deltas = [event["choices"][0]["delta"] for event in events]
             assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
             assert "".join(delta.get("content", "") for delta in deltas) == choice["message"]["content"]
+            again = [*messages, choice["message"], {"role": "user", "content": "And then?"}]
+            assert server.post("/v1/chat/completions", {**settings, "messages": again}).status == 200
             for body, code in (
+                ({"messages": [{**choice["message"], "tool_calls": []}]}, "invalid_value"),
                 ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_chat_template"),
                 ({"messages": messages, "top_logprobs": 2}, "invalid_value"),
                 ({"messages": messages, "tools": []}, "unsupported_value"),
@@ -341,6 +363,9 @@ WRONG = [
     ({"prompt": "a", "repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
     ({"prompt": "a", "max_new_tokens": 5}, "invalid_value", "unknown field: max_new_tokens"),
     ({"prompt": "a", "suffix": "b"}, "unsupported_value", "suffix is not supported"),
+    ({"prompt": "a", "logprobs": True}, "invalid_value", "logprobs: input should be a valid integer"),
+    ({"prompt": [True]}, "invalid_value", "prompt must be text"),
+    ({"prompt": "a", "seed": 1 << 63}, "invalid_value", "seed: input should be less than"),
 ]
 
 
@@ -369,11 +394,17 @@ def test_json_that_is_damaged_or_hostile_is_refused(server, body):
 
 def test_paths_methods_and_bodies_that_there_are_not(server):
     assert (server.get("/nothing").status, server.get("/nothing").code) == (404, "not_found")
+    for method in ("GET", "POST"):  # and no redirection, which would follow the Host header
+        refused = server.send(method, "/v1/completions/")
+        assert (refused.status, refused.code) == (404, "not_found")
     refused = server.send("DELETE", "/v1/completions")
     assert (refused.status, refused.code) == (405, "method_not_allowed")
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         refused = server.send("POST", "/v1/completions", b'{"prompt": "a"}', Content_Type=kind)
         assert (refused.status, refused.code) == (415, "unsupported_media_type")
+    refused = server.post("/v1/completions", gzip.compress(b'{"prompt": "a"}'), Content_Encoding="gzip")
+    assert (refused.status, refused.code) == (415, "unsupported_media_type")
+    assert server.post("/v1/completions", {"prompt": "a"}, Content_Encoding="identity").status == 200
     refused = server.post("/v1/embeddings", {"input": "a"})
     assert (refused.status, refused.code) == (404, "not_exported")
     refused = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
@@ -607,6 +638,19 @@ def test_what_is_not_http_or_has_headers_without_end(server):
             client.sendall(data)
             answer = read_all(client)
         assert answer.startswith(b"HTTP/1.1 400") and b"invalid_http" in answer
+
+
+def test_a_body_whose_end_is_stated_twice_is_refused_and_nothing_after_it_is_read(server):
+    hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\nContent-Length: %d\r\n\r\n" % (5 + len(hidden))
+    )
+    with server.connect() as client:
+        client.sendall(head + b"0\r\n\r\n" + hidden)
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 400") and b"invalid_http" in answer
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_more_connections_than_the_limit_are_refused_and_others_go_on(models):
