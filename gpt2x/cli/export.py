@@ -481,7 +481,9 @@ def _calibration(checkpoint: Checkpoint, path: str) -> list[int]:
         raise ConversionError("--calibrate needs a tokenizer for the text: pass --tokenizer DIR")
     ids = Tokenizer.from_files(checkpoint.tokenizer).encode(read_text(path, SAMPLE))
     if not ids:
-        raise ConversionError(f"{path}: empty")
+        raise ConversionError(
+            f"{path}: the file is empty; --calibrate needs some text like that which the model will read"
+        )
     if max(ids) >= checkpoint.config.n_vocab:
         raise ConversionError(f"{path}: has token id {max(ids)}; the model's vocabulary is {checkpoint.config.n_vocab}")
     if len(ids) < checkpoint.config.n_ctx:

@@ -340,7 +340,7 @@ def test_calibrating_needs_a_tokenizer_and_a_text(gpt2x, tmp_path, monkeypatch):
     Path("text").write_text("")
     options = ("--onnx", "d", "--precision", "int8", "--calibrate", "text")
     assert_refused(gpt2x("export", "m.safetensors", *options), "--calibrate needs a tokenizer")
-    assert_refused(gpt2x("export", SHAKESPEARE, *options), "text: is empty")
+    assert_refused(gpt2x("export", SHAKESPEARE, *options), "text: the file is empty; --calibrate needs some text")
     assert not Path("d").exists()
 
 
