@@ -56,6 +56,9 @@ REAL = {
     "transformers 5's dtype, and several tokens that end a text": {"dtype": "float32", "eos_token_id": [12, 3]},
     "plain attention in the words of other models": {"num_key_value_heads": 2, "head_dim": 3, "hidden_act": "gelu_new"},
     "code for the tokenizer only": {"auto_map": {"AutoTokenizer": ["tokenization.Own", None]}},
+    "cross-attention that is not in the file": {"add_cross_attention": True, "is_decoder": True},
+    "cross-attention to an encoder of another width": {"add_cross_attention": True, "cross_attention_hidden_size": 4},
+    "cross-attention, of no class": {"add_cross_attention": True, "architectures": None},
     "absolute positions": {"position_embedding_type": "absolute", "rotary_dim": None},
 }  # fmt: skip
 
@@ -108,7 +111,6 @@ def test_keys_that_are_passed_over_are_named_in_one_note(tmp_path):
 ARITHMETIC: list[dict[str, Any]] = [
     {"quantization_config": {"bits": 4}},
     {"pruned_heads": {"0": [1]}},
-    {"add_cross_attention": True},
     {"rotary_dim": 64},
     {"rope_theta": 10000.0},
     {"position_embedding_type": "rotary"},
