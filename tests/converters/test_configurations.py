@@ -1,6 +1,8 @@
 """config.json files as they are on the Hub: what transformers loads is loaded, and computes the same."""
 
+import codecs
 import json
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from checkpoints import TINY, arrays_of, random_checkpoint
 from commands import assert_refused, done
 
-from converters import ConfigError, open_checkpoint
+from converters import ConfigError, FormatError, open_checkpoint
 from converters.config import to_hf
 from gpt2x.load import model_of
 
@@ -100,6 +102,22 @@ def test_n_positions_decides_and_the_difference_is_said(tmp_path, n_ctx):
     read = open_checkpoint(directory(tmp_path / "hf", n_ctx=n_ctx))
     assert read.config.n_ctx == 10
     assert any(f"n_ctx is {n_ctx}, but n_positions is 10" in note for note in read.notes)
+
+
+def test_a_byte_order_mark_is_refused_until_the_typed_command_removes_it(tmp_path):
+    """transformers refuses it, too (JSONDecodeError)."""
+    from transformers import GPT2LMHeadModel
+
+    folder = directory(tmp_path / "a model's folder")
+    config = folder / "config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    with pytest.raises(OSError, match="valid JSON"):
+        GPT2LMHeadModel.from_pretrained(folder)
+    with pytest.raises(FormatError, match="a UTF-8 byte order mark before the JSON") as error:
+        open_checkpoint(folder)
+    subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+    assert open_checkpoint(folder).config == TINY
+    assert (folder / "config.json.bom").read_bytes().startswith(codecs.BOM_UTF8)
 
 
 def test_keys_that_are_passed_over_are_named_in_one_note(tmp_path):
