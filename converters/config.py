@@ -75,6 +75,8 @@ FOREIGN = frozenset(
     use_cross_attention use_parallel_residual use_rms_norm use_swiglu
     """.split()  # noqa: SIM905  a table reads better as words
 )
+# Of these, transformers' own GPT-2 uses neither without the states of an encoder.
+CROSS_ATTENTION = ("add_cross_attention", "cross_attention_hidden_size")
 FOREIGN_PARTS = ("expert", "lora", "moe_", "rope", "rotary")  # in the names of more such keys
 # Keys that other models use for what GPT-2 states under another key: refused where the two differ.
 NAMESAKES = {
@@ -167,6 +169,10 @@ def notes_on_hf(raw: Mapping[str, Any], where: str) -> list[str]:
         notes.append(
             f"{where}: n_ctx is {context!r}, but n_positions is {positions!r}; n_positions decides, as in transformers"
         )
+    if raw.get("add_cross_attention"):
+        notes.append(
+            f"{where}: add_cross_attention is true, and taken for false: without the states of an encoder, the logits are the same"
+        )
     unknown = _unknown(raw)
     if unknown:
         names = ", ".join(key[:60] for key in unknown[:10])
@@ -200,6 +206,8 @@ def _changes_arithmetic(key: str, raw: Mapping[str, Any]) -> bool:
         return bool(value != raw.get(name, getattr(GPT2Config, name)))
     if key in HARMLESS:
         return value not in HARMLESS[key]
+    if key in CROSS_ATTENTION and not _names_another_class(raw):
+        return False
     return is_foreign(key, raw) or (key == "auto_map" and bool(value))
 
 
@@ -231,6 +239,10 @@ def _is_stock(raw: Mapping[str, Any]) -> bool:
     if not isinstance(architectures, list) or not architectures:
         return False
     return all(str(name).removeprefix("TF").removeprefix("Flax") in STOCK for name in architectures)
+
+
+def _names_another_class(raw: Mapping[str, Any]) -> bool:
+    return bool(raw.get("architectures")) and not _is_stock(raw)
 
 
 def _unknown(raw: Mapping[str, Any]) -> list[str]:

@@ -176,6 +176,7 @@ class ReadModel:
         is_complete: whether no parameter is missing.
         heads: heads other than ``lm_head``.
         rest: names of tensors outside the GPT-2: it is a part of a larger model.
+        cross_attention: those of ``left_out`` that attend to the states of an encoder.
         lm_head_stem: how the names of the output layer begin.
         wte_is_lm_head: whether the file has a tied matrix under the name of ``lm_head`` only.
     """
@@ -189,6 +190,7 @@ class ReadModel:
     is_complete: bool = False
     heads: tuple[Head, ...] = ()
     rest: list[str] = field(default_factory=list)
+    cross_attention: tuple[str, ...] = ()
     lm_head_stem: str = "lm_head"
     wte_is_lm_head: bool = False
 
@@ -206,6 +208,7 @@ class Dialect:
         lm_head_also: other names of ``lm_head`` in the same layout. They count if the shape is the token embedding's.
         prefixes: its own prefixes of every name except ``lm_head``; the first one is written. Any other one is read, too.
         extras: known tensors that are not parameters.
+        cross_attention: tensors that attend to the states of an encoder, and that a language model of its own does not use.
         slots: suffixes of an optimizer's slots, after the name of a parameter.
         assumes: the configuration of its code, if no file states another.
         unless: what to do where that does not hold, as a clause.
@@ -225,6 +228,7 @@ class Dialect:
     also: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
     extras: tuple[str, ...] = ()
+    cross_attention: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
     assumes: Mapping[str, Any] = field(default_factory=dict)
     unless: str = ""
@@ -383,6 +387,7 @@ class Dialect:
     def _sort_others(self, model: ReadModel, others: Mapping[str, LazyTensor], prefix: str) -> None:
         """Tell heads, and the rest of a larger model, from tensors that may change the logits, which are faults."""
         heads: dict[str, dict[str, LazyTensor]] = {}
+        crossing: list[str] = []
         for name, tensor in others.items():
             head = find_head(name, prefix)
             if head:
@@ -391,9 +396,20 @@ class Dialect:
                 model.left_out.append(name)
             elif model.is_complete and self._is_outside(name, prefix, model.lm_head_stem):
                 model.rest.append(name)
+            elif _has_place_in(self.cross_attention, name.removeprefix(prefix)):
+                crossing.append(name)
             else:
                 model.faults.append(f"unknown   {name[:200]}")
         model.heads = tuple(itertools.starmap(Head, heads.items()))
+        self._sort_cross_attention(model, crossing, prefix)
+
+    def _sort_cross_attention(self, model: ReadModel, names: Sequence[str], prefix: str) -> None:
+        """Leave out cross-attention of a model of its own. As a part of a larger one, it changes the logits: a fault."""
+        if model.rest or prefix not in self.prefixes:
+            model.faults += [f"unknown   {name[:200]}" for name in names]
+            return
+        model.left_out += names
+        model.cross_attention = tuple(names)
 
     def _is_outside(self, name: str, prefix: str, lm_head_stem: str) -> bool:
         """Whether a tensor is neither a part of the GPT-2, nor of its output layer, nor a parameter under a second prefix."""
@@ -563,6 +579,19 @@ OPENAI = Dialect(
     any_width=False,
 )
 
+# Layers of GPT2Block where add_cross_attention is true, with the masks that old versions of transformers stored.
+CROSS_ATTENTION = (
+    "h.{i}.crossattention.c_attn.weight",
+    "h.{i}.crossattention.c_attn.bias",
+    "h.{i}.crossattention.q_attn.weight",
+    "h.{i}.crossattention.q_attn.bias",
+    "h.{i}.crossattention.c_proj.weight",
+    "h.{i}.crossattention.c_proj.bias",
+    "h.{i}.crossattention.bias",
+    "h.{i}.crossattention.masked_bias",
+    "h.{i}.ln_cross_attn.weight",
+    "h.{i}.ln_cross_attn.bias",
+)
 # Old names, which from_pretrained renamed: g, b and w in pytorch-pretrained-bert; gamma and beta in transformers until 4.
 OLD_ENDS = {"weight": ("g", "w", "gamma"), "bias": ("b", "beta")}
 
@@ -584,6 +613,7 @@ HF = Dialect(
     lm_head_also=LM_HEAD_ALSO,
     prefixes=("", "transformer."),
     extras=BUFFERS,
+    cross_attention=CROSS_ATTENTION,
 )
 
 # The same names over torch.nn.Linear: nanoGPT's model.py, and mlx-lm's gpt2.py.

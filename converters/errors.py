@@ -74,3 +74,14 @@ class OtherTokenizerError(TokenizerError):
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def truncated(where: object, fault: str, what: str = "truncated") -> FormatError:
+    """The error of a file that ends too early, with the next step.
+
+    Args:
+        where: the file, and the place in it.
+        fault: what is missing there.
+        what: the word before it.
+    """
+    return FormatError(f"{where}: {what}: {fault}; download or copy it again")

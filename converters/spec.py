@@ -14,7 +14,13 @@ from typing import Any
 
 from .errors import ConfigError
 
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "gelu_fast", "relu", "silu", "tanh")
+# The functions without parameters in ACT2FN of transformers' activations.py. Their other names are in ``config.SAME_FUNCTION``.
+ACTIVATIONS = tuple(
+    """
+    gelu_new gelu_pytorch_tanh gelu gelu_fast gelu_10 hardswish laplace leaky_relu linear mish quick_gelu relu relu2 relu6
+    sigmoid silu sqrtsoftplus tanh
+    """.split()  # noqa: SIM905  a table reads better as words
+)
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 # Canonical name -> shape in symbols. V vocabulary, T context, C width, F feed-forward width. Weights are [in, out].

@@ -37,15 +37,54 @@ class GeluFast(nn.Module):
         return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 
+class QuickGelu(nn.Module):
+    """``quick_gelu`` of transformers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Laplace(nn.Module):
+    """``laplace`` of transformers: a normal distribution function, with rounded constants."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+class Square(nn.Module):
+    """The square of each number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class Root(nn.Module):
+    """The square root of each number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sqrt(x)
+
+
 def activation(name: str) -> nn.Module:
-    """The activation of a value of ``activation_function``."""
+    """The activation of a value of ``activation_function``. Source: ACT2FN in ``activations.py`` of transformers."""
     table: dict[str, nn.Module] = {
         "gelu_new": nn.GELU(approximate="tanh"),
         "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
         "gelu": nn.GELU(),
         "gelu_fast": GeluFast(),
+        "gelu_10": nn.Sequential(nn.GELU(), nn.Hardtanh(-10.0, 10.0)),
+        "hardswish": nn.Hardswish(),
+        "laplace": Laplace(),
+        "leaky_relu": nn.LeakyReLU(),
+        "linear": nn.Identity(),
+        "mish": nn.Mish(),
+        "quick_gelu": QuickGelu(),
         "relu": nn.ReLU(),
+        "relu2": nn.Sequential(nn.ReLU(), Square()),
+        "relu6": nn.ReLU6(),
+        "sigmoid": nn.Sigmoid(),
         "silu": nn.SiLU(),
+        "sqrtsoftplus": nn.Sequential(nn.Softplus(), Root()),
         "tanh": nn.Tanh(),
     }
     return table[name]

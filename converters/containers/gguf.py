@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import whole_items
-from ..errors import CheckpointError, FormatError
+from ..errors import CheckpointError, FormatError, truncated
 from ..io.publishing import Output
 from ..io.reading import Cursor, File
 from ..tensors import F32, LazyTensor
@@ -91,8 +91,8 @@ def notes_on(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
 def _count(count: int, cursor: Cursor) -> int:
     # An item has at least one byte, so a list is never longer than the rest of the file.
     if count > min(MAX_ITEMS, cursor.end - cursor.position):
-        raise FormatError(
-            f"{cursor.file.path}: truncated: {count} items needed after byte {cursor.position}, the file has {cursor.end}"
+        raise truncated(
+            cursor.file.path, f"{count} items needed after byte {cursor.position}, the file has {cursor.end}"
         )
     return count
 
@@ -173,7 +173,9 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
         twice = next(a for a, b in itertools.pairwise(sorted(info.name for info in infos)) if a == b)
         raise FormatError(f"{file.path}: duplicate tensor {twice[:100]!r}")
     if not infos:
-        raise FormatError(f"{file.path}: no tensors in it")
+        raise FormatError(
+            f"{file.path}: no tensors in it, only metadata, such as a vocabulary; pass the GGUF file of the whole model"
+        )
     end = start
     # By size, too: an empty tensor has the offset of the one after it.
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
@@ -183,8 +185,11 @@ def _check_places(file: File, infos: Sequence[_Info], start: int, alignment: int
                 f"{file.path}: {info.name[:100]!r} has the offset {info.offset}, which does not follow the tensor before it"
             )
         end = begin + info.nbytes
-    if not end <= file.size <= -(-end // alignment) * alignment:
-        raise FormatError(f"{file.path}: {file.size} bytes, but its tensors end at byte {end}")
+    fault = f"{file.size} bytes, but its tensors end at byte {end}"
+    if file.size < end:
+        raise truncated(file.path, fault)
+    if file.size > -(-end // alignment) * alignment:
+        raise FormatError(f"{file.path}: {fault}")
 
 
 def _tensor(file: File, start: int, info: _Info) -> LazyTensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import BY_NUMPY
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.reading import File
 from ..tensors import LazyTensor
 from ..values import are_sizes
@@ -91,5 +91,5 @@ def _tensor(file: File, name: str, kind: str, shape: list[int], offset: int) -> 
     if len(shape) > MAX_RANK or math.prod(shape) >= MAX_VALUES or not name.isprintable():
         raise FormatError(f"{where}: invalid name or shape, {shape[:9]}")
     if offset + math.prod(shape) * dtype.itemsize > file.size:
-        raise FormatError(f"{where}: truncated: it ends after the file, which has {file.size} bytes")
+        raise truncated(where, f"it ends after the file, which has {file.size} bytes")
     return LazyTensor.in_file(file, offset, dtype, tuple(shape))

@@ -38,7 +38,7 @@ def main(path: str) -> None:
     except Refused as error:
         result = {"error": str(error)}
     except Exception as error:
-        result = {"error": f"not a valid HDF5 file: {str(error)[:200]}"}
+        result = {"error": f"not a valid HDF5 file: {str(error)[:200]}; download or copy it again"}
     json.dump(result, sys.stdout)
 
 

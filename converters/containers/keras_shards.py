@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import FormatError
 from ..io.json import read_json
-from ..io.reading import beside
+from ..io.reading import beside, check_present
 from ..tensors import LazyTensor
 from ..values import is_list_of
 from .container import Container
@@ -35,6 +35,7 @@ def open_keras_shards(path: Path) -> Container:
     if len(names) > MAX_FILES:
         raise FormatError(f"{path}: {len(names)} files of weights, which exceeds the limit of {MAX_FILES}")
     files = {name: beside(path.parent, name, str(path)) for name in names}
+    check_present(list(files.values()), path)
     tensors: dict[str, LazyTensor] = {}
     for name, file in files.items():
         shard = open_hdf5(file)

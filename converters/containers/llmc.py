@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import BF16, F32, DType, LazyTensor
@@ -56,8 +56,11 @@ def open_llmc(path: Path) -> Container:
     config, dtype = _header(file)
     position = HEADER.size
     end = position + sum(math.prod(shape) for _, shape in _layout(config)) * dtype.itemsize
-    if end != file.size:
-        raise FormatError(f"{path}: {file.size} bytes, but its header needs {end}")
+    fault = f"{file.size} bytes, but its header needs {end}"
+    if file.size < end:
+        raise truncated(path, fault)
+    if file.size > end:
+        raise FormatError(f"{path}: {fault}")
     tensors = {}
     for name, shape in _layout(config):
         tensors[name] = LazyTensor.in_file(file, position, dtype, shape)
@@ -77,7 +80,7 @@ def _header(file: File) -> tuple[dict[str, int], DType]:
         FormatError: if the header is invalid.
     """
     if file.size < HEADER.size:
-        raise FormatError(f"{file.path}: truncated: llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
+        raise truncated(file.path, f"llm.c's header needs {HEADER.size} bytes, the file has {file.size}")
     magic, version, *numbers = HEADER.unpack(file.read(0, HEADER.size))
     if magic != MAGIC or version not in VERSIONS:
         known = ", ".join(f"{n} ({dtype})" for n, dtype in VERSIONS.items())

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, FormatError
+from ..errors import CheckpointError, FormatError, truncated
 from ..io.reading import Cursor, File
 from ..tensors import DTYPES, LazyTensor
 from ..values import are_sizes
@@ -91,8 +91,8 @@ class _Reader:
     def _length(self, code: int, forms: dict[int, str], small: int) -> int:
         length: int = self.cursor.number(forms[code]) if code in forms else code - small
         if length > self.cursor.end - self.cursor.position:
-            raise FormatError(
-                f"{self.where}: truncated: {length} items needed after byte {self.cursor.position}, the file has {self.cursor.end}"
+            raise truncated(
+                self.where, f"{length} items needed after byte {self.cursor.position}, the file has {self.cursor.end}"
             )
         return length
 
@@ -120,8 +120,10 @@ class _Reader:
         end = self.cursor.position + size
         header, outer_end = self.cursor.take(1), self.cursor.end
         # 0x93 is a list of three: shape, dtype and bytes.
-        if header != b"\x93" or end > outer_end:
+        if header != b"\x93":
             raise self._fault("an invalid array")
+        if end > outer_end:
+            raise truncated(self.where, f"an array needs {end} bytes, the file has {outer_end}")
         self.cursor.end = end
         # At this depth only a flat list can follow.
         shape, kind = self.value(MAX_DEPTH - 1), self._name()

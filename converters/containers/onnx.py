@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, FormatError
+from ..errors import CheckpointError, FormatError, truncated
 from ..io.protobuf import read_varint
 from ..io.reading import Cursor, File, beside
 from ..tensors import DTYPES, LazyTensor
@@ -284,6 +284,8 @@ class _Files:
         if name not in self.others:
             if len(self.others) >= MAX_FILES:
                 raise FormatError(f"{self.model.path}: its data is in more than {MAX_FILES} files")
+            if not path.exists():
+                raise FormatError(f"{path}: no such file; it holds values of the model: download or copy it again")
             self.others[name] = File(path)
         numbers = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
         # int() alone would also take signs, spaces and underscores.
@@ -291,9 +293,7 @@ class _Files:
             raise FormatError(f"{where}: invalid offset or length in {name}: {numbers}")
         offset, length = map(int, numbers)
         if offset + length > self.others[name].size:
-            raise FormatError(
-                f"{where}: truncated: {offset + length} bytes needed, {path} has {self.others[name].size}"
-            )
+            raise truncated(where, f"{offset + length} bytes needed, {path} has {self.others[name].size}")
         self.spans.append((name, offset, offset + length, tensor.name))
         return self.others[name], offset, length
 

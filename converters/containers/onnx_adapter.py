@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.publishing import Output
 from ..io.reading import File
 from ..tensors import DTYPES, LazyTensor
@@ -87,7 +87,7 @@ class _Message:
             raise FormatError(f"{self.file.path}: {count} {what}, which exceeds the limit of {limit}")
         if place + 4 + count * itemsize > self.file.size:
             needed = place + 4 + count * itemsize
-            raise FormatError(f"{self.file.path}: truncated: {needed} bytes needed, the file has {self.file.size}")
+            raise truncated(self.file.path, f"{needed} bytes needed, the file has {self.file.size}")
         return place + 4, count
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.json import parse_json
 from ..io.publishing import Output
 from ..io.reading import File
@@ -46,13 +46,13 @@ def open_safetensors(path: Path) -> Container:
 def _header(file: File) -> tuple[dict[str, Any], int]:
     # The length, and at least "{}".
     if file.size < 10:
-        raise FormatError(f"{file.path}: truncated: safetensors needs 10 bytes, the file has {file.size}")
+        raise truncated(file.path, f"safetensors needs 10 bytes, the file has {file.size}")
     size = struct.unpack("<Q", file.read(0, 8))[0]
     if size > MAX_HEADER:
         raise FormatError(f"{file.path}: a header of {size} bytes, which exceeds the limit of {MAX_HEADER}")
     if size < 2 or 8 + size > file.size:
-        raise FormatError(
-            f"{file.path}: truncated, or not safetensors: the header needs {8 + size} bytes, the file has {file.size}"
+        raise truncated(
+            file.path, f"the header needs {8 + size} bytes, the file has {file.size}", "truncated, or not safetensors"
         )
     data = file.read(8, size)
     if data[:1] != b"{":
@@ -80,7 +80,7 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
     if end - begin != expected:
         raise FormatError(f"{where}: {end - begin} bytes, but shape {shape} of {dtype} needs {expected}")
     if start + end > file.size:
-        raise FormatError(f"{where}: truncated: {start + end} bytes needed, the file has {file.size}")
+        raise truncated(where, f"{start + end} bytes needed, the file has {file.size}")
     return LazyTensor.in_file(file, start + begin, DTYPES[dtype], tuple(shape))
 
 

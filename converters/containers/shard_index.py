@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..io.json import read_json
-from ..io.reading import beside, names_of
+from ..io.reading import beside, check_present
 from ..tensors import LazyTensor
 from ..values import all_are
 from .container import Container
@@ -122,11 +122,7 @@ def _check_files(path: Path, names: Sequence[str]) -> None:
         # Otherwise an index could name itself, or another one, without end.
         if name.endswith((".json", ".index")):
             raise FormatError(f"{path}: points to {name!r}, which is not a file of weights")
-    missing = [file for file in files if not file.is_file()]
-    if len(missing) > 1:
-        raise FormatError(
-            f"{missing[0]}: no such file; {len(missing)} of the {len(files)} files that {path.name} names are missing: {names_of(missing[:5])}; download or copy them again"
-        )
+    check_present(files, path)
 
 
 def _joined(path: Path, shards: Mapping[str, Container]) -> Container:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.checksums import crc32c
 from ..io.protobuf import Fields, field_bytes, field_number
 from ..io.publishing import new_file
@@ -219,15 +219,16 @@ class _Shards:
         if shard >= self.count:
             raise FormatError(f"{where}: invalid shard: data file {shard + 1} of {self.count}")
         if shard not in self.files:
-            self.files[shard] = File(Path(f"{self.prefix}.data-{shard:05d}-of-{self.count:05d}"))
+            path = Path(f"{self.prefix}.data-{shard:05d}-of-{self.count:05d}")
+            if not path.exists():
+                raise FormatError(f"{path}: no such file; it holds values of the checkpoint: download or copy it again")
+            self.files[shard] = File(path)
         return self.files[shard]
 
     def claim(self, entry: Entry, where: str) -> None:
         file = self.file(entry.shard, where)
         if entry.offset + entry.size > file.size:
-            raise FormatError(
-                f"{where}: truncated: {entry.offset + entry.size} bytes needed, {file.path.name} has {file.size}"
-            )
+            raise truncated(where, f"{entry.offset + entry.size} bytes needed, {file.path.name} has {file.size}")
         if entry.size:
             self.claims.setdefault(entry.shard, []).append((entry.offset, entry.offset + entry.size, where))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.reading import File
 from ..tensors import LazyTensor
 from ..values import is_list_of
@@ -62,7 +62,7 @@ def _storages(file: File, position: int, keys: object, described: dict[str, Stor
             raise FormatError(f"{file.path}: the storage {key} has {count} values, but the pickle states {stated}")
         end = position + 8 + size * dtype.itemsize
         if end > file.size:
-            raise FormatError(f"{file.path}: truncated: the storage {key} needs {end} bytes, the file has {file.size}")
+            raise truncated(file.path, f"the storage {key} needs {end} bytes, the file has {file.size}")
         result[key] = LazyTensor.in_file(file, position + 8, dtype, (size,))
         position = end
     if position != file.size:

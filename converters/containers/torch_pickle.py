@@ -15,7 +15,7 @@ import pickletools
 from collections.abc import Mapping
 from typing import IO, Any
 
-from ..errors import FormatError, UnsafeError
+from ..errors import FormatError, UnsafeError, truncated
 from ..tensors import DTYPES
 from .container import MAX_RANK, MAX_VALUES
 from .torch_globals import REBUILD, full_name, is_harmful, may_be_called
@@ -131,7 +131,7 @@ class _Machine:
                         f"{self.where}: the pickle uses the instruction {opcode.name}, which no weight file needs: refused"
                     )
                 handler(argument)
-        raise FormatError(f"{self.where}: truncated: a pickle without its STOP instruction")
+        raise truncated(self.where, "a pickle without its STOP instruction")
 
     def _since_mark(self) -> list[Any]:
         at = self.marks.pop()

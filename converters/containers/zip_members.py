@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..io.reading import File
 from ..tensors import DTYPES, Checksum, LazyTensor
 
@@ -89,7 +89,7 @@ def _central_directory(file: File) -> tuple[list[zipfile.ZipInfo], int]:
             directory = archive.start_dir
             comment = archive.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, UnicodeDecodeError) as error:
-        raise FormatError(f"{file.path}: not a valid zip archive: {error}") from None
+        raise FormatError(f"{file.path}: not a valid zip archive: {error}; download or copy it again") from None
     # The end record has 22 bytes. If more follow, programs differ in which of several directories they take.
     if file.read(file.size - 22, 4) != b"PK\x05\x06":
         raise FormatError(f"{file.path}: extra bytes after the end of the zip archive")
@@ -135,7 +135,7 @@ def _member(file: File, info: zipfile.ZipInfo) -> Member:
     start: int = info.header_offset + LOCAL.size + name_length + extra_length
     end = start + info.compress_size
     if end > file.size:
-        raise FormatError(f"{where} is truncated: it ends at byte {end}, the file has {file.size}")
+        raise truncated(where, f"it ends at byte {end}, the file has {file.size}")
     descriptor = DESCRIPTOR if info.flag_bits & 8 else 0
     is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
     is_stored = is_plain and not info.flag_bits & 1

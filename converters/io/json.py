@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,21 @@ MAX_CONFIG = 1 << 20  # bytes of a configuration, of which real ones have a few 
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """Read a small JSON file that holds an object."""
+    """Read a small JSON file that holds an object.
+
+    Raises:
+        FormatError: for anything else, also for a byte order mark.
+    """
     file = File(path)
     if file.size > limit:
         raise FormatError(f"{path}: {file.size} bytes exceeds the limit of {limit}")
-    return parse_json(file.read(0, file.size), str(path))
+    data = file.read(0, file.size)
+    if data.startswith(codecs.BOM_UTF8):  # which transformers does not read, either
+        saved, name = shlex.quote(f"{path}.bom"), shlex.quote(str(path))
+        raise FormatError(
+            f"{path}: a UTF-8 byte order mark before the JSON. Remove it with `mv {name} {saved} && tail -c +4 {saved} > {name}`"
+        )
+    return parse_json(data, str(path))
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from ..values import is_list_of
 
 
@@ -14,7 +14,7 @@ def read_varint(data: bytes, position: int, where: str) -> tuple[int, int]:
     # Ten bytes of seven bits hold 64 bits.
     for shift in range(0, 70, 7):
         if position >= len(data):
-            raise FormatError(f"{where}: truncated number")
+            raise truncated(where, "a number that is not complete")
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
@@ -42,7 +42,7 @@ class Fields:
                 if tag & 7 == 2:
                     n, position = read_varint(data, position, where)
                 if position + n > len(data):
-                    raise FormatError(f"{where}: truncated field")
+                    raise truncated(where, "a field that is not complete")
                 value, position = data[position : position + n], position + n
             else:
                 raise FormatError(f"{where}: unknown wire type {tag & 7}")

@@ -15,11 +15,11 @@ import re
 import stat
 import struct
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, UnsafeError
+from ..errors import FormatError, UnsafeError, short, truncated
 
 CHUNK = 1 << 20
 WINDOW = 64 << 10  # bytes that a cursor reads at once
@@ -33,6 +33,21 @@ def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 def names_of(paths: Iterable[Path]) -> str:
     """The names of files or folders, without the folders that they are in, as text for the user."""
     return ", ".join(path.name for path in paths)
+
+
+def check_present(files: Sequence[Path], index: Path) -> None:
+    """Check that files that an index names are there.
+
+    Raises:
+        FormatError: if one is missing; the message names the first ones.
+    """
+    missing = [file for file in files if not file.is_file()]
+    if not missing:
+        return
+    raise FormatError(
+        f"{missing[0]}: no such file; missing: {len(missing)} of the {len(files)} files that {index.name} names: "
+        f"{', '.join(short([file.name for file in missing], 5))}; download or copy again what is missing"
+    )
 
 
 class File:
@@ -92,7 +107,7 @@ class File:
 
     def _inside(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
-            raise FormatError(f"{self.path}: truncated: {offset + size} bytes needed, the file has {self.size}")
+            raise truncated(self.path, f"{offset + size} bytes needed, the file has {self.size}")
 
     def _stamp(self) -> tuple[int, int, int]:
         s = os.fstat(self._fd)
@@ -125,7 +140,7 @@ class Cursor:
     def skip(self, size: int) -> int:
         """Skip the next bytes. Returns where they begin."""
         if not 0 <= size <= self.end - self.position:
-            raise FormatError(f"{self.file.path}: truncated: {self.position + size} bytes needed, there are {self.end}")
+            raise truncated(self.file.path, f"{self.position + size} bytes needed, there are {self.end}")
         begin, self.position = self.position, self.position + size
         return begin
 

@@ -6,7 +6,7 @@ import itertools
 import struct
 from collections.abc import Iterator, Mapping
 
-from ..errors import FormatError
+from ..errors import FormatError, truncated
 from .checksums import crc32c
 from .protobuf import field_bytes, field_number, read_varint, varint
 from .publishing import Output
@@ -30,7 +30,7 @@ def read_table(file: File) -> Iterator[tuple[bytes, bytes]]:
     """
     where = str(file.path)
     if file.size < FOOTER:
-        raise FormatError(f"{where}: truncated: a TensorFlow index needs {FOOTER} bytes, the file has {file.size}")
+        raise truncated(where, f"a TensorFlow index needs {FOOTER} bytes, the file has {file.size}")
     if file.size > MAX_INDEX:
         raise FormatError(f"{where}: {file.size} bytes exceed the limit of {MAX_INDEX} for an index")
     data = file.read(0, file.size)
@@ -75,7 +75,7 @@ def _verified_block(data: bytes, handle: tuple[int, int], where: str) -> bytes:
     offset, size = handle
     end = offset + size
     if end + TRAILER > len(data) - FOOTER:
-        raise FormatError(f"{where}: truncated: the block at {offset} ends after the file")
+        raise truncated(where, f"the block at {offset} ends after the file")
     stored = unmask(struct.unpack_from("<I", data, end + 1)[0])
     if stored != crc32c(0, data[offset : end + 1]):
         raise FormatError(f"{where}: the block at {offset} is damaged: checksum mismatch")
@@ -114,7 +114,7 @@ def _entries(block: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
 def _restarts(block: bytes, where: str) -> tuple[tuple[int, ...], int]:
     """The restart points at the end of a block, and where its entries end."""
     if len(block) < 4:
-        raise FormatError(f"{where} is truncated: 4 bytes needed, it has {len(block)}")
+        raise truncated(where, f"4 bytes needed, it has {len(block)}")
     count = struct.unpack_from("<I", block, len(block) - 4)[0]
     limit = len(block) - 4 - 4 * count
     if count == 0 or limit < 0:

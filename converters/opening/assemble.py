@@ -73,6 +73,12 @@ def _notes(parameters: Parameters, tie: bool | None) -> list[str]:
         notes.append(
             f"the GPT-2 with the prefix {parameters.prefix!r} is read; {count} other tensors are left out (the first is {first})"
         )
+    if parameters.cross_attention:
+        count, first = len(parameters.cross_attention), parameters.cross_attention[0][:100]
+        notes.append(
+            f"{count} tensors of cross-attention (crossattention.*, ln_cross_attn.*; the first is {first}) are left out: without "
+            "the states of an encoder, GPT-2 does not use them"
+        )
     if parameters.wte_is_lm_head:
         notes.append(f"wte.weight is not in it: {LM_HEAD} is taken for both, as they are tied")
     if parameters.zero_biases:

@@ -59,6 +59,7 @@ class Parameters:
         heads: heads other than ``lm_head``.
         rest: names of tensors outside the GPT-2, which is a part of a larger model.
         wte_is_lm_head: whether the file has a tied matrix under the name of ``lm_head`` only.
+        cross_attention: those of ``left_out`` that attend to the states of an encoder.
     """
 
     container: Container
@@ -72,6 +73,7 @@ class Parameters:
     heads: tuple[Head, ...] = ()
     rest: tuple[str, ...] = ()
     wte_is_lm_head: bool = False
+    cross_attention: tuple[str, ...] = ()
 
 
 def recognise(container: Container, n_vocab: int | None = None, prefix: str | None = None) -> Parameters:
@@ -111,6 +113,7 @@ def recognise(container: Container, n_vocab: int | None = None, prefix: str | No
         heads=model.heads,
         rest=tuple(model.rest),
         wte_is_lm_head=model.wte_is_lm_head,
+        cross_attention=model.cross_attention,
     )
 
 

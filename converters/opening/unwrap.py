@@ -38,7 +38,7 @@ def unwrap(container: Container) -> Container:
 
 def _check_names(container: Container) -> None:
     if not container.tensors:
-        raise CheckpointError(f"{container.path}: no tensors in it")
+        raise CheckpointError(f"{container.path}: no tensors in it; pass the file that holds the weights of the model")
     for name in container.tensors:
         if name.endswith(QUANTIZED):
             raise CheckpointError(

@@ -256,6 +256,16 @@ def _gelu(g: Graph, module: nn.GELU, x: Value) -> Value:
     return g.op("Gelu", x, approximate=module.approximate)._replace(after_gelu=True)  # type: ignore[no-any-return]
 
 
+def _clip(g: Graph, module: nn.Hardtanh, x: Value) -> Value:
+    ends = (g.constant(float(end), x.dtype) for end in (module.min_val, module.max_val))
+    return g.op("Clip", x, *ends)._replace(after_gelu=x.after_gelu)  # type: ignore[no-any-return]
+
+
+def _mish(g: Graph, module: nn.Mish, x: Value) -> Value:
+    # ONNX's Mish comes with opset 18.
+    return g.op("Mul", x, g.op("Tanh", g.op("Softplus", x)))  # type: ignore[no-any-return]
+
+
 def _normalize(g: Graph, module: nn.LayerNorm, x: Value) -> Any:
     parts = (g.plain(Weight(f"{g.scope}.{part}")) for part in ("weight", "bias"))
     return g.op("LayerNormalization", g.cast(x, "float32"), *parts, epsilon=module.eps)
@@ -417,6 +427,9 @@ OPERATORS: dict[Any, Operator] = {
     operator.or_: _same("Or"),
     operator.and_: _same("And"),
     torch.arange: _range,
+    torch.erf: _same("Erf"),
+    torch.sigmoid: _same("Sigmoid"),
+    torch.sqrt: _same("Sqrt"),
     torch.tanh: _same("Tanh"),
     "unsqueeze": lambda g, x, axis: g.op("Unsqueeze", x, g.constant([axis])),
     "chunk": _chunk,
@@ -433,8 +446,15 @@ OPERATORS: dict[Any, Operator] = {
     "to": _same_type,
     nn.Dropout: lambda g, module, x: x,
     nn.GELU: _gelu,
+    nn.Hardswish: lambda g, module, x: g.op("HardSwish", x),
+    nn.Hardtanh: _clip,
+    nn.LeakyReLU: lambda g, module, x: g.op("LeakyRelu", x, alpha=module.negative_slope),
+    nn.Mish: _mish,
     nn.ReLU: lambda g, module, x: g.op("Relu", x),
+    nn.ReLU6: _clip,
+    nn.Sigmoid: lambda g, module, x: g.op("Sigmoid", x),
     nn.SiLU: lambda g, module, x: g.op("Mul", x, g.op("Sigmoid", x)),
+    nn.Softplus: lambda g, module, x: g.op("Softplus", x),
     nn.Tanh: lambda g, module, x: g.op("Tanh", x),
     nn.Identity: lambda g, module, x: x,
     nn.LayerNorm: _normalize,

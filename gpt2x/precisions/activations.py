@@ -15,14 +15,18 @@ Rounding = Callable[[Tensor, bool], Tensor]  # (activations, whether they come f
 
 def round_inputs(model: GPT2, rounded: Rounding) -> GPT2:
     """Round the input of every product with a weight. Returns the same model."""
-    has_gelu = model.config.activation_function.startswith("gelu")
-    after_gelu = {module.c_proj for module in model.modules() if isinstance(module, MLP) and has_gelu}
+    after_gelu = {module.c_proj for module in model.modules() if isinstance(module, MLP) and _has_gelu(module)}
     for module in model.modules():
         if isinstance(module, Projection):
             module.register_forward_pre_hook(_rounding_hook(rounded, module in after_gelu))
     table = model.wte.weight if model.lm_head is None else model.lm_head.weight
     model.logits = lambda x: F.linear(rounded(x, False), table)  # type: ignore[method-assign]
     return model
+
+
+def _has_gelu(mlp: MLP) -> bool:
+    """Whether ``Gelu`` of ONNX computes the activation, as ``Value.after_gelu`` states in the graph."""
+    return any(isinstance(part, torch.nn.GELU) for part in mlp.act.modules())
 
 
 def _rounding_hook(rounded: Rounding, after_gelu: bool) -> Callable[[object, tuple[Tensor]], tuple[Tensor]]:

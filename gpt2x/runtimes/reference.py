@@ -26,13 +26,40 @@ def tanh_gelu(x: Array, a: float = math.sqrt(2 / math.pi)) -> Any:
     return y
 
 
+def exact_gelu(x: Array) -> Any:
+    y: Array = 0.5 * x * (1 + erf(x / math.sqrt(2)))
+    return y
+
+
+def sigmoid(x: Array) -> Any:
+    y: Array = 1 / (1 + np.exp(-x))
+    return y
+
+
+def softplus(x: Array) -> Any:
+    y: Array = np.logaddexp(0, x)
+    return y
+
+
+erf = np.vectorize(math.erf)
 ACTIVATIONS: Mapping[str, Any] = {
     "gelu_new": tanh_gelu,
     "gelu_pytorch_tanh": tanh_gelu,
     "gelu_fast": lambda x: tanh_gelu(x, 0.7978845608),
-    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu": exact_gelu,
+    "gelu_10": lambda x: np.clip(exact_gelu(x), -10, 10),
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "laplace": lambda x: 0.5 * (1 + erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "linear": lambda x: x,
+    "mish": lambda x: x * np.tanh(softplus(x)),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
-    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
+    "sqrtsoftplus": lambda x: np.sqrt(softplus(x)),
     "tanh": np.tanh,
 }
 

@@ -94,8 +94,12 @@ def test_a_path_that_leaves_the_folder_is_refused(shards, name):
 
 def test_a_missing_shard_is_refused(shards):
     (shards / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FormatError, match="model-00002-of-00002.safetensors: no such file"):
+    with pytest.raises(FormatError, match="model-00002-of-00002.safetensors: no such file") as error:
         open_checkpoint(shards)
+    assert str(error.value).endswith(
+        "missing: 1 of the 2 files that model.safetensors.index.json names: model-00002-of-00002.safetensors; "
+        "download or copy again what is missing"
+    )
 
 
 def test_a_name_in_two_shards_is_refused(shards, tiny):

@@ -1,6 +1,8 @@
 """config.json files as they are on the Hub: what transformers loads is loaded, and computes the same."""
 
+import codecs
 import json
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from checkpoints import TINY, arrays_of, random_checkpoint
 from commands import assert_refused, done
 
-from converters import ConfigError, open_checkpoint
+from converters import ConfigError, FormatError, open_checkpoint
 from converters.config import to_hf
 from gpt2x.load import model_of
 
@@ -56,6 +58,9 @@ REAL = {
     "transformers 5's dtype, and several tokens that end a text": {"dtype": "float32", "eos_token_id": [12, 3]},
     "plain attention in the words of other models": {"num_key_value_heads": 2, "head_dim": 3, "hidden_act": "gelu_new"},
     "code for the tokenizer only": {"auto_map": {"AutoTokenizer": ["tokenization.Own", None]}},
+    "cross-attention that is not in the file": {"add_cross_attention": True, "is_decoder": True},
+    "cross-attention to an encoder of another width": {"add_cross_attention": True, "cross_attention_hidden_size": 4},
+    "cross-attention, of no class": {"add_cross_attention": True, "architectures": None},
     "absolute positions": {"position_embedding_type": "absolute", "rotary_dim": None},
 }  # fmt: skip
 
@@ -99,6 +104,22 @@ def test_n_positions_decides_and_the_difference_is_said(tmp_path, n_ctx):
     assert any(f"n_ctx is {n_ctx}, but n_positions is 10" in note for note in read.notes)
 
 
+def test_a_byte_order_mark_is_refused_until_the_typed_command_removes_it(tmp_path):
+    """transformers refuses it, too (JSONDecodeError)."""
+    from transformers import GPT2LMHeadModel
+
+    folder = directory(tmp_path / "a model's folder")
+    config = folder / "config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    with pytest.raises(OSError, match="valid JSON"):
+        GPT2LMHeadModel.from_pretrained(folder)
+    with pytest.raises(FormatError, match="a UTF-8 byte order mark before the JSON") as error:
+        open_checkpoint(folder)
+    subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+    assert open_checkpoint(folder).config == TINY
+    assert (folder / "config.json.bom").read_bytes().startswith(codecs.BOM_UTF8)
+
+
 def test_keys_that_are_passed_over_are_named_in_one_note(tmp_path):
     read = open_checkpoint(directory(tmp_path / "hf", wandb_run="abc", seed=1))
     [note] = [note for note in read.notes if "ignored keys" in note]
@@ -108,7 +129,6 @@ def test_keys_that_are_passed_over_are_named_in_one_note(tmp_path):
 ARITHMETIC: list[dict[str, Any]] = [
     {"quantization_config": {"bits": 4}},
     {"pruned_heads": {"0": [1]}},
-    {"add_cross_attention": True},
     {"rotary_dim": 64},
     {"rope_theta": 10000.0},
     {"position_embedding_type": "rotary"},

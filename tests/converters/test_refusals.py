@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
@@ -181,7 +181,7 @@ BROKEN_GGUF = {
     "very many tensors": (is_set(n_tensors=2**60), FormatError, f"truncated: {2**60} items needed after byte"),
     "more tensors than there are": (is_set(n_tensors=29), FormatError, "'': not a tensor of 1 to 4 dimensions"),
     "fewer tensors than there are": (is_set(n_tensors=27), FormatError, "its tensors end at byte"),
-    "no tensors": (is_set(n_tensors=0), FormatError, "no tensors in it"),
+    "no tensors": (is_set(n_tensors=0), FormatError, "no tensors in it, only metadata", "pass the GGUF file of the whole model"),
     "very many keys": (is_set(n_metadata=2**63), FormatError, f"truncated: {2**63} items needed after byte"),
     "a very long array": (says("x", ARRAY, listed(INT32, [], 2**61)), FormatError, f"truncated: {2**61} items needed after byte"),
     "a very long string": (says("x", STRING, N64(2**40)), FormatError, f"a string of {2**40} bytes before byte"),
@@ -585,7 +585,7 @@ RAW_FLAX = {
     "a map of very many": (b"\xdf\xff\xff\xff\xff\xa1a" + PACKED_ARRAY, FormatError, "4294967295 items needed after byte 5"),
     "a list of very many": (b"\x81\xa1a\xdd\xff\xff\xff\xff", FormatError, "4294967295 items needed after byte"),
     "a text of very many": (b"\x81\xa1a\xdb\xff\xff\xff\xff", FormatError, "4294967295 items needed after byte"),
-    "an extension of very many": (b"\x81\xa1a\xc9\xff\xff\xff\xff\1\x93", FormatError, "an invalid array"),
+    "an extension of very many": (b"\x81\xa1a\xc9\xff\xff\xff\xff\1\x93", FormatError, "truncated: an array needs"),
     "a code that is none": (b"\x81\xa1a\xc1", FormatError, "an unknown kind of value where an array is expected"),
     "maps in maps without end": (b"\x81\xa1a" * 5000, FormatError, "nested too deeply"),
     "lists in lists without end": (b"\x81\xa1a" + b"\x91" * 100_000, FormatError, "nested too deeply"),
@@ -1167,3 +1167,46 @@ def test_a_gguf_file_that_holds_no_model_says_what_to_do(tmp_path, kind, match):
     writer.close()
     with pytest.raises(CheckpointError, match=match):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+CUT = [
+    "gguf/F32.gguf", "gguf/Q8_0.gguf", "keras/tf_model.h5", "flax/flax_model.msgpack", "onnx_optimum/model.onnx",
+    "rust_bert/rust_model.ot", "tiny.npz", "build_nanogpt/model_19072.pt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+def test_a_file_that_is_cut_short_is_refused_with_what_to_do(tmp_path, name, share):
+    data = (FIXTURES / name).read_bytes()
+    path = tmp_path / name.split("/")[-1]
+    path.write_bytes(data[: int(share * len(data))])
+    assert assert_said(path, FormatError).endswith("; download or copy it again")
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.bin", "m.gguf", "llm.c.bin", "nanogpt.pt"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_a_file_of_gpt2x_that_is_cut_short_is_refused_with_what_to_do(tmp_path, name, share):
+    writer = {"llm.c.bin": "llmc", "nanogpt.pt": "nanogpt"}.get(name, "")
+    activation = "gelu" if writer == "nanogpt" else "gelu_new"
+    path = tmp_path / name
+    save_checkpoint(random_checkpoint(replace(TINY, activation_function=activation)), path, writer or None)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert assert_said(path, FormatError).endswith("; download or copy it again")
+
+
+def test_a_file_without_tensors_is_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "m.safetensors"
+    safetensors.numpy.save_file({}, path)
+    said = assert_said(path, CheckpointError, "no tensors in it")
+    assert said.endswith("pass the file that holds the weights of the model")
+
+
+def test_an_onnx_model_without_its_data_is_refused_with_what_to_do(gpt2x, tmp_path):
+    save_checkpoint(random_checkpoint(), tmp_path / "m.safetensors")
+    done(gpt2x("export", tmp_path / "m.safetensors", "--onnx", tmp_path / "d", "--no-tokenizer", "--no-verify"))
+    model = tmp_path / "d/onnx/model.onnx"
+    data = model.with_name("model.onnx_data")
+    data.unlink()
+    assert_said(model, FormatError, "no such file; it holds values of the model: download or copy it again", file=data)

@@ -21,9 +21,10 @@ from converters import (
     open_checkpoint,
     save_checkpoint,
 )
-from converters.spec import ACTIVATIONS
+from converters.config import SAME_FUNCTION
+from converters.spec import ACTIVATIONS, TANH_GELU
 from gpt2x.load import checkpoint_of, fill, from_pretrained, load_model, model_of
-from gpt2x.model import GPT2
+from gpt2x.model import GPT2, activation
 from gpt2x.runtimes.reference import Reference
 from gpt2x.runtimes.transformers import Transformers
 from gpt2x.verify.scenarios import one_pass
@@ -62,7 +63,7 @@ def model():
     return model_of(random_checkpoint())
 
 
-@pytest.mark.parametrize("seed", range(28))
+@pytest.mark.parametrize("seed", range(2 * len(ACTIVATIONS)))
 def test_logits_equal_transformers_and_float64_whatever_the_switches(seed):
     checkpoint = random_checkpoint(random_config(seed), seed)
     ids = np.random.default_rng(seed).integers(checkpoint.config.n_vocab, size=checkpoint.config.n_ctx).tolist()
@@ -71,9 +72,27 @@ def test_logits_equal_transformers_and_float64_whatever_the_switches(seed):
     close(one_pass(Transformers(checkpoint), ids), ours)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_that_of_transformers_and_of_the_reference(name):
+    """Also far from zero, where some are cut off. In float64, with tolerances for transformers' rounded constants."""
+    from transformers.activations import ACT2FN
+
+    from gpt2x.runtimes.reference import ACTIVATIONS as REFERENCE
+
+    x = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+    ours = activation(name)(x)
+    torch.testing.assert_close(ours, ACT2FN[name](x), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(ours, REFERENCE[name](x.numpy()), rtol=1e-12, atol=1e-7)
+
+
+def test_only_activations_with_parameters_of_their_own_are_missing():
+    from transformers.activations import ACT2CLS
+
+    assert set(ACT2CLS) - {*ACTIVATIONS, *SAME_FUNCTION} == {"prelu", "xielu"}
+
+
 SWITCHED = [
-    {"activation_function": "gelu"}, {"activation_function": "gelu_fast"}, {"activation_function": "relu"},
-    {"activation_function": "silu"}, {"activation_function": "tanh"}, {"layer_norm_epsilon": 1e-2},
+    *({"activation_function": name} for name in ACTIVATIONS if name not in TANH_GELU), {"layer_norm_epsilon": 1e-2},
     {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from converters.opening.read_configuration import Stated
 from converters.opening.recognise_dialect import recognise
 from converters.opening.resolve import resolve
 from converters.opening.unwrap import unwrap
+from converters.spec import ACTIVATIONS, TANH_GELU
 
 # No two dimensions are alike.
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=6, n_ctx=10, n_vocab=13, bos_token_id=12, eos_token_id=12)
@@ -24,11 +25,7 @@ SMALL = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_ctx=40, n_vocab=97, bos_tok
 SWITCHES: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": False},
-    {"activation_function": "gelu"},
-    {"activation_function": "gelu_fast"},
-    {"activation_function": "relu"},
-    {"activation_function": "silu"},
-    {"activation_function": "tanh"},
+    *({"activation_function": name} for name in ACTIVATIONS if name not in TANH_GELU),
     {"layer_norm_epsilon": 0.3},
     {"scale_attn_weights": False},
     {"scale_attn_by_inverse_layer_idx": True},

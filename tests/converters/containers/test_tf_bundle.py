@@ -219,7 +219,10 @@ def test_a_block_that_is_not_as_the_format_says_is_refused(bundle, block, kind, 
         (b"\x08\x01\x1a\x04\x08\x01\x18\x01", "readers of version"),
         (b"\x1a\x02\x08\x01", "invalid shard count: 0"),
         (b"\x08" + varint(2**64 - 1) + b"\x1a\x02\x08\x01", "invalid shard count: -1"),
-        (b"\x08\x02\x1a\x02\x08\x01", "data-00000-of-00002: no such file"),
+        (
+            b"\x08\x02\x1a\x02\x08\x01",
+            "data-00000-of-00002: no such file; it holds values of the checkpoint: download or copy it again",
+        ),
     ],
 )
 def test_a_header_that_cannot_be_read_is_refused(bundle, header, match):

@@ -303,7 +303,7 @@ CASES = {
     "weights in float8 or integers": dotted(**{f"{C_FC}__weight": F8, f"{C_FC}__weight_scale": F32}),
     "weights in float8, without": float8,
     "another model, by its": dotted({"model_type": "llama"}, model__embed_tokens__weight=F32),
-    "another activation function": dotted({"activation_function": "quick_gelu"}, wte__weight=F32),
+    "another activation function": dotted({"activation_function": "prelu"}, wte__weight=F32),
     "another model, by the": dotted(transformer__h__0__attn__attention__q_proj__weight=F32),
 }  # fmt: skip
 

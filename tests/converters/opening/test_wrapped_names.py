@@ -11,7 +11,7 @@ from checkpoints import TINY, assert_same_bytes, random_checkpoint
 from commands import assert_refused, done
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize, prune
-from transformers import GPT2Model
+from transformers import GPT2LMHeadModel, GPT2Model
 from transformers_models import assert_same_logits, language_model, save, their_config, under
 
 from converters import CheckpointError, open_checkpoint
@@ -212,6 +212,40 @@ def test_the_gpt2_beside_a_whole_bert_is_read(tmp_path):
     read = open_checkpoint(save({**rest, **under("decoder.gpt2.", model.state_dict())}, tmp_path, model))
     assert_same_logits(read, model)
     assert set(read.left_out) - {"lm_head.weight"} == set(rest)
+
+
+@pytest.mark.parametrize("states_it", [True, False])
+@pytest.mark.parametrize("body_only", [True, False])
+def test_cross_attention_of_a_language_model_is_left_out_with_a_note(tmp_path, states_it, body_only):
+    """``GPT2LMHeadModel`` uses it only if it is called with ``encoder_hidden_states``."""
+    model = language_model(add_cross_attention=True)
+    model.config.add_cross_attention = states_it
+    state = model.transformer.state_dict() if body_only else model.state_dict()
+    old_mask = "h.0.crossattention.bias" if body_only else "transformer.h.0.crossattention.bias"
+    read = open_checkpoint(save({**state, old_mask: torch.ones(1, 1, 16, 16)}, tmp_path, model))
+    assert_same_logits(read, model)
+    left_out = [name for name in read.left_out if "crossattention." in name or "ln_cross_attn." in name]
+    assert len(left_out) == 2 * 8 + 1
+    notes = " ".join(read.notes)
+    assert "17 tensors of cross-attention (crossattention.*, ln_cross_attn.*; the first is" in notes
+    assert ("add_cross_attention is true, and taken for false" in notes) == states_it
+
+
+def test_a_converted_language_model_has_no_cross_attention(gpt2x, tmp_path):
+    model = language_model(add_cross_attention=True)
+    result = done(gpt2x("convert", save(model.state_dict(), tmp_path / "in", model).parent, tmp_path / "out"))
+    assert "16 tensors of cross-attention" in result.stdout
+    written = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert written.config.add_cross_attention is False
+    assert_same_logits(open_checkpoint(tmp_path / "out"), written)
+    assert_same_logits(open_checkpoint(tmp_path / "out"), model)
+
+
+def test_cross_attention_beside_an_encoder_is_refused(tmp_path):
+    model = language_model(add_cross_attention=True)
+    state = {**model.state_dict(), "encoder.proj.weight": torch.zeros(12, 12)}
+    with pytest.raises(CheckpointError, match=r"unknown   transformer.h.0.crossattention"):
+        open_checkpoint(save(state, tmp_path, model))
 
 
 def test_cross_attention_is_no_rest_that_can_be_left_out(tmp_path):

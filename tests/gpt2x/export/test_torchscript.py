@@ -94,6 +94,11 @@ def test_the_same_loop_generates_the_same_text_from_both_as_from_the_model(tmp_p
     [
         {"tie_word_embeddings": False},
         {"activation_function": "gelu_fast", "scale_attn_by_inverse_layer_idx": True},
+        {"activation_function": "gelu_10"},
+        {"activation_function": "laplace"},
+        {"activation_function": "quick_gelu"},
+        {"activation_function": "relu2"},
+        {"activation_function": "sqrtsoftplus"},
         {"reorder_and_upcast_attn": True, "scale_attn_weights": False, "activation_function": "relu"},
     ],
 )

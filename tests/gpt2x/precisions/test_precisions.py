@@ -21,6 +21,7 @@ from paths import files_of
 import gpt2x as gpt2x_package
 from converters import ConversionError, LazyTensor, open_checkpoint, save_checkpoint
 from converters.errors import DestinationError, FormatError
+from converters.spec import ACTIVATIONS
 from gpt2x import SHAKESPEARE, contract
 from gpt2x.export.onnx_directory import ExportOptions, export_onnx
 from gpt2x.precisions import PRECISIONS
@@ -390,7 +391,7 @@ def test_rows_of_zeros_and_huge_rows_are_right_in_w8a8(tmp_path):
     assert verify_export(checkpoint, tmp_path / "d").passed
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_fast", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_w8a8_is_within_its_bounds_with_every_activation(tmp_path, activation):
     checkpoint = gentle(replace(SMALL, activation_function=activation))
     export_onnx(checkpoint, tmp_path / "d", ExportOptions(("w8a8",)), need_tokenizer=False)
