@@ -108,7 +108,7 @@ def test_the_example_of_the_package_runs(capsys):
     import gpt2x
 
     code = "\n".join(line[4:] for line in gpt2x.__doc__.splitlines() if line.startswith("    "))
-    exec(compile(code, "gpt2x", "exec"), {})
+    exec(compile(code, "<documentation>", "exec"), {})
     assert capsys.readouterr().out.startswith("ROMEO:")
 
 
