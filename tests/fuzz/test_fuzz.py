@@ -313,6 +313,7 @@ print(minimize.minimize(Path("llmc-1").absolute(), "llmc", Path({seeds!r}), Path
 """
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_made_smaller(seeds, tmp_path):
     program = ONE_BYTE.format(here=str(Path(__file__).parent), root=str(ROOT), seeds=str(seeds / "llmc"))
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -91,7 +91,7 @@ def test_very_many_names_of_one_tensor_are_counted_quickly(tmp_path):
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("count", [19_000, 66_000])
+@pytest.mark.parametrize("count", [19_000, pytest.param(66_000, marks=pytest.mark.slow)])
 def test_very_many_initializers_in_onnx_are_handled_quickly(tmp_path, count):
     tensors = (field(8, b"%x" % i) + b"\x10\x01\x08\x00" for i in range(count))
     (tmp_path / "m.onnx").write_bytes(b"\x08\x07" + field(7, b"".join(field(5, tensor) for tensor in tensors)))

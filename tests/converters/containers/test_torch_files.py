@@ -278,6 +278,7 @@ def test_every_flipped_byte_of_every_tensor_in_a_zip_is_found(tmp_path, tiny):
                 arrays_of(open_checkpoint(path))
 
 
+@pytest.mark.slow
 @pytest.mark.untraced
 def test_no_flipped_byte_in_a_zip_gives_other_weights(tmp_path, tiny):
     path = tmp_path / "m.bin"
@@ -429,6 +430,7 @@ def test_another_protocol_is_refused(tmp_path):
     refused(path, "unknown protocol version")
 
 
+@pytest.mark.slow
 @pytest.mark.untraced
 def test_no_flipped_byte_in_the_pickles_of_a_legacy_file_is_anything_but_refused_or_harmless(tmp_path, tiny):
     path = tmp_path / "m.bin"

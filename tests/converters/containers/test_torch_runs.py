@@ -462,7 +462,9 @@ WHOLE: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.compile
 @both_ages
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in WHOLE if kind != "compiled"), pytest.param("compiled", marks=pytest.mark.slow)]
+)
 def test_a_model_that_was_saved_whole_is_read_with_its_configuration(tmp_path, model, zipped, kind):
     whole = WHOLE[kind](model)
     checkpoint = open_checkpoint(save(whole, tmp_path / "model.pt", zipped))

@@ -123,10 +123,13 @@ def convert():
         yield lambda last, *words: server(last, "convert", *words)
 
 
+QUICK = ("safetensors", "hf")  # one file, and a directory
 KILLS = 7  # of each format, on an empty place and again over an old result: 112 in all
 
 
-@every_write
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in WRITES]
+)
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, large, convert, kind):
     name, options = WRITES[kind]
     before, chance = large.read_bytes(), random.Random(kind)

@@ -173,6 +173,7 @@ def test_a_stored_adapter_runs_in_batches_of_prompts_and_is_scored(gpt2x, export
 # ------------------------------------------------------------------------------------------------ verify and inspect
 
 
+@pytest.mark.slow
 def test_verify_compares_a_stored_adapter_with_the_merged_model(gpt2x, exported):
     command = ("verify", SHAKESPEARE, exported / "onnx", "--adapter")
     report = done(gpt2x(*command, f"one={exported}/lora-one")).stdout

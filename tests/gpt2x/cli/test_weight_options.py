@@ -32,6 +32,7 @@ def test_every_command_that_opens_weights_has_every_option_on_them(name):
     assert WeightOptions.__annotations__.keys() <= {parameter.name for parameter in command.params}
 
 
+@pytest.mark.slow
 def test_one_of_two_models_is_converted_verified_exported_and_generates(gpt2x, pair, tmp_path):
     assert_refused(gpt2x("inspect", pair, "--n-head", 2), "'actor.' and 'critic.'", "--prefix actor")
     assert "prefix critic." in done(gpt2x("inspect", pair, *CRITIC)).stdout

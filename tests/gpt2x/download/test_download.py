@@ -683,6 +683,7 @@ def test_an_invalid_destination_is_refused_before_the_download(gpt2x, mirror):
     done(gpt2x("convert", "openai://124M", "out.bin", "--force"))
 
 
+@pytest.mark.slow
 def test_every_command_accepts_an_address(gpt2x, mirror):
     facts = json.loads(done(gpt2x("inspect", "openai://124M", "--json")).stdout)
     assert (facts["path"], facts["format"]) == ("openai://124M", "tf")
@@ -786,6 +787,7 @@ def test_shards_in_the_hubs_cache_are_opened(server, hub, hf_files, tmp_path):
     assert "model-3.safetensors" not in fetched(server)
 
 
+@pytest.mark.slow
 def test_a_preset_of_keras_hub_is_downloaded_with_its_tokenizer_and_all_its_files(server, hub):
     preset, shards = FIXTURES / "keras_hub", FIXTURES / "keras_hub_shards"
     server.repos["keras/whole"] = {"files": {name: (preset / name).read_bytes() for name in files_of(preset)}}
@@ -823,6 +825,7 @@ def test_a_tensorflow_checkpoint_on_the_hub(server, hub):
     assert fetched(server) == sorted(set(bucket.FILES) - {"checkpoint"})
 
 
+@pytest.mark.slow
 def test_an_export_on_the_hub_is_run_by_onnx_runtime(server, hub, gpt2x):
     done(gpt2x("export", SHAKESPEARE, "--onnx", "e", "--precision", "int8", "--no-verify"))
     server.repos["me/onnx"] = {"files": {p.relative_to("e").as_posix(): p.read_bytes() for p in Path("e").rglob("*") if p.is_file()}}  # fmt: skip

@@ -78,6 +78,7 @@ def greedy_with(session, n):
     return made
 
 
+@pytest.mark.slow
 def test_single_files_are_verified_read_as_weights_and_byte_identical(single, tmp_path):
     source = open_checkpoint(SHAKESPEARE)
     assert_same_bytes(source, open_checkpoint(single))

@@ -159,7 +159,7 @@ def test_the_metadata_has_the_contract_and_the_source(shakespeare):
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"last": True}])
+@pytest.mark.parametrize("options", [{"last": True}, pytest.param({}, marks=pytest.mark.slow)])
 def test_two_exports_are_byte_identical_and_hold_no_path(shakespeare, tmp_path, options):
     away = tmp_path / "elsewhere" / "model"
     shutil.copytree(SHAKESPEARE, away)

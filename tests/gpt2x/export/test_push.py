@@ -298,6 +298,7 @@ BROKEN = (
 )
 
 
+@pytest.mark.slow
 def test_a_failed_upload_reports_the_situation_and_the_command_to_continue(hub, run, client, exported):
     before = contents(exported)
     for _, requests, fault, _ in BROKEN:

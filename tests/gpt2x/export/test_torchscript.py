@@ -53,6 +53,7 @@ def tiny_files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_both_run_in_torch_alone_for_any_batch_and_any_lengths(tiny_files, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", ALONE, str(tiny_files / "m.pt"), str(tiny_files / "m.pt2")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

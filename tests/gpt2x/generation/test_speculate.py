@@ -135,6 +135,7 @@ def runtimes(folder):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.untraced
 def test_every_runtime_takes_its_cache_back(tmp_path, eager):
     rng = np.random.default_rng(0)

@@ -395,6 +395,7 @@ def test_int8_in_a_running_batch_is_as_near_as_alone(shakespeare):
         assert np.abs(found[number] - expected[0]).max() < 2e-2 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_cache_of_8_bits_takes_a_quarter_and_is_nearer_than_8_bit_weights(tmp_path, shakespeare):
     source = open_checkpoint(SHAKESPEARE)
     export_onnx(source, tmp_path / "d", ExportOptions(("fp32",), "inplace-int8"))
