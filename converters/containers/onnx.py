@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FormatError, truncated
 from ..io.protobuf import read_varint
-from ..io.reading import Cursor, File, beside
+from ..io.reading import Cursor, File, beside, values_file
 from ..tensors import DTYPES, LazyTensor
 from .container import MAX_RANK, MAX_VALUES, Container
 
@@ -284,9 +284,7 @@ class _Files:
         if name not in self.others:
             if len(self.others) >= MAX_FILES:
                 raise FormatError(f"{self.model.path}: its data is in more than {MAX_FILES} files")
-            if not path.exists():
-                raise FormatError(f"{path}: no such file; it holds values of the model: download or copy it again")
-            self.others[name] = File(path)
+            self.others[name] = values_file(path, "model")
         numbers = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
         # int() alone would also take signs, spaces and underscores.
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):

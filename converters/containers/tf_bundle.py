@@ -18,7 +18,7 @@ from ..errors import FormatError, truncated
 from ..io.checksums import crc32c
 from ..io.protobuf import Fields, field_bytes, field_number
 from ..io.publishing import new_file
-from ..io.reading import File
+from ..io.reading import File, values_file
 from ..io.sstable import key_text, mask, read_table, unmask, write_index
 from ..tensors import DTYPES, Checksum, DType, LazyTensor
 from ..values import are_sizes
@@ -220,9 +220,7 @@ class _Shards:
             raise FormatError(f"{where}: invalid shard: data file {shard + 1} of {self.count}")
         if shard not in self.files:
             path = Path(f"{self.prefix}.data-{shard:05d}-of-{self.count:05d}")
-            if not path.exists():
-                raise FormatError(f"{path}: no such file; it holds values of the checkpoint: download or copy it again")
-            self.files[shard] = File(path)
+            self.files[shard] = values_file(path, "checkpoint")
         return self.files[shard]
 
     def claim(self, entry: Entry, where: str) -> None:

@@ -191,6 +191,21 @@ def beside(directory: Path, name: str, where: str) -> Path:
     raise UnsafeError(f"{where}: points to {name[:200]!r}, which is not a file beside it: refused")
 
 
+def values_file(path: Path, of: str) -> File:
+    """Open a file with values that another file refers to.
+
+    Args:
+        path: the file.
+        of: what the values belong to, in a word.
+
+    Raises:
+        FormatError: if it is missing, or not a regular file.
+    """
+    if not path.exists():
+        raise FormatError(f"{path}: no such file; it holds values of the {of}: download or copy it again")
+    return File(path)
+
+
 @functools.cache
 def keep_freed_chunks() -> None:
     # glibc returns freed megabytes to the system, and each new one then costs 256 page faults: a third of a conversion's

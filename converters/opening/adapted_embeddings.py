@@ -4,7 +4,7 @@ A tied matrix gets every change of low rank, whichever of the two names it has, 
 adapter computes something else (peft#2018): there, ``wte`` and ``lm_head`` add their own changes to the same matrix.
 A module of ``modules_to_save`` is a copy of its own, with which peft unties the two.
 
-Source: peft 0.21; its results are those of 0.5 to 0.20, too.
+Source: peft 0.21; its results are those of 0.5 to 0.20, too, except for DoRA of ``wte`` in 0.14.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def source_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     for line, data in enumerate(lines_of(file, MAX_LINE), 1):
         if line == 1:
             data = data.removeprefix(BOM)
-        if not data.isspace() and data:
+        if data.strip():
             yield line, data
 
 

@@ -65,7 +65,7 @@ FAULTS = {
     "request_timeout": Fault(408, INVALID, "The headers or the body did not arrive in time.", "Send the request again, without pauses."),
     "request_too_large": Fault(413, INVALID, "The body exceeds the limit.", "Split the request, or raise `--max-body`."),
     "unsupported_media_type": Fault(
-        415, INVALID, "The body is not `application/json`, or compressed.", "Send `Content-Type: application/json`, uncompressed."
+        415, INVALID, "The body is not `application/json`, or it is compressed.", "Send `Content-Type: application/json`, uncompressed."
     ),
     "queue_full": Fault(
         429, OVERLOADED, "Too many texts are waiting.", "Repeat it after the seconds in `Retry-After`, or raise `--max-queue`."
